@@ -1,0 +1,29 @@
+//! Generates the Rust messages and the async ttrpc stubs from `protos/`; needs no protoc.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use ttrpc_codegen::{Codegen, Customize};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let protos = ["agent", "csi", "health", "oci", "types"].map(|name| format!("protos/{name}.proto"));
+    for proto in &protos {
+        println!("cargo:rerun-if-changed={proto}");
+    }
+    let out = std::env::var("OUT_DIR")?;
+    Codegen::new()
+        .out_dir(&out)
+        .inputs(&protos)
+        .include("protos")
+        .rust_protobuf()
+        .customize(Customize { async_all: true, ..Default::default() })
+        .run()?;
+    // Generated files begin with inner attributes, so they must be modules of their own, not included text.
+    let mut modules = String::new();
+    for name in ["agent", "agent_ttrpc", "csi", "health", "health_ttrpc", "oci", "types"] {
+        let file = Path::new(&out).join(format!("{name}.rs"));
+        writeln!(modules, "#[path = {file:?}]\npub mod {name};")?;
+    }
+    std::fs::write(Path::new(&out).join("protocols.rs"), modules)?;
+    Ok(())
+}

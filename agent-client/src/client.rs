@@ -1,0 +1,39 @@
+//! The client's end of the agent connection: one ttrpc connection, every call with a deadline.
+
+use std::time::Duration;
+
+use ttrpc::context::Context;
+
+use crate::protocols::agent_ttrpc::AgentServiceClient;
+use crate::protocols::health_ttrpc::HealthClient;
+use crate::transport::Stream;
+
+/// A connection to a guest agent. Clones share it; calls run side by side.
+#[derive(Clone)]
+pub struct AgentClient {
+    /// The agent service.
+    pub agent: AgentServiceClient,
+    /// Health and version.
+    pub health: HealthClient,
+}
+
+impl AgentClient {
+    /// Speaks ttrpc over a stream that is connected to the agent's port.
+    pub fn new(stream: Stream) -> AgentClient {
+        let socket = match stream {
+            Stream::Unix(stream) => stream.into(),
+            Stream::Vsock(stream) => stream.into(),
+        };
+        let client = ttrpc::r#async::Client::new(socket);
+        AgentClient { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) }
+    }
+}
+
+/// The context of one call. `deadline` also travels to the agent (`timeout_nano`); `None` is for the calls that
+/// are parked until something happens in the guest (wait, read, OOM) and end with the connection.
+pub fn context(deadline: Option<Duration>) -> Context {
+    match deadline {
+        Some(deadline) => ttrpc::context::with_duration(deadline),
+        None => Context::default(),
+    }
+}

@@ -1,0 +1,39 @@
+//! The guest agent's protocol: messages, transports and the client's end of a connection.
+//!
+//! Owns the wire: what is sent, over which socket, and by when an answer must be there. It never decides
+//! what a sandbox should do, and it knows nothing of QEMU or containerd.
+
+mod client;
+pub mod stdio;
+mod transport;
+
+/// Messages and ttrpc stubs, generated from `protos/`.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::panic)]
+pub mod protocols {
+    include!(concat!(env!("OUT_DIR"), "/protocols.rs"));
+}
+
+pub use client::{AgentClient, context};
+pub use transport::{Listener, Stream, Transport};
+
+/// Port of the agent's ttrpc server in the guest.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Port in the guest on which the agent takes raw stdio streams, where it announces [`FEATURE_RAW_STDIO`].
+pub const STDIO_PORT: u32 = 1028;
+
+/// Port on the host's end of a hybrid transport to which the agent's ready notice is sent.
+/// On kernel vsock the port space is shared by all sandboxes, so there the host picks a free port.
+pub const READY_PORT: u32 = 1029;
+
+/// Kernel command line parameter that names the host port of the ready notice.
+pub const READY_PARAMETER: &str = "cofferdam.ready_port";
+
+/// Entry of `AgentDetails.extra_features`: each stdio channel can be a vsock stream of its own, see [`stdio`].
+pub const FEATURE_RAW_STDIO: &str = "cofferdam.raw-stdio";
+
+/// Tag of the virtio-fs device that shares container root file systems and volumes.
+pub const SHARE_TAG: &str = "kataShared";
+
+/// Where the guest mounts the shared file system.
+pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";

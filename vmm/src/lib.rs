@@ -1,0 +1,1 @@
+//! QEMU, and nothing but QEMU.
