@@ -1,0 +1,49 @@
+//! A disk (virtio-blk) on a raw image file or a block device of the host.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value, json};
+
+use super::{Plug, Undo};
+use crate::error::{Doing, Error, Result};
+use crate::qmp::commands::BlockdevAdd;
+
+/// A disk.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Past the host's page cache; the file system below must know O_DIRECT.
+    pub direct: bool,
+    /// What the guest sees as its serial number, at most 20 bytes.
+    pub serial: Option<String>,
+}
+
+impl Block {
+    pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
+        let shown = self.path.display();
+        let kind = std::fs::metadata(&self.path).doing(|| format!("use the disk {shown}"))?.file_type();
+        let driver = if kind.is_block_device() { "host_device" } else { "file" };
+        if !kind.is_block_device() && !kind.is_file() {
+            return Err(Error::Unsupported(format!("{shown} is neither a file nor a block device")));
+        }
+        let Some(path) = self.path.to_str() else {
+            return Err(Error::Unsupported(format!("the path {shown} is not UTF-8, which QEMU needs")));
+        };
+        let node = format!("{}-raw", plug.id);
+        let file = json!({"driver": driver, "filename": path, "aio": "threads"});
+        let node_arguments = json!({"driver": "raw", "node-name": node, "read-only": self.read_only, "file": file,
+            "discard": "unmap", "cache": {"direct": self.direct}});
+        let Value::Object(node_arguments) = node_arguments else { return Ok(()) };
+        plug.qmp.execute(&BlockdevAdd(node_arguments)).await?;
+        plug.undo.push(Undo::RemoveBlockNode(node.clone()));
+        let mut properties = Map::from_iter([("drive".to_owned(), json!(node))]);
+        if let Some(serial) = self.serial {
+            properties.insert("serial".into(), json!(serial));
+        }
+        plug.device_add("virtio-blk-pci", Value::Object(properties)).await
+    }
+}

@@ -1,0 +1,122 @@
+//! Devices that a sandbox adds to the base machine. There is one way for all of them, before the CPUs run and after:
+//! QMP commands that end in a `device_add` into a free root port, undone in reverse order if one fails.
+
+pub mod block;
+pub mod virtiofs;
+pub mod vsock;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::qmp::Qmp;
+use crate::qmp::commands::{BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, QomList, connected_socket};
+
+/// A device to attach.
+#[derive(Debug)]
+pub enum Device {
+    /// The way to the guest agent.
+    Vsock(vsock::VsockDevice),
+    /// A shared directory.
+    VirtioFs(virtiofs::VirtioFs),
+    /// A disk.
+    Block(block::Block),
+}
+
+/// An attached device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Its id, unique in this virtual machine.
+    pub id: String,
+    /// Where the guest finds it: slot of the root port and of the device behind it, hexadecimal: `04/00`.
+    pub pci_path: String,
+}
+
+impl Device {
+    /// First part of the id.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Device::Vsock(_) => "vsock",
+            Device::VirtioFs(_) => "fs",
+            Device::Block(_) => "blk",
+        }
+    }
+
+    /// Sends what it takes, and notes in `plug` what undoes it.
+    pub(crate) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
+        match self {
+            Device::Vsock(vsock) => vsock.plug(plug).await,
+            Device::VirtioFs(virtiofs) => virtiofs.plug(plug).await,
+            Device::Block(block) => block.plug(plug).await,
+        }
+    }
+}
+
+/// One step back.
+#[derive(Debug)]
+pub(crate) enum Undo {
+    CloseFd(String),
+    RemoveChardev(String),
+    RemoveBlockNode(String),
+}
+
+/// A device on its way into the machine.
+pub(crate) struct Plug<'a> {
+    pub qmp: &'a Qmp,
+    pub id: String,
+    pub bus: String,
+    pub undo: Vec<Undo>,
+}
+
+impl Plug<'_> {
+    /// The connected socket of a vhost-user helper, as a character device whose id is returned.
+    async fn vhost_user(&mut self, connection: std::os::fd::OwnedFd) -> Result<String> {
+        let (fdname, id) = (format!("{}-fd", self.id), format!("{}-chr", self.id));
+        self.qmp.pass_fd(&fdname, connection).await?;
+        self.undo.push(Undo::CloseFd(fdname.clone()));
+        self.qmp.execute(&ChardevAdd { id: id.clone(), backend: connected_socket(&fdname) }).await?;
+        // The character device has taken the descriptor.
+        self.undo.pop();
+        self.undo.push(Undo::RemoveChardev(id.clone()));
+        Ok(id)
+    }
+
+    /// The last step: `properties` with driver, id and bus added.
+    async fn device_add(&mut self, driver: &str, properties: Value) -> Result<()> {
+        let mut arguments = match properties {
+            Value::Object(properties) => properties,
+            _ => Map::new(),
+        };
+        arguments.extend([("driver", driver), ("id", &self.id), ("bus", &self.bus)].map(|(k, v)| (k.into(), json!(v))));
+        match self.qmp.execute(&DeviceAdd(arguments)).await {
+            Ok(_) => Ok(()),
+            // No answer does not mean not done.
+            Err(late @ Error::Deadline { .. }) => match exists(self.qmp, &self.id).await {
+                Ok(true) => Ok(()),
+                _ => Err(late),
+            },
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether the machine has a device with this id.
+pub(crate) async fn exists(qmp: &Qmp, id: &str) -> Result<bool> {
+    let devices = qmp.execute(&QomList { path: "/machine/peripheral".into() }).await?;
+    Ok(devices.iter().any(|device| device.name == id))
+}
+
+/// Takes steps back, the last one first. One that fails is logged: the others still have to be taken.
+pub(crate) async fn undo(qmp: &Qmp, steps: Vec<Undo>) {
+    for step in steps.into_iter().rev() {
+        let done = match &step {
+            Undo::CloseFd(name) => qmp.close_fd(name).await,
+            Undo::RemoveChardev(id) => qmp.execute(&ChardevRemove { id: id.clone() }).await.map(drop),
+            Undo::RemoveBlockNode(node_name) => {
+                qmp.execute(&BlockdevDel { node_name: node_name.clone() }).await.map(drop)
+            }
+        };
+        if let Err(error) = done {
+            tracing::warn!(?step, %error, "a part of a device stays in QEMU");
+        }
+    }
+}

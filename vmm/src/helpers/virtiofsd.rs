@@ -1,0 +1,181 @@
+//! virtiofsd, which serves a shared directory: the Rust one (1.x), or the C one that came with QEMU up to 7.2.
+//!
+//! It inherits a listening socket that we are connected to already, so there is nothing to wait for, and no path to
+//! find it by: whoever comes later finds no socket.
+
+use std::ffi::OsString;
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::Helper;
+use crate::cache::FileKey;
+use crate::error::{Doing, Error, Result};
+use crate::process::{Child, Spawn};
+
+/// How long a binary may take to say its version.
+const VERSION_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What to serve.
+#[derive(Clone, Debug)]
+pub struct VirtiofsdConfig {
+    /// The binary; an absolute path.
+    pub binary: PathBuf,
+    /// Where it is kept which virtiofsd the binary is.
+    pub cache_dir: PathBuf,
+    /// A free path in a directory that only root can enter; gone again when it runs.
+    pub socket: PathBuf,
+    /// The directory; mounts that come below it later are seen if it is a mount point with shared propagation.
+    pub shared_dir: PathBuf,
+    /// `cgroup.procs` files that it enters before it runs.
+    pub cgroup_procs: Vec<PathBuf>,
+}
+
+/// A running virtiofsd. Dropping it kills it.
+#[derive(Debug)]
+pub struct Virtiofsd(Helper);
+
+impl Deref for Virtiofsd {
+    type Target = Helper;
+
+    fn deref(&self) -> &Helper {
+        &self.0
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Flavour {
+    Rust,
+    C,
+}
+
+impl Virtiofsd {
+    /// Starts it, and returns with it the connection for [`crate::VirtioFs`]. That it serves is seen when the device is
+    /// attached, which waits for it.
+    ///
+    /// # Errors
+    /// The binary is missing or no virtiofsd, or the socket cannot be made.
+    pub async fn spawn(config: &VirtiofsdConfig) -> Result<(Virtiofsd, OwnedFd)> {
+        let flavour = flavour(&config.binary, &config.cache_dir).await?;
+        let (listener, connection) = connected(&config.socket)?;
+        let child = Child::spawn(Spawn {
+            program: config.binary.clone(),
+            args: arguments(flavour, &config.shared_dir, &listener),
+            fds: vec![OwnedFd::from(listener)],
+            cgroup_procs: config.cgroup_procs.clone(),
+        })?;
+        Ok((Virtiofsd(Helper { child }), connection.into()))
+    }
+
+    /// The error of a virtiofsd that has ended, if it has: it explains a refused device better than QEMU can.
+    pub fn death(&self) -> Option<Error> {
+        self.0.death()
+    }
+}
+
+/// A listening socket with one connection waiting on it, and that connection. The path is gone when this returns.
+fn connected(path: &Path) -> Result<(UnixListener, UnixStream)> {
+    let listener = UnixListener::bind(path).doing(|| format!("make the socket {}", path.display()))?;
+    let connection = UnixStream::connect(path);
+    std::fs::remove_file(path).doing(|| format!("remove {}", path.display()))?;
+    Ok((listener, connection.doing(|| format!("connect to {}", path.display()))?))
+}
+
+fn arguments(flavour: Flavour, shared_dir: &Path, listener: &impl AsRawFd) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec![format!("--fd={}", listener.as_raw_fd()).into()];
+    match flavour {
+        Flavour::Rust => {
+            arguments.extend(["--shared-dir".into(), shared_dir.into()]);
+            // The cache is off the truth by a second at most; a volume that the host changes must change in the guest.
+            let fixed = ["--cache=auto", "--sandbox=namespace", "--inode-file-handles=prefer", "--announce-submounts"];
+            arguments.extend(fixed.map(Into::into));
+            // File capabilities of a container's programs are extended attributes.
+            arguments.extend(["--xattr", "--log-level=warn"].map(Into::into));
+        }
+        Flavour::C => {
+            // `-o` separates its options by commas and knows no way to write one.
+            let mut source = OsString::from("source=");
+            source.push(shared_dir);
+            for option in ["cache=auto", "sandbox=namespace", "announce_submounts", "xattr", "log_level=warn"] {
+                arguments.extend(["-o".into(), option.into()]);
+            }
+            arguments.extend(["-o".into(), source, "--thread-pool-size=1".into()]);
+            // It insists on a million descriptors otherwise, which only CAP_SYS_RESOURCE can have.
+            arguments.push("--rlimit-nofile=0".into());
+        }
+    }
+    arguments
+}
+
+/// Which virtiofsd a binary is: asked once, then from the cache.
+async fn flavour(binary: &Path, cache_dir: &Path) -> Result<Flavour> {
+    let key = FileKey::of(binary)?;
+    if let Some(known) = key.load(cache_dir, "virtiofsd") {
+        return Ok(known);
+    }
+    let doing = || format!("run {} --version", binary.display());
+    let mut command = tokio::process::Command::new(binary);
+    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    let output = match tokio::time::timeout(VERSION_DEADLINE, command.output()).await {
+        Ok(output) => output.doing(doing)?,
+        Err(_) => return Err(Error::Deadline { doing: doing(), timeout: VERSION_DEADLINE }),
+    };
+    let said = String::from_utf8_lossy(&output.stdout);
+    let Some(found) = flavour_by_version(&said) else {
+        let said = said.lines().next().unwrap_or_default();
+        return Err(Error::Unsupported(format!("{} is no virtiofsd: its version is {said:?}", binary.display())));
+    };
+    key.store(cache_dir, "virtiofsd", &found);
+    Ok(found)
+}
+
+/// `virtiofsd 1.14.0`, or `virtiofsd version 7.2.22 (Debian …)`.
+fn flavour_by_version(said: &str) -> Option<Flavour> {
+    let mut words = said.split_ascii_whitespace();
+    if words.next() != Some("virtiofsd") {
+        return None;
+    }
+    match words.next()? {
+        "version" => Some(Flavour::C),
+        number if number.starts_with(|c: char| c.is_ascii_digit()) => Some(Flavour::Rust),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_are_told_apart_by_their_version() {
+        assert_eq!(flavour_by_version("virtiofsd 1.14.0\n"), Some(Flavour::Rust));
+        assert_eq!(flavour_by_version("virtiofsd version 7.2.22 (Debian 1:7.2)\nCopyright"), Some(Flavour::C));
+        assert_eq!(flavour_by_version("sleep (GNU coreutils) 9.1"), None);
+        assert_eq!(flavour_by_version(""), None);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_virtiofsd_is_named() {
+        let cache = tempfile::tempdir().unwrap();
+        let error = flavour(Path::new("/bin/true"), cache.path()).await.unwrap_err().to_string();
+        assert_eq!(error, "/bin/true is no virtiofsd: its version is \"true (GNU coreutils) 9.1\"");
+        let error = flavour(Path::new("/no/virtiofsd"), cache.path()).await.unwrap_err().to_string();
+        assert!(error.starts_with("cannot use /no/virtiofsd: "), "{error}");
+    }
+
+    #[test]
+    fn no_path_is_left_when_the_socket_is_connected() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("fs.sock");
+        let (listener, _connection) = connected(&path).unwrap();
+        assert!(!path.exists());
+        listener.set_nonblocking(true).unwrap();
+        listener.accept().unwrap();
+        assert!(listener.accept().is_err(), "one connection, no more");
+    }
+}

@@ -1,0 +1,133 @@
+//! What a QEMU binary can do. It is asked once, over QMP and without a machine, and the answer is kept in the cache:
+//! asking takes about 0.2 s, and no start of a sandbox but the first one pays that.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::args::{Arguments, Properties};
+use crate::cache::FileKey;
+use crate::error::{Doing, Error, Result};
+use crate::process::{Child, Spawn};
+use crate::qmp::Qmp;
+use crate::qmp::commands::{
+    QomListProperties, QomListTypes, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit,
+};
+
+/// How long a binary may take to say what it is.
+const ASK_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What this runtime wants to know of a QEMU binary.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// `7.2.22`.
+    pub version: String,
+    /// Compiled with KVM; whether the host has it is another question.
+    pub kvm: bool,
+    /// Compiled with emulation.
+    pub tcg: bool,
+    /// `vhost-vsock-pci` is there.
+    pub vhost_vsock: bool,
+    /// `vhost-user-vsock-pci` is there.
+    pub vhost_user_vsock: bool,
+    /// `vhost-user-fs-pci` is there.
+    pub vhost_user_fs: bool,
+    /// `-sandbox` (a seccomp filter) is there.
+    pub sandbox: bool,
+    /// `x-query-virtio-status` is there.
+    pub virtio_status: bool,
+    /// Settings of the q35 machine.
+    pub(crate) machine_options: BTreeSet<String>,
+}
+
+/// What our machine is made of: without one of these a binary is of no use.
+const NEEDED: [&str; 5] =
+    ["pcie-root-port", "virtio-rng-pci", "virtio-balloon-pci", "virtio-blk-pci", "memory-backend-memfd"];
+
+/// Takes the answer from the cache, or asks the binary and keeps the answer.
+///
+/// # Errors
+/// The binary is missing, no QEMU, hangs, or lacks what every sandbox needs; one line that names it.
+pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
+    let key = FileKey::of(qemu)?;
+    if let Some(known) = key.load(cache_dir, "qemu") {
+        return Ok(known);
+    }
+    let found = match tokio::time::timeout(ASK_DEADLINE, ask(qemu)).await {
+        Ok(found) => found?,
+        Err(_) => {
+            let doing = format!("{} to say what it can do (is it QEMU?)", qemu.display());
+            return Err(Error::Deadline { doing, timeout: ASK_DEADLINE });
+        }
+    };
+    key.store(cache_dir, "qemu", &found);
+    Ok(found)
+}
+
+async fn ask(qemu: &Path) -> Result<Capabilities> {
+    let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
+    let mut arguments = Arguments::default();
+    for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
+        arguments.flag(flag);
+    }
+    arguments.plain("-display", "none");
+    arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
+    monitor(&mut arguments, &theirs);
+    let child = Child::spawn(Spawn {
+        program: qemu.to_owned(),
+        args: arguments.into_vec(),
+        fds: vec![OwnedFd::from(theirs)],
+        cgroup_procs: Vec::new(),
+    })?;
+    let (qmp, version) = match Qmp::open(ours, ASK_DEADLINE).await {
+        Ok(open) => open,
+        // One that ended says more by its status and its last words than by the end of its monitor.
+        Err(Error::Closed { reason }) => {
+            return Err(match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
+                Ok(exit) => child.process().died(exit),
+                Err(_) => Error::Closed { reason: format!("{reason} ({})", qemu.display()) },
+            });
+        }
+        Err(error) => return Err(error),
+    };
+    let types: BTreeSet<String> = qmp.execute(&QomListTypes {}).await?.into_iter().map(|item| item.name).collect();
+    let commands = qmp.execute(&QueryCommands {}).await?;
+    let options = qmp.execute(&QueryCommandLineOptions {}).await?;
+    let machines = qmp.execute(&QueryMachines {}).await?;
+    let unfit = |what: &str| Err(Error::Unsupported(format!("{} (QEMU {version}) has no {what}", qemu.display())));
+    if let Some(missing) = NEEDED.into_iter().find(|needed| !types.contains(*needed)) {
+        return unfit(missing);
+    }
+    let Some(q35) = machines.iter().find(|machine| machine.name == "q35" || machine.alias.as_deref() == Some("q35"))
+    else {
+        return unfit("q35 machine; use the full qemu-system-x86_64");
+    };
+    let typename = format!("{}-machine", q35.name);
+    let machine_options =
+        qmp.execute(&QomListProperties { typename }).await?.into_iter().map(|item| item.name).collect();
+    let found = Capabilities {
+        kvm: types.contains("kvm-accel"),
+        tcg: types.contains("tcg-accel"),
+        vhost_vsock: types.contains("vhost-vsock-pci"),
+        vhost_user_vsock: types.contains("vhost-user-vsock-pci"),
+        vhost_user_fs: types.contains("vhost-user-fs-pci"),
+        sandbox: options.iter().any(|option| option.option == "sandbox"),
+        virtio_status: commands.iter().any(|command| command.name == "x-query-virtio-status"),
+        machine_options,
+        version,
+    };
+    // The answers are here; how it ends does not matter, and it dies with `child`.
+    let _ = qmp.execute_within(&Quit {}, Duration::from_millis(100)).await;
+    Ok(found)
+}
+
+/// A monitor on an inherited, connected socket: its end of file is QEMU's death, and no path is left behind.
+pub(super) fn monitor(arguments: &mut Arguments, socket: &impl AsRawFd) {
+    let descriptor = socket.as_raw_fd().to_string();
+    arguments.list("-chardev", Properties::new("socket").with("id", "qmp").with("fd", descriptor));
+    arguments.list("-mon", Properties::pairs().with("chardev", "qmp").with("mode", "control"));
+}

@@ -1,0 +1,274 @@
+//! Our machine, as a command line. It holds what every sandbox has; all that differs is attached over QMP.
+
+use std::arch::x86_64::_rdtsc;
+use std::ffi::OsString;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::accel::Resolved;
+use super::args::{Arguments, Properties};
+use super::capabilities::{Capabilities, monitor};
+use crate::error::{Error, Result};
+
+/// Slots of the root bus: 0 is the host bridge, 0x1f the chip set; the machine's own devices come first, then the ports.
+pub(crate) const FIRST_PORT_SLOT: u8 = 4;
+const LAST_PORT_SLOT: u8 = 0x1e;
+
+/// MiB of translated code that QEMU keeps under emulation. Less than a boot needs makes it translate all of it again.
+const TCG_BUFFER_MIB: u64 = 128;
+
+/// A virtual machine to start.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// The QEMU binary; an absolute path.
+    pub qemu: PathBuf,
+    /// What that binary can do ([`super::capabilities::query`]).
+    pub capabilities: Capabilities,
+    /// The accelerator ([`super::accel::Accel::resolve`]).
+    pub accel: Resolved,
+    /// Shows in the process list.
+    pub name: String,
+    /// An uncompressed kernel with a PVH entry (a bzImage works, slower).
+    pub kernel: PathBuf,
+    /// Its initramfs.
+    pub initramfs: Option<PathBuf>,
+    /// Added at the end of the kernel's command line.
+    pub kernel_params: Vec<String>,
+    /// MiB of guest memory.
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// How many devices can be attached, 1 to 27.
+    pub root_ports: u8,
+    /// For debugging: the guest's console (hvc0) is written to this file.
+    pub console: Option<PathBuf>,
+    /// `cgroup.procs` files that QEMU enters before it runs.
+    pub cgroup_procs: Vec<PathBuf>,
+}
+
+/// The PCI bus behind a root port, by QEMU's name.
+pub(crate) fn port_bus(port: u8) -> String {
+    format!("port{port}")
+}
+
+/// The command line, with a monitor on `socket` (inherited under the number it has here). The CPUs wait for `cont`.
+///
+/// # Errors
+/// The configuration asks for what cannot be.
+pub(crate) fn arguments(config: &MachineConfig, socket: &impl AsRawFd) -> Result<Vec<OsString>> {
+    check(config)?;
+    let mut arguments = Arguments::default();
+    for flag in ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-S"] {
+        arguments.flag(flag);
+    }
+    arguments.plain("-display", "none");
+    arguments.list("-name", Properties::pairs().with("guest", &config.name));
+    monitor(&mut arguments, socket);
+    if config.capabilities.sandbox {
+        let denied = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
+        let filter = denied.into_iter().fold(Properties::new("on"), |filter, what| filter.with(what, "deny"));
+        arguments.list("-sandbox", filter);
+    }
+    machine(&mut arguments, config);
+    boot(&mut arguments, config);
+    devices(&mut arguments, config);
+    Ok(arguments.into_vec())
+}
+
+fn check(config: &MachineConfig) -> Result<()> {
+    let no = |what: String| Err(Error::Unsupported(what));
+    let capabilities = &config.capabilities;
+    let most = LAST_PORT_SLOT - FIRST_PORT_SLOT + 1;
+    if !(1..=most).contains(&config.root_ports) {
+        return no(format!("{} root ports: there can be 1 to {most}", config.root_ports));
+    }
+    if config.accel.kvm && !capabilities.kvm {
+        return no(format!("{} was built without KVM", config.qemu.display()));
+    }
+    if !config.accel.kvm && !capabilities.tcg {
+        return no(format!("{} was built without emulation, and KVM cannot be used", config.qemu.display()));
+    }
+    Ok(())
+}
+
+fn machine(arguments: &mut Arguments, config: &MachineConfig) {
+    let mut q35 = Properties::new("q35").with("memory-backend", "mem").off("dump-guest-core");
+    // What no guest of ours has a driver for costs it time at boot and us attack surface.
+    for unused in ["usb", "graphics", "vmport", "smbus", "sata", "i8042", "smm"] {
+        if config.capabilities.machine_options.contains(unused) {
+            q35 = q35.off(unused);
+        }
+    }
+    arguments.list("-machine", q35);
+    if config.accel.kvm {
+        arguments.list("-accel", Properties::new("kvm"));
+        arguments.plain("-cpu", "host");
+    } else {
+        arguments.list("-accel", Properties::new("tcg").number("tb-size", TCG_BUFFER_MIB));
+        arguments.plain("-cpu", "max");
+    }
+    arguments.list("-smp", Properties::pairs().number("cpus", config.vcpus));
+    let size = format!("{}M", config.memory_mib);
+    arguments.list("-m", Properties::pairs().with("size", &size));
+    // Shared: vhost-user helpers map it too.
+    arguments
+        .list("-object", Properties::new("memory-backend-memfd").with("id", "mem").with("size", &size).on("share"));
+}
+
+fn boot(arguments: &mut Arguments, config: &MachineConfig) {
+    arguments.plain("-kernel", &config.kernel);
+    if let Some(initramfs) = &config.initramfs {
+        arguments.plain("-initrd", initramfs);
+    }
+    arguments.plain("-append", kernel_params(config).join(" "));
+}
+
+fn kernel_params(config: &MachineConfig) -> Vec<String> {
+    // A guest that panics or reboots ends QEMU at once (-no-reboot); there is no keyboard controller to ask.
+    let mut params: Vec<String> = vec!["panic=-1".into(), "reboot=t".into()];
+    if config.console.is_some() {
+        params.extend(["console=hvc0".into(), "ignore_loglevel".into()]);
+    } else {
+        params.push("quiet".into());
+    }
+    if !config.accel.kvm {
+        // Emulated timers cannot be trusted to calibrate each other: without these a boot now and then hangs for ever.
+        params.push(format!("tsc_early_khz={}", tsc_khz()));
+        params.extend(["no_timer_check".into(), "tsc=reliable".into()]);
+    }
+    // One CPU that does not wait for others, on a guest that starts and stops namespaces and cgroups all the time.
+    params.push("rcupdate.rcu_expedited=1".into());
+    params.extend(config.kernel_params.iter().cloned());
+    params
+}
+
+/// Speed of the time stamp counter, which the emulator passes on to the guest as it is, in kHz. Measured, because
+/// /proc/cpuinfo tells the present clock of a core, which is another thing. Takes one millisecond.
+fn tsc_khz() -> u64 {
+    let (mut ticks, mut best) = (0, Duration::MAX);
+    // A preempted measurement is a wrong one: the shortest of three is the one that was disturbed least.
+    for _ in 0..3 {
+        let begin = Instant::now();
+        // SAFETY: reads a counter that every x86-64 CPU has.
+        let first = unsafe { _rdtsc() };
+        while begin.elapsed() < Duration::from_micros(330) {
+            std::hint::spin_loop();
+        }
+        // SAFETY: as above.
+        let last = unsafe { _rdtsc() };
+        let took = begin.elapsed();
+        if took < best {
+            (ticks, best) = (last.wrapping_sub(first), took);
+        }
+    }
+    ticks.saturating_mul(1_000_000) / (best.as_nanos() as u64).max(1)
+}
+
+fn devices(arguments: &mut Arguments, config: &MachineConfig) {
+    let on_root_bus =
+        |driver: &str, slot: u8| Properties::new(driver).with("bus", "pcie.0").with("addr", format!("{slot:#x}"));
+    arguments.list("-object", Properties::new("rng-random").with("id", "entropy").with("filename", "/dev/urandom"));
+    arguments.list(
+        "-device",
+        on_root_bus("virtio-rng-pci", 1).with("id", "rng").with("rng", "entropy").on("disable-legacy"),
+    );
+    let balloon = on_root_bus("virtio-balloon-pci", 2).with("id", "balloon").on("disable-legacy");
+    arguments.list("-device", balloon.on("free-page-reporting"));
+    if let Some(console) = &config.console {
+        arguments.list("-chardev", Properties::new("file").with("id", "console").with("path", console).on("append"));
+        let serial = on_root_bus("virtio-serial-pci", 3).with("id", "serial").on("disable-legacy");
+        arguments.list("-device", serial.number("max_ports", 1_u32));
+        arguments.list("-device", Properties::new("virtconsole").with("id", "hvc0").with("chardev", "console"));
+    }
+    for port in 0..config.root_ports {
+        let device = on_root_bus("pcie-root-port", FIRST_PORT_SLOT + port).with("id", port_bus(port));
+        // IO space is short, and nothing that is attached needs any.
+        arguments.list("-device", device.number("chassis", port + 1).number("slot", port + 1).with("io-reserve", "0"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn config() -> MachineConfig {
+        MachineConfig {
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            capabilities: Capabilities {
+                version: "7.2.22".into(),
+                kvm: true,
+                tcg: true,
+                vhost_vsock: true,
+                vhost_user_vsock: true,
+                vhost_user_fs: true,
+                sandbox: true,
+                virtio_status: true,
+                machine_options: ["usb", "sata"].map(String::from).into(),
+            },
+            accel: Resolved { kvm: false, reason: String::new() },
+            name: "pod,1".into(),
+            kernel: "/k,1/vmlinux".into(),
+            initramfs: Some("/i.cpio".into()),
+            kernel_params: vec!["a=b,c".into()],
+            memory_mib: 256,
+            vcpus: 2,
+            root_ports: 2,
+            console: None,
+            cgroup_procs: Vec::new(),
+        }
+    }
+
+    fn line(config: &MachineConfig) -> String {
+        let words = arguments(config, &7).unwrap();
+        words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" | ")
+    }
+
+    #[test]
+    fn the_base_machine_is_all_there_is() {
+        let line = line(&config());
+        for part in [
+            "-S | ",
+            "-name | guest=pod,,1",
+            "-chardev | socket,id=qmp,fd=7 | -mon | chardev=qmp,mode=control",
+            "-sandbox | on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+            "-machine | q35,memory-backend=mem,dump-guest-core=off,usb=off,sata=off | ",
+            "-accel | tcg,tb-size=",
+            "-smp | cpus=2 | -m | size=256M | -object | memory-backend-memfd,id=mem,size=256M,share=on",
+            "-kernel | /k,1/vmlinux | -initrd | /i.cpio | -append | panic=-1 reboot=t quiet tsc_early_khz=",
+            " a=b,c | ",
+            "virtio-balloon-pci,bus=pcie.0,addr=0x2,id=balloon,disable-legacy=on,free-page-reporting=on",
+            "pcie-root-port,bus=pcie.0,addr=0x5,id=port1,chassis=2,slot=2,io-reserve=0",
+        ] {
+            assert!(line.contains(part), "{part} in {line}");
+        }
+        assert!(!line.contains("virtconsole") && !line.contains("port2"), "{line}");
+    }
+
+    #[test]
+    fn kvm_needs_no_timer_hints_and_debugging_has_a_console() {
+        let accel = Resolved { kvm: true, reason: String::new() };
+        let line = line(&MachineConfig { accel, console: Some("/log,s/c".into()), ..config() });
+        assert!(line.contains("-accel | kvm | -cpu | host"), "{line}");
+        assert!(!line.contains("tsc") && !line.contains("quiet"), "{line}");
+        assert!(line.contains("console=hvc0") && line.contains("file,id=console,path=/log,,s/c,append=on"), "{line}");
+    }
+
+    #[test]
+    fn what_a_binary_lacks_is_left_out_or_refused() {
+        let full = config();
+        let capabilities = Capabilities { sandbox: false, kvm: false, ..full.capabilities.clone() };
+        let lesser = MachineConfig { capabilities, ..full };
+        assert!(!line(&lesser).contains("-sandbox"));
+        let kvm = MachineConfig { accel: Resolved { kvm: true, reason: String::new() }, ..lesser.clone() };
+        assert!(arguments(&kvm, &7).unwrap_err().to_string().ends_with("was built without KVM"));
+        assert!(arguments(&MachineConfig { root_ports: 28, ..lesser.clone() }, &7).is_err());
+        assert!(arguments(&MachineConfig { root_ports: 0, ..lesser }, &7).is_err());
+    }
+
+    #[test]
+    fn the_counter_is_measured_the_same_twice() {
+        let (first, second) = (tsc_khz(), tsc_khz());
+        assert!(first.abs_diff(second) < first / 100, "{first} kHz, {second} kHz");
+    }
+}

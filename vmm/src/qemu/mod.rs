@@ -1,0 +1,9 @@
+//! The QEMU binary: what it can do, which accelerator it gets, and the command line of our machine.
+
+pub mod accel;
+mod args;
+pub mod capabilities;
+mod machine;
+
+pub use machine::MachineConfig;
+pub(crate) use machine::{FIRST_PORT_SLOT, arguments, port_bus};

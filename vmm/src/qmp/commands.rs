@@ -1,0 +1,151 @@
+//! The QMP commands in use, as types: arguments, name and what they return. All exist in QEMU 7.2 and in 11.
+
+use serde::Serialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::{Map, Value, json};
+
+/// A command: its fields are its arguments.
+pub trait Command: Serialize {
+    /// As QEMU calls it.
+    const NAME: &'static str;
+    /// What it returns; `IgnoredAny` where nothing is said.
+    type Reply: DeserializeOwned;
+}
+
+macro_rules! commands {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* } = $wire:literal -> $reply:ty;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Serialize)]
+            #[serde(rename_all = "kebab-case")]
+            pub(crate) struct $name { $(pub $field: $type),* }
+            impl Command for $name {
+                const NAME: &'static str = $wire;
+                type Reply = $reply;
+            }
+        )*
+    };
+}
+
+commands! {
+    /// Ends the negotiation after the greeting.
+    QmpCapabilities {} = "qmp_capabilities" -> IgnoredAny;
+    /// Lets the CPUs run.
+    Cont {} = "cont" -> IgnoredAny;
+    /// Ends QEMU.
+    Quit {} = "quit" -> IgnoredAny;
+    /// Takes a descriptor that comes with the line and gives it a name.
+    Getfd { fdname: String } = "getfd" -> IgnoredAny;
+    /// Closes a named descriptor that no device took.
+    Closefd { fdname: String } = "closefd" -> IgnoredAny;
+    /// Adds a character device.
+    ChardevAdd { id: String, backend: Value } = "chardev-add" -> IgnoredAny;
+    /// Removes one that no device uses.
+    ChardevRemove { id: String } = "chardev-remove" -> IgnoredAny;
+    /// Removes a block node that no device uses.
+    BlockdevDel { node_name: String } = "blockdev-del" -> IgnoredAny;
+    /// Asks the guest to let go of a device. The end of it is an event.
+    DeviceDel { id: String } = "device_del" -> IgnoredAny;
+    /// Children and properties of an object.
+    QomList { path: String } = "qom-list" -> Vec<Named>;
+    /// Every type the binary knows.
+    QomListTypes {} = "qom-list-types" -> Vec<Named>;
+    /// The settings of a type.
+    QomListProperties { typename: String } = "qom-list-properties" -> Vec<Named>;
+    /// Every machine the binary knows.
+    QueryMachines {} = "query-machines" -> Vec<Machine>;
+    /// Every QMP command the binary knows.
+    QueryCommands {} = "query-commands" -> Vec<Named>;
+    /// Command line options with their settings.
+    QueryCommandLineOptions {} = "query-command-line-options" -> Vec<CommandLineOption>;
+    /// State of a virtio device. Unstable by name; since 7.2.
+    QueryVirtioStatus { path: String } = "x-query-virtio-status" -> VirtioStatus;
+}
+
+/// Adds a device; every driver has arguments of its own. Values must have the type that QEMU gives them: from 9.2 on a
+/// number in quotes is refused.
+#[derive(Debug, Serialize)]
+pub(crate) struct DeviceAdd(pub Map<String, Value>);
+
+impl Command for DeviceAdd {
+    const NAME: &'static str = "device_add";
+    type Reply = IgnoredAny;
+}
+
+/// Adds a block node.
+#[derive(Debug, Serialize)]
+pub(crate) struct BlockdevAdd(pub Map<String, Value>);
+
+impl Command for BlockdevAdd {
+    const NAME: &'static str = "blockdev-add";
+    type Reply = IgnoredAny;
+}
+
+/// The socket of a vhost-user device: a connected descriptor that `getfd` gave this name.
+pub(crate) fn connected_socket(fdname: &str) -> Value {
+    json!({"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": fdname}}, "server": false}})
+}
+
+/// An item of a list of which only the name counts.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct Named {
+    pub name: String,
+}
+
+/// An item of `query-machines`.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct Machine {
+    pub name: String,
+    pub alias: Option<String>,
+}
+
+/// An item of `query-command-line-options`.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct CommandLineOption {
+    pub option: String,
+}
+
+/// The part of `x-query-virtio-status` in use.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct VirtioStatus {
+    status: VirtioDeviceStatus,
+}
+
+#[derive(Debug, serde::Deserialize)]
+struct VirtioDeviceStatus {
+    statuses: Vec<String>,
+}
+
+impl VirtioStatus {
+    /// Whether the guest's driver said that it is up.
+    pub(crate) fn driver_ok(&self) -> bool {
+        self.status.statuses.iter().any(|status| status.contains("DRIVER_OK"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_have_the_names_and_arguments_that_qemu_wants() {
+        let line = |text: Vec<u8>| String::from_utf8(text).unwrap();
+        let encoded =
+            super::super::codec::encode(BlockdevDel::NAME, &BlockdevDel { node_name: "blk0".into() }, 3).unwrap();
+        assert_eq!(line(encoded), "{\"execute\":\"blockdev-del\",\"arguments\":{\"node-name\":\"blk0\"},\"id\":3}\r\n");
+        let encoded = super::super::codec::encode(Cont::NAME, &Cont {}, 4).unwrap();
+        assert_eq!(line(encoded), "{\"execute\":\"cont\",\"arguments\":{},\"id\":4}\r\n");
+    }
+
+    #[test]
+    fn driver_ok_is_found_among_the_long_texts() {
+        let text =
+            r#"{"name": "vhost-vsock", "status": {"statuses": ["VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"]}}"#;
+        assert!(serde_json::from_str::<VirtioStatus>(text).unwrap().driver_ok());
+        assert!(
+            !serde_json::from_str::<VirtioStatus>(r#"{"status": {"statuses": ["X_ACKNOWLEDGE"]}}"#)
+                .unwrap()
+                .driver_ok()
+        );
+    }
+}

@@ -1,0 +1,320 @@
+//! A virtual machine, by the verbs the runtime calls: spawn, connect, attach, run, watch, stop.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+
+use crate::devices::{self, Attached, Device, Plug, Undo};
+use crate::error::{Doing, Error, Result};
+use crate::process::{Child, Exit, Identity, Process, Spawn};
+use crate::qemu::{FIRST_PORT_SLOT, MachineConfig, arguments, port_bus};
+use crate::qmp::Qmp;
+use crate::qmp::commands::{Cont, DeviceDel, QueryVirtioStatus, Quit};
+
+/// How long the last event may take to be read after QEMU has died, or QEMU to die after its monitor has closed.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// How long the kernel may take to end a process after SIGKILL; longer means that it hangs in a driver.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A QEMU process that nobody has spoken to yet. Dropping it kills it.
+#[derive(Debug)]
+pub struct Starting {
+    child: Child,
+    socket: UnixStream,
+    ports: u8,
+    virtio_status: bool,
+}
+
+/// A QEMU process with an open monitor. Dropping it kills it.
+#[derive(Debug)]
+pub struct Vm {
+    child: Child,
+    qmp: Qmp,
+    virtio_status: bool,
+    devices: Mutex<Devices>,
+    death: watch::Receiver<Option<Death>>,
+}
+
+#[derive(Debug, Default)]
+struct Devices {
+    next: u32,
+    /// Root ports without a device, the lowest one last.
+    free: Vec<u8>,
+    attached: HashMap<String, (u8, Vec<Undo>)>,
+}
+
+/// How a virtual machine ended. `Display` is one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    /// QEMU's process id.
+    pub pid: i32,
+    /// How the process ended.
+    pub exit: Exit,
+    /// Its last lines on stderr.
+    pub stderr: Vec<String>,
+    /// The last event that explains it: a guest that powered off, panicked or rebooted, or our own quit.
+    pub event: Option<String>,
+}
+
+impl fmt::Display for Death {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "QEMU (process {}) {}", self.pid, self.exit)?;
+        if let Some(event) = &self.event {
+            write!(f, ": {event}")?;
+        }
+        match self.stderr.last() {
+            Some(line) => write!(f, ": {line}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Vm {
+    /// Starts QEMU, with its CPUs stopped. The process exists when this returns; [`Starting::connect`] finds out whether
+    /// it likes what it was given.
+    ///
+    /// # Errors
+    /// The binary cannot be executed, a cgroup is not there, or the configuration asks for what cannot be.
+    pub fn spawn(config: &MachineConfig) -> Result<Starting> {
+        let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
+        let child = Child::spawn(Spawn {
+            program: config.qemu.clone(),
+            args: arguments(config, &theirs)?,
+            fds: vec![OwnedFd::from(theirs)],
+            cgroup_procs: config.cgroup_procs.clone(),
+        })?;
+        let virtio_status = config.capabilities.virtio_status;
+        Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status })
+    }
+
+    /// Who QEMU is.
+    pub fn identity(&self) -> Identity {
+        self.child.identity()
+    }
+
+    /// Adds a device, before the CPUs run or after. Several may be added side by side. If it fails, nothing of it stays.
+    ///
+    /// # Errors
+    /// No free root port, a helper that is gone, QEMU's own.
+    pub async fn attach(&self, device: Device) -> Result<Attached> {
+        let (id, port) = {
+            let mut devices = self.devices();
+            let Some(port) = devices.free.pop() else {
+                return Err(Error::Unsupported("every PCI port of the virtual machine has a device".into()));
+            };
+            devices.next += 1;
+            (format!("{}{}", device.kind(), devices.next), port)
+        };
+        let mut plug = Plug { qmp: &self.qmp, id: id.clone(), bus: port_bus(port), undo: Vec::new() };
+        let plugged = device.plug(&mut plug).await;
+        let undo = plug.undo;
+        match plugged {
+            Ok(()) => {
+                self.devices().attached.insert(id.clone(), (port, undo));
+                Ok(Attached { id, pci_path: format!("{:02x}/00", FIRST_PORT_SLOT + port) })
+            }
+            Err(error) => {
+                let error = self.explained(error).await;
+                if !matches!(error, Error::Died { .. } | Error::Closed { .. }) {
+                    devices::undo(&self.qmp, undo).await;
+                    self.devices().release(port);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Removes a device. The guest has a say in it: it may refuse, or not answer.
+    ///
+    /// # Errors
+    /// No such device, the guest's refusal, or the deadline; the device is still there then.
+    pub async fn detach(&self, id: &str, timeout: Duration) -> Result<()> {
+        if !self.devices().attached.contains_key(id) {
+            return Err(Error::Unsupported(format!("no device {id} is attached")));
+        }
+        let mut events = self.qmp.events();
+        match self.qmp.execute_within(&DeviceDel { id: id.into() }, timeout).await {
+            Ok(_) => {}
+            Err(error) if error.is_class("DeviceNotFound") => return self.forget(id).await,
+            Err(error) => return Err(self.explained(error).await),
+        }
+        let until = Instant::now() + timeout;
+        let refused = loop {
+            match timeout_at(until, events.recv()).await {
+                Ok(Ok(event)) if event.is_about("DEVICE_DELETED", id) => return self.forget(id).await,
+                Ok(Ok(event)) if event.is_about("DEVICE_UNPLUG_GUEST_ERROR", id) => break true,
+                Ok(Ok(_)) => {}
+                // Some events were missed: this one may be among them.
+                Ok(Err(RecvError::Lagged(_))) => {
+                    if !devices::exists(&self.qmp, id).await? {
+                        return self.forget(id).await;
+                    }
+                }
+                Ok(Err(RecvError::Closed)) | Err(_) => break false,
+            }
+        };
+        // An event is a hint, a query is the truth.
+        match devices::exists(&self.qmp, id).await {
+            Ok(false) => self.forget(id).await,
+            Ok(true) if refused => Err(Error::Unsupported(format!("the guest keeps the device {id}"))),
+            Ok(true) => Err(Error::Deadline { doing: format!("the guest to let go of {id}"), timeout }),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    async fn forget(&self, id: &str) -> Result<()> {
+        let removed = self.devices().attached.remove(id);
+        if let Some((port, undo)) = removed {
+            devices::undo(&self.qmp, undo).await;
+            self.devices().release(port);
+        }
+        Ok(())
+    }
+
+    /// Lets the CPUs run.
+    ///
+    /// # Errors
+    /// QEMU's own, or its death.
+    pub async fn cont(&self) -> Result<()> {
+        match self.qmp.execute(&Cont {}).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Whether the guest's driver of a virtio device is up; none if this QEMU cannot tell.
+    ///
+    /// # Errors
+    /// No such device, or QEMU's death.
+    pub async fn driver_ok(&self, id: &str) -> Result<Option<bool>> {
+        if !self.virtio_status {
+            return Ok(None);
+        }
+        let path = format!("/machine/peripheral/{id}/virtio-backend");
+        match self.qmp.execute(&QueryVirtioStatus { path }).await {
+            Ok(status) => Ok(Some(status.driver_ok())),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Waits for the end of QEMU, however it comes; any number of callers may, at any time.
+    pub async fn died(&self) -> Death {
+        let mut death = self.death.clone();
+        let seen = death.wait_for(Option::is_some).await.map(|death| death.clone());
+        seen.ok().flatten().unwrap_or_else(|| Death {
+            pid: self.identity().pid,
+            exit: Exit::Unknown,
+            stderr: self.child.stderr_tail(),
+            event: None,
+        })
+    }
+
+    /// Ends QEMU: asks it to quit, kills it when `timeout` has passed, and waits for the end. May be called again.
+    ///
+    /// # Errors
+    /// The kernel does not let it die (10 s after SIGKILL).
+    pub async fn stop(&self, timeout: Duration) -> Result<Death> {
+        let asked = async {
+            // With an answer, an error or none: only its end counts.
+            let _ = self.qmp.execute_within(&Quit {}, timeout).await;
+            self.child.exited().await
+        };
+        if tokio::time::timeout(timeout, asked).await.is_err() {
+            tracing::warn!(pid = self.identity().pid, ?timeout, "QEMU did not quit in time and is killed");
+            self.child.kill_and_wait(KILL_DEADLINE).await?;
+        }
+        Ok(self.died().await)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&self) {
+        self.child.kill();
+    }
+
+    fn devices(&self) -> MutexGuard<'_, Devices> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A closed monitor is mostly QEMU's death, which explains more.
+    async fn explained(&self, error: Error) -> Error {
+        match error {
+            Error::Closed { .. } => explained(error, self.child.process()).await,
+            other => other,
+        }
+    }
+}
+
+impl Devices {
+    fn release(&mut self, port: u8) {
+        self.free.push(port);
+        self.free.sort_unstable_by(|a, b| b.cmp(a));
+    }
+}
+
+impl Starting {
+    /// Who QEMU is: known before anything can go wrong with it.
+    pub fn identity(&self) -> Identity {
+        self.child.identity()
+    }
+
+    /// Opens the monitor. When this returns, QEMU has made its machine.
+    ///
+    /// # Errors
+    /// QEMU ended (with its last line), or did not answer in time; either way it is dead.
+    pub async fn connect(self, timeout: Duration) -> Result<Vm> {
+        let (qmp, version) = match Qmp::open(self.socket, timeout).await {
+            Ok(open) => open,
+            Err(error) => return Err(explained(error, self.child.process()).await),
+        };
+        tracing::debug!(version, pid = self.child.identity().pid, "QEMU is up");
+        let (sender, death) = watch::channel(None);
+        tokio::spawn(watch_over(self.child.process().clone(), qmp.closing(), qmp.last_word(), sender));
+        let free = (0..self.ports).rev().collect();
+        let devices = Mutex::new(Devices { free, ..Devices::default() });
+        Ok(Vm { child: self.child, qmp, virtio_status: self.virtio_status, devices, death })
+    }
+}
+
+/// Waits for what comes first, the end of the process or of its monitor, and makes sure of the other.
+async fn watch_over(
+    process: Arc<Process>,
+    closing: impl Future<Output = String>,
+    last_word: Arc<Mutex<Option<String>>>,
+    sender: watch::Sender<Option<Death>>,
+) {
+    let mut closing = std::pin::pin!(closing);
+    let exit = tokio::select! {
+        exit = process.exited() => {
+            // The event that says why may still be on its way.
+            let _ = tokio::time::timeout(LAST_WORDS, closing).await;
+            exit
+        }
+        reason = &mut closing => match tokio::time::timeout(LAST_WORDS, process.exited()).await {
+            Ok(exit) => exit,
+            Err(_) => {
+                tracing::warn!(reason, "QEMU's monitor is gone and QEMU is not: it is killed");
+                process.kill();
+                process.exited().await
+            }
+        },
+    };
+    let event = last_word.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let death = Death { pid: process.identity().pid, exit, stderr: process.stderr_tail(), event };
+    sender.send_replace(Some(death));
+}
+
+/// The better of two errors: how the process ended, if it did.
+async fn explained(error: Error, process: &Process) -> Error {
+    match tokio::time::timeout(LAST_WORDS, process.exited()).await {
+        Ok(exit) => process.died(exit),
+        Err(_) => error,
+    }
+}
