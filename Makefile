@@ -1,0 +1,30 @@
+# Each target is one script or one cargo call; `make demo` and `make test` need
+# nothing but a bare Debian 12.
+PREFIX ?= /usr/local
+
+.PHONY: setup guest build install demo test bench clean
+
+setup:
+	scripts/setup
+
+guest: setup
+	scripts/kernel
+	scripts/initramfs
+
+build: guest
+	cargo build --locked --release -p cofferdam-shim
+
+install: build
+	scripts/install $(PREFIX)
+
+demo:
+	scripts/demo
+
+test:
+	scripts/test
+
+bench:
+	scripts/bench
+
+clean:
+	rm -rf target

@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # the variables are for the scripts that source this
+# What the scripts share: paths, progress lines, locks, root. Sourced, never run.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/cofferdam
+prefix=$root/target/prefix
+
+# The versions that the project is tested with. Tools are cached by them.
+virtiofsd_version=1.14.0
+vhost_device_vsock_version=0.3.0
+tools=$cache/tools-virtiofsd-$virtiofsd_version-vsock-$vhost_device_vsock_version
+
+# A user's PATH on Debian has no sbin, and a CI shell often not rustup's folder.
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin"
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+have() { command -v "$1" >/dev/null; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif have sudo; then
+        sudo "$@"
+    else
+        die "'$1' needs root: run this as root or install sudo"
+    fi
+}
+
+# version_ge A B: is A at least B?
+version_ge() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n1)" = "$2" ]; }
+
+# lock NAME: one holder of NAME for this user's cache, until the script ends.
+lock() {
+    mkdir -p "$cache"
+    exec 9>"$cache/$1.lock"
+    flock -n 9 || {
+        say "waiting for another $1 build to finish"
+        flock 9
+    }
+}
+
+# slow WHAT LOG COMMAND...: runs COMMAND with its output in LOG and says every
+# 20 s how far it got; on failure shows the end of LOG.
+slow() {
+    local what=$1 log=$2 began=$SECONDS pid
+    shift 2
+    "$@" >"$log" 2>&1 9>&- </dev/null &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        for _ in {1..100}; do
+            kill -0 "$pid" 2>/dev/null || break 2
+            sleep 0.2
+        done
+        say "$what: $((SECONDS - began)) s, $(wc -l <"$log") steps so far"
+    done
+    wait "$pid" || {
+        tail -n 25 "$log" >&2
+        die "$what failed; the lines above are the end of its output"
+    }
+    say "$what: done after $((SECONDS - began)) s"
+}
