@@ -1,0 +1,122 @@
+//! The server: one for each sandbox, single-threaded, in a mount namespace of its own.
+//!
+//! One thread, because PR_SET_PDEATHSIG of QEMU and the helpers is tied to the thread that started them, and because
+//! threads cost memory in every pod.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use ttrpc::r#async::Server;
+use vmm::process::Identity;
+
+use super::start::{LISTENER_FD, READY_FD};
+use crate::args::Args;
+use crate::error::{Error, IoContext, Result};
+use crate::events::Publisher;
+use crate::identity::SandboxIdentity;
+use crate::logging;
+use crate::sandbox::driver::Driver;
+use crate::sandbox::ledger::{self, Ledger, Resource};
+use crate::sandbox::mounts;
+use crate::service::{self, TaskService};
+
+/// A server that cannot end in order ends all the same; `delete` does the rest.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Runs the server until its sandbox is shut down.
+///
+/// # Errors
+/// What kept it from serving; `start` prints it.
+pub fn run(args: &Args) -> Result<()> {
+    // SAFETY: `start` passes these two descriptors, and this is the only place that takes them.
+    let (listener, mut ready) = unsafe { (StdUnixListener::from_raw_fd(LISTENER_FD), File::from_raw_fd(READY_FD)) };
+    nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        .doing(|| "inherit the socket".into())?;
+    let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
+    let result = prepare(args, &identity, &listener);
+    let ledger = match result {
+        Ok(ledger) => {
+            ready.write_all(b"+").doing(|| "tell `start` that the server is ready".into())?;
+            ledger
+        }
+        Err(error) => {
+            let _ = ready.write_all(error.message.as_bytes());
+            let _ = ledger::undo_own(&identity.state_dir());
+            return Err(error);
+        }
+    };
+    drop(ready);
+    let state_dir = ledger.dir().to_owned();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .build()
+        .doing(|| "make the runtime".into())?;
+    let result = runtime.block_on(serve(args, identity, ledger, listener));
+    // Whatever is still running (a parked wait, a logger) ends with the process.
+    runtime.shutdown_background();
+    if let Err(error) = ledger::undo_own(&state_dir) {
+        tracing::error!(%error, "something is left on the host");
+    }
+    result
+}
+
+/// Everything that must be there before the first request, and that may fail.
+fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) -> Result<Ledger> {
+    logging::start(Path::new("."), &args.id, args.debug);
+    mounts::enter_namespace()?;
+    listener.set_nonblocking(true).doing(|| "set up the socket".into())?;
+    let ledger = Ledger::create(&identity.state_dir())?;
+    let own = Identity::of(std::process::id().cast_signed()).doing(|| "read the server's own start time".into())?;
+    ledger.record(&Resource::Server(own))?;
+    if let Some(path) = args.socket.clone() {
+        ledger.record(&Resource::File { path })?;
+    }
+    Ok(ledger)
+}
+
+async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener: StdUnixListener) -> Result<()> {
+    let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let events = Publisher::start(&address, &args.namespace);
+    let (driver, handle, jobs) = Driver::new(identity, ledger, events);
+    let (ended_sender, mut ended) = watch::channel(false);
+    let task = TaskService::new(handle.clone(), args.id.clone(), ended_sender);
+    let listener = UnixListener::from_std(listener).doing(|| "set up the socket".into())?;
+    let mut server = Server::new().add_listener(listener.into()).register_service(service::all(task));
+    server.start().await.map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
+    let mut driver = tokio::spawn(driver.run(jobs));
+    let mut terminate = signal(SignalKind::terminate()).doing(|| "handle SIGTERM".into())?;
+    let mut interrupt = signal(SignalKind::interrupt()).doing(|| "handle SIGINT".into())?;
+    tokio::select! {
+        _ = ended.wait_for(|ended| *ended) => {}
+        _ = terminate.recv() => stop(&handle).await,
+        _ = interrupt.recv() => stop(&handle).await,
+    }
+    // No new connection finds the socket, and what is connected still gets its answers.
+    if let Some(socket) = &args.socket {
+        remove(socket);
+    }
+    if tokio::time::timeout(END_DEADLINE, &mut driver).await.is_err() {
+        tracing::error!("the sandbox did not end in order within {END_DEADLINE:?}");
+    }
+    let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
+    Ok(())
+}
+
+async fn stop(handle: &crate::sandbox::driver::Handle) {
+    tracing::info!("told to stop");
+    let _ = handle.ask(|driver, reply| driver.shutdown(true, reply)).await;
+}
+
+fn remove(socket: &PathBuf) {
+    if let Err(error) = std::fs::remove_file(socket) {
+        tracing::debug!(%error, socket = %socket.display(), "socket is gone already");
+    }
+}

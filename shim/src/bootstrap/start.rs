@@ -1,0 +1,172 @@
+//! `start`: finds the group's server or leaves a new one behind, and prints its address.
+//!
+//! containerd reads stdout and stderr as one stream until both are closed, so nothing else may be printed and the
+//! server must not inherit them.
+
+use std::fs::{DirBuilder, File, Permissions};
+use std::io::{IsTerminal, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::group::group_id;
+use super::reply::Request;
+use crate::args::Args;
+use crate::error::{Error, IoContext, Result};
+use crate::identity::{STATE_ROOT, SandboxIdentity};
+
+/// Descriptor on which the server inherits its listening socket.
+pub const LISTENER_FD: i32 = 3;
+
+/// Descriptor on which the server says that it is ready (`+`) or why it is not (text).
+pub const READY_FD: i32 = 4;
+
+/// How long a new server may take to its first word.
+const SERVER_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Runs `start`.
+///
+/// # Errors
+/// One line; nothing is left behind.
+pub fn run(args: &Args) -> Result<()> {
+    let mut stdin = Vec::new();
+    if !std::io::stdin().is_terminal() {
+        std::io::stdin().read_to_end(&mut stdin).doing(|| "read the options on stdin".into())?;
+    }
+    let request = Request::decode(&stdin, &args.namespace, &args.id)?;
+    let bundle = std::env::current_dir().doing(|| "find the bundle".into())?;
+    let group = group_id(&bundle, &args.id);
+    let identity = SandboxIdentity::new(&args.address, &args.namespace, &group);
+    let dir = request.socket_dir()?;
+    make_dir(&dir)?;
+    make_dir(Path::new(STATE_ROOT))?;
+    let socket = identity.socket(&dir);
+    let address = format!("unix://{}", socket.display());
+    if let Some(listener) = listen(&socket)? {
+        let debug = args.debug || request.debug();
+        if let Err(error) = spawn_server(args, &group, debug, &socket, listener) {
+            let _ = std::fs::remove_file(&socket);
+            return Err(error);
+        }
+    }
+    write_address(&bundle, &address)?;
+    let mut stdout = std::io::stdout();
+    stdout.write_all(&request.reply(&address)?).and_then(|()| stdout.flush()).doing(|| "print the address".into())
+}
+
+fn make_dir(dir: &Path) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).doing(|| format!("make directory {}", dir.display()))
+}
+
+/// Binds the socket, or finds that a server already answers there (`None`). Under a lock, so that of many starts of
+/// one group exactly one binds and none removes a socket that another is about to listen on.
+fn listen(socket: &Path) -> Result<Option<UnixListener>> {
+    let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
+    let _lock = Flock::lock(root, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| Error::internal(format!("cannot lock {STATE_ROOT}: {errno}")))?;
+    let doing = || format!("listen on {}", socket.display());
+    let listener = match UnixListener::bind(socket) {
+        Ok(listener) => listener,
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            // A unix connect never waits for the server itself, only for room in its backlog.
+            if UnixStream::connect(socket).is_ok() {
+                return Ok(None);
+            }
+            std::fs::remove_file(socket).doing(doing)?;
+            UnixListener::bind(socket).doing(doing)?
+        }
+        Err(error) => return Err(error).doing(doing),
+    };
+    std::fs::set_permissions(socket, Permissions::from_mode(0o600)).doing(doing)?;
+    Ok(Some(listener))
+}
+
+/// Starts the server in a session of its own and waits for its first word.
+fn spawn_server(args: &Args, group: &str, debug: bool, socket: &Path, listener: UnixListener) -> Result<()> {
+    let (mut ready, server_end) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
+        .map(|(r, w)| (File::from(r), w))
+        .doing(|| "make a pipe".into())?;
+    let program = std::env::current_exe().doing(|| "find the shim's own path".into())?;
+    let mut command = Command::new(program);
+    command.args(["-namespace", &args.namespace, "-id", group, "-address", &args.address]);
+    command.arg("-socket").arg(socket);
+    if debug {
+        command.arg("-debug");
+    }
+    command.arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Above the two numbers that the server expects, so that neither dup2 closes the other's source.
+    let high = |fd: &dyn AsRawFd| -> Result<OwnedFd> {
+        let fd = nix::fcntl::fcntl(
+            // SAFETY: the descriptor is open for as long as its owner, which outlives this call.
+            unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.as_raw_fd()) },
+            nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(10),
+        )
+        .doing(|| "duplicate a descriptor".into())?;
+        // SAFETY: fcntl has just made this descriptor and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    let (listener_fd, ready_fd) = (high(&listener)?, high(&server_end)?);
+    let pass = move || {
+        nix::unistd::setsid()?;
+        for (from, to) in [(&listener_fd, LISTENER_FD), (&ready_fd, READY_FD)] {
+            // SAFETY: dup2 is async-signal-safe; both numbers are free in the child, whose other descriptors are
+            // close-on-exec.
+            if unsafe { libc::dup2(from.as_raw_fd(), to) } < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(pass) };
+    let child = command.spawn().doing(|| "start the server".into())?;
+    drop((command, listener, server_end));
+    raise_oom_score(child.id());
+    let mut answer = Vec::new();
+    if readable(&ready) {
+        ready.read_to_end(&mut answer).doing(|| "read the server's answer".into())?;
+    }
+    match answer.as_slice() {
+        b"+" => Ok(()),
+        answer => {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(child.id().cast_signed()),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+            let text = String::from_utf8_lossy(answer).into_owned();
+            let text = if text.is_empty() { "the server ended before it was ready".to_owned() } else { text };
+            Err(Error::internal(text))
+        }
+    }
+}
+
+fn readable(file: &File) -> bool {
+    use std::os::fd::AsFd;
+    let timeout = PollTimeout::try_from(SERVER_DEADLINE).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
+}
+
+/// The kernel should take a container's server before containerd: one more than the parent's score, as runc's shim
+/// does. Without CAP_SYS_RESOURCE even that can be refused; then the inherited score stays.
+fn raise_oom_score(pid: u32) {
+    let parent = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()));
+    if let Some(score) = parent.ok().and_then(|text| text.trim().parse::<i32>().ok()) {
+        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), (score + 1).min(1000).to_string());
+    }
+}
+
+/// containerd 1.6 and 1.7 find the server again after a restart by this file; later ones migrate from it.
+fn write_address(bundle: &Path, address: &str) -> Result<()> {
+    let path = bundle.join("address");
+    let temporary = bundle.join(".address");
+    std::fs::write(&temporary, address)
+        .and_then(|()| std::fs::rename(&temporary, &path))
+        .doing(|| format!("write {}", path.display()))
+}

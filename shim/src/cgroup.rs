@@ -1,0 +1,153 @@
+//! The sandbox's cgroup on the host: QEMU and its helpers are accounted where containerd says the container is.
+//!
+//! Limits are not set here: a container's own hold inside the guest.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process until it is set up.
+const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "freezer"];
+
+/// How long the kernel may take to let go of a cgroup whose processes are dead.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Whether the host has the unified hierarchy only. containerd's metrics collector wants stats of the host's version.
+pub fn host_is_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// The directories that make up the cgroup named by a spec's `linux.cgroupsPath`, one for each hierarchy of the host.
+/// A path of systemd's form (`slice:prefix:name`) stands for the directory that systemd would make.
+pub fn directories(cgroups_path: &str) -> Vec<PathBuf> {
+    let relative = match cgroups_path.split(':').collect::<Vec<_>>()[..] {
+        [slice, prefix, name] => format!("{}/{prefix}-{name}.scope", expand_slice(slice)),
+        _ => cgroups_path.trim_start_matches('/').to_owned(),
+    };
+    if relative.is_empty() || Path::new(&relative).components().any(|part| part.as_os_str() == "..") {
+        return Vec::new();
+    }
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mount_points(&mounts).into_iter().map(|mount| mount.join(&relative)).collect()
+}
+
+fn mount_points(mounts: &str) -> Vec<PathBuf> {
+    let mut points = Vec::new();
+    for line in mounts.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [_, point, kind, options, ..] = fields[..] else { continue };
+        let wanted = match kind {
+            "cgroup2" => point == "/sys/fs/cgroup",
+            "cgroup" => options.split(',').any(|option| V1_CONTROLLERS.contains(&option)),
+            _ => false,
+        };
+        if wanted && !points.contains(&PathBuf::from(point)) {
+            points.push(PathBuf::from(point));
+        }
+    }
+    points
+}
+
+/// systemd's nesting: `a-b.slice` is below `a.slice`.
+fn expand_slice(slice: &str) -> String {
+    let stem = slice.trim_end_matches(".slice");
+    if stem.is_empty() || stem == "-" {
+        return String::new();
+    }
+    let parts: Vec<&str> = stem.split('-').collect();
+    (1..=parts.len()).map(|n| format!("{}.slice", parts[..n].join("-"))).collect::<Vec<_>>().join("/")
+}
+
+/// The directory and those of its parents that do not exist yet, outermost first: what `make` will make.
+pub fn missing(directory: &Path) -> Vec<PathBuf> {
+    let mut missing: Vec<PathBuf> = directory.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
+    missing.reverse();
+    missing
+}
+
+/// Makes a cgroup.
+///
+/// # Errors
+/// The file system's own.
+pub fn make(directory: &Path) -> io::Result<()> {
+    fs::create_dir_all(directory)
+}
+
+/// Removes a cgroup that this sandbox made. One that others use by now (a parent with siblings in it) stays.
+///
+/// # Errors
+/// Processes that are still in it after a second.
+pub fn remove(directory: &Path) -> io::Result<()> {
+    let end = Instant::now() + REMOVE_DEADLINE;
+    loop {
+        match fs::remove_dir(directory) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let procs = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+                if procs.trim().is_empty() && has_children(directory) {
+                    return Ok(());
+                }
+                if Instant::now() > end {
+                    return Err(error);
+                }
+                // The kernel has no notice for v1; v2's would need a watch for what takes a few milliseconds.
+                sleep(Duration::from_millis(5));
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+                return Ok(());
+            }
+            result => return result,
+        }
+    }
+}
+
+fn has_children(directory: &Path) -> bool {
+    fs::read_dir(directory).is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_hierarchy_is_found_once() {
+        let v1 = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n\
+                  cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0\n\
+                  cgroup /sys/fs/cgroup/systemd cgroup rw,xattr,name=systemd 0 0\n\
+                  cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(
+            mount_points(v1),
+            [PathBuf::from("/sys/fs/cgroup/memory"), PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")]
+        );
+        assert_eq!(mount_points("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"), [PathBuf::from("/sys/fs/cgroup")]);
+    }
+
+    #[test]
+    fn systemd_names_stand_for_its_directories() {
+        assert_eq!(
+            expand_slice("kubepods-burstable-pod1.slice"),
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice"
+        );
+        assert_eq!(expand_slice("system.slice"), "system.slice");
+    }
+
+    #[test]
+    fn a_path_that_leaves_the_hierarchy_is_no_path() {
+        assert!(directories("../../etc").is_empty());
+        assert!(directories("").is_empty());
+    }
+
+    #[test]
+    fn removing_twice_is_the_same_as_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = dir.path().join("a/b");
+        assert_eq!(missing(&cgroup), [dir.path().join("a"), cgroup.clone()]);
+        make(&cgroup).unwrap();
+        remove(&dir.path().join("a")).unwrap();
+        assert!(cgroup.exists(), "a cgroup with others in it stays");
+        remove(&cgroup).unwrap();
+        remove(&cgroup).unwrap();
+        assert!(!cgroup.exists());
+    }
+}

@@ -1,0 +1,155 @@
+//! A container's root file system: mounted on the host under the shared directory, as containerd's snapshotter says.
+
+use std::path::Path;
+
+use containerd_shim_protos::types::mount::Mount;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::error::{Error, IoContext, Result};
+use crate::sandbox::mounts;
+
+/// What mount(2) takes at most for its data, in bytes: one page.
+const MAX_DATA: usize = 4095;
+
+/// Mounts the root file system at `target`, which is made.
+///
+/// With an empty list the client prepared a directory itself: the spec's `root.path`, relative to the bundle.
+///
+/// # Errors
+/// One line that names the mount; nothing stays mounted.
+pub fn mount_all(list: &[Mount], root_path: &Path, target: &Path) -> Result<()> {
+    std::fs::create_dir_all(target).doing(|| format!("make directory {}", target.display()))?;
+    if list.is_empty() {
+        if !root_path.is_dir() {
+            return Err(Error::invalid(format!("root file system {} is not a directory", root_path.display())));
+        }
+        return mounts::bind(root_path, target, true);
+    }
+    for (index, entry) in list.iter().enumerate() {
+        let at = target.join(entry.target.trim_start_matches('/'));
+        if entry.target.split('/').any(|part| part == "..") {
+            return Err(Error::invalid(format!("root file system mount {index} has the target {:?}", entry.target)));
+        }
+        if let Err(error) = mount_one(entry, &at) {
+            let _ = mounts::unmount_tree(target);
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
+    let (flags, data) = flags(&entry.options);
+    if data.contains(&"loop") {
+        return Err(Error::unimplemented(format!(
+            "root file system {} wants a loop device: use a snapshotter that mounts directories (overlayfs, native)",
+            entry.source
+        )));
+    }
+    let doing = || format!("mount the root file system ({} from {})", entry.type_, entry.source);
+    if flags.contains(MsFlags::MS_BIND) || matches!(entry.type_.as_str(), "bind" | "rbind") {
+        let recursive = flags.contains(MsFlags::MS_REC) || entry.type_ == "rbind";
+        mounts::bind(Path::new(&entry.source), target, recursive)?;
+        if flags.contains(MsFlags::MS_RDONLY) {
+            mounts::make_read_only(target)?;
+        }
+        return Ok(());
+    }
+    let joined = data.join(",");
+    if joined.len() > MAX_DATA && entry.type_ == "overlay" {
+        return mount_long_overlay(entry, flags, &data, target).doing(doing);
+    }
+    mount(Some(entry.source.as_str()), target, Some(entry.type_.as_str()), flags, Some(joined.as_str())).doing(doing)
+}
+
+/// Options of mount(8) that are flags of mount(2); the rest is the file system's own.
+fn flags(options: &[String]) -> (MsFlags, Vec<&str>) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => flags -= MsFlags::MS_RDONLY,
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "nodev" => flags |= MsFlags::MS_NODEV,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "" | "defaults" => {}
+            other => data.push(other),
+        }
+    }
+    (flags, data)
+}
+
+/// An image of many layers has more options than fit a page: the layers' common directory becomes the working
+/// directory, and their names become relative. The working directory belongs to a thread of its own for that.
+fn mount_long_overlay(entry: &Mount, flags: MsFlags, data: &[&str], target: &Path) -> std::io::Result<()> {
+    let (directory, data) = shorten(data).ok_or_else(|| std::io::Error::from_raw_os_error(libc::E2BIG))?;
+    let (source, target) = (entry.source.clone(), target.to_owned());
+    let worker = std::thread::spawn(move || -> std::io::Result<()> {
+        unshare(CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(Path::new(&directory))?;
+        Ok(mount(Some(source.as_str()), &target, Some("overlay"), flags, Some(data.as_str()))?)
+    });
+    worker.join().map_err(|_| std::io::Error::other("the mounting thread ended"))?
+}
+
+/// The layers' common parent directory and the options with it taken out, if that is enough.
+fn shorten(data: &[&str]) -> Option<(String, String)> {
+    let layers: Vec<&str> = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?.split(':').collect();
+    let mut common = layers.first()?.rfind('/').map(|end| &layers[0][..end])?;
+    while !layers.iter().all(|layer| layer.strip_prefix(common).is_some_and(|rest| rest.starts_with('/'))) {
+        common = &common[..common.rfind('/')?];
+    }
+    if common.is_empty() {
+        return None;
+    }
+    let relative: Vec<&str> = layers.iter().map(|layer| &layer[common.len() + 1..]).collect();
+    let options: Vec<String> = data
+        .iter()
+        .map(|option| match option.starts_with("lowerdir=") {
+            true => format!("lowerdir={}", relative.join(":")),
+            false => (*option).to_owned(),
+        })
+        .collect();
+    let joined = options.join(",");
+    (joined.len() <= MAX_DATA).then(|| (common.to_owned(), joined))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_of_many_layers_fits_a_page() {
+        let layers: Vec<String> = (0..120)
+            .map(|n| format!("/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots/{n}/fs"))
+            .collect();
+        let lower = format!("lowerdir={}", layers.join(":"));
+        let data = ["index=off", "workdir=/w", "upperdir=/u", &lower];
+        assert!(data.join(",").len() > MAX_DATA);
+        let (directory, data) = shorten(&data).unwrap();
+        assert_eq!(directory, "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots");
+        assert!(data.starts_with("index=off,workdir=/w,upperdir=/u,lowerdir=0/fs:1/fs:"));
+    }
+
+    #[test]
+    fn layers_without_a_common_directory_are_left_alone() {
+        assert_eq!(shorten(&["lowerdir=/a:/b"]), None);
+        assert_eq!(shorten(&["upperdir=/a"]), None);
+        assert_eq!(shorten(&["lowerdir=/a/x:/a/xy"]), Some(("/a".into(), "lowerdir=x:xy".into())));
+    }
+
+    #[test]
+    fn options_are_flags_or_the_file_systems_own() {
+        let options = ["ro", "nosuid", "index=off", "defaults"].map(str::to_owned);
+        let (flags, data) = flags(&options);
+        assert_eq!((flags, data), (MsFlags::MS_RDONLY | MsFlags::MS_NOSUID, vec!["index=off"]));
+    }
+}

@@ -1,0 +1,239 @@
+//! A container's OCI spec as its client wrote it: read, freed of names that this runtime does not know, and checked
+//! before anything is made for it.
+//!
+//! The runtime spec asks for a warning, not an error, on an unknown capability, rlimit or seccomp action, where the
+//! parser rejects the whole document. So the JSON is filtered first.
+
+use std::path::Path;
+
+use oci_spec::runtime::{
+    Arch, Capability, LinuxNamespaceType, LinuxResources, LinuxSeccompAction, LinuxSeccompFilterFlag, PosixRlimitType,
+    Process, Spec,
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// What an unknown default action of a seccomp profile becomes: the strictest that lets the container start.
+const STRICT_ACTION: &str = "SCMP_ACT_ERRNO";
+
+/// Reads the bundle's config.json.
+///
+/// # Errors
+/// `INVALID_ARGUMENT`: missing, not JSON, not a spec, or not possible in a virtual machine.
+pub fn load(bundle: &Path) -> Result<Spec> {
+    let path = bundle.join("config.json");
+    let text = std::fs::read(&path)
+        .map_err(|error| Error::invalid(format!("cannot read the container's spec {}: {error}", path.display())))?;
+    parse(&text).map_err(|error| error.context(format!("the container's spec {}", path.display())))
+}
+
+fn parse(text: &[u8]) -> Result<Spec> {
+    let mut json: Value =
+        serde_json::from_slice(text).map_err(|error| Error::invalid(format!("is not valid JSON: {error}")))?;
+    if let Some(process) = json.get_mut("process") {
+        filter_process(process);
+    }
+    if let Some(seccomp) = json.pointer_mut("/linux/seccomp") {
+        filter_seccomp(seccomp);
+    }
+    check_namespaces(&json["linux"]["namespaces"])?;
+    let spec: Spec =
+        serde_json::from_value(json).map_err(|error| Error::invalid(format!("is not an OCI runtime spec: {error}")))?;
+    check(&spec)?;
+    Ok(spec)
+}
+
+/// Parses the process of an `Exec` request.
+///
+/// # Errors
+/// `INVALID_ARGUMENT`.
+pub fn parse_process(text: &[u8]) -> Result<Process> {
+    let bad = |error| Error::invalid(format!("the exec's process is not an OCI process: {error}"));
+    let mut json: Value = serde_json::from_slice(text).map_err(bad)?;
+    filter_process(&mut json);
+    let process: Process = serde_json::from_value(json).map_err(bad)?;
+    check_process(&process)?;
+    Ok(process)
+}
+
+/// Parses the resources of an `Update` request.
+///
+/// # Errors
+/// `INVALID_ARGUMENT`.
+pub fn parse_resources(text: &[u8]) -> Result<LinuxResources> {
+    serde_json::from_slice(text)
+        .map_err(|error| Error::invalid(format!("the update's resources are not OCI linux resources: {error}")))
+}
+
+fn known<T: DeserializeOwned>(value: &Value) -> bool {
+    serde_json::from_value::<T>(value.clone()).is_ok()
+}
+
+fn retain_known<T: DeserializeOwned>(list: &mut Value, what: &str) {
+    if let Some(list) = list.as_array_mut() {
+        list.retain(|value| {
+            let keep = known::<T>(value);
+            if !keep {
+                tracing::warn!("unknown {what} {value} is ignored");
+            }
+            keep
+        });
+    }
+}
+
+fn filter_process(process: &mut Value) {
+    if let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut) {
+        sets.values_mut().for_each(|set| retain_known::<Capability>(set, "capability"));
+    }
+    if let Some(rlimits) = process.get_mut("rlimits").and_then(Value::as_array_mut) {
+        rlimits.retain(|rlimit| {
+            let keep = known::<PosixRlimitType>(&rlimit["type"]);
+            if !keep {
+                tracing::warn!("unknown rlimit {} is ignored", rlimit["type"]);
+            }
+            keep
+        });
+    }
+}
+
+fn filter_seccomp(seccomp: &mut Value) {
+    if !seccomp.is_object() {
+        return;
+    }
+    if !known::<LinuxSeccompAction>(&seccomp["defaultAction"]) {
+        tracing::warn!("unknown seccomp default action {} becomes {STRICT_ACTION}", seccomp["defaultAction"]);
+        seccomp["defaultAction"] = STRICT_ACTION.into();
+    }
+    if let Some(list) = seccomp.get_mut("architectures") {
+        retain_known::<Arch>(list, "seccomp architecture");
+    }
+    if let Some(list) = seccomp.get_mut("flags") {
+        retain_known::<LinuxSeccompFilterFlag>(list, "seccomp flag");
+    }
+    if let Some(rules) = seccomp.get_mut("syscalls").and_then(Value::as_array_mut) {
+        rules.retain(|rule| {
+            let keep = known::<LinuxSeccompAction>(&rule["action"]);
+            if !keep {
+                tracing::warn!("unknown seccomp action {}: its rule is ignored", rule["action"]);
+            }
+            keep
+        });
+    }
+}
+
+/// A namespace that nobody knows is no warning: the container would share what it asked not to share.
+fn check_namespaces(namespaces: &Value) -> Result<()> {
+    for namespace in namespaces.as_array().into_iter().flatten() {
+        if !known::<LinuxNamespaceType>(&namespace["type"]) {
+            return Err(Error::invalid(format!(
+                "names the unknown namespace type {}: use cgroup, ipc, mount, network, pid, user or uts",
+                namespace["type"]
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn check(spec: &Spec) -> Result<()> {
+    let Some(process) = spec.process() else { return Err(Error::invalid("has no process")) };
+    check_process(process)?;
+    if spec.root().is_none() {
+        return Err(Error::invalid("has no root"));
+    }
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let has = |kind| namespaces.is_some_and(|list| list.iter().any(|namespace| namespace.typ() == kind));
+    if !has(LinuxNamespaceType::Network) {
+        return Err(Error::invalid(
+            "asks for the host's network, which a virtual machine cannot share: give it a network namespace of its own",
+        ));
+    }
+    if !has(LinuxNamespaceType::Mount) {
+        return Err(Error::invalid("has no mount namespace: a container needs one of its own"));
+    }
+    Ok(())
+}
+
+fn check_process(process: &Process) -> Result<()> {
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(Error::invalid("names no command (process.args is empty)"));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(Error::invalid(format!("has the working directory {:?}, which is not absolute", process.cwd())));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn minimal() -> Value {
+        json!({
+            "ociVersion": "1.1.0",
+            "process": {
+                "user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/",
+                "capabilities": {"bounding": ["CAP_CHOWN", "CAP_FUTURE"]},
+                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1, "soft": 1}, {"type": "RLIMIT_NEW", "hard": 1, "soft": 1}]
+            },
+            "root": {"path": "rootfs"},
+            "linux": {
+                "namespaces": [{"type": "mount"}, {"type": "network"}],
+                "seccomp": {
+                    "defaultAction": "SCMP_ACT_FUTURE",
+                    "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_Z80"],
+                    "syscalls": [
+                        {"names": ["read"], "action": "SCMP_ACT_ALLOW"},
+                        {"names": ["write"], "action": "SCMP_ACT_PONDER"}
+                    ]
+                }
+            }
+        })
+    }
+
+    fn refused(change: impl FnOnce(&mut Value)) -> String {
+        let mut json = minimal();
+        change(&mut json);
+        let error = parse(json.to_string().as_bytes()).unwrap_err();
+        assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
+        error.message
+    }
+
+    #[test]
+    fn what_this_runtime_does_not_know_is_left_out() {
+        let spec = parse(minimal().to_string().as_bytes()).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!(process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().len(), 1);
+        assert_eq!(process.rlimits().as_ref().unwrap().len(), 1);
+        let seccomp = spec.linux().as_ref().unwrap().seccomp().as_ref().unwrap();
+        assert_eq!(seccomp.default_action(), LinuxSeccompAction::ScmpActErrno);
+        assert_eq!(seccomp.architectures().as_ref().unwrap().len(), 1);
+        assert_eq!(seccomp.syscalls().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_unknown_namespace_is_named() {
+        let message = refused(|json| json["linux"]["namespaces"][1]["type"] = "galaxy".into());
+        assert!(message.contains("\"galaxy\""), "{message}");
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_with_the_reason() {
+        assert!(refused(|json| json["process"]["args"] = json!([])).contains("names no command"));
+        assert!(refused(|json| json["process"]["cwd"] = "tmp".into()).contains("not absolute"));
+        assert!(refused(|json| json["process"] = Value::Null).contains("no process"));
+        assert!(refused(|json| json["linux"]["namespaces"] = json!([{"type": "mount"}])).contains("host's network"));
+        assert!(refused(|json| json["linux"]["namespaces"] = json!([{"type": "network"}])).contains("mount namespace"));
+    }
+
+    #[test]
+    fn garbage_is_not_a_spec() {
+        for text in ["", "{", "[]", "null", "3", "{\"ociVersion\":3}", "{\"linux\":[],\"process\":3}"] {
+            assert!(parse(text.as_bytes()).is_err(), "{text}");
+        }
+        assert!(load(Path::new("/nonexistent")).unwrap_err().message.contains("/nonexistent/config.json"));
+    }
+}

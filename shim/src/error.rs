@@ -1,0 +1,109 @@
+//! The shim's error: a gRPC code that containerd acts on and one line that a user reads.
+
+use ttrpc::Code;
+
+/// One failed request. Only code and message survive the way to the user, so the message says what failed, on what,
+/// and what to do.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{message}")]
+pub struct Error {
+    /// What containerd's clients act on (`NOT_FOUND`: already gone; `UNIMPLEMENTED`: try another way; …).
+    pub code: Code,
+    /// One line for the user.
+    pub message: String,
+}
+
+/// Result with the shim's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+macro_rules! constructors {
+    ($($(#[$doc:meta])* $name:ident => $code:ident;)*) => {
+        impl Error {
+            $($(#[$doc])* pub fn $name(message: impl Into<String>) -> Error {
+                Error { code: Code::$code, message: message.into() }
+            })*
+        }
+    };
+}
+
+constructors! {
+    /// The request or a file it names is wrong.
+    invalid => INVALID_ARGUMENT;
+    /// No such task, exec or process (any more).
+    not_found => NOT_FOUND;
+    /// The id is taken.
+    exists => ALREADY_EXISTS;
+    /// Not in this state.
+    precondition => FAILED_PRECONDITION;
+    /// Gone for now or for good, through no fault of the request.
+    unavailable => UNAVAILABLE;
+    /// This runtime does not do it.
+    unimplemented => UNIMPLEMENTED;
+    /// Something took too long.
+    deadline => DEADLINE_EXCEEDED;
+    /// Everything else.
+    internal => INTERNAL;
+}
+
+impl Error {
+    /// Puts what was being done in front of the message.
+    pub fn context(self, doing: impl std::fmt::Display) -> Error {
+        Error { message: format!("{doing}: {}", self.message), ..self }
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> ttrpc::Error {
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code, error.message.replace('\n', " ")))
+    }
+}
+
+/// The agent's answer, as the shim's: its code and text are already meant for the user.
+impl From<ttrpc::Error> for Error {
+    fn from(error: ttrpc::Error) -> Error {
+        match error {
+            ttrpc::Error::RpcStatus(status) => Error { code: status.code(), message: status.message().to_owned() },
+            other => Error::unavailable(format!("connection to the guest agent is lost: {other}")),
+        }
+    }
+}
+
+impl From<vmm::Error> for Error {
+    fn from(error: vmm::Error) -> Error {
+        Error::internal(error.to_string())
+    }
+}
+
+/// Turns a system error into an internal one, with what was being done in front.
+pub trait IoContext<T> {
+    /// `doing` reads like "make directory /run/cofferdam".
+    fn doing(self, doing: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: Into<std::io::Error>> IoContext<T> for std::result::Result<T, E> {
+    fn doing(self, doing: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|error| {
+            let error: std::io::Error = error.into();
+            Error::internal(format!("cannot {}: {error}", doing()))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_sees_the_message_and_nothing_of_rust() {
+        let error: ttrpc::Error = Error::not_found("task \"web\" is not there\nany more").into();
+        let ttrpc::Error::RpcStatus(status) = error else { panic!("not a status") };
+        assert_eq!(status.code(), Code::NOT_FOUND);
+        assert_eq!(status.message(), "task \"web\" is not there any more");
+    }
+
+    #[test]
+    fn the_agents_code_is_kept() {
+        let status = ttrpc::get_status(Code::INVALID_ARGUMENT, "no such user");
+        assert_eq!(Error::from(ttrpc::Error::RpcStatus(status)), Error::invalid("no such user"));
+    }
+}

@@ -1,0 +1,379 @@
+//! How a sandbox's virtual machine comes up: helpers and QEMU side by side, devices, power on, the agent's answer.
+//!
+//! Every process is in the ledger before it is used, and all of them are killed when the future that builds them is
+//! dropped or fails, so there is nothing to roll back by hand. QEMU and the helpers also die with the shim
+//! (PR_SET_PDEATHSIG), because nobody else could take them over.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_client::protocols::agent::{CreateSandboxRequest, GuestDetailsRequest, Storage};
+use agent_client::{
+    AGENT_PORT, AgentClient, FEATURE_RAW_STDIO, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, SHARE_TAG,
+    Transport, context,
+};
+use oci_spec::runtime::Spec;
+use tokio::io::AsyncReadExt;
+use tokio::time::{sleep, timeout};
+use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::{Device, MachineConfig, VirtioFs, Vm, VsockDevice};
+
+use super::ledger::{Ledger, Resource};
+use crate::cgroup;
+use crate::config::{Accelerator, Config, VsockDevice as VsockChoice, find_file, find_program};
+use crate::error::{Error, IoContext, Result};
+use crate::identity::STATE_ROOT;
+
+/// A helper or QEMU's monitor is there within this time, or not at all.
+const START_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A running agent answers a plain call within this time.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// One attempt to reach an agent that does not say when it is ready.
+const DIAL_DEADLINE: Duration = Duration::from_millis(200);
+
+/// Between two looks at a guest whose agent may not say when it is ready.
+const DIAL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// QEMU's own orderly end, before it is killed.
+const QUIT_DEADLINE: Duration = Duration::from_millis(300);
+
+/// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
+const ROOT_PORTS: u8 = 8;
+
+/// Queue size of the virtio-fs device.
+const FS_QUEUE_SIZE: u16 = 1024;
+
+/// Context id of a guest behind a user space vsock device: each has a device, and so a number space, of its own.
+const HYBRID_CID: u32 = 3;
+
+/// Time and memory that the boot of one sandbox needs, from the container's limits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sizing {
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+}
+
+impl Sizing {
+    /// The configured size, plus the container's memory limit, and as many CPUs as its quota can use.
+    pub fn of(config: &Config, spec: &Spec) -> Sizing {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let limit = resources.and_then(|from| from.memory().as_ref()).and_then(|memory| memory.limit());
+        let limit_mib = limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or_default().div_ceil(1 << 20);
+        let cpu = resources.and_then(|from| from.cpu().as_ref());
+        let quota = cpu.and_then(|cpu| cpu.quota()).and_then(|quota| u64::try_from(quota).ok());
+        let period = cpu.and_then(|cpu| cpu.period()).filter(|period| *period > 0).unwrap_or(100_000);
+        let host_cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let vcpus = quota.map_or(u64::from(config.vcpus), |quota| quota.div_ceil(period)).clamp(1, host_cpus as u64);
+        // A limit of petabytes is how some clients write "none".
+        let limit_mib = if limit_mib < 1 << 24 { limit_mib } else { 0 };
+        Sizing {
+            memory_mib: (config.memory_mib + limit_mib).next_multiple_of(2),
+            vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus).max(1),
+        }
+    }
+}
+
+/// What a launch needs to know.
+pub struct Plan {
+    /// The configuration.
+    pub config: Config,
+    /// Size of the machine.
+    pub sizing: Sizing,
+    /// The sandbox's id, which becomes the guest's name.
+    pub id: String,
+    /// The guest's host name.
+    pub hostname: String,
+    /// `linux.cgroupsPath` of the first container.
+    pub cgroups_path: String,
+}
+
+/// A running guest with an agent that answers.
+pub struct Guest {
+    /// The virtual machine.
+    pub vm: Vm,
+    /// The agent.
+    pub agent: AgentClient,
+    /// The way to the guest.
+    pub transport: Transport,
+    /// Whether stdio goes over streams of its own.
+    pub raw_stdio: bool,
+    /// Whether the agent applies seccomp profiles.
+    pub seccomp: bool,
+    virtiofsd: Virtiofsd,
+    vsock_daemon: Option<VsockDaemon>,
+}
+
+impl Guest {
+    /// Waits until the machine or a helper that it cannot live without is gone; says which and why.
+    pub async fn died(&self) -> String {
+        let daemon = async {
+            match &self.vsock_daemon {
+                Some(daemon) => daemon.exited().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            death = self.vm.died() => death.to_string(),
+            why = self.virtiofsd.exited() => why,
+            why = daemon => why,
+        }
+    }
+
+    /// Ends QEMU and the helpers.
+    pub async fn stop(&self) {
+        if let Err(error) = self.vm.stop(QUIT_DEADLINE).await {
+            tracing::warn!(%error, "QEMU did not stop in order");
+        }
+        let daemon = async {
+            match &self.vsock_daemon {
+                Some(daemon) => daemon.stop(QUIT_DEADLINE).await,
+                None => Ok(()),
+            }
+        };
+        let (virtiofsd, daemon) = tokio::join!(self.virtiofsd.stop(QUIT_DEADLINE), daemon);
+        for error in [virtiofsd, daemon].into_iter().filter_map(Result::err) {
+            tracing::warn!(%error, "a helper did not stop in order");
+        }
+    }
+}
+
+/// Directory below the state directory that the guest sees.
+pub fn share_dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("share")
+}
+
+/// Brings the guest up, with one more try if it does not answer in time.
+///
+/// # Errors
+/// One line; nothing that was started is left.
+pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
+    let config = &plan.config;
+    let qemu = find_program(&config.qemu, "qemu")?;
+    find_file(&config.kernel, "kernel")?;
+    find_file(&config.initramfs, "initramfs")?;
+    let cgroup_procs = join_cgroup(&plan.cgroups_path, ledger)?;
+    let cache_dir = Path::new(STATE_ROOT).join("cache");
+    std::fs::create_dir_all(&cache_dir).doing(|| format!("make directory {}", cache_dir.display()))?;
+    let accel = match config.accelerator {
+        Accelerator::Auto => vmm::accel::Accel::Auto,
+        Accelerator::Kvm => vmm::accel::Accel::Kvm,
+        Accelerator::Tcg => vmm::accel::Accel::Tcg,
+    };
+    let accel = accel.resolve()?;
+    tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
+    let mut machine = MachineConfig {
+        capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,
+        qemu,
+        accel,
+        name: plan.id.clone(),
+        kernel: config.kernel.clone(),
+        initramfs: Some(config.initramfs.clone()),
+        kernel_params: Vec::new(),
+        memory_mib: plan.sizing.memory_mib,
+        vcpus: plan.sizing.vcpus,
+        root_ports: ROOT_PORTS,
+        console: config.debug.then(|| ledger.dir().join("console.log")),
+        cgroup_procs,
+    };
+    for attempt in 1..=2 {
+        let boot = boot(plan, &mut machine, &cache_dir, ledger);
+        match timeout(config.boot_deadline(), boot).await {
+            Ok(result) => return result,
+            Err(_) => tracing::warn!(attempt, deadline = ?config.boot_deadline(), "the guest did not answer"),
+        }
+    }
+    Err(Error::deadline(format!(
+        "the guest agent did not answer within {} s, twice: is the initramfs {} the one of this installation? \
+         debug = true in the configuration keeps the guest's console",
+        config.boot_timeout_seconds,
+        config.initramfs.display()
+    )))
+}
+
+fn join_cgroup(cgroups_path: &str, ledger: &Ledger) -> Result<Vec<PathBuf>> {
+    let mut procs = Vec::new();
+    for directory in cgroup::directories(cgroups_path) {
+        for path in cgroup::missing(&directory) {
+            ledger.record(&Resource::Cgroup { path })?;
+        }
+        cgroup::make(&directory).doing(|| format!("make cgroup {}", directory.display()))?;
+        procs.push(directory.join("cgroup.procs"));
+    }
+    Ok(procs)
+}
+
+/// Where a guest will be, before there is one.
+struct Address {
+    transport: Transport,
+    ready: Listener,
+    port: u32,
+    kernel: Option<vmm::vsock::KernelVsock>,
+}
+
+fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
+    let kernel = match choice {
+        VsockChoice::VhostUser => None,
+        VsockChoice::Vhost => Some(vmm::vsock::open_kernel()?),
+        VsockChoice::Auto => match vmm::vsock::open_kernel() {
+            Ok(kernel) => Some(kernel),
+            Err(error) => {
+                tracing::info!(%error, "no kernel vsock, vhost-device-vsock instead");
+                None
+            }
+        },
+    };
+    let transport = match &kernel {
+        Some(kernel) => Transport::Vsock { cid: kernel.cid },
+        None => Transport::Hybrid { path: dir.join("vsock") },
+    };
+    let doing = || "listen for the guest's ready notice".to_owned();
+    let ready = transport.listen(READY_PORT).doing(doing)?;
+    let port = ready.port(READY_PORT).doing(doing)?;
+    Ok(Address { transport, ready, port, kernel })
+}
+
+async fn boot(plan: &Plan, machine: &mut MachineConfig, cache_dir: &Path, ledger: &Ledger) -> Result<Guest> {
+    let config = &plan.config;
+    let dir = ledger.dir();
+    let Address { transport, ready, port, kernel } = address(config.vsock, dir)?;
+    machine.kernel_params = config.kernel_params.clone();
+    machine.kernel_params.push(format!("{READY_PARAMETER}={port}"));
+    if config.debug {
+        machine.kernel_params.push("agent.log=debug".to_owned());
+    }
+    let starting = Vm::spawn(machine)?;
+    ledger.record(&Resource::Process(starting.identity()))?;
+    let daemon = match &kernel {
+        Some(_) => None,
+        None => {
+            let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
+                binary: find_program(&config.vhost_device_vsock, "vhost_device_vsock")?,
+                socket: dir.join("vsock-user"),
+                uds_path: dir.join("vsock"),
+                guest_cid: HYBRID_CID,
+                cgroup_procs: machine.cgroup_procs.clone(),
+            })?;
+            ledger.record(&Resource::Process(daemon.identity()))?;
+            Some(daemon)
+        }
+    };
+    let virtiofsd_config = VirtiofsdConfig {
+        binary: find_program(&config.virtiofsd, "virtiofsd")?,
+        cache_dir: cache_dir.to_owned(),
+        socket: dir.join("virtiofs"),
+        shared_dir: share_dir(dir),
+        cgroup_procs: machine.cgroup_procs.clone(),
+    };
+    let virtiofsd = async {
+        let (virtiofsd, connection) = Virtiofsd::spawn(&virtiofsd_config).await?;
+        ledger.record(&Resource::Process(virtiofsd.identity()))?;
+        Ok::<_, Error>((virtiofsd, connection))
+    };
+    let vsock = async {
+        match (kernel, &daemon) {
+            (Some(kernel), _) => Ok(VsockDevice::Kernel(kernel)),
+            (None, Some(daemon)) => Ok(VsockDevice::User { connection: daemon.connect(START_DEADLINE).await? }),
+            (None, None) => Err(Error::internal("no vsock device")),
+        }
+    };
+    let monitor = async { Ok::<_, Error>(starting.connect(START_DEADLINE).await?) };
+    let ((virtiofsd, connection), vsock, vm) = tokio::try_join!(virtiofsd, vsock, monitor)?;
+    let fs = Device::VirtioFs(VirtioFs { tag: SHARE_TAG.to_owned(), connection, queue_size: FS_QUEUE_SIZE });
+    let (vsock, _) = tokio::try_join!(vm.attach(Device::Vsock(vsock)), vm.attach(fs))?;
+    vm.cont().await?;
+    let stream = tokio::select! {
+        stream = reach_agent(&transport, &ready, &vm, &vsock.id) => stream?,
+        death = vm.died() => return Err(Error::internal(format!("the guest ended while it booted: {death}"))),
+        why = virtiofsd.exited() => return Err(Error::internal(why)),
+    };
+    let agent = AgentClient::new(stream);
+    let (raw_stdio, seccomp) = create_sandbox(&agent, plan).await?;
+    Ok(Guest { vm, agent, transport, raw_stdio, seccomp, virtiofsd, vsock_daemon: daemon })
+}
+
+/// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a connection made before
+/// that is swallowed by vhost-device-vsock, which may not recover from it.
+async fn reach_agent(transport: &Transport, ready: &Listener, vm: &Vm, vsock: &str) -> Result<agent_client::Stream> {
+    let doing = || "reach the guest agent".to_owned();
+    tokio::select! {
+        notice = ready.accept() => {
+            let mut line = [0; 6];
+            timeout(CALL_DEADLINE, notice.doing(doing)?.read_exact(&mut line))
+                .await
+                .map_err(|_| Error::deadline("the guest's ready notice is incomplete"))?
+                .doing(doing)?;
+            transport.dial(AGENT_PORT, CALL_DEADLINE).await.doing(doing)
+        }
+        stream = dial_silent_agent(transport, vm, vsock) => stream,
+    }
+}
+
+async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Result<agent_client::Stream> {
+    loop {
+        sleep(DIAL_INTERVAL).await;
+        if vm.driver_ok(vsock).await? != Some(false)
+            && let Ok(stream) = transport.dial(AGENT_PORT, DIAL_DEADLINE).await
+        {
+            return Ok(stream);
+        }
+    }
+}
+
+async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<(bool, bool)> {
+    let share = Storage {
+        driver: "virtio-fs".to_owned(),
+        source: SHARE_TAG.to_owned(),
+        fstype: "virtiofs".to_owned(),
+        options: vec!["nodev".to_owned()],
+        mount_point: GUEST_SHARE.to_owned(),
+        ..Default::default()
+    };
+    let sandbox = CreateSandboxRequest {
+        hostname: plan.hostname.clone(),
+        sandbox_id: plan.id.clone(),
+        storages: vec![share],
+        ..Default::default()
+    };
+    let details = GuestDetailsRequest::default();
+    let (created, details) = tokio::join!(
+        agent.agent.create_sandbox(context(Some(CALL_DEADLINE)), &sandbox),
+        agent.agent.get_guest_details(context(Some(CALL_DEADLINE)), &details),
+    );
+    created.map_err(|error| Error::from(error).context("the guest agent cannot set up the sandbox"))?;
+    let details = details.map_err(|error| Error::from(error).context("the guest agent does not say what it can do"))?;
+    let agent_details = &details.agent_details;
+    let raw_stdio = agent_details.extra_features.iter().any(|feature| feature == FEATURE_RAW_STDIO);
+    tracing::info!(version = agent_details.version, raw_stdio, "guest agent");
+    Ok((raw_stdio, agent_details.supports_seccomp))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn sizing(resources: serde_json::Value) -> Sizing {
+        let spec = serde_json::from_value(json!({
+            "ociVersion": "1.1.0", "root": {"path": "r"}, "linux": {"resources": resources}
+        }));
+        Sizing::of(&Config::default(), &spec.unwrap())
+    }
+
+    #[test]
+    fn a_container_gets_its_limit_on_top_of_the_machines_own_need() {
+        let default = Config::default().memory_mib;
+        assert_eq!(sizing(json!({})), Sizing { memory_mib: default, vcpus: 1 });
+        assert_eq!(sizing(json!({"memory": {"limit": 64 << 20}})).memory_mib, default + 64);
+        assert_eq!(sizing(json!({"memory": {"limit": -1}})).memory_mib, default);
+        assert_eq!(sizing(json!({"memory": {"limit": i64::MAX}})).memory_mib, default);
+        assert_eq!(sizing(json!({"cpu": {"quota": -1, "period": 100_000}})).vcpus, 1);
+        let all = u32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
+        assert_eq!(sizing(json!({"cpu": {"quota": 150_000, "period": 100_000}})).vcpus, 2.min(all));
+        assert_eq!(sizing(json!({"cpu": {"quota": 900_000_000, "period": 0}})).vcpus, all);
+    }
+}

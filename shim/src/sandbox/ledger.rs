@@ -1,0 +1,213 @@
+//! The undo ledger: what a sandbox made on the host that the kernel does not take back by itself.
+//!
+//! A file of JSON lines in the sandbox's state directory. An entry is written before its resource is made (a process:
+//! before it is used), and undoing is idempotent, so an entry without a resource does no harm. The file is not synced:
+//! everything it names ends with the running kernel, and what was written before a crash of the shim is in the page
+//! cache. Mounts need no entry: they live in the sandbox's own mount namespace and go with its last process.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use vmm::process::Identity;
+
+use super::mounts;
+use crate::cgroup;
+use crate::error::{Error, IoContext, Result};
+
+const NAME: &str = "ledger";
+
+/// How long a killed process may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Something on the host that somebody has to undo.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Resource {
+    /// The server itself. While it lives, undoing is its own business first.
+    Server(Identity),
+    /// QEMU or a helper.
+    Process(Identity),
+    /// A directory of a cgroup hierarchy.
+    Cgroup {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file or socket outside the state directory.
+    File {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// The writing end, held by the server.
+#[derive(Debug)]
+pub struct Ledger {
+    dir: PathBuf,
+    file: Mutex<File>,
+}
+
+impl Ledger {
+    /// Makes the state directory and its ledger.
+    ///
+    /// # Errors
+    /// One line that names the directory.
+    pub fn create(dir: &Path) -> Result<Ledger> {
+        let doing = || format!("make the sandbox's state directory {}", dir.display());
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).doing(doing)?;
+        let file = OpenOptions::new().create(true).append(true).open(dir.join(NAME)).doing(doing)?;
+        Ok(Ledger { dir: dir.to_owned(), file: Mutex::new(file) })
+    }
+
+    /// The state directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Records a resource. Only after that may it be made.
+    ///
+    /// # Errors
+    /// One line; a full disk is the likely reason.
+    pub fn record(&self, resource: &Resource) -> Result<()> {
+        let doing = || format!("record {resource:?} in {}", self.dir.join(NAME).display());
+        let mut line = serde_json::to_vec(resource).map_err(std::io::Error::other).doing(doing)?;
+        line.push(b'\n');
+        let mut file = self.file.lock().map_err(|_| Error::internal("the ledger's lock is poisoned"))?;
+        file.write_all(&line).doing(doing)
+    }
+}
+
+/// Undoes all that the ledger in `dir` names, newest first, then removes the directory. A server that still lives is
+/// given `server_deadline` to do so itself. Nothing there is success.
+///
+/// # Errors
+/// One line that names the first thing that could not be undone; the rest is undone all the same.
+pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
+    let resources = read(dir)?;
+    let server = resources.iter().find_map(|resource| match resource {
+        Resource::Server(identity) => Some(*identity),
+        _ => None,
+    });
+    if let Some(server) = server {
+        wait_until_gone(&server, server_deadline);
+    }
+    undo_all(dir, &resources)
+}
+
+/// What the server itself does at its end: everything but its own process.
+///
+/// # Errors
+/// As for [`undo`].
+pub fn undo_own(dir: &Path) -> Result<()> {
+    let mut resources = read(dir)?;
+    resources.retain(|resource| !matches!(resource, Resource::Server(_)));
+    undo_all(dir, &resources)
+}
+
+/// Lines that do not parse (a full disk tears the last one) are passed over.
+fn read(dir: &Path) -> Result<Vec<Resource>> {
+    let path = dir.join(NAME);
+    match std::fs::read(&path) {
+        Ok(text) => {
+            Ok(text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
+        }
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) => Err(error).doing(|| format!("read {}", path.display())),
+    }
+}
+
+fn undo_all(dir: &Path, resources: &[Resource]) -> Result<()> {
+    // Processes first, the server before its children so that it starts no more of them.
+    let (servers, others): (Vec<_>, Vec<_>) = resources.iter().partition(|r| matches!(r, Resource::Server(_)));
+    let (processes, files): (Vec<_>, Vec<_>) = others.into_iter().partition(|r| matches!(r, Resource::Process(_)));
+    let mut result = Ok(());
+    for resource in servers.into_iter().chain(processes.into_iter().rev()).chain(files.into_iter().rev()) {
+        if let Err(error) = undo_one(resource) {
+            tracing::warn!(%error, "left behind");
+            result = result.and(Err(error));
+        }
+    }
+    result.and(mounts::remove_tree(dir))
+}
+
+fn undo_one(resource: &Resource) -> Result<()> {
+    match resource {
+        Resource::Server(identity) | Resource::Process(identity) => {
+            identity.kill_and_wait(KILL_DEADLINE).map_err(Error::from)
+        }
+        Resource::Cgroup { path } => cgroup::remove(path).doing(|| format!("remove cgroup {}", path.display())),
+        Resource::File { path } => match std::fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).doing(|| format!("remove {}", path.display()))
+            }
+            _ => Ok(()),
+        },
+    }
+}
+
+fn wait_until_gone(server: &Identity, deadline: Duration) {
+    let end = Instant::now() + deadline;
+    while server.is_alive() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_recorded_is_undone_and_twice_does_no_harm() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        let outside = root.path().join("socket");
+        let ledger = Ledger::create(&dir).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let identity = Identity::of(child.id().cast_signed()).unwrap();
+        ledger.record(&Resource::Process(identity)).unwrap();
+        ledger.record(&Resource::File { path: outside.clone() }).unwrap();
+        ledger.record(&Resource::Cgroup { path: root.path().join("no-such-cgroup") }).unwrap();
+        std::fs::write(&outside, "").unwrap();
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        undo(&dir, Duration::ZERO).unwrap();
+        assert!(!reaper.join().unwrap().success());
+        assert!(!outside.exists() && !dir.exists());
+        undo(&dir, Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn another_process_with_a_recycled_pid_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        let ledger = Ledger::create(&dir).unwrap();
+        let own = Identity::of(std::process::id().cast_signed()).unwrap();
+        ledger.record(&Resource::Process(Identity { start_time: own.start_time + 1, ..own })).unwrap();
+        undo(&dir, Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn a_torn_ledger_is_read_as_far_as_it_goes() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        let outside = root.path().join("file");
+        let ledger = Ledger::create(&dir).unwrap();
+        ledger.record(&Resource::File { path: outside.clone() }).unwrap();
+        std::fs::write(&outside, "").unwrap();
+        let mut file = OpenOptions::new().append(true).open(dir.join(NAME)).unwrap();
+        file.write_all(b"\xff\xfe{\n{\"kind\":\"proce").unwrap();
+        undo(&dir, Duration::ZERO).unwrap();
+        assert!(!outside.exists() && !dir.exists());
+    }
+
+    #[test]
+    fn a_full_disk_is_named() {
+        let ledger =
+            Ledger { dir: "/dev".into(), file: Mutex::new(File::options().write(true).open("/dev/full").unwrap()) };
+        let message = ledger.record(&Resource::File { path: "/x".into() }).unwrap_err().to_string();
+        assert!(message.contains("No space left") && message.contains("/dev/ledger"), "{message}");
+    }
+}

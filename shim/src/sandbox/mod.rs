@@ -1,0 +1,9 @@
+//! One sandbox: what may happen in which state (`state`), who makes it happen (`driver`), how its virtual machine
+//! comes up (`launch`) and how everything it left on the host is undone (`ledger`).
+
+pub mod driver;
+pub mod launch;
+pub mod ledger;
+pub mod mounts;
+mod process;
+pub mod state;

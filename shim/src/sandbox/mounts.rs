@@ -1,0 +1,131 @@
+//! Mounts of a sandbox: a mount namespace of their own, a shared directory in it, and how a tree of them is removed.
+//!
+//! The namespace receives what the host mounts later (it is a slave) and shows the host nothing. The shared directory
+//! is a mount of its own that propagates to virtiofsd, which has a namespace below this one.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::error::{Error, IoContext, Result};
+
+/// Gives this process a mount namespace of its own. To be called before there is a second thread.
+///
+/// # Errors
+/// One line; without CAP_SYS_ADMIN there is no runtime.
+pub fn enter_namespace() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).doing(|| "make a mount namespace (is this root?)".into())?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
+        .doing(|| "make / a slave mount".into())
+}
+
+/// Makes the directory that the guest sees, as a mount that propagates to virtiofsd.
+///
+/// # Errors
+/// One line that names the directory.
+pub fn make_shared(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).doing(|| format!("make directory {}", dir.display()))?;
+    let doing = || format!("mount {}", dir.display());
+    bind(dir, dir, false)?;
+    mount(None::<&str>, dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>).doing(doing)
+}
+
+/// Binds a file or directory, with everything mounted below it if `recursive`.
+///
+/// # Errors
+/// One line that names both.
+pub fn bind(from: &Path, to: &Path, recursive: bool) -> Result<()> {
+    let flags = if recursive { MsFlags::MS_BIND | MsFlags::MS_REC } else { MsFlags::MS_BIND };
+    mount(Some(from), to, None::<&str>, flags, None::<&str>)
+        .doing(|| format!("bind {} to {}", from.display(), to.display()))
+}
+
+/// Makes an existing bind mount read-only.
+///
+/// # Errors
+/// One line that names it.
+pub fn make_read_only(at: &Path) -> Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(None::<&str>, at, None::<&str>, flags, None::<&str>).doing(|| format!("make {} read-only", at.display()))
+}
+
+/// Takes off everything that is mounted at or below a directory, in this namespace.
+///
+/// # Errors
+/// One line that names a mount that stays.
+pub fn unmount_tree(dir: &Path) -> Result<()> {
+    for point in below(dir)?.iter().rev() {
+        match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            // EINVAL: it went with a mount above it.
+            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+            Err(errno) => return Err(Error::internal(format!("cannot unmount {}: {errno}", point.display()))),
+        }
+    }
+    Ok(())
+}
+
+/// Removes a directory of mount points. What is mounted there is taken off first and never descended into: it is
+/// somebody else's data.
+///
+/// # Errors
+/// One line that names what stays.
+pub fn remove_tree(dir: &Path) -> Result<()> {
+    unmount_tree(dir)?;
+    if let Some(point) = below(dir)?.first() {
+        return Err(Error::internal(format!("cannot remove {}: {} is mounted", dir.display(), point.display())));
+    }
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).doing(|| format!("remove {}", dir.display())),
+        _ => Ok(()),
+    }
+}
+
+fn below(dir: &Path) -> Result<Vec<PathBuf>> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mount table".into())?;
+    Ok(mount_points(&text).into_iter().filter(|point| point.starts_with(dir)).collect())
+}
+
+/// Fifth field of each line, with the kernel's octal escapes resolved.
+fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
+    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).collect()
+}
+
+fn unescape(field: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let bytes = field.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = field.get(at + 1..at + 4).filter(|_| bytes[at] == b'\\');
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                at += 4;
+            }
+            None => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(out).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_with_odd_names_are_found() {
+        let text =
+            "36 35 98:0 / /run/a\\040b\\134c rw shared:1 - ext4 /dev/x rw\n37 36 0:5 / /proc rw - proc proc rw\n";
+        assert_eq!(mount_points(text), [PathBuf::from("/run/a b\\c"), PathBuf::from("/proc")]);
+    }
+
+    #[test]
+    fn removing_what_is_not_there_is_done_already() {
+        remove_tree(Path::new("/run/no-such-directory-of-cofferdam")).unwrap();
+    }
+}

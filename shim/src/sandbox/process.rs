@@ -1,0 +1,165 @@
+//! What the guest is asked to do with a process or a container, each call with its deadline.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_client::context;
+use agent_client::protocols::agent::{
+    CgroupStats, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ResumeContainerRequest,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
+    WaitProcessRequest,
+};
+use oci_spec::runtime::{LinuxResources, Process};
+use ttrpc::Code;
+
+use super::launch::Guest;
+use super::state::{Io, Key};
+use crate::container::to_proto;
+use crate::error::{Error, Result};
+use crate::stdio::{GuestIo, HostIo, Pumps};
+
+/// Starting a process: it includes the guest's reading of the program from the image.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Everything that only changes something inside the guest.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// containerd's collector waits 2 s for the statistics of one shim.
+const STATS_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Exit status of a process that the guest has lost track of, as containerd's "unknown".
+const UNKNOWN_STATUS: u32 = 255;
+
+/// Lets a container's init run.
+///
+/// # Errors
+/// The agent's own words.
+pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
+    let request = StartContainerRequest { container_id: id.to_owned(), ..Default::default() };
+    guest.agent.agent.start_container(context(Some(START_DEADLINE)), &request).await?;
+    Ok(())
+}
+
+/// Runs a further process in a container, its stdio connected before.
+///
+/// # Errors
+/// The agent's own words; a stdio path that does not open.
+pub async fn start_exec(guest: &Guest, key: &Key, process: &Process, io: &Io, namespace: &str) -> Result<Pumps> {
+    let host_io = HostIo::open(io, namespace, &key.container).await?;
+    let raw = match guest.raw_stdio {
+        true => Some(GuestIo::raw(&guest.transport, key, io).await?),
+        false => None,
+    };
+    let request = ExecProcessRequest {
+        container_id: key.container.clone(),
+        exec_id: key.exec.clone(),
+        process: Some(to_proto::process(process)).into(),
+        ..Default::default()
+    };
+    guest.agent.agent.exec_process(context(Some(START_DEADLINE)), &request).await?;
+    let guest_io = raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, key, io));
+    Ok(Pumps::start(host_io, guest_io))
+}
+
+/// Waits for the end of a process: its status, or `None` if the connection to the guest ended first.
+pub async fn wait(guest: &Guest, key: &Key) -> Option<u32> {
+    let request =
+        WaitProcessRequest { container_id: key.container.clone(), exec_id: key.exec.clone(), ..Default::default() };
+    match guest.agent.agent.wait_process(context(None), &request).await {
+        Ok(response) => Some(response.status.cast_unsigned()),
+        Err(ttrpc::Error::RpcStatus(status)) => {
+            tracing::warn!(message = status.message(), %key, "the guest does not know how the process ended");
+            Some(UNKNOWN_STATUS)
+        }
+        Err(_) => None,
+    }
+}
+
+/// Sends a signal. With `all`, or SIGKILL to init, every process of the container gets it.
+///
+/// # Errors
+/// `NOT_FOUND` if it is gone already.
+pub async fn signal(guest: &Guest, key: &Key, signal: u32) -> Result<()> {
+    let request = SignalProcessRequest {
+        container_id: key.container.clone(),
+        exec_id: key.exec.clone(),
+        signal,
+        ..Default::default()
+    };
+    guest.agent.agent.signal_process(context(Some(CALL_DEADLINE)), &request).await?;
+    Ok(())
+}
+
+/// Sets the size of a process's terminal, in characters.
+///
+/// # Errors
+/// The agent's own words.
+pub async fn resize(guest: &Guest, key: &Key, width: u32, height: u32) -> Result<()> {
+    let request = TtyWinResizeRequest {
+        container_id: key.container.clone(),
+        exec_id: key.exec.clone(),
+        row: height,
+        column: width,
+        ..Default::default()
+    };
+    match guest.agent.agent.tty_win_resize(context(Some(CALL_DEADLINE)), &request).await {
+        // There is no terminal, or nobody before it any more.
+        Err(ttrpc::Error::RpcStatus(status)) if matches!(status.code(), Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
+        other => other.map(drop).map_err(Error::from),
+    }
+}
+
+/// Freezes (`true`) or thaws a container.
+///
+/// # Errors
+/// The agent's own words.
+pub async fn set_paused(guest: &Guest, id: &str, paused: bool) -> Result<()> {
+    let id = id.to_owned();
+    let call = context(Some(CALL_DEADLINE));
+    if paused {
+        let request = PauseContainerRequest { container_id: id, ..Default::default() };
+        guest.agent.agent.pause_container(call, &request).await?;
+    } else {
+        let request = ResumeContainerRequest { container_id: id, ..Default::default() };
+        guest.agent.agent.resume_container(call, &request).await?;
+    }
+    Ok(())
+}
+
+/// A container's statistics.
+///
+/// # Errors
+/// The agent's own words.
+pub async fn stats(guest: &Guest, id: &str) -> Result<CgroupStats> {
+    let request = StatsContainerRequest { container_id: id.to_owned(), ..Default::default() };
+    let mut response = guest.agent.agent.stats_container(context(Some(STATS_DEADLINE)), &request).await?;
+    Ok(response.cgroup_stats.take().unwrap_or_default())
+}
+
+/// Changes a container's limits; what is not named stays.
+///
+/// # Errors
+/// The agent's own words.
+pub async fn update(guest: &Guest, id: &str, resources: &LinuxResources) -> Result<()> {
+    let request = UpdateContainerRequest {
+        container_id: id.to_owned(),
+        resources: Some(to_proto::resources(resources)).into(),
+        ..Default::default()
+    };
+    guest.agent.agent.update_container(context(Some(CALL_DEADLINE)), &request).await?;
+    Ok(())
+}
+
+/// The next container that ran out of memory; `None` once the connection to the guest has ended.
+pub async fn oom(guest: &Arc<Guest>) -> Option<String> {
+    loop {
+        match guest.agent.agent.get_oom_event(context(None), &GetOOMEventRequest::default()).await {
+            Ok(event) => return Some(event.container_id),
+            Err(ttrpc::Error::RpcStatus(status)) => {
+                tracing::debug!(message = status.message(), "no OOM event");
+                tokio::time::sleep(CALL_DEADLINE).await;
+            }
+            Err(_) => return None,
+        }
+    }
+}

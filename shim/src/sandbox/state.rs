@@ -1,0 +1,494 @@
+//! What may happen in which state: pure decisions, no IO, no clock.
+//!
+//! ```text
+//! init:  Creating ─▶ Created ─▶ Starting ─▶ Running ─▶ Exited ─▶ Deleting ─▶ (gone)
+//!                       └──────────── killed ────────────▲
+//! exec:              Created ─▶ Starting ─▶ Running ─▶ Exited ─▶ Deleting ─▶ (gone)
+//! ```
+//!
+//! Two rules of containerd's event order are kept here: an exit never comes before its start (an exit that overtakes
+//! the start's answer waits in `early`), and the exit of a container's init is the container's last (it waits in
+//! `held` while execs are still on their way out).
+
+use std::collections::BTreeMap;
+
+use crate::container::exit_file::Exit;
+use crate::error::{Error, Result};
+
+/// Pids that no process of the host has: above the kernel's limit of 2^22 (PID_MAX_LIMIT).
+const FIRST_PID: u32 = 4_194_304;
+
+/// Exit status of what ended with its virtual machine, as after SIGKILL.
+pub const KILLED: u32 = 137;
+
+/// A process of a container: its init (`exec` is empty) or an exec.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// The container.
+    pub container: String,
+    /// The exec, empty for init.
+    pub exec: String,
+}
+
+impl Key {
+    /// The key of a request's `id` and `exec_id`.
+    pub fn new(container: &str, exec: &str) -> Key {
+        Key { container: container.to_owned(), exec: exec.to_owned() }
+    }
+
+    /// Whether this is the container's init.
+    pub fn is_init(&self) -> bool {
+        self.exec.is_empty()
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.is_init() {
+            true => write!(f, "task {}", self.container),
+            false => write!(f, "exec {} of task {}", self.exec, self.container),
+        }
+    }
+}
+
+/// Where the client wants a process's input and output: echoed in `State`, so that it can attach again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Io {
+    /// Fifo for input, or empty.
+    pub stdin: String,
+    /// Fifo or URI for output, or empty.
+    pub stdout: String,
+    /// Fifo or URI for errors, or empty.
+    pub stderr: String,
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+}
+
+/// Where in its life a process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The guest is making the container.
+    Creating,
+    /// Ready to start.
+    Created,
+    /// The guest has been asked to start it; its exit may already be known.
+    Starting {
+        /// An exit that overtook the answer to the start.
+        early: Option<Exit>,
+    },
+    /// Started.
+    Running,
+    /// Ended.
+    Exited(Exit),
+    /// Being deleted; what the answer will say. A created process that is deleted has no exit.
+    Deleting(Option<Exit>),
+}
+
+/// One process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// What containerd knows it by.
+    pub pid: u32,
+    /// Where in its life it is.
+    pub stage: Stage,
+    /// Its input and output.
+    pub io: Io,
+}
+
+/// One container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// The bundle's directory.
+    pub bundle: String,
+    /// The first process.
+    pub init: Process,
+    /// The others, by exec id.
+    pub execs: BTreeMap<String, Process>,
+    /// Frozen by `Pause`.
+    pub paused: bool,
+    /// Init's exit, while execs are still on their way out.
+    held: Option<Exit>,
+}
+
+/// What `State` answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Not started yet.
+    Created,
+    /// Started.
+    Running,
+    /// Frozen.
+    Paused,
+    /// Ended.
+    Stopped(Exit),
+}
+
+/// All tasks of a sandbox.
+#[derive(Debug, Default)]
+pub struct State {
+    tasks: BTreeMap<String, Task>,
+    pids: u32,
+    /// Why there is no virtual machine any more.
+    dead: Option<String>,
+}
+
+impl State {
+    /// Whether nothing is left that needs the sandbox.
+    pub fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    /// A container.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn task(&self, id: &str) -> Result<&Task> {
+        self.tasks.get(id).ok_or_else(|| Error::not_found(format!("task {id} is not there")))
+    }
+
+    fn task_mut(&mut self, id: &str) -> Result<&mut Task> {
+        self.tasks.get_mut(id).ok_or_else(|| Error::not_found(format!("task {id} is not there")))
+    }
+
+    /// A process.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn process(&self, key: &Key) -> Result<&Process> {
+        let task = self.task(&key.container)?;
+        match key.is_init() {
+            true => Ok(&task.init),
+            false => task.execs.get(&key.exec).ok_or_else(|| Error::not_found(format!("{key} is not there"))),
+        }
+    }
+
+    fn process_mut(&mut self, key: &Key) -> Result<&mut Process> {
+        let task = self.task_mut(&key.container)?;
+        match key.is_init() {
+            true => Ok(&mut task.init),
+            false => task.execs.get_mut(&key.exec).ok_or_else(|| Error::not_found(format!("{key} is not there"))),
+        }
+    }
+
+    fn alive(&self) -> Result<()> {
+        match &self.dead {
+            None => Ok(()),
+            Some(reason) => Err(Error::precondition(format!("the sandbox's virtual machine has ended: {reason}"))),
+        }
+    }
+
+    fn next_pid(&mut self) -> u32 {
+        self.pids += 1;
+        FIRST_PID + self.pids
+    }
+
+    /// A container is about to be made.
+    ///
+    /// # Errors
+    /// `ALREADY_EXISTS`; `FAILED_PRECONDITION` without a virtual machine.
+    pub fn create(&mut self, id: &str, bundle: &str, io: Io) -> Result<()> {
+        self.alive()?;
+        if self.tasks.contains_key(id) {
+            return Err(Error::exists(format!("task {id} already exists")));
+        }
+        let init = Process { pid: self.next_pid(), stage: Stage::Creating, io };
+        let task = Task { bundle: bundle.to_owned(), init, execs: BTreeMap::new(), paused: false, held: None };
+        self.tasks.insert(id.to_owned(), task);
+        Ok(())
+    }
+
+    /// The guest has made the container. The first one of a sandbox goes by the pid of the virtual machine itself, a
+    /// real process in the sandbox's namespaces; pids stay unique.
+    pub fn created(&mut self, id: &str, vm_pid: u32) -> u32 {
+        let taken = self.tasks.values().any(|task| task.init.pid == vm_pid);
+        let Some(task) = self.tasks.get_mut(id) else { return vm_pid };
+        task.init.stage = Stage::Created;
+        if !taken {
+            task.init.pid = vm_pid;
+        }
+        task.init.pid
+    }
+
+    /// The guest, or the host before it, could not make the container.
+    pub fn create_failed(&mut self, id: &str) {
+        self.tasks.remove(id);
+    }
+
+    /// A further process is announced.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`, `ALREADY_EXISTS`; `FAILED_PRECONDITION` if the container does not run.
+    pub fn exec(&mut self, key: &Key, io: Io) -> Result<()> {
+        self.alive()?;
+        let pid = self.next_pid();
+        let task = self.task_mut(&key.container)?;
+        if key.is_init() {
+            return Err(Error::invalid(format!("exec in task {} has no id", key.container)));
+        }
+        if task.execs.contains_key(&key.exec) {
+            return Err(Error::exists(format!("{key} already exists")));
+        }
+        task.running()?;
+        task.execs.insert(key.exec.clone(), Process { pid, stage: Stage::Created, io });
+        Ok(())
+    }
+
+    /// A process is about to be started.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` if it was started before, or its container does not run.
+    pub fn start(&mut self, key: &Key) -> Result<()> {
+        self.alive()?;
+        let task = self.task(&key.container)?;
+        if !key.is_init() {
+            task.running()?;
+            if task.paused {
+                return Err(Error::precondition(format!("task {} is paused: resume it first", key.container)));
+            }
+        }
+        let process = self.process_mut(key)?;
+        match process.stage {
+            Stage::Created => process.stage = Stage::Starting { early: None },
+            Stage::Creating => return Err(Error::precondition(format!("{key} is still being created"))),
+            Stage::Exited(_) | Stage::Deleting(_) => {
+                return Err(Error::precondition(format!("{key} has ended: it cannot be started again")));
+            }
+            Stage::Starting { .. } | Stage::Running => {
+                return Err(Error::precondition(format!("{key} is already started")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest has started it. Returns its pid; [`State::take_early`] has what happened meanwhile.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn started(&mut self, key: &Key) -> Result<(u32, Option<Exit>)> {
+        let process = self.process_mut(key)?;
+        let early = match process.stage {
+            Stage::Starting { early } => {
+                process.stage = Stage::Running;
+                early
+            }
+            _ => None,
+        };
+        Ok((process.pid, early))
+    }
+
+    /// The guest could not start it. An init that failed is at its end; an exec waits to be deleted.
+    pub fn start_failed(&mut self, key: &Key) -> Option<Exit> {
+        let process = self.process_mut(key).ok()?;
+        match process.stage {
+            Stage::Starting { early } => {
+                process.stage = early.map_or(Stage::Created, Stage::Exited);
+                early
+            }
+            _ => None,
+        }
+    }
+
+    /// A process has ended. Returns the exits to tell the world, in order.
+    pub fn exited(&mut self, key: &Key, exit: Exit) -> Vec<(Key, Exit)> {
+        let Ok(process) = self.process_mut(key) else { return Vec::new() };
+        let exit = Exit { pid: process.pid, ..exit };
+        match &mut process.stage {
+            Stage::Starting { early } => {
+                *early = Some(exit);
+                return Vec::new();
+            }
+            Stage::Created | Stage::Running => {}
+            Stage::Creating | Stage::Exited(_) | Stage::Deleting(_) => return Vec::new(),
+        }
+        let Some(task) = self.tasks.get_mut(&key.container) else { return Vec::new() };
+        if key.is_init() && task.has_live_execs() {
+            task.held.get_or_insert(exit);
+            return Vec::new();
+        }
+        let mut exits = vec![(key.clone(), exit)];
+        match task.execs.get_mut(&key.exec) {
+            Some(exec) => exec.stage = Stage::Exited(exit),
+            None => task.end(exit),
+        }
+        if !key.is_init()
+            && !task.has_live_execs()
+            && let Some(held) = task.held.take()
+        {
+            task.end(held);
+            exits.push((Key::new(&key.container, ""), held));
+        }
+        exits
+    }
+
+    /// Whether init's exit waits for execs.
+    pub fn is_held(&self, id: &str) -> bool {
+        self.tasks.get(id).is_some_and(|task| task.held.is_some())
+    }
+
+    /// Init has been dead for long enough: what is left of its container ends as killed.
+    pub fn release_held(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
+        match self.is_held(id) {
+            true => self.kill_task(id, at),
+            false => Vec::new(),
+        }
+    }
+
+    fn kill_task(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
+        let Some(task) = self.tasks.get_mut(id) else { return Vec::new() };
+        let mut exits = Vec::new();
+        for (exec_id, exec) in &mut task.execs {
+            if matches!(exec.stage, Stage::Running | Stage::Starting { .. }) {
+                let exit = Exit { pid: exec.pid, status: KILLED, at };
+                // Without a start event there is no exit event either; who waits for it is answered by `Exited`.
+                if exec.stage == Stage::Running {
+                    exits.push((Key::new(id, exec_id), exit));
+                }
+                exec.stage = Stage::Exited(exit);
+            }
+        }
+        if !matches!(task.init.stage, Stage::Creating | Stage::Exited(_) | Stage::Deleting(_)) {
+            let exit = task.held.take().unwrap_or(Exit { pid: task.init.pid, status: KILLED, at });
+            task.end(exit);
+            exits.push((Key::new(id, ""), exit));
+        }
+        exits
+    }
+
+    /// There is no virtual machine any more. Returns the exits to tell the world, in order; the first reason stays.
+    pub fn vm_died(&mut self, reason: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
+        self.dead.get_or_insert_with(|| reason.to_owned());
+        let ids: Vec<String> = self.tasks.keys().cloned().collect();
+        ids.iter().flat_map(|id| self.kill_task(id, at)).collect()
+    }
+
+    /// Whether a signal may be sent.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` once it has ended (clients take only that for "already gone"); `FAILED_PRECONDITION` before.
+    pub fn kill(&self, key: &Key) -> Result<()> {
+        match self.process(key)?.stage {
+            Stage::Exited(_) | Stage::Deleting(_) => Err(Error::not_found(format!("{key}: process already finished"))),
+            Stage::Creating => Err(Error::precondition(format!("{key} is still being created"))),
+            Stage::Created if !key.is_init() => Err(Error::precondition(format!("{key} is not started"))),
+            Stage::Created | Stage::Starting { .. } | Stage::Running => Ok(()),
+        }
+    }
+
+    /// A process is about to be deleted. Returns what the answer will say.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` while it runs.
+    pub fn delete(&mut self, key: &Key) -> Result<Option<Exit>> {
+        let process = self.process_mut(key)?;
+        let exit = match process.stage {
+            Stage::Created => None,
+            Stage::Exited(exit) => Some(exit),
+            Stage::Deleting(_) => return Err(Error::precondition(format!("{key} is already being deleted"))),
+            Stage::Creating | Stage::Starting { .. } | Stage::Running => {
+                return Err(Error::precondition(format!("{key} is still running: kill it first")));
+            }
+        };
+        process.stage = Stage::Deleting(exit);
+        Ok(exit)
+    }
+
+    /// It is deleted.
+    pub fn deleted(&mut self, key: &Key) {
+        match key.is_init() {
+            true => drop(self.tasks.remove(&key.container)),
+            false => {
+                if let Some(task) = self.tasks.get_mut(&key.container) {
+                    task.execs.remove(&key.exec);
+                }
+            }
+        }
+    }
+
+    /// Pauses (`true`) or resumes a container, after [`State::may_pause`].
+    pub fn set_paused(&mut self, id: &str, paused: bool) {
+        if let Some(task) = self.tasks.get_mut(id) {
+            task.paused = paused;
+        }
+    }
+
+    /// Whether a container can be paused (`true`) or resumed.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` if it does not run, or is in that state already.
+    pub fn may_pause(&self, id: &str, paused: bool) -> Result<()> {
+        self.alive()?;
+        let task = self.task(id)?;
+        task.running()?;
+        match (task.paused, paused) {
+            (true, true) => Err(Error::precondition(format!("task {id} is already paused"))),
+            (false, false) => Err(Error::precondition(format!("task {id} is not paused"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// What `State` answers.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn status(&self, key: &Key) -> Result<Status> {
+        let paused = self.task(&key.container)?.paused;
+        Ok(match self.process(key)?.stage {
+            Stage::Creating | Stage::Created | Stage::Starting { .. } | Stage::Deleting(None) => Status::Created,
+            Stage::Running if paused => Status::Paused,
+            Stage::Running => Status::Running,
+            Stage::Exited(exit) | Stage::Deleting(Some(exit)) => Status::Stopped(exit),
+        })
+    }
+
+    /// The exit, once there is one.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn exit(&self, key: &Key) -> Result<Option<Exit>> {
+        Ok(match self.status(key)? {
+            Status::Stopped(exit) => Some(exit),
+            _ => None,
+        })
+    }
+
+    /// Pids of a container's living processes, with the exec's id (empty for init).
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
+        let task = self.task(id)?;
+        let processes = std::iter::once((&task.init, String::new()))
+            .chain(task.execs.iter().map(|(id, process)| (process, id.clone())));
+        let lives =
+            |process: &Process| matches!(process.stage, Stage::Created | Stage::Starting { .. } | Stage::Running);
+        Ok(processes
+            .filter(|(process, exec_id)| lives(process) && (exec_id.is_empty() || process.stage != Stage::Created))
+            .map(|(process, exec_id)| (process.pid, exec_id))
+            .collect())
+    }
+}
+
+impl Task {
+    fn running(&self) -> Result<()> {
+        match self.init.stage {
+            Stage::Running if self.held.is_none() => Ok(()),
+            Stage::Creating | Stage::Created | Stage::Starting { .. } => {
+                Err(Error::precondition("the container is not started"))
+            }
+            _ => Err(Error::precondition("the container has ended")),
+        }
+    }
+
+    fn has_live_execs(&self) -> bool {
+        self.execs.values().any(|exec| matches!(exec.stage, Stage::Starting { .. } | Stage::Running))
+    }
+
+    fn end(&mut self, exit: Exit) {
+        self.init.stage = Stage::Exited(exit);
+        self.paused = false;
+    }
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

@@ -1,0 +1,215 @@
+//! What may happen in which state, as containerd and its users see it.
+
+use std::time::SystemTime;
+
+use ttrpc::Code;
+
+use super::*;
+
+const VM: u32 = 100;
+
+fn exit(status: u32) -> Exit {
+    Exit { pid: 0, status, at: SystemTime::UNIX_EPOCH }
+}
+
+fn init() -> Key {
+    Key::new("web", "")
+}
+
+fn exec(id: &str) -> Key {
+    Key::new("web", id)
+}
+
+fn created() -> State {
+    let mut state = State::default();
+    state.create("web", "/b", Io::default()).unwrap();
+    state.created("web", VM);
+    state
+}
+
+fn running() -> State {
+    let mut state = created();
+    state.start(&init()).unwrap();
+    state.started(&init()).unwrap();
+    state
+}
+
+fn running_with_exec() -> State {
+    let mut state = running();
+    state.exec(&exec("e"), Io::default()).unwrap();
+    state.start(&exec("e")).unwrap();
+    state.started(&exec("e")).unwrap();
+    state
+}
+
+fn code<T: std::fmt::Debug>(result: Result<T>) -> Code {
+    result.unwrap_err().code
+}
+
+fn order(exits: &[(Key, Exit)]) -> Vec<(&str, u32)> {
+    exits.iter().map(|(key, exit)| (key.exec.as_str(), exit.status)).collect()
+}
+
+#[test]
+fn a_task_lives_from_create_to_delete() {
+    let mut state = State::default();
+    state.create("web", "/b", Io::default()).unwrap();
+    assert_eq!(state.created("web", VM), VM);
+    assert_eq!(state.status(&init()), Ok(Status::Created));
+    state.start(&init()).unwrap();
+    assert_eq!(state.started(&init()).unwrap(), (VM, None));
+    assert_eq!(state.status(&init()), Ok(Status::Running));
+    let exits = state.exited(&init(), exit(3));
+    assert_eq!(order(&exits), [("", 3)]);
+    assert_eq!(exits[0].1.pid, VM);
+    assert_eq!(state.delete(&init()).unwrap().unwrap().status, 3);
+    state.deleted(&init());
+    assert!(state.is_empty());
+    assert_eq!(code(state.status(&init())), Code::NOT_FOUND);
+}
+
+#[test]
+fn pids_are_unique_and_never_zero() {
+    let mut state = running();
+    state.create("db", "/b2", Io::default()).unwrap();
+    let second = state.created("db", VM);
+    state.exec(&exec("e"), Io::default()).unwrap();
+    let third = state.process(&exec("e")).unwrap().pid;
+    assert!(second > FIRST_PID && third > FIRST_PID && second != third);
+}
+
+#[test]
+fn a_second_task_of_the_same_name_is_refused() {
+    assert_eq!(code(created().create("web", "/b", Io::default())), Code::ALREADY_EXISTS);
+    let mut state = running_with_exec();
+    assert_eq!(code(state.exec(&exec("e"), Io::default())), Code::ALREADY_EXISTS);
+}
+
+#[test]
+fn a_failed_create_leaves_the_name_free() {
+    let mut state = State::default();
+    state.create("web", "/b", Io::default()).unwrap();
+    assert_eq!(code(state.kill(&init())), Code::FAILED_PRECONDITION);
+    state.create_failed("web");
+    state.create("web", "/b", Io::default()).unwrap();
+}
+
+#[test]
+fn an_exit_never_overtakes_its_start() {
+    let mut state = created();
+    state.start(&init()).unwrap();
+    assert!(state.exited(&init(), exit(0)).is_empty());
+    assert_eq!(state.status(&init()), Ok(Status::Created));
+    let (_, early) = state.started(&init()).unwrap();
+    assert_eq!(order(&state.exited(&init(), early.unwrap())), [("", 0)]);
+}
+
+#[test]
+fn the_exit_of_init_is_the_last_of_its_container() {
+    let mut state = running_with_exec();
+    assert!(state.exited(&init(), exit(0)).is_empty());
+    assert!(state.is_held("web"));
+    assert_eq!(code(state.exec(&exec("late"), Io::default())), Code::FAILED_PRECONDITION);
+    assert_eq!(order(&state.exited(&exec("e"), exit(137))), [("e", 137), ("", 0)]);
+    assert!(!state.is_held("web"));
+}
+
+#[test]
+fn an_exec_that_is_never_heard_of_again_does_not_hold_init_for_ever() {
+    let mut state = running_with_exec();
+    state.exited(&init(), exit(5));
+    assert_eq!(order(&state.release_held("web", SystemTime::now())), [("e", 137), ("", 5)]);
+    assert!(state.release_held("web", SystemTime::now()).is_empty());
+    assert!(state.exited(&exec("e"), exit(0)).is_empty(), "its exit is told once");
+}
+
+#[test]
+fn a_created_task_can_be_killed_and_deleted() {
+    let mut state = created();
+    state.kill(&init()).unwrap();
+    assert_eq!(order(&state.exited(&init(), exit(137))), [("", 137)]);
+    assert_eq!(code(state.start(&init())), Code::FAILED_PRECONDITION);
+    assert_eq!(created().delete(&init()).unwrap(), None);
+}
+
+#[test]
+fn a_running_task_is_not_deleted() {
+    let mut state = running_with_exec();
+    assert_eq!(code(state.delete(&init())), Code::FAILED_PRECONDITION);
+    assert_eq!(code(state.delete(&exec("e"))), Code::FAILED_PRECONDITION);
+}
+
+#[test]
+fn what_has_ended_is_gone_for_kill() {
+    let mut state = running();
+    state.exited(&init(), exit(0));
+    assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
+    state.delete(&init()).unwrap();
+    assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
+    assert_eq!(code(state.delete(&init())), Code::FAILED_PRECONDITION);
+    assert_eq!(code(state.kill(&Key::new("other", ""))), Code::NOT_FOUND);
+}
+
+#[test]
+fn an_exec_needs_a_running_container() {
+    assert_eq!(code(created().exec(&exec("e"), Io::default())), Code::FAILED_PRECONDITION);
+    let mut state = running();
+    state.exec(&exec("e"), Io::default()).unwrap();
+    assert_eq!(code(state.kill(&exec("e"))), Code::FAILED_PRECONDITION);
+    state.exited(&init(), exit(0));
+    assert_eq!(code(state.start(&exec("e"))), Code::FAILED_PRECONDITION);
+    assert_eq!(state.delete(&exec("e")).unwrap(), None);
+    state.deleted(&exec("e"));
+    assert_eq!(code(state.status(&exec("e"))), Code::NOT_FOUND);
+}
+
+#[test]
+fn a_failed_exec_can_be_deleted() {
+    let mut state = running();
+    state.exec(&exec("e"), Io::default()).unwrap();
+    state.start(&exec("e")).unwrap();
+    assert_eq!(state.start_failed(&exec("e")), None);
+    state.delete(&exec("e")).unwrap();
+}
+
+#[test]
+fn a_paused_task_takes_no_exec_until_resumed() {
+    let mut state = running();
+    state.exec(&exec("e"), Io::default()).unwrap();
+    assert_eq!(code(state.may_pause("web", false)), Code::FAILED_PRECONDITION);
+    state.may_pause("web", true).unwrap();
+    state.set_paused("web", true);
+    assert_eq!(state.status(&init()), Ok(Status::Paused));
+    assert_eq!(code(state.may_pause("web", true)), Code::FAILED_PRECONDITION);
+    assert_eq!(code(state.start(&exec("e"))), Code::FAILED_PRECONDITION);
+    state.may_pause("web", false).unwrap();
+    state.set_paused("web", false);
+    state.start(&exec("e")).unwrap();
+}
+
+#[test]
+fn the_death_of_the_machine_is_the_death_of_all() {
+    let mut state = running_with_exec();
+    state.create("db", "/b2", Io::default()).unwrap();
+    state.created("db", VM);
+    state.create("unfinished", "/b3", Io::default()).unwrap();
+    let exits = state.vm_died("QEMU was killed", SystemTime::now());
+    let told: Vec<_> =
+        exits.iter().map(|(key, exit)| (key.container.as_str(), key.exec.as_str(), exit.status)).collect();
+    assert_eq!(told, [("db", "", 137), ("web", "e", 137), ("web", "", 137)]);
+    assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
+    state.delete(&init()).unwrap();
+    let refused = state.create("new", "/b", Io::default()).unwrap_err();
+    assert_eq!(refused.message, "the sandbox's virtual machine has ended: QEMU was killed");
+    assert!(state.vm_died("again", SystemTime::now()).is_empty());
+}
+
+#[test]
+fn pids_lists_what_lives() {
+    let mut state = running_with_exec();
+    state.exec(&exec("announced"), Io::default()).unwrap();
+    let ids: Vec<String> = state.pids("web").unwrap().into_iter().map(|(_, id)| id).collect();
+    assert_eq!(ids, ["", "e"]);
+    state.exited(&exec("e"), exit(0));
+    assert_eq!(state.pids("web").unwrap(), [(VM, String::new())]);
+}

@@ -1,0 +1,168 @@
+//! The guest's end of stdio: raw vsock streams where the agent takes them, else the agent's polling calls.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use agent_client::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
+use agent_client::stdio::{ACCEPTED, Channel, Header};
+use agent_client::{AgentClient, STDIO_PORT, Transport, context};
+use futures::future::try_join_all;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
+use tokio::time::timeout;
+
+use super::BUFFER;
+use crate::error::{Error, Result};
+use crate::sandbox::state::{Io, Key};
+
+/// How long the agent may take to accept a stream.
+const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Asked for at a time by a polling call, in bytes.
+const POLL_SIZE: u32 = 32 * 1024;
+
+type Reader = Pin<Box<dyn AsyncRead + Send>>;
+type Writer = Pin<Box<dyn AsyncWrite + Send>>;
+
+/// The guest's ends of a process's channels.
+#[derive(Default)]
+pub struct GuestIo {
+    /// Takes input.
+    pub stdin: Option<Writer>,
+    /// Gives output.
+    pub stdout: Option<Reader>,
+    /// Gives errors.
+    pub stderr: Option<Reader>,
+}
+
+fn channels(io: &Io) -> Vec<Channel> {
+    let uri = io.stdout.contains("://") || io.stdout.starts_with("file:") || io.stdout.starts_with("binary:");
+    let mut channels = Vec::new();
+    if !io.stdin.is_empty() {
+        channels.push(Channel::Stdin);
+    }
+    if !io.stdout.is_empty() {
+        channels.push(Channel::Stdout);
+    }
+    if !io.terminal && (!io.stderr.is_empty() || uri) {
+        channels.push(Channel::Stderr);
+    }
+    channels
+}
+
+impl GuestIo {
+    /// Connects a stream for each channel that `io` has, before the process exists: nothing it writes is lost.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` or `DEADLINE_EXCEEDED`: the agent does not take them.
+    pub async fn raw(transport: &Transport, key: &Key, io: &Io) -> Result<GuestIo> {
+        let wanted = channels(io);
+        let dials = wanted.iter().map(|channel| dial(transport, key, *channel));
+        let mut guest = GuestIo::default();
+        for (channel, stream) in wanted.iter().zip(try_join_all(dials).await?) {
+            match channel {
+                Channel::Stdin => guest.stdin = Some(Box::pin(stream)),
+                Channel::Stdout => guest.stdout = Some(Box::pin(stream)),
+                Channel::Stderr => guest.stderr = Some(Box::pin(stream)),
+            }
+        }
+        Ok(guest)
+    }
+
+    /// Serves the channels by calls to an agent that has no raw streams. To be used once the process exists.
+    pub fn polled(agent: &AgentClient, key: &Key, io: &Io) -> GuestIo {
+        let mut guest = GuestIo::default();
+        for channel in channels(io) {
+            let (ours, theirs) = duplex(BUFFER);
+            match channel {
+                Channel::Stdin => {
+                    tokio::spawn(write_loop(agent.clone(), key.clone(), ours));
+                    guest.stdin = Some(Box::pin(theirs));
+                }
+                Channel::Stdout => {
+                    tokio::spawn(read_loop(agent.clone(), key.clone(), channel, ours));
+                    guest.stdout = Some(Box::pin(theirs));
+                }
+                Channel::Stderr => {
+                    tokio::spawn(read_loop(agent.clone(), key.clone(), channel, ours));
+                    guest.stderr = Some(Box::pin(theirs));
+                }
+            }
+        }
+        guest
+    }
+}
+
+async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agent_client::Stream> {
+    let header = Header { channel, container_id: key.container.clone(), exec_id: key.exec.clone() };
+    let connect = async {
+        let mut stream = transport.dial(STDIO_PORT, ACCEPT_DEADLINE).await?;
+        stream.write_all(header.to_string().as_bytes()).await?;
+        match stream.read_u8().await? {
+            ACCEPTED => Ok(stream),
+            other => Err(std::io::Error::other(format!("unexpected byte {other}"))),
+        }
+    };
+    match timeout(ACCEPT_DEADLINE, connect).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => {
+            Err(Error::unavailable(format!("the guest agent does not take {channel:?} of {key}: {error}")))
+        }
+        Err(_) => {
+            Err(Error::deadline(format!("the guest agent did not take {channel:?} of {key} in {ACCEPT_DEADLINE:?}")))
+        }
+    }
+}
+
+/// An agent's end of output is empty data, or an error with older ones.
+async fn read_loop(agent: AgentClient, key: Key, channel: Channel, mut to: DuplexStream) {
+    let request =
+        ReadStreamRequest { container_id: key.container, exec_id: key.exec, len: POLL_SIZE, ..Default::default() };
+    loop {
+        let response = match channel {
+            Channel::Stderr => agent.agent.read_stderr(context(None), &request).await,
+            _ => agent.agent.read_stdout(context(None), &request).await,
+        };
+        match response {
+            Ok(response) if !response.data.is_empty() => {
+                if to.write_all(&response.data).await.is_err() {
+                    return;
+                }
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Empty data closes the process's input, in order behind what was written.
+async fn write_loop(agent: AgentClient, key: Key, mut from: DuplexStream) {
+    let mut buffer = vec![0; POLL_SIZE as usize];
+    loop {
+        let length = from.read(&mut buffer).await.unwrap_or_default();
+        let request = WriteStreamRequest {
+            container_id: key.container.clone(),
+            exec_id: key.exec.clone(),
+            data: buffer[..length].to_vec(),
+            ..Default::default()
+        };
+        if agent.agent.write_stdin(context(None), &request).await.is_err() || length == 0 {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_the_channels_that_its_client_named() {
+        let io = |stdin: &str, stdout: &str, stderr: &str, terminal| {
+            channels(&Io { stdin: stdin.into(), stdout: stdout.into(), stderr: stderr.into(), terminal })
+        };
+        assert_eq!(io("", "", "", false), []);
+        assert_eq!(io("/i", "/o", "/e", false), [Channel::Stdin, Channel::Stdout, Channel::Stderr]);
+        assert_eq!(io("/i", "/o", "/e", true), [Channel::Stdin, Channel::Stdout]);
+        assert_eq!(io("", "file:///log", "file:///log", false), [Channel::Stdout, Channel::Stderr]);
+        assert_eq!(io("", "binary:///log", "", false), [Channel::Stdout, Channel::Stderr]);
+    }
+}

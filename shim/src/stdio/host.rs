@@ -1,0 +1,215 @@
+//! containerd's end of stdio: fifos, `file://` and `binary://` URIs.
+//!
+//! Output fifos are opened for reading too: then opening waits for nobody, and a client that goes away and comes back
+//! (containerd's restart) is no broken pipe. The client sees the end of output when the shim closes its descriptor.
+//! An input fifo gets a writer of the shim's own that keeps it open until `CloseIO`.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use tokio::io::AsyncWrite;
+use tokio::net::unix::pipe;
+
+use super::logger::Logger;
+use crate::error::{Error, IoContext, Result};
+use crate::sandbox::state::Io;
+
+/// The opened ends.
+#[derive(Default)]
+pub struct HostIo {
+    /// Where input comes from.
+    pub stdin: Option<pipe::Receiver>,
+    /// Where output goes.
+    pub stdout: Option<Output>,
+    /// Where errors go; never with a terminal.
+    pub stderr: Option<Output>,
+    pub(super) close_stdin: StdinCloser,
+    pub(super) logger: Option<Logger>,
+}
+
+/// Where one output stream goes.
+pub enum Output {
+    /// A fifo, or the pipe to a logger.
+    Pipe(pipe::Sender),
+    /// A regular file. Writing to it blocks as any log file does.
+    File(File),
+}
+
+/// The shim's own writer of an input fifo: while it is there, the reader sees no end.
+#[derive(Clone, Default)]
+pub struct StdinCloser(Arc<Mutex<Option<File>>>);
+
+impl StdinCloser {
+    /// Gives up the writer; the reader sees the end once the client has closed too.
+    pub fn close(&self) {
+        if let Ok(mut writer) = self.0.lock() {
+            writer.take();
+        }
+    }
+}
+
+impl HostIo {
+    /// Opens what a request names. Empty names are channels that the process does not have.
+    ///
+    /// # Errors
+    /// One line that names the path or URI; an unknown scheme.
+    pub async fn open(io: &Io, namespace: &str, id: &str) -> Result<HostIo> {
+        let mut host = HostIo::default();
+        if !io.stdin.is_empty() {
+            let (reader, writer) = open_input(Path::new(&io.stdin))?;
+            host.stdin = Some(reader);
+            host.close_stdin = StdinCloser(Arc::new(Mutex::new(Some(writer))));
+        }
+        match io.stdout.split_once("://").map(|(scheme, _)| scheme).or_else(|| other_scheme(&io.stdout)) {
+            None | Some("fifo") => {
+                host.stdout = open_output(&io.stdout)?;
+                if !io.terminal {
+                    host.stderr = open_output(&io.stderr)?;
+                }
+            }
+            Some("file") => {
+                let file = open_file(&io.stdout)?;
+                host.stderr = Some(Output::File(file.try_clone().doing(|| format!("open {}", io.stdout))?));
+                host.stdout = Some(Output::File(file));
+            }
+            Some("binary") => {
+                let (logger, stdout, stderr) = Logger::start(&io.stdout, namespace, id).await?;
+                host.logger = Some(logger);
+                host.stdout = Some(Output::Pipe(stdout));
+                host.stderr = Some(Output::Pipe(stderr));
+            }
+            Some(scheme) => {
+                return Err(Error::invalid(format!(
+                    "stdio URI {:?} has the unknown scheme {scheme:?}: use a fifo, file:// or binary://",
+                    io.stdout
+                )));
+            }
+        }
+        Ok(host)
+    }
+}
+
+/// A scheme without slashes (`file:/path`), as Go's URL parser takes it. An absolute path has none.
+fn other_scheme(uri: &str) -> Option<&str> {
+    let (scheme, _) = uri.split_once(':')?;
+    (!scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')))
+        .then_some(scheme)
+}
+
+fn open_input(path: &Path) -> Result<(pipe::Receiver, File)> {
+    let doing = || format!("open the input fifo {}", path.display());
+    // The reader first: a fifo without one cannot be opened for writing alone.
+    let reader = pipe::OpenOptions::new().open_receiver(path).doing(doing)?;
+    let writer = pipe::OpenOptions::new().open_sender(path).doing(doing)?;
+    Ok((reader, File::from(writer.into_nonblocking_fd().doing(doing)?)))
+}
+
+fn open_output(uri: &str) -> Result<Option<Output>> {
+    if uri.is_empty() {
+        return Ok(None);
+    }
+    let path = Path::new(uri.strip_prefix("fifo://").unwrap_or(uri));
+    let doing = || format!("open the output fifo {}", path.display());
+    let sender = pipe::OpenOptions::new().read_write(true).open_sender(path).doing(doing)?;
+    Ok(Some(Output::Pipe(sender)))
+}
+
+fn open_file(uri: &str) -> Result<File> {
+    let path = uri.strip_prefix("file://").or_else(|| uri.strip_prefix("file:")).unwrap_or(uri);
+    let doing = || format!("open the log file {path}");
+    if let Some(parent) = Path::new(path).parent() {
+        std::fs::create_dir_all(parent).doing(doing)?;
+    }
+    File::options().create(true).append(true).open(path).doing(doing)
+}
+
+impl AsyncWrite for Output {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Output::Pipe(sender) => Pin::new(sender).poll_write(cx, buf),
+            Output::File(file) => Poll::Ready(io::Write::write(file, buf)),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use nix::sys::stat::Mode;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    fn fifo(dir: &Path, name: &str) -> String {
+        let path = dir.join(name);
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        path.to_string_lossy().into_owned()
+    }
+
+    #[tokio::test]
+    async fn fifos_open_without_a_client_and_end_when_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let io = Io { stdout: fifo(dir.path(), "out"), stderr: fifo(dir.path(), "err"), ..Io::default() };
+        let mut host = HostIo::open(&io, "default", "web").await.unwrap();
+        let mut reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&io.stdout).unwrap();
+        host.stdout.as_mut().unwrap().write_all(b"hello").await.unwrap();
+        drop(host);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+    }
+
+    #[tokio::test]
+    async fn input_ends_at_close_io_behind_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let io = Io { stdin: fifo(dir.path(), "in"), ..Io::default() };
+        let mut host = HostIo::open(&io, "default", "web").await.unwrap();
+        let mut client = File::options().write(true).open(&io.stdin).unwrap();
+        client.write_all(b"all of it").unwrap();
+        drop(client);
+        host.close_stdin.close();
+        let mut text = String::new();
+        host.stdin.take().unwrap().read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "all of it");
+    }
+
+    #[tokio::test]
+    async fn both_outputs_go_to_one_file_in_a_directory_that_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/log");
+        for uri in [format!("file://{}", path.display()), format!("file:{}", path.display())] {
+            let io = Io { stdout: uri, ..Io::default() };
+            let mut host = HostIo::open(&io, "default", "web").await.unwrap();
+            host.stdout.as_mut().unwrap().write_all(b"out ").await.unwrap();
+            host.stderr.as_mut().unwrap().write_all(b"err ").await.unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "out err out err ");
+    }
+
+    #[tokio::test]
+    async fn a_process_without_stdio_has_none() {
+        let host = HostIo::open(&Io::default(), "default", "web").await.unwrap();
+        assert!(host.stdin.is_none() && host.stdout.is_none() && host.stderr.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_unknown_scheme_is_named() {
+        let io = Io { stdout: "gopher://x/y".into(), ..Io::default() };
+        let error = HostIo::open(&io, "default", "web").await.err().unwrap();
+        assert!(error.message.contains("\"gopher\""), "{error}");
+    }
+}
