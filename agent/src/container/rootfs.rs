@@ -1,0 +1,441 @@
+//! File system work of a container's first process, between clone and exec.
+//!
+//! Every path inside the container's root is resolved by openat2(2) with the root as its boundary, because the image
+//! (and a volume that another container writes) may hold any symlink. Nothing here trusts a path twice: what was
+//! opened is what is mounted on.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
+use nix::unistd::{Gid, Uid, chdir, fchdir, fchownat, pivot_root, symlinkat};
+
+use super::copy_up::copy_up;
+use super::mount_options::{Attributes, READ_ONLY};
+use super::plan::{DevicePlan, MountKind, MountPlan, Plan};
+use super::spawn::{Failure, Step, Tried, check};
+
+const OPEN_TREE_CLONE: libc::c_uint = 1;
+const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC.cast_unsigned();
+const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
+const MOVE_MOUNT_T_EMPTY_PATH: libc::c_uint = 0x40;
+const AT_RECURSIVE: libc::c_uint = libc::AT_RECURSIVE.cast_unsigned();
+const AT_EMPTY_PATH: libc::c_uint = libc::AT_EMPTY_PATH.cast_unsigned();
+const MAX_SYMLINKS: usize = 40;
+
+/// Builds the container's file system in the calling process's own mount namespace and makes it the root.
+///
+/// # Errors
+/// The step that failed, on which path.
+pub fn build(plan: &Plan) -> Step<()> {
+    // Mounts that come later into the agent's namespace may arrive, none may leave.
+    change_propagation(c"/", MsFlags::MS_REC | MsFlags::MS_SLAVE).tried("make mounts private")?;
+    let name = plan.root.to_string_lossy();
+    let root = clone_tree(&plan.root, true, libc::AT_SYMLINK_NOFOLLOW.cast_unsigned())
+        .tried(format_args!("root file system {name}"))?;
+    let place = open_nofollow(&plan.root).tried(format_args!("root file system {name}"))?;
+    attach(root.as_fd(), place.as_fd()).tried(format_args!("root file system {name}"))?;
+    // A trusted null device, before the image's own /dev can stand in for it.
+    let null = clone_tree(c"/dev/null", false, 0).tried("clone /dev/null")?;
+    for one in &plan.mounts {
+        mount_one(root.as_fd(), one)?;
+    }
+    if plan.make_dev {
+        make_dev(root.as_fd(), &plan.devices, plan.user_maps.is_some())?;
+    }
+    for one in plan.mounts.iter().filter(|one| one.options.read_only() && is_late_read_only(one)) {
+        let target = open_in(root.as_fd(), Path::new(&one.target), OFlag::empty())
+            .tried(format_args!("open mount {}", one.target))?;
+        set_attributes(target.as_fd(), &READ_ONLY, false).tried(format_args!("make {} read-only", one.target))?;
+    }
+    switch(root.as_fd())?;
+    make_cwd(plan)?;
+    if let Some(flags) = plan.root_propagation {
+        change_propagation(c"/", flags).tried("set propagation of the root")?;
+    }
+    let slash = open_nofollow(c"/").tried("open the root")?;
+    for path in &plan.readonly {
+        make_readonly(slash.as_fd(), path).tried(format_args!("make {path} read-only"))?;
+    }
+    mask(slash.as_fd(), null, &plan.masked)?;
+    if plan.root_readonly {
+        set_attributes(slash.as_fd(), &READ_ONLY, false).tried("make the root read-only")?;
+    }
+    Ok(())
+}
+
+/// The new root becomes `/` and the old one vanishes, as runc does it: both are `.` for a moment.
+fn switch(root: BorrowedFd<'_>) -> Step<()> {
+    let old = open_nofollow(c"/").tried("open the old root")?;
+    fchdir(root).tried("enter the new root")?;
+    pivot_root(c".", c".").tried("pivot_root")?;
+    fchdir(old).tried("enter the old root")?;
+    change_propagation(c".", MsFlags::MS_REC | MsFlags::MS_SLAVE).tried("detach the old root")?;
+    umount2(c".", MntFlags::MNT_DETACH).tried("unmount the old root")?;
+    chdir(c"/").tried("enter the new root")
+}
+
+/// A working directory that the image lacks is made, as runc does it; later the root may be read-only.
+fn make_cwd(plan: &Plan) -> Step<()> {
+    let cwd = Path::new(OsStr::from_bytes(plan.process.cwd.as_bytes()));
+    if cwd.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(cwd).tried(format_args!("create working directory {}", cwd.display()))
+}
+
+/// A tmpfs that must be filled first becomes read-only last.
+fn is_late_read_only(plan: &MountPlan) -> bool {
+    matches!(&plan.kind, MountKind::New { fstype } if fstype.as_bytes() == b"tmpfs")
+}
+
+fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
+    let MountPlan { target, source, kind, options } = plan;
+    let path = Path::new(target);
+    let tried = format!("mount {} on {target}", source.to_string_lossy());
+    match kind {
+        MountKind::Bind { recursive } => {
+            let tree = clone_tree(source, *recursive, 0).tried(&tried)?;
+            let is_dir = is_dir(tree.as_fd()).tried(&tried)?;
+            let place = make(root, path, is_dir).tried(&tried)?;
+            set_attributes(tree.as_fd(), &options.attributes, false).tried(&tried)?;
+            set_attributes(tree.as_fd(), &options.recursive, true).tried(&tried)?;
+            attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
+            for flags in &options.propagation {
+                propagate(tree.as_fd(), *flags).tried(&tried)?;
+            }
+        }
+        MountKind::Cgroup => {
+            let place = make(root, path, true).tried(&tried)?;
+            mount_new(c"cgroup2", &place, c"cgroup2", options.flags, "").tried(&tried)?;
+        }
+        MountKind::New { fstype } => {
+            // A symlink at the place of /proc or /sys would make checks of their files worthless.
+            let kernel = matches!(fstype.to_bytes(), b"proc" | b"sysfs");
+            let place = make(root, path, true).tried(&tried)?;
+            if kernel && !is_plain(root, path) {
+                return Err(Failure(format!("{tried}: the place is a symlink")));
+            }
+            let mut flags = options.flags;
+            if is_late_read_only(plan) {
+                flags.remove(MsFlags::MS_RDONLY);
+            }
+            match mount_new(source, &place, fstype, flags, &options.data) {
+                // Not allowed in a user namespace that does not own the network: use the guest's.
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) && fstype.to_bytes() == b"sysfs" => {
+                    let tree = clone_tree(c"/sys", true, 0).tried(&tried)?;
+                    set_attributes(tree.as_fd(), &READ_ONLY, true).tried(&tried)?;
+                    attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
+                }
+                result => result.tried(&tried)?,
+            }
+            // What was opened lies below the new mount now.
+            let mounted = open_in(root, path, OFlag::O_DIRECTORY).tried(&tried)?;
+            if options.copy_up {
+                copy_up(place.as_fd(), mounted.as_fd()).tried(format_args!("copy {target} into its tmpfs"))?;
+            }
+            set_attributes(mounted.as_fd(), &options.recursive, true).tried(&tried)?;
+            for flags in &options.propagation {
+                propagate(mounted.as_fd(), *flags).tried(&tried)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// /dev as every image expects it: nodes, and the links to /proc and devpts.
+fn make_dev(root: BorrowedFd<'_>, devices: &[DevicePlan], bind: bool) -> Step<()> {
+    for device in devices {
+        make_device(root, device, bind).tried(format_args!("create device {}", device.path))?;
+    }
+    let dev = make(root, Path::new("/dev"), true).tried("create /dev")?;
+    let links = [
+        (c"/proc/self/fd", c"fd"),
+        (c"/proc/self/fd/0", c"stdin"),
+        (c"/proc/self/fd/1", c"stdout"),
+        (c"/proc/self/fd/2", c"stderr"),
+        (c"pts/ptmx", c"ptmx"),
+    ];
+    for (target, name) in links {
+        match symlinkat(target, &dev, name) {
+            Ok(()) | Err(nix::Error::EEXIST) => {}
+            Err(error) => return Err(error).tried(format_args!("create link /dev/{}", name.to_string_lossy())),
+        }
+    }
+    Ok(())
+}
+
+fn make_device(root: BorrowedFd<'_>, device: &DevicePlan, bind: bool) -> io::Result<()> {
+    let path = Path::new(&device.path);
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    };
+    if bind {
+        // A user namespace may not make nodes: the guest's own are bound.
+        let source = CString::new(device.path.as_str())?;
+        let tree = clone_tree(&source, false, 0)?;
+        let place = make(root, path, false)?;
+        return attach(tree.as_fd(), place.as_fd());
+    }
+    let parent = make(root, parent, true)?;
+    let kind = SFlag::from_bits_truncate(device.mode & libc::S_IFMT);
+    let mode = Mode::from_bits_truncate(device.mode & 0o7777);
+    match mknodat(&parent, name, kind, mode, device.number) {
+        Ok(()) => {}
+        Err(nix::Error::EEXIST) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    if device.uid != 0 || device.gid != 0 {
+        let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
+        fchownat(&parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        // A change of owner may have taken permissions away.
+        fchmodat(&parent, name, mode, nix::sys::stat::FchmodatFlags::FollowSymlink)?;
+    }
+    Ok(())
+}
+
+/// A mount that hides others: itself the first time, clones of itself after that (a detached mount cannot be cloned).
+struct Cover {
+    tree: OwnedFd,
+    attached: bool,
+}
+
+impl Cover {
+    fn put(&mut self, place: BorrowedFd<'_>) -> io::Result<()> {
+        if !std::mem::replace(&mut self.attached, true) {
+            return attach(self.tree.as_fd(), place);
+        }
+        attach(clone_fd(self.tree.as_fd())?.as_fd(), place)
+    }
+}
+
+/// Puts nothing where the kernel shows too much: the null device over files, an empty tmpfs over directories.
+fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
+    let mut null = Cover { tree: null, attached: false };
+    let mut empty: Option<Cover> = None;
+    for path in paths {
+        let tried = format!("mask {path}");
+        let place = match open_in(root, Path::new(path), OFlag::empty()) {
+            Ok(place) => place,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => continue,
+            Err(error) => return Err(error).tried(&tried),
+        };
+        let cover = if !is_dir(place.as_fd()).tried(&tried)? {
+            &mut null
+        } else if let Some(empty) = &mut empty {
+            empty
+        } else {
+            empty.insert(Cover { tree: empty_tmpfs().tried(&tried)?, attached: false })
+        };
+        cover.put(place.as_fd()).tried(&tried)?;
+    }
+    Ok(())
+}
+
+/// A detached tmpfs that nobody can write to.
+fn empty_tmpfs() -> io::Result<OwnedFd> {
+    const FSCONFIG_SET_STRING: libc::c_uint = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+    const CLOEXEC: libc::c_uint = 1;
+    let none = std::ptr::null::<libc::c_char>();
+    // SAFETY: the name is a C string.
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), CLOEXEC) })?;
+    for (key, value) in [(c"nr_blocks", c"1"), (c"nr_inodes", c"2")] {
+        let (fd, key, value) = (context.as_raw_fd(), key.as_ptr(), value.as_ptr());
+        // SAFETY: an open descriptor and two C strings.
+        check(unsafe { libc::syscall(libc::SYS_fsconfig, fd, FSCONFIG_SET_STRING, key, value, 0) })?;
+    }
+    // SAFETY: an open descriptor; the command takes neither key nor value.
+    check(unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, none, none, 0) })?;
+    // SAFETY: an open descriptor and plain numbers.
+    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, READ_ONLY.set) })
+}
+
+fn make_readonly(root: BorrowedFd<'_>, path: &str) -> io::Result<()> {
+    let place = match open_in(root, Path::new(path), OFlag::empty()) {
+        Ok(place) => place,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // SAFETY: open_tree takes an open descriptor and an empty C string.
+    let tree = unsafe {
+        libc::syscall(
+            libc::SYS_open_tree,
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | AT_EMPTY_PATH,
+        )
+    };
+    let tree = owned(tree)?;
+    set_attributes(tree.as_fd(), &READ_ONLY, false)?;
+    attach(tree.as_fd(), place.as_fd())
+}
+
+/// Opens `path` inside `root` as a place (O_PATH); symlinks stay inside.
+pub fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | flags)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    Ok(openat2(root, if path.as_os_str().is_empty() { Path::new("/") } else { path }, how)?)
+}
+
+/// True when no part of the path is a symlink.
+fn is_plain(root: BorrowedFd<'_>, path: &Path) -> bool {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    openat2(root, path, how).is_ok()
+}
+
+/// Opens `path` inside `root`, and makes it and the directories above it where they do not exist.
+pub fn make(root: BorrowedFd<'_>, path: &Path, dir: bool) -> io::Result<OwnedFd> {
+    let wanted = if dir { OFlag::O_DIRECTORY } else { OFlag::empty() };
+    match open_in(root, path, wanted) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        result => return result,
+    }
+    // What remains to be walked, the next part last; `at` is the resolved way so far.
+    let parts = |path: &Path| -> Vec<PathBuf> {
+        path.components()
+            .rev()
+            .map(|part| PathBuf::from(part.as_os_str()))
+            .filter(|part| part != Path::new("/"))
+            .collect()
+    };
+    let mut rest = parts(path);
+    let mut at = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(part) = rest.pop() {
+        if part == Path::new("..") {
+            at.pop();
+            continue;
+        }
+        let here = at.join(&part);
+        match open_in(root, &here, OFlag::O_NOFOLLOW) {
+            Ok(found) => {
+                if SFlag::from_bits_truncate(fstat(&found)?.st_mode) & SFlag::S_IFMT != SFlag::S_IFLNK {
+                    at = here;
+                    continue;
+                }
+                links += 1;
+                if links > MAX_SYMLINKS {
+                    return Err(io::Error::from_raw_os_error(libc::ELOOP));
+                }
+                let target = PathBuf::from(readlinkat(&found, "")?);
+                if target.is_absolute() {
+                    at = PathBuf::from("/");
+                }
+                rest.extend(parts(&target));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = open_in(root, &at, OFlag::O_DIRECTORY)?;
+                let made = if dir || !rest.is_empty() {
+                    mkdirat(&parent, &part, Mode::from_bits_truncate(0o755))
+                } else {
+                    mknodat(&parent, &part, SFlag::S_IFREG, Mode::from_bits_truncate(0o644), 0)
+                };
+                match made {
+                    Ok(()) | Err(nix::Error::EEXIST) => at = here,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    open_in(root, &at, wanted)
+}
+
+fn open_nofollow(path: &CStr) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+    Ok(nix::fcntl::open(path, flags, Mode::empty())?)
+}
+
+fn is_dir(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR)
+}
+
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(check(result)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A detached copy of the mounts at `path`.
+pub fn clone_tree(path: &CStr, recursive: bool, flags: libc::c_uint) -> io::Result<OwnedFd> {
+    let flags = flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | if recursive { AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a C string.
+    owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
+}
+
+fn clone_fd(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH;
+    // SAFETY: an open descriptor and an empty C string.
+    owned(unsafe { libc::syscall(libc::SYS_open_tree, fd.as_raw_fd(), c"".as_ptr(), flags) })
+}
+
+/// Mounts a detached tree on an opened place.
+pub fn attach(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: two open descriptors and two empty C strings.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    };
+    check(result).map(|_| ())
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, attributes: &Attributes, recursive: bool) -> io::Result<()> {
+    if attributes.is_empty() {
+        return Ok(());
+    }
+    let flags = AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };
+    // SAFETY: the attributes have the layout of struct mount_attr, and their size is given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attributes),
+            size_of::<Attributes>(),
+        )
+    };
+    check(result).map(|_| ())
+}
+
+fn propagate(mount: BorrowedFd<'_>, flags: MsFlags) -> io::Result<()> {
+    let kind = flags & !MsFlags::MS_REC;
+    let attributes = Attributes { propagation: kind.bits(), ..Attributes::default() };
+    set_attributes(mount, &attributes, flags.contains(MsFlags::MS_REC))
+}
+
+fn change_propagation(path: &CStr, flags: MsFlags) -> nix::Result<()> {
+    mount(None::<&CStr>, path, None::<&CStr>, flags, None::<&CStr>)
+}
+
+/// Mounts a new file system on an opened place, by its name in the agent's /proc: a descriptor's name always leads to
+/// what it has open.
+fn mount_new(source: &CStr, place: &OwnedFd, fstype: &CStr, flags: MsFlags, data: &str) -> io::Result<()> {
+    let name = format!("/proc/self/fd/{}", place.as_raw_fd());
+    let data = if data.is_empty() { None } else { Some(data) };
+    Ok(mount(Some(source), name.as_str(), Some(fstype), flags, data)?)
+}
+
+/// Writes the container's sysctls, through the agent's /proc, because the container's own may be anywhere.
+pub fn write_sysctls(sysctls: &[(String, String)]) -> Step<()> {
+    for (key, value) in sysctls {
+        fs::write(Path::new("/proc/sys").join(key), value).tried(format_args!("sysctl {key} = {value}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! What the agent keeps of a running or finished process.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::container::check;
+use crate::error::{Error, Result, What};
+use crate::stdio::Io;
+
+/// A process of a container.
+#[derive(Debug)]
+pub struct Process {
+    pid: libc::pid_t,
+    pidfd: OwnedFd,
+    exit: watch::Sender<Option<i32>>,
+    io: Arc<Io>,
+}
+
+impl Process {
+    /// Takes over a process that was just made.
+    pub fn new(pid: libc::pid_t, pidfd: OwnedFd, io: Io) -> Arc<Process> {
+        Arc::new(Process { pid, pidfd, exit: watch::Sender::new(None), io: Arc::new(io) })
+    }
+
+    /// Its id in the guest.
+    pub fn pid(&self) -> libc::pid_t {
+        self.pid
+    }
+
+    /// A handle that stays valid for this process only.
+    pub fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+
+    /// Its stdio.
+    pub fn io(&self) -> &Arc<Io> {
+        &self.io
+    }
+
+    /// Its status, if it has exited.
+    pub fn exited(&self) -> Option<i32> {
+        *self.exit.borrow()
+    }
+
+    /// Makes the exit known to everybody who waits.
+    pub fn publish(&self, status: i32) {
+        self.io.process_exited();
+        self.exit.send_replace(Some(status));
+    }
+
+    /// The exit status, once there is one.
+    pub async fn wait(&self) -> i32 {
+        let mut exit = self.exit.subscribe();
+        match exit.wait_for(Option::is_some).await {
+            Ok(status) => status.unwrap_or_default(),
+            // The sender lives as long as self.
+            Err(_) => 255,
+        }
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// `NotFound` for a process that is gone.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        if self.exited().is_some() {
+            return Err(Error::NotFound("the process has exited".into()));
+        }
+        // SAFETY: an open descriptor and plain numbers; no siginfo.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        match check(result) {
+            Ok(_) => Ok(()),
+            // It is just being collected: to the sender that is no failure.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            Err(error) => Err::<(), io::Error>(error).what(|| format!("send signal {signal}")),
+        }
+    }
+
+    /// True if the process would notice a signal: it has a handler, or takes it by sigwait or signalfd, or chose to
+    /// ignore it. The first process of a pid namespace ignores what it has no handler for.
+    pub fn minds(&self, signal: i32) -> bool {
+        fs::read_to_string(format!("/proc/{}/status", self.pid)).is_ok_and(|status| minds(&status, signal))
+    }
+}
+
+fn minds(status: &str, signal: i32) -> bool {
+    ["SigBlk:", "SigIgn:", "SigCgt:"].iter().any(|field| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handler_a_block_and_an_ignore_count_as_noticing() {
+        let status = |block: u64, ignore: u64, catch: u64| {
+            format!("Name:\tx\nSigPnd:\t0\nSigBlk:\t{block:016x}\nSigIgn:\t{ignore:016x}\nSigCgt:\t{catch:016x}\n")
+        };
+        let term = 1 << (libc::SIGTERM - 1);
+        assert!(!minds(&status(0, 0, 0), libc::SIGTERM));
+        assert!(!minds(&status(0, 0, 1 << (libc::SIGINT - 1)), libc::SIGTERM));
+        assert!(minds(&status(term, 0, 0), libc::SIGTERM));
+        assert!(minds(&status(0, term, 0), libc::SIGTERM));
+        assert!(minds(&status(0, 0, term), libc::SIGTERM));
+        assert!(!minds("", libc::SIGTERM));
+    }
+}

@@ -1,0 +1,39 @@
+//! Tells the host that the agent can be reached.
+
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
+
+use crate::log::log;
+
+/// How long the notice is tried: the vsock device may come after the agent, and the host may be busy.
+const PERSEVERANCE: Duration = Duration::from_secs(60);
+
+/// By when one attempt must be through.
+const ATTEMPT: Duration = Duration::from_secs(2);
+
+/// Pause between attempts: where there is no device yet, they fail at once.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Dials the host and sends one line.
+pub async fn tell(port: u32) {
+    let end = Instant::now() + PERSEVERANCE;
+    loop {
+        let attempt = async {
+            let mut stream = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await?;
+            stream.write_all(b"ready\n").await?;
+            stream.shutdown(std::net::Shutdown::Both)
+        };
+        let error = match timeout(ATTEMPT, attempt).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {ATTEMPT:?}"),
+        };
+        if Instant::now() >= end {
+            return log!("ready notice to host port {port}: {error}");
+        }
+        sleep(PAUSE).await;
+    }
+}

@@ -1,0 +1,353 @@
+//! The sandbox: which containers and storages there are. All state is behind one lock that is never held over a wait;
+//! there is one thread, so it is never contended.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use agent_client::Stream;
+use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
+use agent_client::protocols::oci;
+use agent_client::stdio::Header;
+
+use crate::cgroup::{Cgroup, devices};
+use crate::container::{Container, Parts, SeccompCache, Started};
+use crate::error::{Error, Result, What};
+use crate::lock;
+use crate::log::log;
+use crate::oom;
+use crate::process::Process;
+use crate::reaper::Reaper;
+use crate::stdio::{Claimed, Parking};
+use crate::storage::{Storages, block_device, mount_storage};
+
+const BASE: &str = "/run/kata-containers";
+
+/// The one sandbox of this guest.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Where containers' cgroups go.
+    cgroups: PathBuf,
+    /// How long a hot-plugged device may take to appear.
+    hotplug_timeout: Duration,
+    reaper: Reaper,
+    /// OOM kills that nobody has fetched yet.
+    pub oom: Arc<oom::Queue>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    created: bool,
+    containers: HashMap<String, Arc<Container>>,
+    /// Ids whose container is being made or removed.
+    busy: HashSet<String>,
+    storages: Storages,
+    seccomp: SeccompCache,
+    parking: Parking,
+    /// The pid namespace of the first container, for those that share it.
+    first_pid_namespace: Option<Arc<OwnedFd>>,
+}
+
+/// Keeps an id from being used twice at a time.
+struct Busy<'a>(&'a Sandbox, &'a str);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).busy.remove(self.1);
+    }
+}
+
+impl Sandbox {
+    /// A sandbox without anything in it.
+    pub fn new(cgroups: PathBuf, hotplug_timeout: Duration, reaper: Reaper) -> Arc<Sandbox> {
+        Arc::new(Sandbox { cgroups, hotplug_timeout, reaper, oom: Arc::default(), state: Mutex::default() })
+    }
+
+    /// Names the guest and mounts what its containers share.
+    ///
+    /// # Errors
+    /// A second sandbox, kernel modules, a hostname or storage that cannot be.
+    pub async fn create(&self, request: &CreateSandboxRequest) -> Result<()> {
+        if std::mem::replace(&mut lock(&self.state).created, true) {
+            return Err(Error::Failed("the sandbox exists already".into()));
+        }
+        let made = self.set_up(request).await;
+        if made.is_err() {
+            let mut state = lock(&self.state);
+            state.storages.clear();
+            state.created = false;
+        }
+        made
+    }
+
+    async fn set_up(&self, request: &CreateSandboxRequest) -> Result<()> {
+        if let Some(module) = request.kernel_modules.first() {
+            let name = &module.name;
+            return Err(Error::Invalid(format!("kernel module {name}: the guest kernel has everything built in")));
+        }
+        if !request.hostname.is_empty() {
+            nix::unistd::sethostname(&request.hostname).what(|| format!("set hostname {}", request.hostname))?;
+        }
+        let place = format!("{BASE}/sandbox");
+        fs::create_dir_all(&place).what(|| format!("create {place}"))?;
+        for storage in &request.storages {
+            self.mount(storage).await?;
+        }
+        if !request.dns.is_empty() {
+            let lines: Vec<&str> = request.dns.iter().map(|line| line.trim()).collect();
+            let file = format!("{place}/resolv.conf");
+            fs::write(&file, lines.join("\n") + "\n").what(|| format!("write {file}"))?;
+        }
+        Ok(())
+    }
+
+    async fn mount(&self, storage: &Storage) -> Result<()> {
+        if lock(&self.state).storages.reuse(&storage.mount_point) {
+            return Ok(());
+        }
+        let mounted = mount_storage(storage, self.hotplug_timeout).await?;
+        lock(&self.state).storages.add(storage, mounted);
+        Ok(())
+    }
+
+    /// Makes a container; its first process waits for [`Container::start`].
+    ///
+    /// # Errors
+    /// What was wrong; then nothing of it is left.
+    pub async fn create_container(self: &Arc<Self>, mut request: CreateContainerRequest) -> Result<()> {
+        let id = std::mem::take(&mut request.container_id);
+        check_id(&id)?;
+        let _busy = self.reserve(&id)?;
+        let mut mounted = Vec::with_capacity(request.storages.len());
+        let made = self.make_container(&id, &mut request, &mut mounted).await;
+        if made.is_err() {
+            let mut state = lock(&self.state);
+            for mount_point in &mounted {
+                state.storages.release(mount_point);
+            }
+        }
+        made
+    }
+
+    async fn make_container(
+        self: &Arc<Self>,
+        id: &str,
+        request: &mut CreateContainerRequest,
+        mounted: &mut Vec<String>,
+    ) -> Result<()> {
+        for storage in &request.storages {
+            self.mount(storage).await?;
+            mounted.push(storage.mount_point.clone());
+        }
+        let mut spec = request.OCI.take().ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
+        for device in &request.devices {
+            self.place_device(device, &mut spec).await?;
+        }
+        let (claimed, seccomp, pid_namespace) = {
+            let mut state = lock(&self.state);
+            let profile = spec.Linux.as_ref().and_then(|linux| linux.Seccomp.as_ref());
+            let seccomp = profile.map(|profile| state.seccomp.filter(profile)).transpose()?;
+            let shared = state.first_pid_namespace.clone().filter(|_| request.sandbox_pidns);
+            (state.parking.claim(id, ""), seccomp, shared)
+        };
+        let cgroup = Cgroup::create(&self.cgroups, id)?;
+        let parts = Parts {
+            id,
+            spec: &spec,
+            seccomp,
+            pid_namespace: pid_namespace.as_deref(),
+            storages: mounted.clone(),
+            claimed,
+            reaper: &self.reaper,
+        };
+        let created = match restrict(&cgroup, &spec) {
+            Ok(()) => Container::create(parts, cgroup).await,
+            Err(error) => Err((error, cgroup)),
+        };
+        let (container, started) = match created {
+            Ok(made) => made,
+            Err((error, cgroup)) => {
+                if let Err(left) = cgroup.remove().await {
+                    log!("{id}: {left}");
+                }
+                return Err(error);
+            }
+        };
+        let container = Arc::new(container);
+        {
+            let mut state = lock(&self.state);
+            if state.first_pid_namespace.is_none() {
+                let path = format!("/proc/{}/ns/pid", container.init().pid());
+                state.first_pid_namespace = File::open(path).ok().map(|file| Arc::new(file.into()));
+            }
+            state.containers.insert(id.to_owned(), container.clone());
+        }
+        oom::watch(&self.oom, &container);
+        self.clone().follow(container, started, true);
+        Ok(())
+    }
+
+    /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry for it.
+    async fn place_device(&self, device: &Device, spec: &mut oci::Spec) -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let node = match device.type_.as_str() {
+            "blk" => block_device(&device.id, self.hotplug_timeout).await?,
+            other => {
+                return Err(Error::Invalid(format!("unknown device type {other:?} for {}", device.container_path)));
+            }
+        };
+        let number = fs::metadata(&node).what(|| format!("stat {node}"))?.rdev();
+        let linux = spec.Linux.mut_or_insert_default();
+        let entry = linux.Devices.iter_mut().find(|entry| entry.Path == device.container_path).ok_or_else(|| {
+            Error::Invalid(format!("device {} is missing in the spec's linux.devices", device.container_path))
+        })?;
+        entry.Type = "b".into();
+        entry.Major = i64::from(libc::major(number));
+        entry.Minor = i64::from(libc::minor(number));
+        Ok(())
+    }
+
+    /// Publishes the exit of a process once it happens, and what belongs to it first.
+    fn follow(self: Arc<Self>, container: Arc<Container>, started: Started, init: bool) {
+        tokio::spawn(async move {
+            let Started { process, exit } = started;
+            let status = exit.await.unwrap_or(255);
+            if init {
+                // Without a pid namespace of its own, others may have outlived it.
+                container.cgroup().kill();
+            }
+            self.oom.settle(&container).await;
+            process.publish(status);
+        });
+    }
+
+    /// Runs one more process in a container.
+    ///
+    /// # Errors
+    /// What was wrong, in the words of the child if it got that far.
+    pub async fn exec(self: &Arc<Self>, container_id: &str, exec_id: &str, process: &oci::Process) -> Result<()> {
+        check_id(exec_id)?;
+        let container = self.container(container_id)?;
+        if exec_id == container_id {
+            return Err(Error::Invalid(format!("exec id {exec_id} is the container's own")));
+        }
+        let claimed: Claimed = lock(&self.state).parking.claim(container_id, exec_id);
+        let started = container.exec(exec_id, process, claimed, &self.reaper).await?;
+        self.clone().follow(container, started, false);
+        Ok(())
+    }
+
+    /// A container by its id.
+    ///
+    /// # Errors
+    /// `Invalid`, as the protocol has it.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        let found = lock(&self.state).containers.get(id).cloned();
+        found.ok_or_else(|| Error::Invalid(format!("no container {id}")))
+    }
+
+    /// A process by container and exec id.
+    ///
+    /// # Errors
+    /// `Invalid` for the container, `NotFound` for the exec.
+    pub fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>> {
+        self.container(container_id)?.process(exec_id)
+    }
+
+    /// Ends a container and all that belongs to it.
+    ///
+    /// # Errors
+    /// An unknown container, or one that does not die; then it stays, and removal can be tried again.
+    pub async fn remove_container(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        let _busy = self.reserve_existing(id)?;
+        container.remove().await?;
+        let mut state = lock(&self.state);
+        for mount_point in container.storages() {
+            state.storages.release(mount_point);
+        }
+        state.parking.forget(id);
+        state.containers.remove(id);
+        Ok(())
+    }
+
+    /// Ends everything.
+    ///
+    /// # Errors
+    /// The last container that could not be removed; the others are.
+    pub async fn destroy(&self) -> Result<()> {
+        let ids: Vec<String> = lock(&self.state).containers.keys().cloned().collect();
+        let mut result = Ok(());
+        for id in ids {
+            if let Err(error) = self.remove_container(&id).await {
+                result = Err(error);
+            }
+        }
+        let mut state = lock(&self.state);
+        state.storages.clear();
+        state.created = false;
+        state.first_pid_namespace = None;
+        result
+    }
+
+    /// Keeps a raw stream until its process is made.
+    pub fn park(&self, header: Header, stream: Stream) -> Option<u64> {
+        lock(&self.state).parking.park(header, stream)
+    }
+
+    /// Drops a raw stream that nobody claimed.
+    pub fn expire(&self, header: &Header, ticket: u64) {
+        lock(&self.state).parking.expire(header, ticket);
+    }
+
+    fn reserve<'a>(&'a self, id: &'a str) -> Result<Busy<'a>> {
+        let mut state = lock(&self.state);
+        if state.containers.contains_key(id) || !state.busy.insert(id.to_owned()) {
+            return Err(Error::Failed(format!("container {id} exists already")));
+        }
+        Ok(Busy(self, id))
+    }
+
+    fn reserve_existing<'a>(&'a self, id: &'a str) -> Result<Busy<'a>> {
+        if !lock(&self.state).busy.insert(id.to_owned()) {
+            return Err(Error::Failed(format!("container {id} is being removed already")));
+        }
+        Ok(Busy(self, id))
+    }
+}
+
+/// Limits and device rules, before there is a process.
+fn restrict(cgroup: &Cgroup, spec: &oci::Spec) -> Result<()> {
+    let linux = spec.Linux.get_or_default();
+    let resources = linux.Resources.get_or_default();
+    cgroup.limit(resources)?;
+    devices::restrict(cgroup.dir(), &resources.Devices, &linux.Devices)
+}
+
+/// Ids become names of directories: at least two characters, the first a letter or digit, no separators.
+fn check_id(id: &str) -> Result<()> {
+    let good = id.len() >= 2
+        && id.len() <= 255 - "ctr-".len()
+        && id.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+    if good { Ok(()) } else { Err(Error::Invalid(format!("{id:?} is not an id"))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_names_and_nothing_else() {
+        for good in ["ab", "0a", "web-1_x.y", &"a".repeat(251)] {
+            check_id(good).unwrap();
+        }
+        for bad in ["", "a", ".a", "-a", "a/b", "a b", "..", "a\n", "\u{e9}a", &"a".repeat(252)] {
+            assert!(check_id(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The agent's services on the wire: each call becomes one call of the sandbox, each error a status.
+
+use std::collections::HashMap;
+use std::fs;
+use std::future::Future;
+use std::sync::Arc;
+
+use agent_client::protocols::agent as api;
+use agent_client::protocols::agent_ttrpc::{AgentService, create_agent_service};
+use agent_client::protocols::health as health_api;
+use agent_client::protocols::health_ttrpc::{Health, create_health};
+use agent_client::stdio::Channel;
+use async_trait::async_trait;
+use protobuf::well_known_types::empty::Empty;
+use tokio::sync::Notify;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::error::{Error, Result, What};
+use crate::guest;
+use crate::sandbox::Sandbox;
+use crate::stats;
+use crate::storage::DRIVERS;
+
+/// Version of the protocol, which Kata's agent calls its API version.
+const API_VERSION: &str = "0.0.1";
+
+/// What is answered; every other method of the service is UNIMPLEMENTED.
+const METHODS: [&str; 22] = [
+    "CloseStdin",
+    "CreateContainer",
+    "CreateSandbox",
+    "DestroySandbox",
+    "ExecProcess",
+    "GetGuestDetails",
+    "GetOOMEvent",
+    "OnlineCPUMem",
+    "PauseContainer",
+    "ReadStderr",
+    "ReadStdout",
+    "RemoveContainer",
+    "ReseedRandomDev",
+    "ResumeContainer",
+    "SetGuestDateTime",
+    "SignalProcess",
+    "StartContainer",
+    "StatsContainer",
+    "TtyWinResize",
+    "UpdateContainer",
+    "WaitProcess",
+    "WriteStdin",
+];
+
+/// The services, for a ttrpc server. `over` is notified when the sandbox was destroyed.
+pub fn services(sandbox: Arc<Sandbox>, over: Arc<Notify>, init: bool) -> HashMap<String, Service> {
+    let agent = Arc::new(Agent { sandbox, over, init });
+    let mut services = create_agent_service(agent.clone());
+    for service in services.values_mut() {
+        // The generated default answers NOT_FOUND, which the protocol uses for processes.
+        service.methods.retain(|name, _| METHODS.contains(&name.as_str()));
+    }
+    services.extend(create_health(agent));
+    services
+}
+
+struct Agent {
+    sandbox: Arc<Sandbox>,
+    over: Arc<Notify>,
+    /// PID 1.
+    init: bool,
+}
+
+type Reply<T> = ttrpc::Result<T>;
+
+/// Finishes the work even if the caller gives up or goes: half a container helps nobody.
+async fn finish<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Reply<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(Error::Failed(format!("the request failed: {error}")).into()),
+    }
+}
+
+async fn finish_empty(work: impl Future<Output = Result<()>> + Send + 'static) -> Reply<Empty> {
+    finish(work).await.map(|()| Empty::new())
+}
+
+#[async_trait]
+impl AgentService for Agent {
+    async fn create_sandbox(&self, _: &TtrpcContext, request: api::CreateSandboxRequest) -> Reply<Empty> {
+        let sandbox = self.sandbox.clone();
+        finish_empty(async move { sandbox.create(&request).await }).await
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: api::DestroySandboxRequest) -> Reply<Empty> {
+        let sandbox = self.sandbox.clone();
+        let result = finish_empty(async move { sandbox.destroy().await }).await;
+        self.over.notify_one();
+        result
+    }
+
+    async fn create_container(&self, _: &TtrpcContext, request: api::CreateContainerRequest) -> Reply<Empty> {
+        let sandbox = self.sandbox.clone();
+        finish_empty(async move { sandbox.create_container(request).await }).await
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: api::StartContainerRequest) -> Reply<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        finish_empty(async move { container.start().await }).await
+    }
+
+    async fn remove_container(&self, _: &TtrpcContext, request: api::RemoveContainerRequest) -> Reply<Empty> {
+        let sandbox = self.sandbox.clone();
+        finish_empty(async move { sandbox.remove_container(&request.container_id).await }).await
+    }
+
+    async fn exec_process(&self, _: &TtrpcContext, mut request: api::ExecProcessRequest) -> Reply<Empty> {
+        let sandbox = self.sandbox.clone();
+        let process = request.process.take().ok_or_else(|| Error::Invalid("the request has no process".into()))?;
+        finish_empty(async move { sandbox.exec(&request.container_id, &request.exec_id, &process).await }).await
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: api::SignalProcessRequest) -> Reply<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let process = container.process(&request.exec_id)?;
+        let mut signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
+        let is_init = Arc::ptr_eq(&process, container.init());
+        // The first process of a namespace ignores a SIGTERM that it has no handler for; who asks wants an end.
+        if is_init && signal == libc::SIGTERM && process.exited().is_none() && !process.minds(signal) {
+            signal = libc::SIGKILL;
+        }
+        process.signal(signal)?;
+        if request.exec_id.is_empty() && request.signal == libc::SIGKILL.cast_unsigned() {
+            container.cgroup().kill();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: api::WaitProcessRequest,
+    ) -> Reply<api::WaitProcessResponse> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let status = container.process(&request.exec_id)?.wait().await;
+        container.forget(&request.exec_id);
+        Ok(api::WaitProcessResponse { status, ..Default::default() })
+    }
+
+    async fn update_container(&self, _: &TtrpcContext, request: api::UpdateContainerRequest) -> Reply<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        container.cgroup().limit(request.resources.get_or_default())?;
+        Ok(Empty::new())
+    }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::StatsContainerRequest,
+    ) -> Reply<api::StatsContainerResponse> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let stats = stats::read(container.cgroup());
+        Ok(api::StatsContainerResponse { cgroup_stats: Some(stats).into(), ..Default::default() })
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: api::PauseContainerRequest) -> Reply<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        finish_empty(async move { container.pause(true).await }).await
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: api::ResumeContainerRequest) -> Reply<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        finish_empty(async move { container.pause(false).await }).await
+    }
+
+    async fn write_stdin(&self, _: &TtrpcContext, request: api::WriteStreamRequest) -> Reply<api::WriteStreamResponse> {
+        let process = self.sandbox.process(&request.container_id, &request.exec_id)?;
+        process.io().write(&request.data).await?;
+        let len = u32::try_from(request.data.len()).unwrap_or(u32::MAX);
+        Ok(api::WriteStreamResponse { len, ..Default::default() })
+    }
+
+    async fn read_stdout(&self, _: &TtrpcContext, request: api::ReadStreamRequest) -> Reply<api::ReadStreamResponse> {
+        self.read(Channel::Stdout, request).await
+    }
+
+    async fn read_stderr(&self, _: &TtrpcContext, request: api::ReadStreamRequest) -> Reply<api::ReadStreamResponse> {
+        self.read(Channel::Stderr, request).await
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, request: api::CloseStdinRequest) -> Reply<Empty> {
+        self.sandbox.process(&request.container_id, &request.exec_id)?.io().close_stdin();
+        Ok(Empty::new())
+    }
+
+    async fn tty_win_resize(&self, _: &TtrpcContext, request: api::TtyWinResizeRequest) -> Reply<Empty> {
+        let process = self.sandbox.process(&request.container_id, &request.exec_id)?;
+        process.io().resize(request.row, request.column)?;
+        Ok(Empty::new())
+    }
+
+    async fn get_oom_event(&self, _: &TtrpcContext, _: api::GetOOMEventRequest) -> Reply<api::OOMEvent> {
+        let container_id = self.sandbox.oom.next().await;
+        Ok(api::OOMEvent { container_id, ..Default::default() })
+    }
+
+    async fn get_guest_details(
+        &self,
+        _: &TtrpcContext,
+        request: api::GuestDetailsRequest,
+    ) -> Reply<api::GuestDetailsResponse> {
+        let details = api::AgentDetails {
+            version: env!("CARGO_PKG_VERSION").into(),
+            init_daemon: self.init,
+            storage_handlers: DRIVERS.map(str::to_owned).into(),
+            supports_seccomp: true,
+            extra_features: vec!["seccomp".into(), agent_client::FEATURE_RAW_STDIO.into()],
+            ..Default::default()
+        };
+        let mut response = api::GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() };
+        if request.mem_block_size {
+            let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes").unwrap_or_default();
+            response.mem_block_size_bytes = u64::from_str_radix(size.trim(), 16).unwrap_or(0);
+        }
+        if request.mem_hotplug_probe {
+            response.support_mem_hotplug_probe = fs::exists("/sys/devices/system/memory/probe").unwrap_or(false);
+        }
+        Ok(response)
+    }
+
+    async fn online_cpu_mem(&self, _: &TtrpcContext, request: api::OnlineCPUMemRequest) -> Reply<Empty> {
+        finish_empty(async move { guest::online(request.nb_cpus, !request.cpu_only).await }).await
+    }
+
+    async fn reseed_random_dev(&self, _: &TtrpcContext, request: api::ReseedRandomDevRequest) -> Reply<Empty> {
+        guest::reseed(&request.data)?;
+        Ok(Empty::new())
+    }
+
+    async fn set_guest_date_time(&self, _: &TtrpcContext, request: api::SetGuestDateTimeRequest) -> Reply<Empty> {
+        let time = libc::timeval { tv_sec: request.Sec, tv_usec: request.Usec };
+        // SAFETY: the time lives over the call; no time zone.
+        let result = unsafe { libc::settimeofday(&raw const time, std::ptr::null()) };
+        crate::container::check(result.into()).what(|| "set the clock".into())?;
+        Ok(Empty::new())
+    }
+}
+
+impl Agent {
+    async fn read(&self, channel: Channel, request: api::ReadStreamRequest) -> Reply<api::ReadStreamResponse> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let process = container.process(&request.exec_id)?;
+        let limit = usize::try_from(request.len).unwrap_or(usize::MAX);
+        let data = process.io().read(channel, limit).await?;
+        Ok(api::ReadStreamResponse { data, ..Default::default() })
+    }
+}
+
+#[async_trait]
+impl Health for Agent {
+    async fn check(&self, _: &TtrpcContext, _: health_api::CheckRequest) -> Reply<health_api::HealthCheckResponse> {
+        let status = health_api::health_check_response::ServingStatus::SERVING.into();
+        Ok(health_api::HealthCheckResponse { status, ..Default::default() })
+    }
+
+    async fn version(&self, _: &TtrpcContext, _: health_api::CheckRequest) -> Reply<health_api::VersionCheckResponse> {
+        Ok(health_api::VersionCheckResponse {
+            grpc_version: API_VERSION.into(),
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+}

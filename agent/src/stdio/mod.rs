@@ -1,0 +1,277 @@
+//! Standard input and output of processes: pipes or a terminal on one side, raw streams or the polling calls on the
+//! other. The exit of a process never waits for anything here.
+
+mod listener;
+mod parking;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use agent_client::Stream;
+use agent_client::stdio::Channel;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::AbortHandle;
+
+use crate::container::Stdio;
+use crate::error::{Error, Result, What};
+use crate::lock;
+
+pub use listener::serve;
+pub use parking::{Claimed, Parking};
+
+/// How much a pump moves at once, in bytes: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+
+/// How long streams may still drain after their container was removed.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// The agent's end of a pipe or terminal.
+#[derive(Debug)]
+pub struct Endpoint(AsyncFd<OwnedFd>);
+
+impl Endpoint {
+    fn new(fd: OwnedFd) -> io::Result<Arc<Endpoint>> {
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        // SAFETY: an OwnedFd keeps one descriptor open until it is dropped, and nothing closes it behind its back.
+        let fd = unsafe { AsyncFd::register(fd) }?;
+        Ok(Arc::new(Endpoint(fd)))
+    }
+
+    /// Reads what is there, or waits for something; 0 is the end.
+    async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            match ready.try_io(|fd| Ok(nix::unistd::read(fd.get_ref(), buffer)?)) {
+                // A terminal whose last user has closed it.
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return Ok(0),
+                Ok(result) => return result,
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            let mut ready = self.0.writable().await?;
+            match ready.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), data)?)) {
+                Ok(Ok(written)) => data = &data[written..],
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+type Slot = Mutex<Option<Arc<Endpoint>>>;
+
+/// The stdio of one process. A slot is empty when the channel does not exist or has ended.
+#[derive(Debug, Default)]
+pub struct Io {
+    stdin: Slot,
+    stdout: Slot,
+    stderr: Slot,
+    terminal: bool,
+    stdin_pump: Mutex<Option<AbortHandle>>,
+    output_pumps: Mutex<Vec<AbortHandle>>,
+}
+
+/// Pipes for a process without a terminal: the child's ends and ours. A channel that no raw stream was parked for,
+/// while another was, is the null device: the host has said that nobody feeds or reads it.
+///
+/// # Errors
+/// The failed system call.
+pub fn pipes(claimed: &Claimed) -> Result<(Stdio, Io)> {
+    let io = Io::default();
+    let channel = |channel: Channel, slot: &Slot| -> io::Result<OwnedFd> {
+        if claimed.any() && claimed.get(channel).is_none() {
+            return Ok(File::options().read(true).write(true).open("/dev/null")?.into());
+        }
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        let (theirs, ours) = if channel == Channel::Stdin { (read, write) } else { (write, read) };
+        *lock(slot) = Some(Endpoint::new(ours)?);
+        Ok(theirs)
+    };
+    let make = |one, slot| channel(one, slot).what(|| "create stdio".into());
+    let stdio =
+        [make(Channel::Stdin, &io.stdin)?, make(Channel::Stdout, &io.stdout)?, make(Channel::Stderr, &io.stderr)?];
+    Ok((stdio, io))
+}
+
+/// The stdio of a process that has a terminal.
+///
+/// # Errors
+/// The failed system call.
+pub fn terminal(master: OwnedFd) -> Result<Io> {
+    let endpoint = Endpoint::new(master).what(|| "watch the terminal".into())?;
+    Ok(Io {
+        stdin: Mutex::new(Some(endpoint.clone())),
+        stdout: Mutex::new(Some(endpoint)),
+        terminal: true,
+        ..Io::default()
+    })
+}
+
+impl Io {
+    /// Connects the raw streams that waited for this process.
+    pub fn attach_all(self: &Arc<Self>, claimed: Claimed) {
+        for (channel, stream) in claimed {
+            self.attach(channel, stream);
+        }
+    }
+
+    /// Carries a channel over a raw stream until either ends.
+    pub fn attach(self: &Arc<Self>, channel: Channel, mut stream: Stream) {
+        let Some(endpoint) = lock(self.slot(channel)).clone() else {
+            // Nothing to carry: the stream ends at once.
+            return;
+        };
+        let io = Arc::clone(self);
+        if channel == Channel::Stdin {
+            let pump = tokio::spawn(async move {
+                if feed(&mut stream, &endpoint).await && !io.terminal {
+                    lock(&io.stdin).take();
+                }
+            });
+            *lock(&self.stdin_pump) = Some(pump.abort_handle());
+        } else {
+            let pump = tokio::spawn(async move {
+                if drain(&endpoint, &mut stream).await {
+                    lock(io.slot(channel)).take();
+                    let _ = stream.shutdown().await;
+                }
+            });
+            lock(&self.output_pumps).push(pump.abort_handle());
+        }
+    }
+
+    fn slot(&self, channel: Channel) -> &Slot {
+        match channel {
+            Channel::Stdin => &self.stdin,
+            Channel::Stdout => &self.stdout,
+            // A terminal has one output.
+            Channel::Stderr if self.terminal => &self.stdout,
+            Channel::Stderr => &self.stderr,
+        }
+    }
+
+    /// Up to `limit` bytes of an output channel; none is the end.
+    ///
+    /// # Errors
+    /// The failed read.
+    pub async fn read(&self, channel: Channel, limit: usize) -> Result<Vec<u8>> {
+        let Some(endpoint) = lock(self.slot(channel)).clone() else {
+            return Ok(Vec::new());
+        };
+        let mut buffer = vec![0; limit.clamp(1, CHUNK)];
+        let length = endpoint.read(&mut buffer).await.what(|| format!("read {channel:?}"))?;
+        buffer.truncate(length);
+        if length == 0 {
+            lock(self.slot(channel)).take();
+        }
+        Ok(buffer)
+    }
+
+    /// Writes all of `data` to stdin; no data closes it.
+    ///
+    /// # Errors
+    /// A stdin that is closed, by either side.
+    pub async fn write(&self, data: &[u8]) -> Result<()> {
+        if data.is_empty() {
+            self.close_stdin();
+            return Ok(());
+        }
+        let endpoint = lock(&self.stdin).clone();
+        let endpoint = endpoint.ok_or_else(|| Error::Failed("stdin is closed".into()))?;
+        endpoint.write_all(data).await.what(|| "write stdin".into())
+    }
+
+    /// Closes stdin; what was written before is still read.
+    pub fn close_stdin(&self) {
+        lock(&self.stdin).take();
+    }
+
+    /// Sets the size of the terminal.
+    ///
+    /// # Errors
+    /// Without a terminal, or when it is gone.
+    pub fn resize(&self, rows: u32, columns: u32) -> Result<()> {
+        let endpoint = lock(&self.stdout).clone().or_else(|| lock(&self.stdin).clone());
+        let endpoint = endpoint
+            .filter(|_| self.terminal)
+            .ok_or_else(|| Error::Unavailable("the process has no terminal".into()))?;
+        let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
+        let size = libc::winsize { ws_row: cells(rows), ws_col: cells(columns), ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: an open terminal, and a size that lives over the call.
+        let result = unsafe { libc::ioctl(endpoint.0.get_ref().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+        crate::container::check(result.into()).what(|| "resize the terminal".into()).map(|_| ())
+    }
+
+    /// The process is gone: nobody reads its stdin any more.
+    pub fn process_exited(&self) {
+        if let Some(pump) = lock(&self.stdin_pump).take() {
+            pump.abort();
+        }
+        if !self.terminal {
+            self.close_stdin();
+        }
+    }
+
+    /// True when all output was delivered.
+    pub fn drained(&self) -> bool {
+        lock(&self.stdout).is_none() && lock(&self.stderr).is_none()
+    }
+
+    /// The container is gone: what nobody fetches in time is dropped.
+    pub fn abandon(self: &Arc<Self>) {
+        self.process_exited();
+        let pumps = std::mem::take(&mut *lock(&self.output_pumps));
+        if pumps.iter().all(AbortHandle::is_finished) {
+            return;
+        }
+        tokio::spawn(async move {
+            tokio::time::sleep(GRACE).await;
+            for pump in pumps {
+                pump.abort();
+            }
+        });
+    }
+}
+
+/// Host to process. True when the host has said that there is no more.
+async fn feed(stream: &mut Stream, endpoint: &Endpoint) -> bool {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match stream.read(&mut buffer).await {
+            Ok(0) | Err(_) => return true,
+            Ok(length) => {
+                if endpoint.write_all(&buffer[..length]).await.is_err() {
+                    return true;
+                }
+            }
+        }
+    }
+}
+
+/// Process to host. True at the end of the output; false when the host is gone, which leaves the rest to another
+/// stream or to the polling calls.
+async fn drain(endpoint: &Endpoint, stream: &mut Stream) -> bool {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match endpoint.read(&mut buffer).await {
+            Ok(0) | Err(_) => return true,
+            Ok(length) => {
+                if stream.write_all(&buffer[..length]).await.is_err() {
+                    return false;
+                }
+            }
+        }
+    }
+}

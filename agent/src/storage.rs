@@ -1,0 +1,341 @@
+//! Storages: what the host asks to be mounted in the guest, counted by mount point.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use agent_client::protocols::agent::Storage;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tokio::time::{Instant, sleep};
+
+use crate::container::Options;
+use crate::error::{Error, Result, What};
+use crate::log::log;
+
+/// Storage drivers, as GetGuestDetails lists them.
+pub const DRIVERS: [&str; 5] = ["blk", "ephemeral", "local", "overlayfs", "virtio-fs"];
+
+/// How often sysfs is looked at for a device that has not come yet.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Mounted storages.
+#[derive(Debug, Default)]
+pub struct Storages(HashMap<String, Entry>);
+
+#[derive(Debug)]
+struct Entry {
+    users: usize,
+    mounted: bool,
+    /// Stays until the sandbox goes.
+    shared: bool,
+}
+
+impl Storages {
+    /// Counts one more user of a storage that is there. False means that it must be mounted first.
+    pub fn reuse(&mut self, mount_point: &str) -> bool {
+        self.0.get_mut(mount_point).map(|entry| entry.users += 1).is_some()
+    }
+
+    /// Notes a storage that [`mount_storage`] has made, for its first user.
+    pub fn add(&mut self, storage: &Storage, mounted: bool) {
+        self.0.insert(storage.mount_point.clone(), Entry { users: 1, mounted, shared: storage.shared });
+    }
+
+    /// One user less; the last one unmounts.
+    pub fn release(&mut self, mount_point: &str) {
+        let Some(entry) = self.0.get_mut(mount_point) else { return };
+        entry.users -= 1;
+        if entry.users == 0 && !entry.shared {
+            let mounted = entry.mounted;
+            self.0.remove(mount_point);
+            undo(mount_point, mounted);
+        }
+    }
+
+    /// Unmounts everything.
+    pub fn clear(&mut self) {
+        // Deeper ones first.
+        let mut all: Vec<(String, Entry)> = self.0.drain().collect();
+        all.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
+        for (path, entry) in all {
+            undo(&path, entry.mounted);
+        }
+    }
+}
+
+fn undo(mount_point: &str, mounted: bool) {
+    if mounted && let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
+        log!("unmount {mount_point}: {error}");
+    }
+}
+
+/// Makes a storage. The answer says whether there is something to unmount.
+///
+/// # Errors
+/// An unknown driver, a device that does not come in time, a failed mount.
+pub async fn mount_storage(storage: &Storage, device_deadline: Duration) -> Result<bool> {
+    let Storage { driver, mount_point, .. } = storage;
+    let plain =
+        Path::new(mount_point).components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !mount_point.starts_with('/') || !plain {
+        return Err(Error::Invalid(format!("storage mount point {mount_point:?} is not an absolute, plain path")));
+    }
+    if storage.fs_group.is_some() {
+        return Err(Error::Invalid(format!("fs_group of storage {mount_point} is not supported")));
+    }
+    match driver.as_str() {
+        "local" => local(storage).map(|()| false),
+        "ephemeral" => ephemeral(storage).map(|()| true),
+        "virtio-fs" => plain_mount(storage, &storage.source, &storage.options).map(|()| true),
+        "overlayfs" => overlay(storage).map(|()| true),
+        "blk" => {
+            let device = if storage.source.starts_with("/dev/") {
+                storage.source.clone()
+            } else {
+                block_device(&storage.source, device_deadline).await?
+            };
+            plain_mount(storage, &device, &storage.options).map(|()| true)
+        }
+        other => Err(Error::Invalid(format!("unknown storage driver {other:?} for {mount_point}"))),
+    }
+}
+
+fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()> {
+    let Storage { mount_point, fstype, .. } = storage;
+    let options = Options::parse(options);
+    let mut flags = options.flags;
+    let tried = || format!("mount {source} ({fstype}) on {mount_point}");
+    match options.bind {
+        Some(recursive) => {
+            flags |= MsFlags::MS_BIND;
+            flags.set(MsFlags::MS_REC, recursive);
+            if !Path::new(source).is_dir() {
+                return file_target(mount_point).and_then(|()| {
+                    mount(Some(source), mount_point.as_str(), None::<&str>, flags, None::<&str>).what(tried)
+                });
+            }
+        }
+        None if fstype.is_empty() => return Err(Error::Invalid(format!("storage {mount_point} has no fstype"))),
+        None => {}
+    }
+    fs::create_dir_all(mount_point).what(|| format!("create {mount_point}"))?;
+    let data = Some(options.data.as_str()).filter(|data| !data.is_empty());
+    mount(Some(source), mount_point.as_str(), Some(fstype.as_str()), flags, data).what(tried)
+}
+
+fn file_target(path: &str) -> Result<()> {
+    let parent = Path::new(path).parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent)
+        .and_then(|()| fs::OpenOptions::new().write(true).create(true).truncate(false).open(path))
+        .what(|| format!("create {path}"))
+        .map(|_| ())
+}
+
+fn local(storage: &Storage) -> Result<()> {
+    let path = &storage.mount_point;
+    let (mode, group, _) = permissions(&storage.options)?;
+    fs::create_dir_all(path).what(|| format!("create {path}"))?;
+    apply(path, mode, group)
+}
+
+/// A tmpfs in the guest's memory, with the size and mode that were asked for.
+fn ephemeral(storage: &Storage) -> Result<()> {
+    let (_, group, rest) = permissions(&storage.options)?;
+    let mut rest: Vec<String> = rest.into_iter().map(str::to_owned).collect();
+    if storage.fstype == "hugetlbfs" {
+        reserve_huge_pages(&rest)?;
+    } else {
+        // The mode is the file system's own option here.
+        rest.extend(storage.options.iter().filter(|option| option.starts_with("mode=")).cloned());
+    }
+    plain_mount(storage, &storage.source, &rest)?;
+    apply(&storage.mount_point, None, group)
+}
+
+/// `pagesize=` and `size=` are bytes; the pages must be there before they can be mounted.
+fn reserve_huge_pages(options: &[String]) -> Result<()> {
+    let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key)?.parse::<u64>().ok());
+    let (Some(page), Some(size)) = (value("pagesize="), value("size=")) else {
+        return Err(Error::Invalid("a hugetlbfs storage needs pagesize= and size=".into()));
+    };
+    let file = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page / 1024);
+    let present: u64 = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let wanted = present + size / page.max(1);
+    fs::write(&file, wanted.to_string()).what(|| format!("reserve huge pages in {file}"))?;
+    let got: u64 = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    if got < wanted {
+        return Err(Error::Failed(format!("the guest has room for {got} huge pages of {page} bytes, not {wanted}")));
+    }
+    Ok(())
+}
+
+/// `mode=` (octal) and `fsgid=`, and what is left.
+fn permissions(options: &[String]) -> Result<(Option<u32>, Option<u32>, Vec<&str>)> {
+    let (mut mode, mut group, mut rest) = (None, None, Vec::new());
+    for option in options {
+        if let Some(text) = option.strip_prefix("mode=") {
+            let value = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
+            mode = Some(value.ok_or_else(|| Error::Invalid(format!("bad storage option {option:?}")))?);
+        } else if let Some(text) = option.strip_prefix("fsgid=") {
+            group = Some(text.parse().map_err(|_| Error::Invalid(format!("bad storage option {option:?}")))?);
+        } else {
+            rest.push(option.as_str());
+        }
+    }
+    Ok((mode, group, rest))
+}
+
+fn apply(path: &str, mode: Option<u32>, group: Option<u32>) -> Result<()> {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let set = || -> io::Result<()> {
+        if let Some(mode) = mode {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        }
+        if let Some(group) = group {
+            chown(path, None, Some(group))?;
+            let mode = fs::metadata(path)?.permissions().mode();
+            fs::set_permissions(path, fs::Permissions::from_mode(mode | 0o2070))?;
+        }
+        Ok(())
+    };
+    set().what(|| format!("set permissions of {path}"))
+}
+
+fn overlay(storage: &Storage) -> Result<()> {
+    const CREATE: &str = "io.katacontainers.volume.overlayfs.create_directory=";
+    const WRITABLE: &str = "io.katacontainers.fs-opt.overlay-rw";
+    for dir in storage.driver_options.iter().filter_map(|option| option.strip_prefix(CREATE)) {
+        fs::create_dir_all(dir).what(|| format!("create {dir}"))?;
+    }
+    let mut options: Vec<String> = storage.options.iter().filter(|option| *option != WRITABLE).cloned().collect();
+    if options.len() != storage.options.len() {
+        // Beside the mount point, because both need one file system, which must not be an overlay.
+        let place = PathBuf::from(format!("{}.rw", storage.mount_point));
+        for name in ["upper", "work"] {
+            let dir = place.join(name);
+            fs::create_dir_all(&dir).what(|| format!("create {}", dir.display()))?;
+            options.push(format!("{name}dir={}", dir.display()));
+        }
+    }
+    plain_mount(storage, &storage.source, &options)
+}
+
+/// The node of the virtio-blk device at a PCI path such as `02/01`, once it is there.
+///
+/// # Errors
+/// A path that is none, or a device that does not come before the deadline.
+pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> {
+    let elements = parse_pci_path(pci_path)?;
+    let end = Instant::now() + deadline;
+    loop {
+        if let Some(name) = pci_device(Path::new("/sys/devices/pci0000:00"), &elements).and_then(|dir| block_name(&dir))
+        {
+            let node = format!("/dev/{name}");
+            if Path::new(&node).exists() {
+                return Ok(node);
+            }
+        }
+        if Instant::now() >= end {
+            return Err(Error::Failed(format!("no block device at PCI path {pci_path} within {deadline:?}")));
+        }
+        sleep(POLL).await;
+    }
+}
+
+/// `SS` or `SS.F` in hexadecimal, joined by slashes.
+fn parse_pci_path(path: &str) -> Result<Vec<(u8, u8)>> {
+    let element = |text: &str| {
+        let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
+        let slot = u8::from_str_radix(slot, 16).ok().filter(|slot| *slot < 32 && text.len() >= 2)?;
+        let function = u8::from_str_radix(function, 16).ok().filter(|function| *function < 8)?;
+        Some((slot, function))
+    };
+    path.split('/')
+        .map(element)
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| Error::Invalid(format!("{path:?} is no PCI path")))
+}
+
+/// Follows the elements from the root bus through one bridge each.
+fn pci_device(root: &Path, elements: &[(u8, u8)]) -> Option<PathBuf> {
+    let mut at = root.to_owned();
+    let mut bus = "0000:00".to_owned();
+    for (index, (slot, function)) in elements.iter().enumerate() {
+        at.push(format!("{bus}:{slot:02x}.{function}"));
+        if index + 1 < elements.len() {
+            bus = fs::read_dir(at.join("pci_bus")).ok()?.next()?.ok()?.file_name().into_string().ok()?;
+        }
+    }
+    at.is_dir().then_some(at)
+}
+
+fn block_name(device: &Path) -> Option<String> {
+    let virtio = fs::read_dir(device)
+        .ok()?
+        .flatten()
+        .find(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("virtio")))?;
+    fs::read_dir(virtio.path().join("block")).ok()?.next()?.ok()?.file_name().into_string().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pci_paths_are_hexadecimal_slots() {
+        assert_eq!(parse_pci_path("02/01").unwrap(), [(2, 0), (1, 0)]);
+        assert_eq!(parse_pci_path("1f.3").unwrap(), [(31, 3)]);
+        for bad in ["", "2", "0x2/01", "20", "01.8", "../01", "02/"] {
+            assert!(parse_pci_path(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_found_behind_its_bridge() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let bridge = sysfs.path().join("0000:00:02.0");
+        fs::create_dir_all(bridge.join("pci_bus/0000:01")).unwrap();
+        fs::create_dir_all(bridge.join("0000:01:00.0/virtio5/block/vdb")).unwrap();
+        let device = pci_device(sysfs.path(), &[(2, 0), (0, 0)]).unwrap();
+        assert_eq!(block_name(&device).as_deref(), Some("vdb"));
+        assert!(pci_device(sysfs.path(), &[(3, 0)]).is_none());
+    }
+
+    #[test]
+    fn options_are_sorted_by_whom_they_are_for() {
+        let options: Vec<String> = ["mode=0777", "fsgid=12", "size=1m"].map(str::to_owned).into();
+        assert_eq!(permissions(&options).unwrap(), (Some(0o777), Some(12), vec!["size=1m"]));
+        assert!(permissions(&["mode=9".into()]).is_err());
+        assert!(permissions(&["fsgid=root".into()]).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_mount_point_cannot_climb_and_a_driver_must_be_known() {
+        let storage = |driver: &str, place: &str| Storage {
+            driver: driver.into(),
+            mount_point: place.into(),
+            ..Default::default()
+        };
+        for bad in ["relative", "/run/../etc", ""] {
+            assert!(mount_storage(&storage("local", bad), Duration::ZERO).await.is_err(), "{bad:?}");
+        }
+        let error = mount_storage(&storage("9p", "/x"), Duration::ZERO).await.unwrap_err();
+        assert!(error.to_string().contains("9p"));
+    }
+
+    #[test]
+    fn a_storage_is_released_by_its_last_user() {
+        let mut storages = Storages::default();
+        let storage = Storage { mount_point: "/nowhere".into(), ..Default::default() };
+        assert!(!storages.reuse("/nowhere"));
+        storages.add(&storage, false);
+        assert!(storages.reuse("/nowhere"));
+        storages.release("/nowhere");
+        assert!(storages.reuse("/nowhere"));
+        storages.release("/nowhere");
+        storages.release("/nowhere");
+        assert!(!storages.reuse("/nowhere"));
+    }
+}
