@@ -159,13 +159,18 @@ impl Driver {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        match &self.guest {
-            Some(guest) => {
-                let call = call(guest.clone());
+        match self.living_guest() {
+            Ok(guest) => {
+                let call = call(guest);
                 tokio::spawn(async move { reply.send(call.await) });
             }
-            None => answer(reply, Err(Error::unavailable("the sandbox has no virtual machine"))),
+            Err(error) => answer(reply, Err(error)),
         }
+    }
+
+    fn living_guest(&self) -> Result<Arc<Guest>> {
+        self.state.alive()?;
+        self.guest.clone().ok_or_else(|| Error::unavailable("the sandbox has no virtual machine yet"))
     }
 
     /// The guest, which begins to come up with the first call.
@@ -216,20 +221,20 @@ impl Driver {
             None => {
                 // The connection to the agent has ended. Usually because the machine has, and QEMU's own death is
                 // the better reason to give.
-                driver.begin(sleep(AGENT_LOST_GRACE), move |driver, ()| {
+                driver.begin(sleep(AGENT_LOST_GRACE), |driver, ()| {
                     driver.vm_died("the connection to the guest agent was lost");
-                    guest.vm.kill();
                 });
             }
         });
     }
 
     fn vm_died(&mut self, reason: &str) {
-        if !self.ended && self.guest.is_some() {
+        if self.state.alive().is_ok() {
             tracing::error!(reason, "the virtual machine has ended");
         }
-        if let Some(guest) = &self.guest {
-            guest.vm.kill();
+        // Whatever is left of QEMU and its helpers: connections through a helper only end with it.
+        if let Some(guest) = self.guest.clone() {
+            tokio::spawn(async move { guest.stop().await });
         }
         let exits = self.state.vm_died(reason, SystemTime::now());
         self.announce(exits);
@@ -291,7 +296,7 @@ impl Driver {
             }
         };
         let key = Key::new(&request.id, "");
-        let pid = self.state.created(&request.id, guest.vm.pid().cast_unsigned());
+        let pid = self.state.created(&request.id, guest.vm.identity().pid.cast_unsigned());
         self.containers.insert(request.id.clone(), container);
         self.pumps.insert(key.clone(), pumps);
         let io = TaskIO {
@@ -454,7 +459,7 @@ impl Driver {
             true => self.take_pumps(&key.container),
             false => self.pumps.remove(&key).into_iter().collect(),
         };
-        let guest = self.guest.clone().filter(|_| key.is_init());
+        let guest = self.living_guest().ok().filter(|_| key.is_init());
         let container = if key.is_init() { self.containers.remove(&key.container) } else { None };
         let id = key.container.clone();
         let work = async move {
@@ -520,8 +525,9 @@ impl Driver {
         if let Err(error) = self.state.may_pause(&id, paused) {
             return answer(reply, Err(error));
         }
-        let Some(guest) = self.guest.clone() else {
-            return answer(reply, Err(Error::unavailable("the sandbox has no virtual machine")));
+        let guest = match self.living_guest() {
+            Ok(guest) => guest,
+            Err(error) => return answer(reply, Err(error)),
         };
         let container_id = id.clone();
         self.begin(async move { process::set_paused(&guest, &id, paused).await }, move |driver, result| {

@@ -170,7 +170,11 @@ impl State {
         }
     }
 
-    fn alive(&self) -> Result<()> {
+    /// Whether there still is a virtual machine, or will be.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` with the reason of its end.
+    pub fn alive(&self) -> Result<()> {
         match &self.dead {
             None => Ok(()),
             Some(reason) => Err(Error::precondition(format!("the sandbox's virtual machine has ended: {reason}"))),
