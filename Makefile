@@ -24,7 +24,7 @@ test:
 	scripts/test
 
 bench:
-	scripts/bench
+	scripts/test bench
 
 clean:
 	rm -rf target
