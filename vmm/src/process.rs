@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -159,8 +159,17 @@ pub struct Spawn {
     pub args: Vec<OsString>,
     /// Descriptors it inherits, under the numbers they have here; all others are closed. Closed here afterwards.
     pub fds: Vec<OwnedFd>,
+    /// Where its stdout goes; `/dev/null` if nowhere.
+    pub stdout: Option<OwnedFd>,
     /// `cgroup.procs` files it is written to before it runs (one for cgroup v2, several for v1).
     pub cgroup_procs: Vec<PathBuf>,
+}
+
+impl Spawn {
+    /// A program that inherits nothing and stays in the caller's cgroup.
+    pub fn new(program: impl Into<PathBuf>, args: Vec<OsString>) -> Spawn {
+        Spawn { program: program.into(), args, fds: Vec::new(), stdout: None, cgroup_procs: Vec::new() }
+    }
 }
 
 /// A running child. Dropping it kills it; a task of the runtime reaps it.
@@ -178,8 +187,8 @@ pub(crate) struct Process {
 }
 
 impl Child {
-    /// Starts a process with `/dev/null` for stdin and stdout, stderr kept ([`Child::stderr_tail`]), that dies when the
-    /// calling thread does. Must be called in a tokio runtime.
+    /// Starts a process with `/dev/null` for stdin, stderr kept ([`Child::stderr_tail`]), that dies when the calling
+    /// thread does. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// A cgroup that is not there, a program that cannot be executed.
@@ -200,7 +209,7 @@ impl Child {
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(spawn.stdout.map_or_else(Stdio::null, Stdio::from)).stderr(Stdio::piped());
         // SAFETY: runs between fork and exec in a process with one thread, and only makes system calls.
         unsafe { command.pre_exec(move || before_exec(parent, &cgroups, &inherited)) };
         let mut child = command.spawn().doing(doing)?;
@@ -314,6 +323,20 @@ impl Process {
     fn tail(&self) -> MutexGuard<'_, Tail> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a program prints on stdout, at most as much as a pipe holds (64 KiB); for asking programs what they are.
+pub(crate) async fn stdout_of(program: &Path, args: &[&str], timeout: Duration) -> Result<String> {
+    let doing = || format!("run {} {}", program.display(), args.join(" "));
+    let (output, pipe) = io::pipe().doing(doing)?;
+    let spawn = Spawn { stdout: Some(pipe.into()), ..Spawn::new(program, args.iter().map(Into::into).collect()) };
+    let child = Child::spawn(spawn)?;
+    if tokio::time::timeout(timeout, child.exited()).await.is_err() {
+        return Err(Error::Deadline { doing: doing(), timeout });
+    }
+    let mut text = vec![0; 64 << 10];
+    let count = nix::unistd::read(&output, &mut text).doing(doing)?;
+    Ok(String::from_utf8_lossy(&text[..count]).into_owned())
 }
 
 /// In the child, after fork: only system calls, no allocation.

@@ -85,11 +85,11 @@ impl Vm {
     /// The binary cannot be executed, a cgroup is not there, or the configuration asks for what cannot be.
     pub fn spawn(config: &MachineConfig) -> Result<Starting> {
         let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
+        let arguments = arguments(config, &theirs)?;
         let child = Child::spawn(Spawn {
-            program: config.qemu.clone(),
-            args: arguments(config, &theirs)?,
             fds: vec![OwnedFd::from(theirs)],
             cgroup_procs: config.cgroup_procs.clone(),
+            ..Spawn::new(&config.qemu, arguments)
         })?;
         let virtio_status = config.capabilities.virtio_status;
         Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status })

@@ -8,7 +8,6 @@ use std::ops::Deref;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::Helper;
 use crate::cache::FileKey;
 use crate::error::{Doing, Error, Result};
-use crate::process::{Child, Spawn};
+use crate::process::{Child, Spawn, stdout_of};
 
 /// How long a binary may take to say its version.
 const VERSION_DEADLINE: Duration = Duration::from_secs(5);
@@ -63,11 +62,11 @@ impl Virtiofsd {
     pub async fn spawn(config: &VirtiofsdConfig) -> Result<(Virtiofsd, OwnedFd)> {
         let flavour = flavour(&config.binary, &config.cache_dir).await?;
         let (listener, connection) = connected(&config.socket)?;
+        let arguments = arguments(flavour, &config.shared_dir, &listener);
         let child = Child::spawn(Spawn {
-            program: config.binary.clone(),
-            args: arguments(flavour, &config.shared_dir, &listener),
             fds: vec![OwnedFd::from(listener)],
             cgroup_procs: config.cgroup_procs.clone(),
+            ..Spawn::new(&config.binary, arguments)
         })?;
         Ok((Virtiofsd(Helper { child }), connection.into()))
     }
@@ -118,14 +117,7 @@ async fn flavour(binary: &Path, cache_dir: &Path) -> Result<Flavour> {
     if let Some(known) = key.load(cache_dir, "virtiofsd") {
         return Ok(known);
     }
-    let doing = || format!("run {} --version", binary.display());
-    let mut command = tokio::process::Command::new(binary);
-    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-    let output = match tokio::time::timeout(VERSION_DEADLINE, command.output()).await {
-        Ok(output) => output.doing(doing)?,
-        Err(_) => return Err(Error::Deadline { doing: doing(), timeout: VERSION_DEADLINE }),
-    };
-    let said = String::from_utf8_lossy(&output.stdout);
+    let said = stdout_of(binary, &["--version"], VERSION_DEADLINE).await?;
     let Some(found) = flavour_by_version(&said) else {
         let said = said.lines().next().unwrap_or_default();
         return Err(Error::Unsupported(format!("{} is no virtiofsd: its version is {said:?}", binary.display())));

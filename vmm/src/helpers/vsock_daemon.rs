@@ -53,19 +53,16 @@ impl VsockDaemon {
     /// # Errors
     /// The binary cannot be executed.
     pub fn spawn(config: &VsockDaemonConfig) -> Result<VsockDaemon> {
-        let child = Child::spawn(Spawn {
-            program: config.binary.clone(),
-            args: vec![
-                "--guest-cid".into(),
-                config.guest_cid.to_string().into(),
-                "--socket".into(),
-                config.socket.clone().into(),
-                "--uds-path".into(),
-                config.uds_path.clone().into(),
-            ],
-            fds: Vec::new(),
-            cgroup_procs: config.cgroup_procs.clone(),
-        })?;
+        let arguments = vec![
+            "--guest-cid".into(),
+            config.guest_cid.to_string().into(),
+            "--socket".into(),
+            config.socket.clone().into(),
+            "--uds-path".into(),
+            config.uds_path.clone().into(),
+        ];
+        let cgroup_procs = config.cgroup_procs.clone();
+        let child = Child::spawn(Spawn { cgroup_procs, ..Spawn::new(&config.binary, arguments) })?;
         Ok(VsockDaemon { helper: Helper { child }, socket: config.socket.clone() })
     }
 

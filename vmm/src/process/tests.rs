@@ -8,12 +8,7 @@ use super::*;
 const SOON: Duration = Duration::from_secs(10);
 
 fn sh(script: &str) -> Spawn {
-    Spawn {
-        program: "/bin/sh".into(),
-        args: vec!["-c".into(), script.into()],
-        fds: Vec::new(),
-        cgroup_procs: Vec::new(),
-    }
+    Spawn::new("/bin/sh", vec!["-c".into(), script.into()])
 }
 
 async fn exit_of(child: &Child) -> Exit {
@@ -61,13 +56,21 @@ async fn a_grandchild_that_holds_stderr_does_not_delay_the_end() {
 
 #[tokio::test]
 async fn a_program_that_is_not_there_is_one_line() {
-    let spawn = Spawn { program: "/no/qemu".into(), args: vec![], fds: vec![], cgroup_procs: vec![] };
+    let spawn = Spawn::new("/no/qemu", Vec::new());
     assert_eq!(
         Child::spawn(spawn).unwrap_err().to_string(),
         "cannot start /no/qemu: No such file or directory (os error 2)"
     );
     let spawn = Spawn { cgroup_procs: vec!["/no/cgroup.procs".into()], ..sh("true") };
     assert!(Child::spawn(spawn).unwrap_err().to_string().starts_with("cannot open /no/cgroup.procs: "));
+}
+
+#[tokio::test]
+async fn stdout_is_read_after_the_end_and_a_hang_is_a_deadline() {
+    let text = stdout_of(Path::new("/bin/sh"), &["-c", "echo one; echo two; echo three >&2"], SOON).await.unwrap();
+    assert_eq!(text, "one\ntwo\n");
+    let late = stdout_of(Path::new("/bin/sleep"), &["100"], Duration::from_millis(50)).await.unwrap_err();
+    assert_eq!(late.to_string(), "run /bin/sleep 100 took longer than 50ms");
 }
 
 #[tokio::test]

@@ -12,11 +12,14 @@ use serde::{Deserialize, Serialize};
 use super::args::{Arguments, Properties};
 use crate::cache::FileKey;
 use crate::error::{Doing, Error, Result};
-use crate::process::{Child, Spawn};
+use crate::process::{Child, Spawn, stdout_of};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{
     QomListProperties, QomListTypes, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit,
 };
+
+/// A firmware that does no more than our guests need, by the name that QEMU finds it by.
+pub(super) const QBOOT: &str = "qboot.rom";
 
 /// How long a binary may take to say what it is.
 const ASK_DEADLINE: Duration = Duration::from_secs(10);
@@ -40,6 +43,8 @@ pub struct Capabilities {
     pub sandbox: bool,
     /// `x-query-virtio-status` is there.
     pub virtio_status: bool,
+    /// The small firmware qboot is in its data directories.
+    pub qboot: bool,
     /// Settings of the q35 machine.
     pub(crate) machine_options: BTreeSet<String>,
 }
@@ -77,12 +82,7 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     arguments.plain("-display", "none");
     arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
     monitor(&mut arguments, &theirs);
-    let child = Child::spawn(Spawn {
-        program: qemu.to_owned(),
-        args: arguments.into_vec(),
-        fds: vec![OwnedFd::from(theirs)],
-        cgroup_procs: Vec::new(),
-    })?;
+    let child = Child::spawn(Spawn { fds: vec![OwnedFd::from(theirs)], ..Spawn::new(qemu, arguments.into_vec()) })?;
     let (qmp, version) = match Qmp::open(ours, ASK_DEADLINE).await {
         Ok(open) => open,
         // One that ended says more by its status and its last words than by the end of its monitor.
@@ -116,6 +116,10 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
         vhost_user_vsock: types.contains("vhost-user-vsock-pci"),
         vhost_user_fs: types.contains("vhost-user-fs-pci"),
         sandbox: options.iter().any(|option| option.option == "sandbox"),
+        qboot: stdout_of(qemu, &["-L", "help"], ASK_DEADLINE)
+            .await?
+            .lines()
+            .any(|dir| Path::new(dir).join(QBOOT).is_file()),
         virtio_status: commands.iter().any(|command| command.name == "x-query-virtio-status"),
         machine_options,
         version,

@@ -1,0 +1,198 @@
+//! Devices of a real machine with a real guest: attached before the CPUs run and after, and detached again.
+
+#[allow(dead_code)]
+mod common;
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::{Lab, SOON, cache_dir, installed, names, program};
+use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::{Block, Device, VirtioFs, Vm, VsockDevice};
+
+async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, VirtioFs) {
+    let config = VirtiofsdConfig {
+        binary: binary.into(),
+        cache_dir: cache_dir(),
+        socket: lab.dir.path().join("fs.sock"),
+        shared_dir: shared.into(),
+        cgroup_procs: Vec::new(),
+    };
+    let (virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();
+    (virtiofsd, VirtioFs { tag: "share".into(), connection, queue_size: 1024 })
+}
+
+fn vsock_daemon(lab: &Lab) -> VsockDaemon {
+    VsockDaemon::spawn(&VsockDaemonConfig {
+        binary: installed("libexec/cofferdam/vhost-device-vsock"),
+        socket: lab.dir.path().join("vsock.sock"),
+        uds_path: lab.dir.path().join("vm.vsock"),
+        guest_cid: 3,
+        cgroup_procs: Vec::new(),
+    })
+    .unwrap()
+}
+
+fn block(path: &Path) -> Device {
+    Device::Block(Block { path: path.into(), read_only: false, direct: false, serial: Some("disk-1".into()) })
+}
+
+fn empty_image() -> tempfile::NamedTempFile {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    image
+}
+
+/// Waits until `done` says so.
+async fn until_true<F: Future<Output = bool>>(what: &str, mut done: impl FnMut() -> F) {
+    let until = Instant::now() + SOON;
+    while !done().await {
+        assert!(Instant::now() < until, "{what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_guest_finds_what_was_attached_before_it_ran() {
+    let lab = Lab::new("mount -t virtiofs share /mnt && cat /mnt/file && echo from guest >/mnt/answer").await;
+    let shared = tempfile::tempdir().unwrap();
+    std::fs::write(shared.path().join("file"), "from host\n").unwrap();
+    let daemon = vsock_daemon(&lab);
+    let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let attach_vsock = async {
+        let connection = daemon.connect(SOON).await.unwrap();
+        vm.attach(Device::Vsock(VsockDevice::User { connection })).await.unwrap()
+    };
+    let (vsock, fs) = tokio::join!(attach_vsock, async { vm.attach(Device::VirtioFs(fs)).await.unwrap() });
+    assert_ne!(vsock.pci_path, fs.pci_path);
+    assert_eq!(vm.driver_ok(&vsock.id).await.unwrap(), Some(false));
+    vm.cont().await.unwrap();
+    lab.prints("from host").await;
+    until_true("the guest's file did not come", || async { shared.path().join("answer").exists() }).await;
+    until_true("no driver", || async { vm.driver_ok(&vsock.id).await.unwrap() == Some(true) }).await;
+    assert!(vm.driver_ok("nothing").await.is_err());
+    vm.stop(SOON).await.unwrap();
+    // It ends with its connection: a helper never outlives its machine.
+    let why = tokio::time::timeout(SOON, virtiofsd.exited()).await.expect("virtiofsd should end with QEMU");
+    assert!(why.contains("exited with status 0"), "{why}");
+    daemon.stop(SOON).await.unwrap();
+    assert!(!daemon.identity().is_alive());
+}
+
+#[tokio::test]
+async fn the_c_virtiofsd_serves_too() {
+    let binary = Path::new("/usr/lib/qemu/virtiofsd");
+    if !binary.exists() {
+        eprintln!("only QEMU up to 7.2 brings it, and this one does not");
+        return;
+    }
+    let lab = Lab::new("mount -t virtiofs share /mnt && cat /mnt/file").await;
+    let shared = tempfile::tempdir().unwrap();
+    std::fs::write(shared.path().join("file"), "from host\n").unwrap();
+    let (_virtiofsd, fs) = virtiofsd(&lab, binary, shared.path()).await;
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    vm.attach(Device::VirtioFs(fs)).await.unwrap();
+    vm.cont().await.unwrap();
+    lab.prints("from host").await;
+}
+
+#[tokio::test]
+async fn disks_come_and_go_while_the_guest_runs() {
+    let script = "while :; do for d in /sys/block/vd*; do [ -e $d ] && cat $d/serial && readlink -f $d | sed s/^/at:/; done; echo round; usleep 20000; done";
+    let lab = Lab::new(script).await;
+    let mut image = tempfile::NamedTempFile::new().unwrap();
+    image.write_all(&[7; 1 << 20]).unwrap();
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    vm.cont().await.unwrap();
+    lab.prints("round").await;
+    for _ in 0..2 {
+        let disk = vm.attach(block(image.path())).await.unwrap();
+        lab.prints("disk-1").await;
+        let slot = disk.pci_path.strip_suffix("/00").unwrap();
+        lab.prints(&format!("at:/sys/devices/pci0000:00/0000:00:{slot}.0/")).await;
+        vm.detach(&disk.id, SOON).await.unwrap();
+        assert!(vm.detach(&disk.id, SOON).await.unwrap_err().to_string().contains("no device"));
+        std::fs::write(lab.dir.path().join("console.log"), "").unwrap();
+    }
+    vm.stop(SOON).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_answer_keeps_its_device_and_a_deadline_says_so() {
+    let lab = Lab::new("").await;
+    let image = empty_image();
+    // Its CPUs never run, so it cannot let go of anything.
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let disk = vm.attach(block(image.path())).await.unwrap();
+    let error = vm.detach(&disk.id, Duration::from_millis(100)).await.unwrap_err().to_string();
+    assert_eq!(error, "the guest to let go of blk1 took longer than 100ms");
+}
+
+#[tokio::test]
+async fn a_device_that_fails_leaves_nothing_and_takes_no_port() {
+    let lab = Lab::new("").await;
+    let image = empty_image();
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    assert_eq!(vm.attach(block(image.path())).await.unwrap().pci_path, "04/00");
+    for _ in 0..10 {
+        let error = vm.attach(block(Path::new("/no/disk"))).await.unwrap_err().to_string();
+        assert!(error.starts_with("cannot use the disk /no/disk: "), "{error}");
+        // The same file for a second writer fails at the last step, when the block node is made already.
+        let error = vm.attach(block(image.path())).await.unwrap_err().to_string();
+        assert!(error.starts_with("QEMU refused device_add: "), "{error}");
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let gone = VirtioFs { tag: "share".into(), connection: ours.into(), queue_size: 128 };
+        let error = vm.attach(Device::VirtioFs(gone)).await.unwrap_err().to_string();
+        assert!(error.starts_with("QEMU refused "), "{error}");
+    }
+    let images: Vec<_> = (0..3).map(|_| empty_image()).collect();
+    let mut paths = Vec::new();
+    for image in &images {
+        paths.push(vm.attach(block(image.path())).await.unwrap().pci_path);
+    }
+    assert_eq!(paths, ["05/00", "06/00", "07/00"]);
+    let error = vm.attach(block(image.path())).await.unwrap_err().to_string();
+    assert_eq!(error, "every PCI port of the virtual machine has a device");
+}
+
+#[tokio::test]
+async fn a_helper_that_dies_says_why() {
+    let lab = Lab::new("").await;
+    let binary = program(lab.dir.path(), "vsockd", "echo >&2 'bad socket'; exit 4");
+    let config = VsockDaemonConfig {
+        binary,
+        socket: lab.dir.path().join("v.sock"),
+        uds_path: lab.dir.path().join("v"),
+        guest_cid: 3,
+        cgroup_procs: Vec::new(),
+    };
+    let daemon = VsockDaemon::spawn(&config).unwrap();
+    let error = daemon.connect(SOON).await.unwrap_err().to_string();
+    assert!(error.ends_with("vsockd exited with status 4: bad socket"), "{error}");
+    let sleeps = program(lab.dir.path(), "sleeps", "exec sleep 1000");
+    let daemon = VsockDaemon::spawn(&VsockDaemonConfig { binary: sleeps, ..config }).unwrap();
+    let error = daemon.connect(Duration::from_millis(50)).await.unwrap_err().to_string();
+    assert!(error.starts_with("the socket ") && error.ends_with("v.sock took longer than 50ms"), "{error}");
+}
+
+#[tokio::test]
+async fn a_killed_virtiofsd_leaves_no_process() {
+    let lab = Lab::new("").await;
+    let shared = tempfile::tempdir().unwrap();
+    let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    vm.attach(Device::VirtioFs(fs)).await.unwrap();
+    let pid = virtiofsd.identity().pid;
+    let inner = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    virtiofsd.stop(SOON).await.unwrap();
+    vm.stop(SOON).await.unwrap();
+    // In its own pid namespace there is one more process, which ends with its connection at the latest.
+    for pid in inner.split_whitespace() {
+        until_true("a process of virtiofsd is left", || async { !Path::new(&format!("/proc/{pid}")).exists() }).await;
+    }
+    assert!(!names(lab.dir.path()).contains(&"fs.sock".to_owned()));
+}
