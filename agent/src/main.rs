@@ -75,7 +75,8 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     // A process binds first: afterwards it no longer sees the host's /run.
     let sockets = listen.as_deref().map(|path| -> io::Result<_> {
         let stdio = format!("{}_{STDIO_PORT}", path.display()).into();
-        Ok((unix(path.to_owned())?, unix(stdio)?))
+        let stdio = unix(stdio)?;
+        Ok((unix(path.to_owned())?, stdio))
     });
     let sockets = sockets.transpose().what(|| "listen".into())?;
     let (parameters, cgroups) = if init {

@@ -1,0 +1,121 @@
+//! Limits of cgroup v2, in a machine that has its controllers; and how long things take there.
+
+use std::time::{Duration, Instant};
+
+use agent_client::protocols::agent::{GetOOMEventRequest, StatsContainerRequest, UpdateContainerRequest};
+use agent_client::protocols::oci::{LinuxCPU, LinuxMemory, LinuxPids, LinuxResources};
+use agent_client::context;
+use tokio::time::timeout;
+
+use super::client::{Client, DEADLINE, resources, soon};
+
+pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &Client<'_>) {
+    for round in 0..3 {
+        let id = format!("oom-{round}");
+        let mut spec = client.spec(&["tail", "/dev/zero"]);
+        resources(&mut spec).Memory =
+            Some(LinuxMemory { Limit: 32 << 20, Swap: 32 << 20, ..Default::default() }).into();
+        client.create(&id, spec).await.unwrap();
+        let order = std::sync::Mutex::new(Vec::new());
+        let event = async {
+            let event = client.rpc.agent.get_oom_event(context(None), &GetOOMEventRequest::default()).await.unwrap();
+            assert_eq!(event.container_id, id);
+            order.lock().unwrap().push("oom");
+        };
+        let exit = async {
+            assert_eq!(client.wait(&id, "").await.unwrap(), 137);
+            order.lock().unwrap().push("exit");
+        };
+        let start = async { client.start(&id).await.unwrap() };
+        timeout(DEADLINE, async { tokio::join!(event, exit, start) }).await.expect("no OOM event or exit");
+        assert_eq!(*order.lock().unwrap(), ["oom", "exit"]);
+        let request = StatsContainerRequest { container_id: id.clone(), ..Default::default() };
+        let stats = client.rpc.agent.stats_container(soon(), &request).await.unwrap().cgroup_stats.unwrap();
+        assert_eq!((stats.memory_stats.usage.limit, stats.memory_stats.stats["oom_kill"]), (32 << 20, 1));
+        client.remove(&id).await.unwrap();
+    }
+}
+
+pub async fn limits_reach_the_kernel_and_can_be_changed(client: &Client<'_>) {
+    let mut spec = client.spec(&["sleep", "1000"]);
+    *resources(&mut spec) = LinuxResources {
+        Memory: Some(LinuxMemory { Limit: 64 << 20, Reservation: 16 << 20, ..Default::default() }).into(),
+        CPU: Some(LinuxCPU { Shares: 512, Quota: 50_000, Period: 100_000, Cpus: "0-63".into(), ..Default::default() }).into(),
+        Pids: Some(LinuxPids { Limit: 77, ..Default::default() }).into(),
+        ..Default::default()
+    };
+    client.create("limits", spec).await.unwrap();
+    client.start("limits").await.unwrap();
+    let look = "cd /sys/fs/cgroup; cat memory.max memory.low cpu.weight cpu.max pids.max";
+    let output = client.exec_script("limits", "e1", look).await;
+    assert_eq!(output.stdout, "67108864\n16777216\n20\n50000 100000\n77\n", "{output:?}");
+    let change = LinuxResources {
+        Memory: Some(LinuxMemory { Limit: 128 << 20, ..Default::default() }).into(),
+        CPU: Some(LinuxCPU { Quota: -1, ..Default::default() }).into(),
+        Pids: Some(LinuxPids { Limit: -1, ..Default::default() }).into(),
+        ..Default::default()
+    };
+    let request =
+        UpdateContainerRequest { container_id: "limits".into(), resources: Some(change).into(), ..Default::default() };
+    client.rpc.agent.update_container(soon(), &request).await.unwrap();
+    let output = client.exec_script("limits", "e2", look).await;
+    assert_eq!(output.stdout, "134217728\n16777216\n20\nmax 100000\nmax\n", "{output:?}");
+    client.remove("limits").await.unwrap();
+}
+
+pub async fn a_disk_of_the_guest_cannot_be_opened(client: &Client<'_>) {
+    // The machine's memory as a device stands for any device nobody allowed.
+    let script = "mknod /run/mem c 1 1 && (cat /run/mem) 2>&1; mknod /run/zero c 1 5 && head -c 1 /run/zero | wc -c";
+    let output = client.script("no-disk", script, |_| {}).await;
+    assert_eq!(output.stdout, "cat: can't open '/run/mem': Operation not permitted\n1\n", "{output:?}");
+}
+
+pub async fn a_pids_limit_holds(client: &Client<'_>) {
+    let output = client
+        .script("pids", "for i in 1 2 3 4 5 6 7 8; do sleep 5 & done", |spec| {
+            resources(spec).Pids = Some(LinuxPids { Limit: 4, ..Default::default() }).into();
+        })
+        .await;
+    assert!(output.stderr.contains("can't fork"), "{output:?}");
+}
+
+/// Prints what the numbers are; fails only where something is far off.
+pub async fn making_containers_and_processes_is_quick(client: &Client<'_>) {
+    let median = |mut times: Vec<Duration>| {
+        times.sort();
+        times[times.len() / 2]
+    };
+    let (mut create, mut start, mut exec) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..15 {
+        let id = format!("quick-{round}");
+        let mut spec = client.spec(&["true"]);
+        resources(&mut spec).Memory = Some(LinuxMemory { Limit: 64 << 20, ..Default::default() }).into();
+        let begun = Instant::now();
+        client.create(&id, spec).await.unwrap();
+        create.push(begun.elapsed());
+        let begun = Instant::now();
+        client.start(&id).await.unwrap();
+        client.wait(&id, "").await.unwrap();
+        start.push(begun.elapsed());
+        client.remove(&id).await.unwrap();
+    }
+    client.sleeper("quick").await;
+    for round in 0..15 {
+        let id = format!("e{round}");
+        let begun = Instant::now();
+        client.exec("quick", &id, client.process(&["true"])).await.unwrap();
+        client.wait("quick", &id).await.unwrap();
+        exec.push(begun.elapsed());
+    }
+    client.remove("quick").await.unwrap();
+    let mut ping = Vec::new();
+    for _ in 0..15 {
+        let begun = Instant::now();
+        client.rpc.health.check(soon(), &Default::default()).await.unwrap();
+        ping.push(begun.elapsed());
+    }
+    let first = create[0];
+    let all = [median(ping), first, median(create), median(start), median(exec)];
+    eprintln!("ping {:?}, first create {:?}, create {:?}, start+wait {:?}, exec+wait {:?}", all[0], all[1], all[2], all[3], all[4]);
+    assert!(all.iter().all(|time| *time < Duration::from_secs(1)));
+}

@@ -1,0 +1,143 @@
+//! The real agent, spoken to as the shim speaks to it: every case runs against an ordinary process, and against PID 1 of
+//! a virtual machine, where cgroup limits exist too.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+mod client;
+mod container_cases;
+mod guest;
+mod io_cases;
+mod limit_cases;
+mod process_cases;
+mod sandbox_cases;
+
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libtest_mimic::{Arguments, Trial};
+
+use client::Client;
+use guest::Guest;
+
+type Case = for<'a> fn(&'a Client<'a>) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
+
+/// Where a case can run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    /// Anywhere.
+    Nothing,
+    /// Controllers of cgroup v2, or a machine of its own.
+    Vm,
+}
+
+/// Lists cases by the names of their functions.
+macro_rules! cases {
+    ($($needs:ident $module:ident: $($name:ident)*;)*) => {
+        vec![$($((stringify!($name), Needs::$needs, (|client| Box::pin($module::$name(client))) as Case),)*)*]
+    };
+}
+
+fn cases() -> Vec<(&'static str, Needs, Case)> {
+    cases! {
+        Nothing container_cases:
+            a_container_runs_in_namespaces_of_its_own
+            a_missing_command_fails_create_with_the_words_of_runc
+            a_command_that_cannot_be_executed_fails_start
+            a_failed_create_leaves_nothing_behind
+            what_the_kernel_shows_too_much_of_is_hidden
+            a_read_only_root_cannot_be_written
+            mounts_are_made_as_told
+            a_symlink_of_the_image_cannot_lead_a_mount_outside
+            a_tmpfs_can_begin_with_the_images_files
+            the_usual_devices_are_there
+            sysctls_and_hostname_are_set
+            containers_can_share_a_pid_namespace
+            a_user_namespace_maps_root_to_somebody
+            a_missing_working_directory_is_made;
+        Nothing process_cases:
+            a_process_has_user_groups_and_capabilities_as_told
+            no_new_privileges_and_seccomp_hold
+            limits_and_oom_score_are_set
+            home_comes_from_passwd
+            nothing_of_the_agent_leaks_into_a_process
+            an_exec_joins_the_container
+            an_exec_that_cannot_run_fails_at_once
+            an_execs_exit_is_told_once
+            a_term_without_a_handler_ends_the_container
+            a_term_with_a_handler_is_the_programs_business
+            a_kill_ends_everything_in_the_container
+            a_process_that_is_gone_cannot_be_signalled
+            background_processes_die_with_the_first;
+        Nothing io_cases:
+            output_and_status_come_back
+            a_large_stream_passes_unchanged
+            output_written_just_before_exit_arrives
+            the_status_does_not_wait_for_the_output
+            a_reader_that_sleeps_blocks_nobody_else
+            a_stream_that_was_not_opened_is_null
+            stdio_can_be_polled
+            a_terminal_behaves_like_one
+            an_exec_can_have_a_terminal
+            a_container_can_reopen_its_output;
+        Nothing sandbox_cases:
+            the_guest_tells_what_it_is
+            calls_that_are_missing_say_so
+            ids_must_be_names
+            a_storage_can_be_shared_and_goes_with_its_last_user
+            pausing_stops_and_resuming_goes_on
+            stats_are_there_until_removal
+            garbage_on_the_stdio_port_is_dropped;
+        Vm limit_cases:
+            a_memory_limit_kills_and_the_event_comes_before_the_exit
+            limits_reach_the_kernel_and_can_be_changed
+            a_disk_of_the_guest_cannot_be_opened
+            a_pids_limit_holds
+            making_containers_and_processes_is_quick;
+    }
+}
+
+/// Runs one case on a connection of its own.
+fn run(guest: &Guest, case: Case) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let client = Client::connect(guest).await;
+        case(&client).await;
+    });
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    // One machine for all cases: it boots for a second or two. Cases use container ids of their own.
+    let vm: Arc<Mutex<Option<Guest>>> = Arc::default();
+    for (name, needs, case) in cases() {
+        if needs == Needs::Nothing {
+            trials.push(Trial::test(format!("process::{name}"), move || {
+                run(&Guest::process(), case);
+                Ok(())
+            }));
+        }
+        let vm = vm.clone();
+        trials.push(Trial::test(format!("vm::{name}"), move || {
+            let mut vm = vm.lock().unwrap_or_else(PoisonError::into_inner);
+            run(vm.get_or_insert_with(Guest::vm), case);
+            Ok(())
+        }));
+    }
+    for (name, make) in [("process", Guest::process as fn() -> Guest), ("vm", Guest::vm)] {
+        trials.push(Trial::test(format!("{name}::destroying_the_sandbox_ends_the_guest"), move || {
+            let mut guest = make();
+            run(&guest, |client| Box::pin(sandbox_cases::destroying_the_sandbox_is_answered(client)));
+            assert!(guest.ends(), "the guest still runs\n{}", guest.console());
+            Ok(())
+        }));
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if let Some(guest) = vm.lock().unwrap_or_else(PoisonError::into_inner).take()
+        && conclusion.has_failed()
+    {
+        eprintln!("{}", guest.console());
+    }
+    conclusion.exit_code()
+}

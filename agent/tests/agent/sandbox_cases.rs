@@ -1,0 +1,179 @@
+//! The sandbox and the wire: what the agent says of itself, storages, pause, stats, refusals.
+
+use std::time::Duration;
+
+use agent_client::STDIO_PORT;
+use agent_client::protocols::agent::{
+    CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetMetricsRequest, GuestDetailsRequest,
+    PauseContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, SetPolicyRequest, StatsContainerRequest,
+    Storage, UpdateContainerRequest, UpdateInterfaceRequest,
+};
+use agent_client::protocols::health::CheckRequest;
+use agent_client::stdio::Channel;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+use ttrpc::Code;
+
+use super::client::{Client, DEADLINE, mount, refusal, soon, strings};
+
+pub async fn the_guest_tells_what_it_is(client: &Client<'_>) {
+    let request = GuestDetailsRequest { mem_block_size: true, mem_hotplug_probe: true, ..Default::default() };
+    let details = client.rpc.agent.get_guest_details(soon(), &request).await.unwrap().agent_details.unwrap();
+    assert_eq!(details.init_daemon, client.guest.is_vm);
+    assert!(details.supports_seccomp && details.extra_features.contains(&agent_client::FEATURE_RAW_STDIO.to_owned()));
+    assert!(details.storage_handlers.contains(&"virtio-fs".to_owned()));
+    let health = client.rpc.health.check(soon(), &CheckRequest::default()).await.unwrap();
+    assert_eq!(health.status.value(), 1);
+    let version = client.rpc.health.version(soon(), &CheckRequest::default()).await.unwrap();
+    assert_eq!(version.grpc_version, "0.0.1");
+    let seed = ReseedRandomDevRequest { data: vec![7; 64], ..Default::default() };
+    client.rpc.agent.reseed_random_dev(soon(), &seed).await.unwrap();
+}
+
+pub async fn calls_that_are_missing_say_so(client: &Client<'_>) {
+    let agent = &client.rpc.agent;
+    let codes = [
+        refusal(agent.get_metrics(soon(), &GetMetricsRequest::default()).await),
+        refusal(agent.set_policy(soon(), &SetPolicyRequest::default()).await),
+        refusal(agent.update_interface(soon(), &UpdateInterfaceRequest::default()).await),
+    ];
+    assert!(codes.iter().all(|(code, _)| *code == Code::UNIMPLEMENTED), "{codes:?}");
+    let unknown = UpdateContainerRequest { container_id: "nobody".into(), ..Default::default() };
+    assert_eq!(refusal(agent.update_container(soon(), &unknown).await).0, Code::INVALID_ARGUMENT);
+}
+
+pub async fn ids_must_be_names(client: &Client<'_>) {
+    for id in ["", "x", "../up", "a/b", ".hidden", "two words"] {
+        let (code, text) = refusal(client.create(id, client.spec(&["true"])).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    }
+    client.sleeper("twice").await;
+    let (code, text) = refusal(client.create("twice", client.spec(&["true"])).await);
+    assert_eq!((code, text.as_str()), (Code::INTERNAL, "container twice exists already"));
+    let (code, _) = refusal(client.exec("twice", "../e", client.process(&["true"])).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    client.remove("twice").await.unwrap();
+}
+
+pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client<'_>) {
+    let place = "/run/kata-containers/sandbox/ephemeral/cache";
+    let storage = Storage {
+        driver: "ephemeral".into(),
+        source: "tmpfs".into(),
+        fstype: "tmpfs".into(),
+        options: strings(&["size=1m", "mode=1770", "fsgid=33"]),
+        mount_point: place.into(),
+        ..Default::default()
+    };
+    let create = async |id: &str, script: &str| {
+        let mut spec = client.spec(&["sh", "-c", script]);
+        spec.Mounts.push(mount("/cache", "bind", place, &["rbind"]));
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            OCI: Some(spec).into(),
+            storages: vec![storage.clone()],
+            ..Default::default()
+        };
+        let streams = client.streams(id, "").await;
+        client.rpc.agent.create_container(soon(), &request).await.unwrap();
+        client.start(id).await.unwrap();
+        let output = streams.finish(b"").await;
+        client.wait(id, "").await.unwrap();
+        output.stdout
+    };
+    let first = create("writer", "echo kept >/cache/file; df -k /cache | tail -n 1 | awk '{print $2}'; stat -c '%a %g' /cache").await;
+    assert_eq!(first, "1024\n3770 33\n");
+    assert_eq!(create("reader", "cat /cache/file").await, "kept\n");
+    client.remove("writer").await.unwrap();
+    client.remove("reader").await.unwrap();
+    assert_eq!(create("later", "ls /cache").await, "");
+    client.remove("later").await.unwrap();
+}
+
+pub async fn pausing_stops_and_resuming_goes_on(client: &Client<'_>) {
+    let mut stdout = client.stream(Channel::Stdout, "paused", "").await;
+    client.create("paused", client.spec(&["sh", "-c", "while :; do echo tick; sleep 0.01; done"])).await.unwrap();
+    client.start("paused").await.unwrap();
+    let mut buffer = vec![0; 4096];
+    stdout.read_exact(&mut buffer[..5]).await.unwrap();
+    let pause = PauseContainerRequest { container_id: "paused".into(), ..Default::default() };
+    client.rpc.agent.pause_container(soon(), &pause).await.unwrap();
+    // What was on its way arrives; then it is quiet.
+    while timeout(Duration::from_millis(300), stdout.read(&mut buffer)).await.is_ok() {}
+    let (_, text) = refusal(client.exec("paused", "e1", client.process(&["true"])).await);
+    assert_eq!(text, "container paused is paused");
+    let resume = ResumeContainerRequest { container_id: "paused".into(), ..Default::default() };
+    client.rpc.agent.resume_container(soon(), &resume).await.unwrap();
+    timeout(DEADLINE, stdout.read(&mut buffer)).await.unwrap().unwrap();
+    // A paused container can be killed and removed.
+    client.rpc.agent.pause_container(soon(), &pause).await.unwrap();
+    client.kill("paused", "", libc::SIGKILL).await.unwrap();
+    assert_eq!(client.wait("paused", "").await.unwrap(), 137);
+    client.remove("paused").await.unwrap();
+}
+
+pub async fn stats_are_there_until_removal(client: &Client<'_>) {
+    client.create("counted", client.spec(&["sh", "-c", "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done"])).await.unwrap();
+    client.start("counted").await.unwrap();
+    client.wait("counted", "").await.unwrap();
+    let request = StatsContainerRequest { container_id: "counted".into(), ..Default::default() };
+    let stats = client.rpc.agent.stats_container(soon(), &request).await.unwrap().cgroup_stats.unwrap();
+    assert!(stats.cpu_stats.cpu_usage.total_usage > 0, "{stats:?}");
+    if client.guest.is_vm {
+        assert!(stats.memory_stats.usage.max_usage > 0 && stats.memory_stats.stats.contains_key("anon"), "{stats:?}");
+        assert_eq!(stats.memory_stats.usage.limit, u64::MAX);
+    }
+    client.remove("counted").await.unwrap();
+    assert_eq!(refusal(client.rpc.agent.stats_container(soon(), &request).await).0, Code::INVALID_ARGUMENT);
+}
+
+pub async fn garbage_on_the_stdio_port_is_dropped(client: &Client<'_>) {
+    for garbage in ["GET / HTTP/1.1\n", &"x".repeat(5000)] {
+        let mut stream = client.guest.transport.dial(STDIO_PORT, DEADLINE).await.unwrap();
+        let _ = stream.write_all(garbage.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = timeout(DEADLINE, stream.read_to_end(&mut answer)).await.expect("the stream stays open");
+        assert!(answer.is_empty());
+    }
+    // A stream whose container never comes goes with its removal.
+    let mut parked = client.stream(Channel::Stdout, "parked", "e1").await;
+    client.sleeper("parked").await;
+    client.remove("parked").await.unwrap();
+    assert_eq!(timeout(DEADLINE, parked.read(&mut [0])).await.unwrap().unwrap_or(0), 0);
+}
+
+/// Not one of the cases: nothing runs after it.
+pub async fn destroying_the_sandbox_is_answered(client: &Client<'_>) {
+    let storage = Storage {
+        driver: "ephemeral".into(),
+        source: "shm".into(),
+        fstype: "tmpfs".into(),
+        options: strings(&["noexec", "nosuid", "nodev", "mode=1777", "size=2m"]),
+        mount_point: "/run/kata-containers/sandbox/shm".into(),
+        ..Default::default()
+    };
+    let request = CreateSandboxRequest {
+        hostname: "pier".into(),
+        sandbox_id: "sandbox".into(),
+        dns: strings(&["nameserver 10.0.0.10 "]),
+        storages: vec![storage],
+        ..Default::default()
+    };
+    client.rpc.agent.create_sandbox(soon(), &request).await.unwrap();
+    let (_, text) = refusal(client.rpc.agent.create_sandbox(soon(), &request).await);
+    assert_eq!(text, "the sandbox exists already");
+    let output = client
+        .script("named", "hostname; stat -c %a /dev/shm; df -k /dev/shm | tail -n 1 | awk '{print $2}'", |spec| {
+            spec.Mounts.push(mount("/dev/shm", "bind", "/run/kata-containers/sandbox/shm", &["rbind"]));
+        })
+        .await;
+    assert_eq!(output.stdout, "pier\n1777\n2048\n");
+    client.sleeper("left").await;
+    // Calls that are parked must not keep the guest alive.
+    let parked = client.wait("left", "");
+    let destroy = async {
+        client.rpc.agent.destroy_sandbox(soon(), &DestroySandboxRequest::default()).await.unwrap();
+    };
+    let (status, ()) = tokio::join!(parked, destroy);
+    assert_eq!(status.unwrap(), 137);
+}
