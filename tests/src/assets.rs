@@ -1,0 +1,87 @@
+//! Where the tested things are: the installed shim, the releases of containerd, the image. Each one that is missing is
+//! named together with the command that makes it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::command::run;
+use crate::suite::Release;
+
+/// Name of the image that [`image`] holds.
+pub const IMAGE: &str = "docker.io/cofferdam/busybox:local";
+
+/// The checkout.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// The prefix the shim is installed in: `COFFERDAM_PREFIX`, else `target/prefix`.
+pub fn prefix() -> PathBuf {
+    std::env::var_os("COFFERDAM_PREFIX").map_or_else(|| root().join("target/prefix"), PathBuf::from)
+}
+
+/// A file of the installation.
+///
+/// # Panics
+/// It is not there.
+pub fn installed(relative: &str) -> PathBuf {
+    let path = prefix().join(relative);
+    assert!(path.exists(), "{} is not there: run `make install PREFIX={}`", path.display(), prefix().display());
+    path
+}
+
+/// The shim.
+///
+/// # Panics
+/// It is not installed.
+pub fn shim() -> PathBuf {
+    installed("bin/containerd-shim-cofferdam-v2")
+}
+
+/// The folder with the programs of a containerd release.
+///
+/// # Panics
+/// It is not there.
+pub fn release_bin(release: Release) -> PathBuf {
+    if release == Release::V1_6 {
+        let dirs = std::env::var_os("PATH").unwrap_or_default();
+        let found =
+            std::env::split_paths(&dirs).find(|dir| dir.join("containerd").exists() && dir.join("ctr").exists());
+        return found.unwrap_or_else(|| panic!("containerd is not in PATH: run scripts/setup"));
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
+    let cache = cache.join("cofferdam");
+    let wanted = format!("containerd-{}.", release.name());
+    let found = std::fs::read_dir(&cache).into_iter().flatten().flatten().find(|entry| {
+        entry.file_name().to_string_lossy().starts_with(&wanted) && entry.path().join("bin/ctr").exists()
+    });
+    let dir = found.unwrap_or_else(|| panic!("{}/{wanted}* is not there: run `scripts/setup test`", cache.display()));
+    dir.path().join("bin")
+}
+
+/// The OCI archive with [`IMAGE`], made once a run in `dir`.
+pub fn image(dir: &Path) -> PathBuf {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let tar = dir.join("image.tar");
+        let mut command = Command::new(root().join("scripts/image"));
+        command.arg(&tar);
+        run(command, Duration::from_secs(60)).ok();
+        tar
+    };
+    MADE.get_or_init(make).clone()
+}
+
+/// Fills `dir` with the tree that [`IMAGE`] also has: busybox and its names.
+pub fn busybox_tree(dir: &Path) {
+    let script = r#"set -e; mkdir -p bin dev etc proc root run sys tmp usr var; cp "$(command -v busybox)" bin/busybox
+        for name in $(bin/busybox --list); do [ "$name" = busybox ] || ln -s busybox "bin/$name"; done
+        echo root:x:0:0:root:/root:/bin/sh >etc/passwd; echo root:x:0: >etc/group"#;
+    std::fs::create_dir_all(dir).unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).current_dir(dir);
+    run(command, Duration::from_secs(60)).ok();
+}

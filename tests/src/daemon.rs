@@ -1,0 +1,153 @@
+//! A private containerd: its own root, state and socket, no CRI, and the shim of the tested prefix in its PATH.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::assets::{self, IMAGE};
+use crate::command::{Output, run};
+use crate::eventually;
+use crate::procs::{MARK, mark};
+use crate::suite::Release;
+
+/// containerd's namespace in this run; also the name of the cgroup above those of its containers.
+pub fn namespace() -> String {
+    format!("e2e{}", std::process::id())
+}
+
+/// A containerd that ends with this value.
+pub struct Daemon {
+    /// Which release it is.
+    pub release: Release,
+    /// Its state directory: bundles are below.
+    pub state: PathBuf,
+    /// Its gRPC socket.
+    pub socket: PathBuf,
+    /// The snapshotter that works here.
+    pub snapshotter: &'static str,
+    /// Its log, kept after the run.
+    pub log: PathBuf,
+    bin: PathBuf,
+    config: PathBuf,
+    process: Mutex<Option<Child>>,
+}
+
+impl Daemon {
+    /// Starts one with its files in `dir` and the image imported. Extra programs are found in `path` first.
+    pub fn start(release: Release, dir: &Path, path: Option<&Path>) -> Daemon {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("{}-{}", release.name(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        // Everything that ends with the daemon is on the suite's own /run, with a short path.
+        let (run_dir, root) = (Path::new("/run").join(&name), dir.join(&name));
+        std::fs::create_dir_all(&run_dir).unwrap();
+        std::fs::create_dir_all(&root).unwrap();
+        let logs = assets::root().join("target/e2e");
+        std::fs::create_dir_all(&logs).unwrap();
+        let suite = std::env::current_exe().unwrap().file_stem().unwrap().to_string_lossy().into_owned();
+        let suite = suite.split('-').next().unwrap_or("suite").to_owned();
+        let (state, socket, config) = (run_dir.join("s"), run_dir.join("c.sock"), root.join("config.toml"));
+        let text = format!(
+            "version = 2\nroot = {:?}\nstate = {state:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = {socket:?}\n[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n",
+            root.join("root"),
+            root.join("opt"),
+        );
+        std::fs::write(&config, text).unwrap();
+        let log = logs.join(format!("{suite}-{name}.log"));
+        let _ = std::fs::remove_file(&log);
+        let bin = assets::release_bin(release);
+        let mut daemon =
+            Daemon { release, state, socket, snapshotter: "overlayfs", log, bin, config, process: Mutex::new(None) };
+        daemon.launch(path);
+        let version = daemon.ctr(&["version"]).ok().text();
+        assert!(version.contains(release.name()), "wanted containerd {}, found {version}", release.name());
+        // A file system on which overlayfs cannot be stacked (a container's own root) has to copy.
+        let plugins = daemon.ctr(&["plugins", "ls"]).ok().text();
+        if !plugins.lines().any(|line| line.contains("overlayfs") && line.trim_end().ends_with("ok")) {
+            daemon.snapshotter = "native";
+        }
+        let image = assets::image(dir).to_string_lossy().into_owned();
+        // 2.1 imports through its transfer service, which unpacks for the default snapshotter only, unless told otherwise.
+        let local: &[&str] = if release == Release::V2_1 { &["--local"] } else { &[] };
+        daemon.ctr(&[&["images", "import", "--snapshotter", daemon.snapshotter], local, &[&image]].concat()).ok();
+        assert!(daemon.ctr(&["images", "ls", "-q"]).ok().text().contains(IMAGE));
+        daemon
+    }
+
+    fn launch(&self, path: Option<&Path>) {
+        let log = File::options().create(true).append(true).open(&self.log).unwrap();
+        let mut dirs = path.map(Path::to_owned).into_iter().collect::<Vec<_>>();
+        dirs.extend([self.bin.clone(), assets::prefix().join("bin")]);
+        dirs.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+        let mut command = Command::new(self.bin.join("containerd"));
+        command.arg("--config").arg(&self.config).env(MARK, mark()).env("PATH", std::env::join_paths(dirs).unwrap());
+        command.stdin(std::process::Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        *self.process.lock().unwrap() = Some(command.spawn().unwrap());
+        eventually("containerd answers", Duration::from_secs(30), || {
+            (self.ctr(&["version"]).status == 0).then_some(())
+        });
+    }
+
+    /// A `ctr` command for this daemon.
+    pub fn ctr_command<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(self.bin.join("ctr"));
+        command.arg("--address").arg(&self.socket).args(["--namespace", &namespace()]).args(args).env(MARK, mark());
+        command
+    }
+
+    /// Runs `ctr` to its end.
+    #[track_caller]
+    pub fn ctr(&self, args: &[&str]) -> Output {
+        run(self.ctr_command(args), crate::PATIENCE)
+    }
+
+    /// The directory of a task's bundle.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.state.join("io.containerd.runtime.v2.task").join(namespace()).join(id)
+    }
+
+    /// Ends the process: in order, or as a crash would.
+    pub fn stop(&self, signal: Signal) {
+        if let Some(mut child) = self.process.lock().unwrap().take() {
+            let _ = kill(Pid::from_raw(child.id().cast_signed()), signal);
+            let gone = (0..1000).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                child.try_wait().is_ok_and(|status| status.is_some())
+            });
+            if !gone {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+
+    /// Starts it again with the same directories.
+    pub fn start_again(&self) {
+        self.launch(None);
+    }
+
+    /// Pid of the process.
+    pub fn pid(&self) -> u32 {
+        self.process.lock().unwrap().as_ref().unwrap().id()
+    }
+
+    /// The lines of its log that name `id`, for a failed test.
+    pub fn log_about(&self, id: &str) -> String {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(id)).collect();
+        lines[lines.len().saturating_sub(25)..].join("\n")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.stop(Signal::SIGTERM);
+    }
+}

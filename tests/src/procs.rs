@@ -1,0 +1,95 @@
+//! Processes of this test run, found by a mark in their environment that children inherit.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Name of the environment variable that marks every process a suite starts.
+pub const MARK: &str = "COFFERDAM_SUITE";
+
+/// The mark of this run.
+pub fn mark() -> &'static str {
+    static VALUE: OnceLock<String> = OnceLock::new();
+    VALUE.get_or_init(|| format!("{}-{}", std::process::id(), start_time(std::process::id()).unwrap_or(0)))
+}
+
+/// A process seen in /proc.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Proc {
+    /// Its pid.
+    pub pid: u32,
+    /// Base name of its program.
+    pub program: String,
+    /// Its arguments, joined by blanks.
+    pub args: String,
+}
+
+impl Proc {
+    /// Kills it with SIGKILL; one that is gone is fine.
+    pub fn kill9(&self) {
+        let _ = kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL);
+    }
+
+    /// Whether it still runs; a zombie does not.
+    pub fn is_alive(&self) -> bool {
+        state(self.pid).is_some_and(|state| state != 'Z' && state != 'X')
+            && program(self.pid).as_deref() == Some(&self.program)
+    }
+}
+
+fn stat(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(") ")?.1.to_owned())
+}
+
+fn state(pid: u32) -> Option<char> {
+    stat(pid)?.chars().next()
+}
+
+/// Field 22 of /proc/PID/stat, in clock ticks since boot.
+pub fn start_time(pid: u32) -> Option<u64> {
+    stat(pid)?.split(' ').nth(19)?.parse().ok()
+}
+
+fn program(pid: u32) -> Option<String> {
+    let exe: PathBuf = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    let name = exe.file_name()?.to_string_lossy().into_owned();
+    Some(name.trim_end_matches(" (deleted)").to_owned())
+}
+
+/// All living processes with this run's mark, but for this one.
+pub fn ours() -> Vec<Proc> {
+    let wanted = format!("{MARK}={}", mark());
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut found: Vec<Proc> = pids
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| *pid != std::process::id())
+        .filter_map(|pid: u32| {
+            let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
+            if !environ.split(|byte| *byte == 0).any(|pair| pair == wanted.as_bytes()) {
+                return None;
+            }
+            let args = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let args = String::from_utf8_lossy(&args).trim_end_matches('\0').replace('\0', " ");
+            Some(Proc { pid, program: program(pid)?, args })
+        })
+        .filter(Proc::is_alive)
+        .collect();
+    found.sort();
+    found
+}
+
+/// The processes whose program's name begins with `program`.
+pub fn named(program: &str) -> Vec<Proc> {
+    ours().into_iter().filter(|process| process.program.starts_with(program)).collect()
+}
+
+/// Proportional share of memory of a process, in KiB.
+pub fn pss_kib(pid: u32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = rollup.lines().find(|line| line.starts_with("Pss:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
+}

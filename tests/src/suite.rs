@@ -1,0 +1,263 @@
+//! A suite's main: which test runs against which runtime and release, what they share, and the check at the end.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use libtest_mimic::{Arguments, Trial};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::command::Output;
+use crate::container::Container;
+use crate::daemon::{Daemon, namespace};
+use crate::leftovers::Snapshot;
+
+/// A release of containerd that is tested with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Release {
+    /// Debian 12's own.
+    V1_6,
+    /// Debian 13's.
+    V1_7,
+    /// Debian forky's.
+    V2_1,
+}
+
+impl Release {
+    /// All of them.
+    pub const ALL: [Release; 3] = [Release::V1_6, Release::V1_7, Release::V2_1];
+
+    /// Major and minor version.
+    pub fn name(self) -> &'static str {
+        match self {
+            Release::V1_6 => "1.6",
+            Release::V1_7 => "1.7",
+            Release::V2_1 => "2.1",
+        }
+    }
+}
+
+/// What runs the containers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    /// The runtime under test.
+    Cofferdam,
+    /// The control: a test that fails here is wrong.
+    Runc,
+}
+
+impl Runtime {
+    /// containerd's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Runtime::Cofferdam => "io.containerd.cofferdam.v2",
+            Runtime::Runc => "io.containerd.runc.v2",
+        }
+    }
+
+    fn short(self) -> &'static str {
+        match self {
+            Runtime::Cofferdam => "cofferdam",
+            Runtime::Runc => "runc",
+        }
+    }
+}
+
+/// How much of the matrix a test runs in without being asked. `--include-ignored` runs all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Every release, and runc as the control with one of them.
+    Core,
+    /// One release; the others and the control on request.
+    Once,
+    /// As `Once`, but it makes no sense under runc.
+    Ours,
+    /// Only on request, and not under runc.
+    Long,
+}
+
+/// A test and where it runs.
+pub type Case = (&'static str, fn(&Env), Scope);
+
+/// Names functions as tests of one [`Scope`]: `cases![Core: a, b]`.
+#[macro_export]
+macro_rules! cases {
+    ($($scope:ident: $($name:ident),+ $(,)?);+ $(;)?) => {
+        &[$($((stringify!($name), $name as fn(&$crate::Env), $crate::suite::Scope::$scope)),+),+]
+    };
+}
+
+/// One test binary.
+pub struct Suite {
+    shared: Arc<Shared>,
+    before: Snapshot,
+}
+
+struct Shared {
+    dir: tempfile::TempDir,
+    daemons: Mutex<HashMap<Release, Arc<Daemon>>>,
+}
+
+impl Suite {
+    /// Must come before any thread: gives the process mounts and a /run of its own.
+    pub fn new() -> Suite {
+        assert!(nix::unistd::geteuid().is_root(), "these tests make mounts and namespaces: run them as root");
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755")).unwrap();
+        let dir = tempfile::Builder::new().prefix("cofferdam-e2e-").tempdir().unwrap();
+        Suite { shared: Arc::new(Shared { dir, daemons: Mutex::default() }), before: Snapshot::take() }
+    }
+
+    /// Runs `cases` and then insists that nothing is left on the host.
+    pub fn run(self, cases: &[Case]) -> ExitCode {
+        let arguments = Arguments::from_args();
+        let mut trials = Vec::new();
+        for release in [Release::V1_7, Release::V1_6, Release::V2_1] {
+            for runtime in [Runtime::Cofferdam, Runtime::Runc] {
+                for &(name, test, scope) in cases {
+                    if runtime == Runtime::Runc && matches!(scope, Scope::Ours | Scope::Long) {
+                        continue;
+                    }
+                    let unasked = match scope {
+                        Scope::Core => release == Release::V1_7 || runtime == Runtime::Cofferdam,
+                        Scope::Once | Scope::Ours => release == Release::V1_7 && runtime == Runtime::Cofferdam,
+                        Scope::Long => false,
+                    };
+                    let shared = Arc::clone(&self.shared);
+                    let run = move || {
+                        test(&Env::new(shared, release, runtime, name));
+                        Ok(())
+                    };
+                    let name = format!("{name}::{}::{}", runtime.short(), release.name());
+                    trials.push(Trial::test(name, run).with_ignored_flag(!unasked));
+                }
+            }
+        }
+        let conclusion = libtest_mimic::run(&arguments, trials);
+        self.shared.daemons.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        let left = self.before.wait_gone(Duration::from_secs(15));
+        remove_empty_cgroups(Path::new("/sys/fs/cgroup"));
+        if let Err(left) = &left {
+            eprintln!("error: {left}");
+            // A failed test may leave a virtual machine; it must not outlive the suite.
+            crate::procs::ours().iter().for_each(crate::procs::Proc::kill9);
+        }
+        if conclusion.has_failed() || left.is_err() { ExitCode::from(101) } else { ExitCode::SUCCESS }
+    }
+}
+
+impl Default for Suite {
+    fn default() -> Suite {
+        Suite::new()
+    }
+}
+
+/// runc makes the cgroup above a container's and leaves it.
+fn remove_empty_cgroups(root: &Path) {
+    for hierarchy in std::fs::read_dir(root).into_iter().flatten().flatten() {
+        let _ = std::fs::remove_dir(hierarchy.path().join(namespace()));
+    }
+    let _ = std::fs::remove_dir(root.join(namespace()));
+}
+
+/// What a test works with.
+pub struct Env {
+    /// The containerd that the tests of one release share.
+    pub daemon: Arc<Daemon>,
+    /// What runs the containers.
+    pub runtime: Runtime,
+    /// A directory for this test's files.
+    pub dir: PathBuf,
+    shared: Arc<Shared>,
+    name: String,
+}
+
+impl Env {
+    fn new(shared: Arc<Shared>, release: Release, runtime: Runtime, name: &str) -> Env {
+        if runtime == Runtime::Cofferdam {
+            crate::assets::shim();
+        }
+        let daemon = {
+            let mut daemons = shared.daemons.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let start = || Arc::new(Daemon::start(release, shared.dir.path(), None));
+            Arc::clone(daemons.entry(release).or_insert_with(start))
+        };
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let dir = shared.dir.path().join(number.to_string());
+        std::fs::create_dir_all(&dir).unwrap();
+        let short: String = name.chars().take(28).collect();
+        Env { daemon, runtime, dir, shared, name: format!("{}-{number}", short.trim_end_matches('_')) }
+    }
+
+    /// The same test with a containerd of its own, for tests that stop it. `path`: programs to be found first.
+    pub fn with_own_daemon(&self, path: Option<&Path>) -> Env {
+        Env {
+            daemon: Arc::new(Daemon::start(self.daemon.release, self.shared.dir.path(), path)),
+            runtime: self.runtime,
+            dir: self.dir.clone(),
+            shared: Arc::clone(&self.shared),
+            name: self.name.clone(),
+        }
+    }
+
+    /// Whether the runtime under test is Cofferdam, for what a virtual machine does otherwise by its nature.
+    pub fn is_vm(&self) -> bool {
+        self.runtime == Runtime::Cofferdam
+    }
+
+    /// A new container id that names the test.
+    pub fn id(&self) -> String {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        format!("{}-{}", self.name, NUMBER.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Runs `ctr ARGS` to its end.
+    #[track_caller]
+    pub fn ctr(&self, args: &[&str]) -> Output {
+        self.daemon.ctr(args)
+    }
+
+    /// `ctr run --rm` of the image with `flags`.
+    #[track_caller]
+    pub fn run(&self, flags: &[&str], command: &[&str]) -> Output {
+        let id = self.id();
+        crate::command::run(self.run_command(&id, &[&["--rm"], flags].concat(), command), crate::PATIENCE)
+    }
+
+    /// The `ctr run` command line for container `id`.
+    pub fn run_command(&self, id: &str, flags: &[&str], command: &[&str]) -> std::process::Command {
+        let base = ["run", "--snapshotter", self.daemon.snapshotter, "--runtime", self.runtime.name()];
+        let image: &[&str] = if flags.contains(&"--rootfs") { &[] } else { &[crate::assets::IMAGE] };
+        // With --rootfs, the tree's path is the last of the flags and stands where the image would.
+        let (flags, tree) = if image.is_empty() { flags.split_at(flags.len() - 1) } else { (flags, &[][..]) };
+        self.daemon.ctr_command([&base, flags, image, tree, &[id], command].concat())
+    }
+
+    /// A container that runs in the background, without a reader of its output.
+    #[track_caller]
+    pub fn detached(&self, flags: &[&str], command: &[&str]) -> Container<'_> {
+        let id = self.id();
+        crate::command::run(self.run_command(&id, &[&["-d"], flags].concat(), command), crate::PATIENCE).ok();
+        Container { env: self, id }
+    }
+
+    /// A container that runs in the background and does nothing until it is killed.
+    #[track_caller]
+    pub fn idle(&self) -> Container<'_> {
+        self.detached(&["--null-io"], &["sleep", "3600"])
+    }
+}
+
+impl Drop for Env {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}: containerd's log says:\n{}", self.name, self.daemon.log_about(&self.name));
+        }
+    }
+}
