@@ -1,5 +1,7 @@
 //! Asking binaries what they can do: a real QEMU, and things that are none.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 #[allow(dead_code)]
 mod common;
 

@@ -1,5 +1,7 @@
 //! Devices of a real machine with a real guest: attached before the CPUs run and after, and detached again.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 #[allow(dead_code)]
 mod common;
 
@@ -195,4 +197,40 @@ async fn a_killed_virtiofsd_leaves_no_process() {
         until_true("a process of virtiofsd is left", || async { !Path::new(&format!("/proc/{pid}")).exists() }).await;
     }
     assert!(!names(lab.dir.path()).contains(&"fs.sock".to_owned()));
+}
+
+/// The shim's way: a mount namespace of its own, in which the shared directory propagates its mounts.
+#[test]
+fn mounts_made_later_reach_the_guest() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let nothing = None::<&str>;
+    let script = "mount -t virtiofs share /mnt; until cat /mnt/later/file; do usleep 20000; done 2>/dev/null; \
+                  while [ -e /mnt/later/file ]; do usleep 20000; done; echo gone again";
+    // A thread of its own: no other test may see these mounts.
+    let test = std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount(nothing, "/", nothing, MsFlags::MS_SLAVE | MsFlags::MS_REC, nothing).unwrap();
+        let shared = tempfile::tempdir().unwrap();
+        let later = shared.path().join("later");
+        std::fs::create_dir(&later).unwrap();
+        mount(Some(shared.path()), shared.path(), nothing, MsFlags::MS_BIND, nothing).unwrap();
+        mount(nothing, shared.path(), nothing, MsFlags::MS_SHARED, nothing).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let lab = Lab::new(script).await;
+            let (_virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
+            let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+            vm.attach(Device::VirtioFs(fs)).await.unwrap();
+            vm.cont().await.unwrap();
+            lab.prints("guest is up").await;
+            mount(Some("none"), &later, Some("tmpfs"), MsFlags::empty(), nothing).unwrap();
+            std::fs::write(later.join("file"), "mounted later\n").unwrap();
+            lab.prints("mounted later").await;
+            umount2(&later, MntFlags::MNT_DETACH).unwrap();
+            lab.prints("gone again").await;
+            vm.stop(SOON).await.unwrap();
+        });
+        umount2(shared.path(), MntFlags::MNT_DETACH).unwrap();
+    });
+    test.join().unwrap();
 }

@@ -1,5 +1,7 @@
 //! A real QEMU, from start to end: what goes wrong at the start, how its death is told, and how it is stopped.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 #[allow(dead_code)]
 mod common;
 
