@@ -182,7 +182,8 @@ impl Driver {
             sizing: Sizing::of(config, spec),
             config: config.clone(),
             id: self.identity.id.clone(),
-            hostname: spec.hostname().clone().unwrap_or_default(),
+            // Without a name of its own a container has the host's, as in a new uts namespace.
+            hostname: spec.hostname().clone().or_else(host_name).unwrap_or_default(),
             cgroups_path: spec
                 .linux()
                 .as_ref()
@@ -590,6 +591,10 @@ impl Driver {
         self.ended |= now || self.state.is_empty();
         answer(reply, Ok(self.ended));
     }
+}
+
+fn host_name() -> Option<String> {
+    nix::unistd::gethostname().ok()?.into_string().ok()
 }
 
 /// A client that has gone away needs no answer.
