@@ -589,6 +589,9 @@ impl Driver {
     /// `Shutdown`: ends the sandbox if nothing needs it, or if `now`. Says whether it did.
     pub fn shutdown(&mut self, now: bool, reply: Reply<bool>) {
         self.ended |= now || self.state.is_empty();
+        if self.ended && !self.state.is_empty() {
+            self.vm_died("the sandbox was told to stop");
+        }
         answer(reply, Ok(self.ended));
     }
 }

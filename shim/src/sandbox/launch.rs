@@ -153,6 +153,7 @@ pub fn share_dir(state_dir: &Path) -> PathBuf {
 pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     let config = &plan.config;
     let qemu = find_program(&config.qemu, "qemu")?;
+    let virtiofsd = find_program(&config.virtiofsd, "virtiofsd")?;
     find_file(&config.kernel, "kernel")?;
     find_file(&config.initramfs, "initramfs")?;
     let cgroup_procs = join_cgroup(&plan.cgroups_path, ledger)?;
@@ -179,19 +180,37 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs,
     };
+    let virtiofsd = VirtiofsdConfig {
+        binary: virtiofsd,
+        cache_dir,
+        socket: ledger.dir().join("virtiofs"),
+        shared_dir: share_dir(ledger.dir()),
+        cgroup_procs: machine.cgroup_procs.clone(),
+    };
     for attempt in 1..=2 {
-        let boot = boot(plan, &mut machine, &cache_dir, ledger);
+        let boot = boot(plan, &mut machine, &virtiofsd, ledger);
         match timeout(config.boot_deadline(), boot).await {
             Ok(result) => return result,
-            Err(_) => tracing::warn!(attempt, deadline = ?config.boot_deadline(), "the guest did not answer"),
+            Err(_) => {
+                let console = last_lines(machine.console.as_deref());
+                tracing::warn!(attempt, deadline = ?config.boot_deadline(), console, "the guest did not answer");
+            }
         }
     }
     Err(Error::deadline(format!(
         "the guest agent did not answer within {} s, twice: is the initramfs {} the one of this installation? \
-         debug = true in the configuration keeps the guest's console",
+         with debug = true in the configuration the guest's last words are in containerd's log",
         config.boot_timeout_seconds,
         config.initramfs.display()
     )))
+}
+
+/// The end of the guest's console, as far as it fits a line of the log.
+fn last_lines(console: Option<&Path>) -> String {
+    const LENGTH: usize = 1000;
+    let text = console.and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(LENGTH)..]).into_owned();
+    text.lines().map(str::trim_end).collect::<Vec<_>>().join(" | ")
 }
 
 fn join_cgroup(cgroups_path: &str, ledger: &Ledger) -> Result<Vec<PathBuf>> {
@@ -236,7 +255,7 @@ fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
     Ok(Address { transport, ready, port, kernel })
 }
 
-async fn boot(plan: &Plan, machine: &mut MachineConfig, cache_dir: &Path, ledger: &Ledger) -> Result<Guest> {
+async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdConfig, ledger: &Ledger) -> Result<Guest> {
     let config = &plan.config;
     let dir = ledger.dir();
     let Address { transport, ready, port, kernel } = address(config.vsock, dir)?;
@@ -261,15 +280,8 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, cache_dir: &Path, ledger
             Some(daemon)
         }
     };
-    let virtiofsd_config = VirtiofsdConfig {
-        binary: find_program(&config.virtiofsd, "virtiofsd")?,
-        cache_dir: cache_dir.to_owned(),
-        socket: dir.join("virtiofs"),
-        shared_dir: share_dir(dir),
-        cgroup_procs: machine.cgroup_procs.clone(),
-    };
     let virtiofsd = async {
-        let (virtiofsd, connection) = Virtiofsd::spawn(&virtiofsd_config).await?;
+        let (virtiofsd, connection) = Virtiofsd::spawn(virtiofsd).await?;
         ledger.record(&Resource::Process(virtiofsd.identity()))?;
         Ok::<_, Error>((virtiofsd, connection))
     };
