@@ -1,5 +1,5 @@
 //! What a QEMU binary can do. It is asked once, over QMP and without a machine, and the answer is kept in the cache:
-//! asking takes about 0.2 s, and no start of a sandbox but the first one pays that.
+//! asking takes about 0.1 s, and no start of a sandbox but the first one pays that.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,9 +14,7 @@ use crate::cache::FileKey;
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn, stdout_of};
 use crate::qmp::Qmp;
-use crate::qmp::commands::{
-    QomListProperties, QomListTypes, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit,
-};
+use crate::qmp::commands::{QomListProperties, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit};
 
 /// A firmware that does no more than our guests need, by the name that QEMU finds it by.
 pub(super) const QBOOT: &str = "qboot.rom";
@@ -83,25 +81,25 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
     monitor(&mut arguments, &theirs);
     let child = Child::spawn(Spawn { fds: vec![OwnedFd::from(theirs)], ..Spawn::new(qemu, arguments.into_vec()) })?;
-    let (qmp, version) = match Qmp::open(ours, ASK_DEADLINE).await {
-        Ok(open) => open,
+    match interview(qemu, ours).await {
         // One that ended says more by its status and its last words than by the end of its monitor.
-        Err(Error::Closed { reason }) => {
-            return Err(match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
-                Ok(exit) => child.process().died(exit),
-                Err(_) => Error::Closed { reason: format!("{reason} ({})", qemu.display()) },
-            });
-        }
-        Err(error) => return Err(error),
-    };
-    let types: BTreeSet<String> = qmp.execute(&QomListTypes {}).await?.into_iter().map(|item| item.name).collect();
-    let commands = qmp.execute(&QueryCommands {}).await?;
-    let options = qmp.execute(&QueryCommandLineOptions {}).await?;
-    let machines = qmp.execute(&QueryMachines {}).await?;
-    let unfit = |what: &str| Err(Error::Unsupported(format!("{} (QEMU {version}) has no {what}", qemu.display())));
-    if let Some(missing) = NEEDED.into_iter().find(|needed| !types.contains(*needed)) {
-        return unfit(missing);
+        Err(Error::Closed { reason }) => match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
+            Ok(exit) => Err(child.process().died(exit)),
+            Err(_) => Err(Error::Closed { reason: format!("{reason} ({})", qemu.display()) }),
+        },
+        told => told,
     }
+}
+
+async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
+    let (qmp, version) = Qmp::open(monitor, ASK_DEADLINE).await?;
+    let unfit = |what: &str| Err(Error::Unsupported(format!("{} (QEMU {version}) has no {what}", qemu.display())));
+    for needed in NEEDED {
+        if !has(&qmp, needed).await? {
+            return unfit(needed);
+        }
+    }
+    let machines = qmp.execute(&QueryMachines {}).await?;
     let Some(q35) = machines.iter().find(|machine| machine.name == "q35" || machine.alias.as_deref() == Some("q35"))
     else {
         return unfit("q35 machine; use the full qemu-system-x86_64");
@@ -109,24 +107,34 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     let typename = format!("{}-machine", q35.name);
     let machine_options =
         qmp.execute(&QomListProperties { typename }).await?.into_iter().map(|item| item.name).collect();
+    let commands = qmp.execute(&QueryCommands {}).await?;
+    let options = qmp.execute(&QueryCommandLineOptions {}).await?;
+    let data_dirs = stdout_of(qemu, &["-L", "help"], ASK_DEADLINE).await?;
     let found = Capabilities {
-        kvm: types.contains("kvm-accel"),
-        tcg: types.contains("tcg-accel"),
-        vhost_vsock: types.contains("vhost-vsock-pci"),
-        vhost_user_vsock: types.contains("vhost-user-vsock-pci"),
-        vhost_user_fs: types.contains("vhost-user-fs-pci"),
+        kvm: has(&qmp, "kvm-accel").await?,
+        tcg: has(&qmp, "tcg-accel").await?,
+        vhost_vsock: has(&qmp, "vhost-vsock-pci").await?,
+        vhost_user_vsock: has(&qmp, "vhost-user-vsock-pci").await?,
+        vhost_user_fs: has(&qmp, "vhost-user-fs-pci").await?,
         sandbox: options.iter().any(|option| option.option == "sandbox"),
-        qboot: stdout_of(qemu, &["-L", "help"], ASK_DEADLINE)
-            .await?
-            .lines()
-            .any(|dir| Path::new(dir).join(QBOOT).is_file()),
         virtio_status: commands.iter().any(|command| command.name == "x-query-virtio-status"),
+        qboot: data_dirs.lines().any(|dir| Path::new(dir).join(QBOOT).is_file()),
         machine_options,
         version,
     };
-    // The answers are here; how it ends does not matter, and it dies with `child`.
+    // The answers are here; how it ends does not matter, and it dies with its handle.
     let _ = qmp.execute_within(&Quit {}, Duration::from_millis(100)).await;
     Ok(found)
+}
+
+/// Whether there is a type of this name. To list all of them would load every module of QEMU, which takes longer than
+/// everything else together.
+async fn has(qmp: &Qmp, typename: &str) -> Result<bool> {
+    match qmp.execute(&QomListProperties { typename: typename.into() }).await {
+        Ok(_) => Ok(true),
+        Err(Error::Refused { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// A monitor on an inherited, connected socket: its end of file is QEMU's death, and no path is left behind.

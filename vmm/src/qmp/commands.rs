@@ -48,9 +48,7 @@ commands! {
     DeviceDel { id: String } = "device_del" -> IgnoredAny;
     /// Children and properties of an object.
     QomList { path: String } = "qom-list" -> Vec<Named>;
-    /// Every type the binary knows.
-    QomListTypes {} = "qom-list-types" -> Vec<Named>;
-    /// The settings of a type.
+    /// The settings of a type; an error if there is none of that name.
     QomListProperties { typename: String } = "qom-list-properties" -> Vec<Named>;
     /// Every machine the binary knows.
     QueryMachines {} = "query-machines" -> Vec<Machine>;
