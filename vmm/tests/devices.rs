@@ -182,6 +182,21 @@ async fn a_helper_that_dies_says_why() {
 }
 
 #[tokio::test]
+async fn a_virtiofsd_that_cannot_serve_says_why() {
+    let lab = Lab::new("").await;
+    let binary = installed("libexec/cofferdam/virtiofsd");
+    let (virtiofsd, fs) = virtiofsd(&lab, &binary, Path::new("/no/such/directory")).await;
+    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let error = vm.attach(Device::VirtioFs(fs)).await.unwrap_err();
+    let error = virtiofsd.explain(error).await.to_string();
+    assert!(error.contains("virtiofsd exited with status 1: "), "{error}");
+    // One that lives has nothing to add.
+    let shared = tempfile::tempdir().unwrap();
+    let (lives, _connection) = self::virtiofsd(&lab, &binary, shared.path()).await;
+    assert_eq!(lives.explain(vmm::Error::Unsupported("no".into())).await.to_string(), "no");
+}
+
+#[tokio::test]
 async fn a_killed_virtiofsd_leaves_no_process() {
     let lab = Lab::new("").await;
     let shared = tempfile::tempdir().unwrap();

@@ -14,6 +14,9 @@ pub use vsock_daemon::{VsockDaemon, VsockDaemonConfig};
 use crate::error::{Error, Result};
 use crate::process::{Child, Identity};
 
+/// How long the end of a helper may come after QEMU has noticed it.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// A running helper. Dropping it kills it.
 #[derive(Debug)]
 pub struct Helper {
@@ -38,6 +41,12 @@ impl Helper {
     /// The kernel does not let it die in time.
     pub async fn stop(&self, timeout: Duration) -> Result<()> {
         self.child.kill_and_wait(timeout).await.map(drop)
+    }
+
+    /// The better of two errors: how the helper ended, if it did, else what QEMU said of a device whose helper is gone.
+    pub async fn explain(&self, error: Error) -> Error {
+        let exited = tokio::time::timeout(LAST_WORDS, self.child.exited()).await;
+        exited.map_or(error, |exit| self.child.process().died(exit))
     }
 
     /// The error of a helper that has ended, if it has.

@@ -55,7 +55,7 @@ enum Flavour {
 
 impl Virtiofsd {
     /// Starts it, and returns with it the connection for [`crate::VirtioFs`]. That it serves is seen when the device is
-    /// attached, which waits for it.
+    /// attached, which waits for it; if that fails, [`Helper::explain`] knows more.
     ///
     /// # Errors
     /// The binary is missing or no virtiofsd, or the socket cannot be made.
@@ -69,11 +69,6 @@ impl Virtiofsd {
             ..Spawn::new(&config.binary, arguments)
         })?;
         Ok((Virtiofsd(Helper { child }), connection.into()))
-    }
-
-    /// The error of a virtiofsd that has ended, if it has: it explains a refused device better than QEMU can.
-    pub fn death(&self) -> Option<Error> {
-        self.0.death()
     }
 }
 
@@ -94,16 +89,16 @@ fn arguments(flavour: Flavour, shared_dir: &Path, listener: &impl AsRawFd) -> Ve
             let fixed = ["--cache=auto", "--sandbox=namespace", "--inode-file-handles=prefer", "--announce-submounts"];
             arguments.extend(fixed.map(Into::into));
             // File capabilities of a container's programs are extended attributes.
-            arguments.extend(["--xattr", "--log-level=warn"].map(Into::into));
+            arguments.extend(["--xattr", "--log-level=error"].map(Into::into));
         }
         Flavour::C => {
             // `-o` separates its options by commas and knows no way to write one.
             let mut source = OsString::from("source=");
             source.push(shared_dir);
-            for option in ["cache=auto", "sandbox=namespace", "announce_submounts", "xattr", "log_level=warn"] {
+            for option in ["cache=auto", "sandbox=namespace", "announce_submounts", "xattr", "log_level=err"] {
                 arguments.extend(["-o".into(), option.into()]);
             }
-            arguments.extend(["-o".into(), source, "--thread-pool-size=1".into()]);
+            arguments.extend(["-o".into(), source]);
             // It insists on a million descriptors otherwise, which only CAP_SYS_RESOURCE can have.
             arguments.push("--rlimit-nofile=0".into());
         }
