@@ -116,10 +116,15 @@ impl Guest {
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            death = self.vm.died() => death.to_string(),
+        let why = tokio::select! {
+            death = self.vm.died() => return death.to_string(),
             why = self.virtiofsd.exited() => why,
             why = daemon => why,
+        };
+        // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the reason.
+        match timeout(QUIT_DEADLINE, self.vm.died()).await {
+            Ok(death) => death.to_string(),
+            Err(_) => why,
         }
     }
 
