@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, cache_dir, installed, names, program};
 use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::process::Identity;
 use vmm::{Block, Device, VirtioFs, Vm, VsockDevice};
 
 async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, VirtioFs) {
@@ -196,22 +197,45 @@ async fn a_virtiofsd_that_cannot_serve_says_why() {
     assert_eq!(lives.explain(vmm::Error::Unsupported("no".into())).await.to_string(), "no");
 }
 
+/// The process that serves is the child of the one that was started, in a pid namespace of its own.
+fn serving(virtiofsd: &Virtiofsd) -> Identity {
+    let pid = virtiofsd.identity().pid;
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    Identity::of(children.trim().parse().unwrap()).unwrap()
+}
+
 #[tokio::test]
-async fn a_killed_virtiofsd_leaves_no_process() {
+async fn a_stopped_virtiofsd_is_gone_as_a_whole() {
+    for stop_qemu_first in [true, false] {
+        let lab = Lab::new("").await;
+        let shared = tempfile::tempdir().unwrap();
+        let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
+        let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+        vm.attach(Device::VirtioFs(fs)).await.unwrap();
+        let serving = serving(&virtiofsd);
+        assert!(serving.is_alive());
+        if stop_qemu_first {
+            vm.stop(SOON).await.unwrap();
+        }
+        virtiofsd.stop(SOON).await.unwrap();
+        virtiofsd.stop(SOON).await.unwrap();
+        assert!(!serving.is_alive() && !virtiofsd.identity().is_alive());
+        assert!(!names(lab.dir.path()).contains(&"fs.sock".to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn a_virtiofsd_that_is_killed_by_others_ends_with_its_machine() {
     let lab = Lab::new("").await;
     let shared = tempfile::tempdir().unwrap();
     let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
     let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
     vm.attach(Device::VirtioFs(fs)).await.unwrap();
-    let pid = virtiofsd.identity().pid;
-    let inner = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    virtiofsd.stop(SOON).await.unwrap();
+    let serving = serving(&virtiofsd);
+    virtiofsd.identity().kill_and_wait(SOON).unwrap();
+    assert!(virtiofsd.exited().await.contains("was killed by signal 9"));
     vm.stop(SOON).await.unwrap();
-    // In its own pid namespace there is one more process, which ends with its connection at the latest.
-    for pid in inner.split_whitespace() {
-        until_true("a process of virtiofsd is left", || async { !Path::new(&format!("/proc/{pid}")).exists() }).await;
-    }
-    assert!(!names(lab.dir.path()).contains(&"fs.sock".to_owned()));
+    until_true("a process of virtiofsd is left", || async { !serving.is_alive() }).await;
 }
 
 /// The shim's way: a mount namespace of its own, in which the shared directory propagates its mounts.

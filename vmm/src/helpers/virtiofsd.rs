@@ -15,10 +15,13 @@ use serde::{Deserialize, Serialize};
 use super::Helper;
 use crate::cache::FileKey;
 use crate::error::{Doing, Error, Result};
-use crate::process::{Child, Spawn, stdout_of};
+use crate::process::{Child, Identity, Spawn, stdout_of};
 
 /// How long a binary may take to say its version.
 const VERSION_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long it may take to notice that QEMU is gone.
+const GOODBYE: Duration = Duration::from_millis(200);
 
 /// What to serve.
 #[derive(Clone, Debug)]
@@ -69,6 +72,25 @@ impl Virtiofsd {
             ..Spawn::new(&config.binary, arguments)
         })?;
         Ok((Virtiofsd(Helper { child }), connection.into()))
+    }
+
+    /// Waits until it is dead. It ends by itself when QEMU has, which is why QEMU is stopped first; if it does not, it is
+    /// killed. May be called again.
+    ///
+    /// # Errors
+    /// The kernel does not let it die in time.
+    pub async fn stop(&self, timeout: Duration) -> Result<()> {
+        if tokio::time::timeout(GOODBYE.min(timeout), self.exited()).await.is_err() {
+            // The process that serves, and holds every mount, is a child in a pid namespace; ours ends after it. The
+            // other way round nobody would wait for it.
+            let pid = self.identity().pid;
+            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+            for child in children.split_ascii_whitespace().filter_map(|pid| Identity::of(pid.parse().ok()?).ok()) {
+                let _ = child.kill_and_wait(Duration::ZERO);
+            }
+            let _ = tokio::time::timeout(GOODBYE, self.exited()).await;
+        }
+        self.0.stop(timeout).await
     }
 }
 
