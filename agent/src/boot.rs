@@ -1,18 +1,19 @@
 //! The first moments of PID 1: mounts, root, loopback, a few sysctls; and its last: power off.
 //!
-//! Time to the ready notice is what a user waits for at every start, so nothing is done here that can wait.
+//! Time to the ready notice is what a user waits for at every start, so what can wait until after it does.
 
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Once;
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::error::{Error, Result, What};
-use crate::log;
+use crate::log::{self, log};
 
 /// Where the cgroup v2 tree is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -47,6 +48,9 @@ impl Parameters {
         parameters
     }
 }
+
+/// Open files of a process: the kernel's own highest limit, fs.nr_open.
+const MAX_FILES: libc::rlim_t = 1 << 20;
 
 struct Mount {
     source: &'static str,
@@ -109,14 +113,27 @@ pub fn boot() -> Result<Parameters> {
     {
         log::to(kmsg);
     }
-    enable_controllers(Path::new(CGROUP_ROOT));
-    for (key, value) in SYSCTLS {
-        let _ = fs::write(Path::new("/proc/sys").join(key), value);
-    }
-    loopback_up()?;
-    // Children look for programs with the container's own PATH; this is only for the agent itself.
-    let _ = nix::unistd::setsid();
+    // As on hosts where containerd has no limit: a process of a container takes over what its spec does not set.
+    let limit = libc::rlimit { rlim_cur: MAX_FILES, rlim_max: MAX_FILES };
+    // SAFETY: the limit lives over the call.
+    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
     Ok(parameters)
+}
+
+static SETTLED: Once = Once::new();
+
+/// Does the part of a boot that only containers need, once: a host that was told that the agent is ready needs some
+/// time to answer, and this fits into it.
+pub fn settle() {
+    SETTLED.call_once(|| {
+        enable_controllers(Path::new(CGROUP_ROOT));
+        for (key, value) in SYSCTLS {
+            let _ = fs::write(Path::new("/proc/sys").join(key), value);
+        }
+        if let Err(error) = loopback_up() {
+            log!("{error}");
+        }
+    });
 }
 
 /// Puts a bind mount of the initramfs over the initramfs, because pivot_root(2) refuses a root that has no parent
@@ -132,7 +149,7 @@ fn move_root() -> Result<()> {
 }
 
 /// Lets children of `group` use every controller there is. One write each, so that a missing one stops no other.
-pub fn enable_controllers(group: &Path) {
+fn enable_controllers(group: &Path) {
     let controllers = fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
     let all: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
     let control = group.join("cgroup.subtree_control");
@@ -165,6 +182,8 @@ fn loopback_up() -> Result<()> {
 /// The step that failed, for example without root.
 pub fn isolate() -> Result<String> {
     use nix::sched::{CloneFlags, unshare};
+    // The machine is not this process's to set up.
+    SETTLED.call_once(|| {});
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC)
         .what(|| "unshare mounts, hostname and IPC (root is needed)".into())?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)

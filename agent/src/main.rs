@@ -98,8 +98,9 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         init,
     ));
     server.start().await.map_err(|error| Error::Failed(format!("start the server: {error}")))?;
-    if let Some(port) = parameters.ready_port {
-        tokio::spawn(ready::tell(port));
+    match parameters.ready_port {
+        Some(port) => drop(tokio::spawn(ready::tell(port))),
+        None => boot::settle(),
     }
     log!("ready");
     over.notified().await;

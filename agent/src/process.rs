@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
@@ -18,12 +19,14 @@ pub struct Process {
     pidfd: OwnedFd,
     exit: watch::Sender<Option<i32>>,
     io: Arc<Io>,
+    /// Somebody has been told of the exit.
+    told: AtomicBool,
 }
 
 impl Process {
     /// Takes over a process that was just made.
     pub fn new(pid: libc::pid_t, pidfd: OwnedFd, io: Io) -> Arc<Process> {
-        Arc::new(Process { pid, pidfd, exit: watch::Sender::new(None), io: Arc::new(io) })
+        Arc::new(Process { pid, pidfd, exit: watch::Sender::new(None), io: Arc::new(io), told: AtomicBool::new(false) })
     }
 
     /// Its id in the guest.
@@ -44,6 +47,16 @@ impl Process {
     /// Its status, if it has exited.
     pub fn exited(&self) -> Option<i32> {
         *self.exit.borrow()
+    }
+
+    /// Notes that somebody was told of the exit.
+    pub fn tell(&self) {
+        self.told.store(true, Ordering::Relaxed);
+    }
+
+    /// True once somebody was told of the exit.
+    pub fn told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
     }
 
     /// Makes the exit known to everybody who waits.

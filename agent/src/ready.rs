@@ -6,6 +6,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
+use crate::boot;
 use crate::log::log;
 
 /// How long the notice is tried: the vsock device may come after the agent, and the host may be busy.
@@ -26,7 +27,9 @@ pub async fn tell(port: u32) {
             stream.write_all(b"ready\n").await?;
             stream.shutdown(std::net::Shutdown::Both)
         };
-        let error = match timeout(ATTEMPT, attempt).await {
+        let result = timeout(ATTEMPT, attempt).await;
+        boot::settle();
+        let error = match result {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {ATTEMPT:?}"),

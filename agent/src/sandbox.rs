@@ -13,6 +13,7 @@ use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxReques
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
 
+use crate::boot;
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, SeccompCache, Started};
 use crate::error::{Error, Result, What};
@@ -121,6 +122,7 @@ impl Sandbox {
     pub async fn create_container(self: &Arc<Self>, mut request: CreateContainerRequest) -> Result<()> {
         let id = std::mem::take(&mut request.container_id);
         check_id(&id)?;
+        boot::settle();
         let _busy = self.reserve(&id)?;
         let mut mounted = Vec::with_capacity(request.storages.len());
         let made = self.make_container(&id, &mut request, &mut mounted).await;

@@ -140,8 +140,9 @@ impl AgentService for Agent {
         request: api::WaitProcessRequest,
     ) -> Reply<api::WaitProcessResponse> {
         let container = self.sandbox.container(&request.container_id)?;
-        let status = container.process(&request.exec_id)?.wait().await;
-        container.forget(&request.exec_id);
+        let process = container.process(&request.exec_id)?;
+        let status = process.wait().await;
+        container.tell(&process, &request.exec_id)?;
         Ok(api::WaitProcessResponse { status, ..Default::default() })
     }
 

@@ -46,7 +46,7 @@ impl Storages {
     /// One user less; the last one unmounts.
     pub fn release(&mut self, mount_point: &str) {
         let Some(entry) = self.0.get_mut(mount_point) else { return };
-        entry.users -= 1;
+        entry.users = entry.users.saturating_sub(1);
         if entry.users == 0 && !entry.shared {
             let mounted = entry.mounted;
             self.0.remove(mount_point);
@@ -88,7 +88,7 @@ pub async fn mount_storage(storage: &Storage, device_deadline: Duration) -> Resu
     match driver.as_str() {
         "local" => local(storage).map(|()| false),
         "ephemeral" => ephemeral(storage).map(|()| true),
-        "virtio-fs" => plain_mount(storage, &storage.source, &storage.options).map(|()| true),
+        "virtio-fs" => share(storage, device_deadline).await.map(|()| true),
         "overlayfs" => overlay(storage).map(|()| true),
         "blk" => {
             let device = if storage.source.starts_with("/dev/") {
@@ -99,6 +99,19 @@ pub async fn mount_storage(storage: &Storage, device_deadline: Duration) -> Resu
             plain_mount(storage, &device, &storage.options).map(|()| true)
         }
         other => Err(Error::Invalid(format!("unknown storage driver {other:?} for {mount_point}"))),
+    }
+}
+
+/// A share that was just plugged in may not have its driver yet; its tag is unknown until then.
+async fn share(storage: &Storage, deadline: Duration) -> Result<()> {
+    let end = Instant::now() + deadline;
+    loop {
+        match plain_mount(storage, &storage.source, &storage.options) {
+            Err(Error::Io { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) && Instant::now() < end => {
+                sleep(POLL).await;
+            }
+            result => return result,
+        }
     }
 }
 

@@ -178,6 +178,10 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         }
         program.extend(body);
         program.extend([op(MOVE_32, 0x00, 0, i32::from(rule.allow)), op(EXIT, 0, 0, 0)]);
+        // The kernel refuses a program with instructions that nothing reaches.
+        if length == 0 {
+            return program;
+        }
     }
     program.extend([op(MOVE_32, 0x00, 0, 0), op(EXIT, 0, 0, 0)]);
     program

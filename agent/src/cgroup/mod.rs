@@ -72,7 +72,10 @@ impl Cgroup {
 
     /// Kills every process in the cgroup and below, at once.
     pub fn kill(&self) {
-        if let Err(error) = fs::write(self.file("cgroup.kill"), "1") {
+        // It may have been removed already, with everything in it.
+        if let Err(error) = fs::write(self.file("cgroup.kill"), "1")
+            && error.kind() != io::ErrorKind::NotFound
+        {
             log!("kill {}: {error}", self.path.display());
         }
     }

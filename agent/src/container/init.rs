@@ -24,12 +24,13 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
     let keep: Vec<i32> = inherited.join.iter().map(|(fd, ..)| fd.as_raw_fd()).chain(inherited.fds()).collect();
     handle.close_others(&keep);
     child::detach()?;
+    // Before it is somebody else: the file belongs to root.
+    child::set_oom_score(plan.process.oom_score_adj)?;
     if plan.user_maps.is_some() {
         // The agent writes the maps; without them this process is nobody.
         handle.wait();
         child::become_root()?;
     }
-    child::set_oom_score(plan.process.oom_score_adj)?;
     for (fd, flag, name) in &inherited.join {
         // SAFETY: an open descriptor and a plain number.
         check(unsafe { libc::setns(fd.as_raw_fd(), *flag) }.into()).tried(format_args!("join {name} namespace"))?;

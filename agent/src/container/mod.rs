@@ -168,6 +168,9 @@ impl Container {
             .await
             .take()
             .ok_or_else(|| Error::Failed(format!("container {} was started already", self.id)))?;
+        if self.init.exited().is_some() {
+            return Err(Error::Failed(format!("container {} has ended before it was started", self.id)));
+        }
         child.go();
         child.report().await?;
         Ok(())
@@ -190,7 +193,8 @@ impl Container {
         if self.paused.load(Ordering::Relaxed) {
             return Err(Error::Failed(format!("container {} is paused", self.id)));
         }
-        if lock(&self.execs).contains_key(exec_id) {
+        self.sweep();
+        if lock(&self.execs).get(exec_id).is_some_and(|process| !process.told()) {
             return Err(Error::Invalid(format!("exec {exec_id} exists already in container {}", self.id)));
         }
         let mut plan = ProcessPlan::new(process, self.defaults.seccomp.clone())?;
@@ -261,13 +265,26 @@ impl Container {
             .ok_or_else(|| Error::NotFound(format!("no process {exec_id} in container {}", self.id)))
     }
 
-    /// Forgets a process whose exit was told and whose output was fetched. One that still has output stays for the
-    /// polling calls until the container is removed.
-    pub fn forget(&self, exec_id: &str) {
-        let mut execs = lock(&self.execs);
-        if execs.get(exec_id).is_some_and(|process| process.exited().is_some() && process.io().drained()) {
-            execs.remove(exec_id);
+    /// Notes that the exit of a process was told: nobody can wait for it again. Its output stays until it was fetched or
+    /// the container is removed.
+    ///
+    /// # Errors
+    /// `NotFound` if somebody else was told before. The first process's exit is told to everybody.
+    pub fn tell(&self, process: &Arc<Process>, exec_id: &str) -> Result<()> {
+        if Arc::ptr_eq(process, &self.init) {
+            return Ok(());
         }
+        if process.told() {
+            return Err(Error::NotFound(format!("no process {exec_id} in container {}", self.id)));
+        }
+        process.tell();
+        self.sweep();
+        Ok(())
+    }
+
+    /// Forgets the processes of which nothing is wanted any more.
+    fn sweep(&self) {
+        lock(&self.execs).retain(|_, process| !(process.told() && process.io().drained()));
     }
 
     /// True once for each growth of the kernel's count of OOM kills.

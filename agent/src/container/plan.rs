@@ -165,6 +165,9 @@ impl Plan {
         let (join, new_user) = namespaces(&linux.Namespaces)?;
         let has_uts = linux.Namespaces.iter().any(|namespace| namespace.Type == "uts");
         let hostname = Some(spec.Hostname.clone()).filter(|name| !name.is_empty() && has_uts);
+        if spec.Hooks.is_some() {
+            log!("hooks are not run in the guest");
+        }
         let user_maps = new_user.then(|| (id_map(&linux.UIDMappings), id_map(&linux.GIDMappings)));
         if user_maps.as_ref().is_some_and(|(users, groups)| users.is_empty() || groups.is_empty()) {
             return Err(Error::Invalid("a user namespace needs uidMappings and gidMappings".into()));

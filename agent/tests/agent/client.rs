@@ -60,7 +60,16 @@ impl<'a> Client<'a> {
 
     /// A container spec as containerd makes them, for a command of the busybox tree.
     pub fn spec(&self, args: &[&str]) -> Spec {
-        let capabilities = strings(&["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID"]);
+        let capabilities = strings(&[
+            "CAP_CHOWN",
+            "CAP_DAC_OVERRIDE",
+            "CAP_FOWNER",
+            "CAP_KILL",
+            "CAP_MKNOD",
+            "CAP_NET_RAW",
+            "CAP_SETGID",
+            "CAP_SETUID",
+        ]);
         let process = Process {
             Args: strings(args),
             Env: strings(&["PATH=/usr/bin:/bin"]),
@@ -78,7 +87,14 @@ impl<'a> Client<'a> {
             .map(|kind| LinuxNamespace { Type: kind.into(), ..Default::default() });
         let linux = Linux {
             Namespaces: namespaces.into(),
-            MaskedPaths: strings(&["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/scsi", "/sys/firmware", "/no/such"]),
+            MaskedPaths: strings(&[
+                "/proc/acpi",
+                "/proc/kcore",
+                "/proc/keys",
+                "/proc/scsi",
+                "/sys/firmware",
+                "/no/such",
+            ]),
             ReadonlyPaths: strings(&["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]),
             ..Default::default()
         };
@@ -88,7 +104,12 @@ impl<'a> Client<'a> {
             Mounts: vec![
                 mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
                 mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-                mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
+                mount(
+                    "/dev/pts",
+                    "devpts",
+                    "devpts",
+                    &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
+                ),
                 mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
                 mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
                 mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
@@ -111,8 +132,7 @@ impl<'a> Client<'a> {
     }
 
     pub async fn wait(&self, id: &str, exec_id: &str) -> ttrpc::Result<i32> {
-        let request =
-            WaitProcessRequest { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
+        let request = WaitProcessRequest { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         self.rpc.agent.wait_process(soon(), &request).await.map(|response| response.status)
     }
 

@@ -33,6 +33,14 @@ pub async fn a_command_that_cannot_be_executed_fails_start(client: &Client<'_>) 
     assert_eq!((code, text.as_str()), (Code::INTERNAL, "exec /bin/orphan: no such file or directory"));
     client.wait("orphan", "").await.unwrap();
     client.remove("orphan").await.unwrap();
+
+    // Killed before it could start.
+    client.create("early", client.spec(&["true"])).await.unwrap();
+    client.kill("early", "", libc::SIGKILL).await.unwrap();
+    assert_eq!(client.wait("early", "").await.unwrap(), 137);
+    let (_, text) = refusal(client.start("early").await);
+    assert_eq!(text, "container early has ended before it was started");
+    client.remove("early").await.unwrap();
 }
 
 pub async fn a_failed_create_leaves_nothing_behind(client: &Client<'_>) {
@@ -51,7 +59,8 @@ pub async fn a_failed_create_leaves_nothing_behind(client: &Client<'_>) {
 }
 
 pub async fn what_the_kernel_shows_too_much_of_is_hidden(client: &Client<'_>) {
-    let script = "ls /sys/firmware; cat /proc/kcore 2>/dev/null; cat /proc/keys; ls -A /proc/acpi /proc/scsi 2>/dev/null
+    let script =
+        "ls /sys/firmware; cat /proc/kcore 2>/dev/null; cat /proc/keys; ls -A /proc/acpi /proc/scsi 2>/dev/null
         (echo 1 >/proc/sys/kernel/panic) 2>&1 | grep -o 'Read-only.*'; (mkdir /sys/x) 2>&1 | grep -o Read-only.*";
     let output = client.script("masked", script, |_| {}).await;
     let text = output.stdout.replace("/proc/acpi:\n", "").replace("/proc/scsi:\n", "");
@@ -187,7 +196,11 @@ pub async fn a_user_namespace_maps_root_to_somebody(client: &Client<'_>) {
     // The test's own directory is not open to everybody.
     if client.guest.is_vm {
         let output = client
-            .script("user-ns", "id -u; cat /proc/self/uid_map; echo hello >/dev/null && touch /run/mine && echo fine", change)
+            .script(
+                "user-ns",
+                "id -u; cat /proc/self/uid_map; echo hello >/dev/null && touch /run/mine && echo fine",
+                change,
+            )
             .await;
         let words: Vec<&str> = output.stdout.split_whitespace().collect();
         assert_eq!(words, ["0", "0", "100000", "65536", "fine"], "{output:?}");

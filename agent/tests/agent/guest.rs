@@ -96,12 +96,15 @@ impl Guest {
         let khz = tsc_khz().map(|khz| format!("tsc_early_khz={khz} ")).unwrap_or_default();
         let append = format!(
             "quiet panic=-1 reboot=t {khz}no_timer_check tsc=reliable noreplace-smp mitigations=off \
-             lapic_timer_hz=1000000000 pcie_ports=compat agent.log=debug console=ttyS0 {}={READY_PORT}",
+             lapic_timer_hz=1000000000 pcie_ports=compat rcupdate.rcu_expedited=1 agent.log=debug console=ttyS0 {}={READY_PORT}",
             agent_client::READY_PARAMETER
         );
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1", "-m", "512"])
-            .args(["-machine", "q35,accel=tcg,memory-backend=mem,usb=off,graphics=off,hpet=off,smbus=off,sata=off,vmport=off,smm=off"])
+            .args([
+                "-machine",
+                "q35,accel=tcg,memory-backend=mem,usb=off,graphics=off,hpet=off,smbus=off,sata=off,vmport=off,smm=off",
+            ])
             .args(["-cpu", "max,-erms,-fsrm"])
             .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
             .arg("-kernel")
@@ -168,6 +171,23 @@ impl Guest {
     }
 }
 
+/// Ends what a killed agent has left in its cgroup.
+fn clear_cgroup(pid: u32) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let cgroup2 = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    let Some(root) = cgroup2.and_then(|line| line.split(' ').nth(1)) else { return };
+    let group = Path::new(root).join(format!("cofferdam-agent-{pid}"));
+    let _ = fs::write(group.join("cgroup.kill"), "1");
+    let end = Instant::now() + Duration::from_secs(5);
+    while group.exists() && Instant::now() < end {
+        for entry in fs::read_dir(&group).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(entry.path());
+        }
+        let _ = fs::remove_dir(&group);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 impl Drop for Guest {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -176,6 +196,9 @@ impl Drop for Guest {
         for child in &mut self.children {
             let _ = child.kill();
             let _ = child.wait();
+            if !self.is_vm {
+                clear_cgroup(child.id());
+            }
         }
     }
 }

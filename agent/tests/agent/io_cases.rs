@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
-    CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest, WriteStreamRequest,
-};
+use agent_client::protocols::agent::{CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest, WriteStreamRequest};
 use agent_client::protocols::oci::{Box as Size, User};
 use agent_client::stdio::Channel;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -115,8 +113,12 @@ pub async fn stdio_can_be_polled(client: &Client<'_>) {
         assert_eq!(write(client, "polled", "polled", b"two").await, 3);
         assert_eq!(write(client, "polled", "", b"").await, 0);
     };
-    let (stdout, stderr, status, ()) =
-        tokio::join!(poll(client, false, "polled", ""), poll(client, true, "polled", ""), client.wait("polled", ""), talk);
+    let (stdout, stderr, status, ()) = tokio::join!(
+        poll(client, false, "polled", ""),
+        poll(client, true, "polled", ""),
+        client.wait("polled", ""),
+        talk
+    );
     assert_eq!((stdout.as_str(), stderr.as_str(), status.unwrap()), ("one two", "err\n", 8));
     client.remove("polled").await.unwrap();
 
@@ -126,6 +128,7 @@ pub async fn stdio_can_be_polled(client: &Client<'_>) {
     let close = CloseStdinRequest { container_id: "polled".into(), exec_id: "e1".into(), ..Default::default() };
     client.rpc.agent.close_stdin(soon(), &close).await.unwrap();
     assert_eq!(client.wait("polled", "e1").await.unwrap(), 0);
+    assert_eq!(refusal(client.wait("polled", "e1").await).0, Code::NOT_FOUND);
     assert_eq!(poll(client, false, "polled", "e1").await, "late\n");
     client.remove("polled").await.unwrap();
 }
@@ -145,7 +148,11 @@ async fn read_until(stream: &mut agent_client::Stream, wanted: &str) -> String {
 }
 
 pub async fn a_terminal_behaves_like_one(client: &Client<'_>) {
-    let mut spec = client.spec(&["sh", "-c", "stty -echo; tty; echo hi >/dev/console; stty size; read line; stty size; sleep 1000"]);
+    let mut spec = client.spec(&[
+        "sh",
+        "-c",
+        "stty -echo; tty; echo hi >/dev/console; stty size; read line; stty size; sleep 1000",
+    ]);
     process(&mut spec).Terminal = true;
     process(&mut spec).ConsoleSize = Some(Size { Height: 24, Width: 80, ..Default::default() }).into();
     let mut stdin = client.stream(Channel::Stdin, "tty", "").await;

@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use agent_client::context;
 use agent_client::protocols::agent::{GetOOMEventRequest, StatsContainerRequest, UpdateContainerRequest};
 use agent_client::protocols::oci::{LinuxCPU, LinuxMemory, LinuxPids, LinuxResources};
-use agent_client::context;
+use agent_client::stdio::Channel;
+use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
-use super::client::{Client, DEADLINE, resources, soon};
+use super::client::{Client, DEADLINE, read_all, resources, soon};
 
 pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &Client<'_>) {
     for round in 0..3 {
@@ -40,7 +42,8 @@ pub async fn limits_reach_the_kernel_and_can_be_changed(client: &Client<'_>) {
     let mut spec = client.spec(&["sleep", "1000"]);
     *resources(&mut spec) = LinuxResources {
         Memory: Some(LinuxMemory { Limit: 64 << 20, Reservation: 16 << 20, ..Default::default() }).into(),
-        CPU: Some(LinuxCPU { Shares: 512, Quota: 50_000, Period: 100_000, Cpus: "0-63".into(), ..Default::default() }).into(),
+        CPU: Some(LinuxCPU { Shares: 512, Quota: 50_000, Period: 100_000, Cpus: "0-63".into(), ..Default::default() })
+            .into(),
         Pids: Some(LinuxPids { Limit: 77, ..Default::default() }).into(),
         ..Default::default()
     };
@@ -114,8 +117,32 @@ pub async fn making_containers_and_processes_is_quick(client: &Client<'_>) {
         client.rpc.health.check(soon(), &Default::default()).await.unwrap();
         ping.push(begun.elapsed());
     }
+    let rate = |bytes: usize, time: Duration| bytes as u128 / time.as_micros().max(1);
+    let size = 32 << 20;
+    let stdout = client.stream(Channel::Stdout, "quick-out", "").await;
+    client
+        .create("quick-out", client.spec(&["dd", "if=/dev/zero", "bs=64k", &format!("count={}", size >> 16)]))
+        .await
+        .unwrap();
+    let begun = Instant::now();
+    client.start("quick-out").await.unwrap();
+    assert_eq!(read_all(Some(stdout)).await.len(), size);
+    let out = rate(size, begun.elapsed());
+    client.remove("quick-out").await.unwrap();
+    let mut stdin = client.stream(Channel::Stdin, "quick-in", "").await;
+    client.create("quick-in", client.spec(&["cat"])).await.unwrap();
+    client.start("quick-in").await.unwrap();
+    let begun = Instant::now();
+    stdin.write_all(&vec![0; size]).await.unwrap();
+    drop(stdin);
+    client.wait("quick-in", "").await.unwrap();
+    eprintln!("stdout {out} MB/s, stdin {} MB/s", rate(size, begun.elapsed()));
+    client.remove("quick-in").await.unwrap();
     let first = create[0];
     let all = [median(ping), first, median(create), median(start), median(exec)];
-    eprintln!("ping {:?}, first create {:?}, create {:?}, start+wait {:?}, exec+wait {:?}", all[0], all[1], all[2], all[3], all[4]);
+    eprintln!(
+        "ping {:?}, first create {:?}, create {:?}, start+wait {:?}, exec+wait {:?}",
+        all[0], all[1], all[2], all[3], all[4]
+    );
     assert!(all.iter().all(|time| *time < Duration::from_secs(1)));
 }

@@ -21,8 +21,7 @@ pub async fn a_process_has_user_groups_and_capabilities_as_told(client: &Client<
     let output = client
         .script("identity", "cat /proc/self/status", |spec| {
             let process = process(spec);
-            process.User =
-                Some(User { UID: 33, GID: 44, AdditionalGids: vec![5, 1000], ..Default::default() }).into();
+            process.User = Some(User { UID: 33, GID: 44, AdditionalGids: vec![5, 1000], ..Default::default() }).into();
             let sets = process.Capabilities.mut_or_insert_default();
             sets.Inheritable = strings(&["CAP_KILL"]);
             sets.Ambient = strings(&["CAP_KILL"]);
@@ -31,7 +30,8 @@ pub async fn a_process_has_user_groups_and_capabilities_as_told(client: &Client<
             sets.Effective.clone_from(&sets.Bounding);
         })
         .await;
-    let names = ["Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:", "Seccomp:"];
+    let names =
+        ["Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:", "Seccomp:"];
     let kill = "0000000000000020";
     assert_eq!(
         status_fields(&output.stdout, &names),
@@ -65,7 +65,10 @@ pub async fn no_new_privileges_and_seccomp_hold(client: &Client<'_>) {
             .await;
         let wanted = if no_new_privileges { "1" } else { "0" };
         assert_eq!(status_fields(&output.stdout, &["NoNewPrivs:", "Seccomp:"]), [wanted, "2"], "{output:?}");
-        assert!(output.stdout.contains("can't create directory '/run/x': Inappropriate ioctl for device"), "{output:?}");
+        assert!(
+            output.stdout.contains("can't create directory '/run/x': Inappropriate ioctl for device"),
+            "{output:?}"
+        );
     }
 }
 
@@ -98,7 +101,10 @@ pub async fn nothing_of_the_agent_leaks_into_a_process(client: &Client<'_>) {
     let script = "ls /proc/self/fd; grep -Eo 'Sig(Blk|Ign):|.{7}$' /proc/self/status | grep -A1 Sig | grep -v ^--; cat /proc/self/environ | tr '\\0' '\\n' | sort";
     let wanted = "0\n1\n2\n3\nSigBlk:\n0000000\nSigIgn:\n0000000\nHOME=/root\nPATH=/usr/bin:/bin\n";
     let clean = |text: &str| -> String {
-        text.lines().filter(|line| !["PWD=", "SHLVL=", "OLDPWD="].iter().any(|own| line.starts_with(own))).map(|line| format!("{line}\n")).collect()
+        text.lines()
+            .filter(|line| !["PWD=", "SHLVL=", "OLDPWD="].iter().any(|own| line.starts_with(own)))
+            .map(|line| format!("{line}\n"))
+            .collect()
     };
     assert_eq!(clean(&client.script("leaks", script, |_| {}).await.stdout), wanted);
     client.sleeper("leaks-exec").await;

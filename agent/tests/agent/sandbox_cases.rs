@@ -81,7 +81,9 @@ pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client
         client.wait(id, "").await.unwrap();
         output.stdout
     };
-    let first = create("writer", "echo kept >/cache/file; df -k /cache | tail -n 1 | awk '{print $2}'; stat -c '%a %g' /cache").await;
+    let first =
+        create("writer", "echo kept >/cache/file; df -k /cache | tail -n 1 | awk '{print $2}'; stat -c '%a %g' /cache")
+            .await;
     assert_eq!(first, "1024\n3770 33\n");
     assert_eq!(create("reader", "cat /cache/file").await, "kept\n");
     client.remove("writer").await.unwrap();
@@ -113,7 +115,10 @@ pub async fn pausing_stops_and_resuming_goes_on(client: &Client<'_>) {
 }
 
 pub async fn stats_are_there_until_removal(client: &Client<'_>) {
-    client.create("counted", client.spec(&["sh", "-c", "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done"])).await.unwrap();
+    client
+        .create("counted", client.spec(&["sh", "-c", "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done"]))
+        .await
+        .unwrap();
     client.start("counted").await.unwrap();
     client.wait("counted", "").await.unwrap();
     let request = StatsContainerRequest { container_id: "counted".into(), ..Default::default() };
