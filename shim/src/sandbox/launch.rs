@@ -31,10 +31,13 @@ const START_DEADLINE: Duration = Duration::from_secs(10);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// One attempt to reach an agent that does not say when it is ready.
-const DIAL_DEADLINE: Duration = Duration::from_millis(200);
+const DIAL_DEADLINE: Duration = Duration::from_secs(1);
 
-/// Between two looks at a guest whose agent may not say when it is ready.
+/// Between two attempts.
 const DIAL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// An agent that has not said that it is ready this long after the guest got its vsock driver never will.
+const NOTICE_GRACE: Duration = Duration::from_secs(1);
 
 /// QEMU's own orderly end, before it is killed.
 const QUIT_DEADLINE: Duration = Duration::from_millis(300);
@@ -330,13 +333,19 @@ async fn reach_agent(transport: &Transport, ready: &Listener, vm: &Vm, vsock: &s
 }
 
 async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Result<agent_client::Stream> {
-    loop {
+    while vm.driver_ok(vsock).await? == Some(false) {
         sleep(DIAL_INTERVAL).await;
-        if vm.driver_ok(vsock).await? != Some(false)
-            && let Ok(stream) = transport.dial(AGENT_PORT, DIAL_DEADLINE).await
-        {
+    }
+    sleep(NOTICE_GRACE).await;
+    loop {
+        // A task of its own, so that an attempt is never broken off: vhost-device-vsock 0.3 spins for ever on a
+        // connection that ends before it has read the CONNECT line.
+        let attempt = transport.clone();
+        let dial = tokio::spawn(async move { attempt.dial(AGENT_PORT, DIAL_DEADLINE).await });
+        if let Ok(Ok(stream)) = dial.await {
             return Ok(stream);
         }
+        sleep(DIAL_INTERVAL).await;
     }
 }
 
