@@ -113,7 +113,10 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
         }
         MountKind::Cgroup => {
             let place = make(root, path, true).tried(&tried)?;
-            mount_new(c"cgroup2", &place, c"cgroup2", options.flags, "").tried(&tried)?;
+            // Not mount(2), which refuses what is there already: with a user namespace the guest's /sys is bound, and
+            // the guest's cgroups with it.
+            let tree = new_detached(c"cgroup2", &[], options.attributes.set).tried(&tried)?;
+            attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
         }
         MountKind::New { fstype } => {
             // A symlink at the place of /proc or /sys would make checks of their files worthless.
@@ -231,22 +234,26 @@ fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
         } else if let Some(empty) = &mut empty {
             empty
         } else {
-            empty.insert(Cover { tree: empty_tmpfs().tried(&tried)?, attached: false })
+            empty.insert({
+                let options = [(c"nr_blocks", c"1"), (c"nr_inodes", c"2")];
+                let tree = new_detached(c"tmpfs", &options, READ_ONLY.set).tried(&tried)?;
+                Cover { tree, attached: false }
+            })
         };
         cover.put(place.as_fd()).tried(&tried)?;
     }
     Ok(())
 }
 
-/// A detached tmpfs that nobody can write to.
-fn empty_tmpfs() -> io::Result<OwnedFd> {
+/// A detached mount of a new file system.
+fn new_detached(fstype: &CStr, options: &[(&CStr, &CStr)], attributes: u64) -> io::Result<OwnedFd> {
     const FSCONFIG_SET_STRING: libc::c_uint = 1;
     const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
     const CLOEXEC: libc::c_uint = 1;
     let none = std::ptr::null::<libc::c_char>();
     // SAFETY: the name is a C string.
-    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), CLOEXEC) })?;
-    for (key, value) in [(c"nr_blocks", c"1"), (c"nr_inodes", c"2")] {
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), CLOEXEC) })?;
+    for (key, value) in options {
         let (fd, key, value) = (context.as_raw_fd(), key.as_ptr(), value.as_ptr());
         // SAFETY: an open descriptor and two C strings.
         check(unsafe { libc::syscall(libc::SYS_fsconfig, fd, FSCONFIG_SET_STRING, key, value, 0) })?;
@@ -254,7 +261,7 @@ fn empty_tmpfs() -> io::Result<OwnedFd> {
     // SAFETY: an open descriptor; the command takes neither key nor value.
     check(unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, none, none, 0) })?;
     // SAFETY: an open descriptor and plain numbers.
-    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, READ_ONLY.set) })
+    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, attributes) })
 }
 
 fn make_readonly(root: BorrowedFd<'_>, path: &str) -> io::Result<()> {
