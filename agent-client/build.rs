@@ -21,8 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Generated files begin with inner attributes, so they must be modules of their own, not included text.
     let mut modules = String::new();
     for name in ["agent", "agent_ttrpc", "csi", "health", "health_ttrpc", "oci", "types"] {
-        let file = Path::new(&out).join(format!("{name}.rs"));
-        writeln!(modules, "#[path = {file:?}]\npub mod {name};")?;
+        writeln!(modules, "#[path = \"{name}.rs\"]\npub mod {name};")?;
     }
     std::fs::write(Path::new(&out).join("protocols.rs"), modules)?;
     Ok(())
