@@ -130,6 +130,8 @@ pub fn settle() {
         for (key, value) in SYSCTLS {
             let _ = fs::write(Path::new("/proc/sys").join(key), value);
         }
+        // Better than "(none)", which is no name; the sandbox's own comes with it.
+        let _ = nix::unistd::sethostname("localhost");
         if let Err(error) = loopback_up() {
             log!("{error}");
         }

@@ -86,6 +86,7 @@ impl Sandbox {
     }
 
     async fn set_up(&self, request: &CreateSandboxRequest) -> Result<()> {
+        boot::settle();
         if let Some(module) = request.kernel_modules.first() {
             let name = &module.name;
             return Err(Error::Invalid(format!("kernel module {name}: the guest kernel has everything built in")));

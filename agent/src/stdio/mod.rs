@@ -129,8 +129,9 @@ impl Io {
 
     /// Carries a channel over a raw stream until either ends.
     pub fn attach(self: &Arc<Self>, channel: Channel, mut stream: Stream) {
-        let Some(endpoint) = lock(self.slot(channel)).clone() else {
-            // Nothing to carry: the stream ends at once.
+        // Nothing to carry: the stream ends at once. A terminal's output has one reader.
+        let absent = self.terminal && channel == Channel::Stderr;
+        let Some(endpoint) = lock(self.slot(channel)).clone().filter(|_| !absent) else {
             return;
         };
         let io = Arc::clone(self);

@@ -157,6 +157,17 @@ impl Guest {
         fs::read(self.path("console")).map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
     }
 
+    /// What the agent process holds: open descriptors, mounts, cgroups of containers.
+    pub fn holdings(&self) -> [usize; 3] {
+        let pid = self.children[0].id();
+        let entries = |path: String| fs::read_dir(path).unwrap().count();
+        let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count();
+        // In the agent's own view of the file system.
+        let cgroups = format!("/proc/{pid}/root/sys/fs/cgroup/cofferdam-agent-{pid}");
+        let cgroups = fs::read_dir(cgroups).unwrap().flatten().filter(|entry| entry.path().is_dir()).count();
+        [entries(format!("/proc/{pid}/fd")), mounts, cgroups]
+    }
+
     /// True once the agent (or its machine) has ended by itself, within ten seconds.
     pub fn ends(&mut self) -> bool {
         let end = Instant::now() + Duration::from_secs(10);

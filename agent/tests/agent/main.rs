@@ -87,7 +87,8 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             a_storage_can_be_shared_and_goes_with_its_last_user
             pausing_stops_and_resuming_goes_on
             stats_are_there_until_removal
-            garbage_on_the_stdio_port_is_dropped;
+            garbage_on_the_stdio_port_is_dropped
+            nothing_is_left_of_many_processes;
         Vm limit_cases:
             a_memory_limit_kills_and_the_event_comes_before_the_exit
             limits_reach_the_kernel_and_can_be_changed
@@ -129,7 +130,9 @@ fn main() -> ExitCode {
         trials.push(Trial::test(format!("{name}::destroying_the_sandbox_ends_the_guest"), move || {
             let mut guest = make();
             run(&guest, |client| Box::pin(sandbox_cases::destroying_the_sandbox_is_answered(client)));
+            let begun = std::time::Instant::now();
             assert!(guest.ends(), "the guest still runs\n{}", guest.console());
+            eprintln!("gone {} ms after the answer", begun.elapsed().as_millis());
             Ok(())
         }));
     }

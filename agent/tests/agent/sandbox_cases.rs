@@ -147,6 +147,38 @@ pub async fn garbage_on_the_stdio_port_is_dropped(client: &Client<'_>) {
     assert_eq!(timeout(DEADLINE, parked.read(&mut [0])).await.unwrap().unwrap_or(0), 0);
 }
 
+pub async fn nothing_is_left_of_many_processes(client: &Client<'_>) {
+    if client.guest.is_vm {
+        return;
+    }
+    let round = async |number: usize| {
+        let id = format!("many-{number}");
+        client.sleeper(&id).await;
+        for exec in 0..5 {
+            let exec_id = format!("e{exec}");
+            assert_eq!(client.exec_script(&id, &exec_id, "echo x").await.stdout, "x\n");
+        }
+        client.exec(&id, "polled", client.process(&["true"])).await.unwrap();
+        client.remove(&id).await.unwrap();
+        assert_eq!(
+            client.script(&id, "exit 1", |spec| spec.Root.mut_or_insert_default().Readonly = true).await.status,
+            1
+        );
+        let _ = refusal(client.create(&id, client.spec(&["levitate"])).await);
+    };
+    round(0).await;
+    let before = client.guest.holdings();
+    for number in 1..10 {
+        round(number).await;
+    }
+    // The last pumps and watchers end a moment later.
+    let end = std::time::Instant::now() + DEADLINE;
+    while client.guest.holdings() != before {
+        assert!(std::time::Instant::now() < end, "{before:?} became {:?}", client.guest.holdings());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// Not one of the cases: nothing runs after it.
 pub async fn destroying_the_sandbox_is_answered(client: &Client<'_>) {
     let storage = Storage {
