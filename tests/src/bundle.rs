@@ -1,6 +1,7 @@
 //! The shim as containerd drives it, without containerd: a bundle made by hand, `start`, `delete`, and the replies.
 
-use std::fs;
+use std::cell::RefCell;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -56,6 +57,11 @@ pub struct Bundle<'e> {
     pub id: String,
     /// containerd's namespace.
     pub namespace: String,
+    /// containerd's address; its ttrpc socket has `.ttrpc` appended.
+    pub address: PathBuf,
+    server: RefCell<Option<String>>,
+    /// containerd's end of the log; nobody reads it, and a server must not mind.
+    _log: File,
 }
 
 impl<'e> Bundle<'e> {
@@ -69,7 +75,9 @@ impl<'e> Bundle<'e> {
         let dir = env.dir.join(id);
         fs::create_dir_all(dir.join("rootfs")).unwrap();
         nix::unistd::mkfifo(&dir.join("log"), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-        let bundle = Bundle { env, dir, id: id.to_owned(), namespace: namespace() };
+        let log = File::options().read(true).write(true).open(dir.join("log")).unwrap();
+        let (address, server) = (env.daemon.socket.clone(), RefCell::default());
+        let bundle = Bundle { env, dir, id: id.to_owned(), namespace: namespace(), address, server, _log: log };
         let mounts = json!([
             {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
@@ -113,7 +121,7 @@ impl<'e> Bundle<'e> {
 
     /// The command that containerd would run in this bundle, up to the action.
     pub fn shim(&self, action: &[&str]) -> Command {
-        let socket = &self.env.daemon.socket;
+        let socket = &self.address;
         let mut command = Command::new(Bundle::shim_path(self.env));
         command.args(["-namespace", &self.namespace, "-address"]).arg(socket);
         command.args(["-publish-binary", "/usr/bin/containerd", "-id", &self.id]).args(action).current_dir(&self.dir);
@@ -134,6 +142,7 @@ impl<'e> Bundle<'e> {
         let output = self.run(&["start"], &[]).ok();
         let reply = Reply::parse(&output.stdout);
         let mut task = Task::connect(&reply.address, &self.id);
+        *self.server.borrow_mut() = Some(reply.address);
         task.bundle = self.dir.to_string_lossy().into_owned();
         task.version = reply.version;
         task
@@ -146,6 +155,18 @@ impl<'e> Bundle<'e> {
         let output = self.run(&["-bundle", &bundle, "delete"], &[]).ok();
         assert_eq!(output.errors(), "", "delete prints errors");
         DeleteResponse::parse_from_bytes(&output.stdout).unwrap()
+    }
+
+    /// Puts it into the pod of another bundle, as CRI's annotations do.
+    pub fn join_pod(&self, sandbox: &str, kind: &str) {
+        let annotations = json!({"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox});
+        self.edit(|spec| spec["annotations"] = annotations);
+    }
+
+    /// The sandbox's directory with its state, while there is one.
+    pub fn state_dir(&self) -> Option<PathBuf> {
+        let mut dirs = fs::read_dir("/run/cofferdam").into_iter().flatten().flatten();
+        dirs.find(|dir| dir.path().join("share").join(&self.id).exists()).map(|dir| dir.path())
     }
 
     /// The processes that belong to it: the server and whatever names its id.
@@ -164,6 +185,11 @@ impl Drop for Bundle<'_> {
         }
         let _ = Running::start(command, None).outcome(PATIENCE);
         self.processes().iter().for_each(procs::Proc::kill9);
+        if self.env.runtime == Runtime::Runc {
+            // The control's server leaves its socket when it is killed, and its `delete` does not know it.
+            let address = self.server.borrow().clone().unwrap_or_default();
+            let _ = fs::remove_file(address.trim_start_matches("unix://"));
+        }
     }
 }
 

@@ -1,14 +1,22 @@
-//! What `ctr events` sees.
+//! Events: what `ctr events` sees, and a stand-in for containerd that takes them one by one.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use containerd_shim_protos::api::{Empty, ForwardRequest};
+use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit};
+use containerd_shim_protos::shim_async;
+use protobuf::Message;
 use serde_json::Value;
+use ttrpc::asynchronous::TtrpcContext;
 
 use crate::daemon::{Daemon, namespace};
 use crate::eventually;
+use crate::task::runtime;
 
 /// One event of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,5 +95,74 @@ impl Drop for Events {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Stands in for containerd's ttrpc socket: takes the events of a shim that a test started by hand, in the order in
+/// which they arrive.
+pub struct Sink {
+    server: ttrpc::asynchronous::Server,
+    seen: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+}
+
+struct Forward(Arc<Mutex<Vec<(String, Vec<u8>)>>>);
+
+#[async_trait]
+impl shim_async::Events for Forward {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let envelope = request.envelope.unwrap_or_default();
+        assert!(
+            envelope.timestamp.seconds > 0 && !envelope.namespace.is_empty(),
+            "containerd refuses it: {envelope:?}"
+        );
+        self.0.lock().unwrap().push((envelope.topic.clone(), envelope.event.value.clone()));
+        Ok(Empty::default())
+    }
+}
+
+impl Sink {
+    /// Listens where a daemon with this gRPC address would.
+    pub fn listen(address: &Path) -> Sink {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let service = shim_async::create_events(Arc::new(Forward(Arc::clone(&seen))));
+        let server = runtime().block_on(async {
+            let socket = format!("unix://{}.ttrpc", address.display());
+            let mut server = ttrpc::asynchronous::Server::new().bind(&socket).unwrap().register_service(service);
+            server.start().await.unwrap();
+            server
+        });
+        Sink { server, seen }
+    }
+
+    /// Topics without their `/tasks/`, with the exec's id where there is one.
+    pub fn topics(&self) -> Vec<String> {
+        let brief = |(topic, value): &(String, Vec<u8>)| {
+            let exec = match topic.as_str() {
+                "/tasks/exec-added" => TaskExecAdded::parse_from_bytes(value).unwrap().exec_id,
+                "/tasks/exec-started" => TaskExecStarted::parse_from_bytes(value).unwrap().exec_id,
+                "/tasks/exit" => {
+                    let exit = TaskExit::parse_from_bytes(value).unwrap();
+                    if exit.id == exit.container_id { String::new() } else { exit.id }
+                }
+                _ => String::new(),
+            };
+            format!("{} {exec}", topic.trim_start_matches("/tasks/")).trim().to_owned()
+        };
+        self.seen.lock().unwrap().iter().map(brief).collect()
+    }
+
+    /// Waits until this topic was seen.
+    #[track_caller]
+    pub fn until(&self, topic: &str) -> Vec<String> {
+        eventually(&format!("{topic} among {:?}", self.topics()), Duration::from_secs(60), || {
+            let topics = self.topics();
+            topics.iter().any(|seen| seen == topic).then_some(topics)
+        })
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        let _ = runtime().block_on(self.server.shutdown());
     }
 }

@@ -1,11 +1,15 @@
-//! Processes of this test run, found by a mark in their environment that children inherit.
+//! Processes of this test run: by a mark in their environment that children inherit, and where a parent gives its
+//! children a clean environment, by the files of the run that they name and by the cgroup they are in.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::daemon::namespace;
 
 /// Name of the environment variable that marks every process a suite starts.
 pub const MARK: &str = "COFFERDAM_SUITE";
@@ -60,6 +64,20 @@ fn program(pid: u32) -> Option<String> {
     Some(name.trim_end_matches(" (deleted)").to_owned())
 }
 
+fn in_our_cgroup(pid: u32) -> bool {
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    cgroups.contains(&format!("/{}/", namespace()))
+}
+
+/// A program of the tested prefix, or QEMU, that sees the suite's own /run: the daemons' directories are there.
+fn helper_of_ours(pid: u32) -> bool {
+    let relevant = ["qemu-system", "virtiofsd", "vhost-device", "containerd-shim"];
+    let helper = program(pid).is_some_and(|program| relevant.iter().any(|name| program.starts_with(name)));
+    // The tmpfs on the suite's /run has a device number of its own, in every mount namespace made from ours.
+    let device = |path: &str| fs::metadata(path).map(|meta| meta.dev()).ok();
+    helper && device(&format!("/proc/{pid}/root/run")) == device("/run")
+}
+
 /// All living processes with this run's mark, but for this one.
 pub fn ours() -> Vec<Proc> {
     let wanted = format!("{MARK}={}", mark());
@@ -69,11 +87,12 @@ pub fn ours() -> Vec<Proc> {
         .filter(|pid| *pid != std::process::id())
         .filter_map(|pid: u32| {
             let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
-            if !environ.split(|byte| *byte == 0).any(|pair| pair == wanted.as_bytes()) {
-                return None;
-            }
             let args = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
             let args = String::from_utf8_lossy(&args).trim_end_matches('\0').replace('\0', " ");
+            let marked = environ.split(|byte| *byte == 0).any(|pair| pair == wanted.as_bytes());
+            if !(marked || in_our_cgroup(pid) || helper_of_ours(pid)) {
+                return None;
+            }
             Some(Proc { pid, program: program(pid)?, args })
         })
         .filter(Proc::is_alive)

@@ -49,8 +49,8 @@ pub fn runtime() -> &'static tokio::runtime::Runtime {
     RUNTIME.get_or_init(build)
 }
 
-async fn request<A: Message>(client: Client, service: String, method: &str, payload: Vec<u8>) -> Answer<A> {
-    let request = ttrpc::Request { service, method: method.to_owned(), payload, ..Default::default() };
+async fn request<A: Message>(client: Client, service: String, method: String, payload: Vec<u8>) -> Answer<A> {
+    let request = ttrpc::Request { service, method, payload, ..Default::default() };
     match client.request(request).await {
         Ok(response) => Ok(A::parse_from_bytes(&response.payload).unwrap()),
         Err(ttrpc::Error::RpcStatus(status)) => {
@@ -79,8 +79,11 @@ impl Task {
     /// Calls any method of any service.
     #[track_caller]
     pub fn call<A: Message>(&self, service: &str, method: &str, message: &impl Message) -> Answer<A> {
-        let call = request(self.client.clone(), service.to_owned(), method, message.write_to_bytes().unwrap());
-        runtime().block_on(async { timeout(PATIENCE, call).await }).unwrap_or_else(|_| panic!("{method} never answers"))
+        let call =
+            request(self.client.clone(), service.to_owned(), method.to_owned(), message.write_to_bytes().unwrap());
+        // Sent by the runtime's one worker, like parked calls: the stream ids of a connection have to increase.
+        let answer = runtime().block_on(runtime().spawn(async move { timeout(PATIENCE, call).await })).unwrap();
+        answer.unwrap_or_else(|_| panic!("{method} never answers"))
     }
 
     fn service(&self) -> String {
@@ -135,7 +138,8 @@ impl Task {
     pub fn wait_beside(&self, exec_id: &str) -> JoinHandle<Answer<WaitResponse>> {
         let message = WaitRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() };
         let (client, service) = (self.client.clone(), self.service());
-        runtime().spawn(async move { request(client, service, "Wait", message.write_to_bytes().unwrap()).await })
+        runtime()
+            .spawn(async move { request(client, service, "Wait".to_owned(), message.write_to_bytes().unwrap()).await })
     }
 
     /// Kill.

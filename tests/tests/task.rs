@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         Once: signals_reach_the_process, containerd_crashes_and_the_container_stays,
             pause_and_resume, metrics, read_only_root, capability_is_dropped, seccomp_and_privileged, user_of_run_and_exec,
             environment_and_directory, bind_mounts, root_file_system_of_ones_own, devices, missing_command, missing_exec_command,
-            id_that_is_taken, kill_everything_in_it, kill_of_what_has_ended, processes_are_listed, large_exec_arguments,
+            id_that_is_taken, kill_everything_in_it, signal_to_all_reaches_children, kill_of_what_has_ended, processes_are_listed, large_exec_arguments,
             fifty_execs_at_once, two_at_once, created_started_and_started_again, shared_host_state_is_not_visible;
     ])
 }
@@ -236,6 +236,12 @@ fn kill_everything_in_it(env: &Env) {
     let container = env.detached(&["--null-io"], &["sh", "-c", "sleep 3600 & sleep 3600 & wait"]);
     container.kill("SIGKILL", &["--all"]).ok();
     assert_eq!(container.finish(), 137);
+}
+
+fn signal_to_all_reaches_children(env: &Env) {
+    let container = env.detached(&["--null-io"], &["sh", "-c", "sleep 3600; touch /ended; sleep 3600"]);
+    container.kill("SIGTERM", &["--all"]).ok();
+    container.wait_for_file("/ended");
 }
 
 fn kill_of_what_has_ended(env: &Env) {
