@@ -81,7 +81,12 @@ impl Transport {
     async fn connect(&self, port: u32) -> io::Result<Stream> {
         match self {
             Transport::Vsock { cid } => Ok(Stream::Vsock(VsockStream::connect(VsockAddr::new(*cid, port)).await?)),
-            Transport::Hybrid { path } => connect_hybrid(path, port).await.map(Stream::Unix),
+            Transport::Hybrid { path } => {
+                // A task of its own, so that giving up on the dial never breaks it off: vhost-device-vsock 0.3 spins
+                // for ever on a connection that ends before it has answered the CONNECT line.
+                let dial = tokio::spawn(connect_hybrid(path.clone(), port));
+                dial.await.map_err(io::Error::other)?.map(Stream::Unix)
+            }
             Transport::Unix { path } if port == crate::AGENT_PORT => UnixStream::connect(path).await.map(Stream::Unix),
             Transport::Unix { path } => UnixStream::connect(with_port(path, port)).await.map(Stream::Unix),
         }
@@ -113,7 +118,7 @@ fn with_port(path: &Path, port: u32) -> PathBuf {
     name.into()
 }
 
-async fn connect_hybrid(path: &Path, port: u32) -> io::Result<UnixStream> {
+async fn connect_hybrid(path: PathBuf, port: u32) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(path).await?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     // The guest's servers speak second, so nothing can follow the line yet.

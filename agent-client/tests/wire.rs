@@ -1,6 +1,8 @@
 //! The wire, field by field: every message is encoded and its bytes are compared with the published table, so that a
 //! stock agent and a stock client understand us.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test fail by panicking, as the test does")]
+
 use std::collections::BTreeMap;
 
 use agent_client::protocols::{agent, csi, health, oci, types};

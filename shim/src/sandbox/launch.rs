@@ -303,7 +303,16 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
     let monitor = async { Ok::<_, Error>(starting.connect(START_DEADLINE).await?) };
     let ((virtiofsd, connection), vsock, vm) = tokio::try_join!(virtiofsd, vsock, monitor)?;
     let fs = Device::VirtioFs(VirtioFs { tag: SHARE_TAG.to_owned(), connection, queue_size: FS_QUEUE_SIZE });
-    let (vsock, _) = tokio::try_join!(vm.attach(Device::Vsock(vsock)), vm.attach(fs))?;
+    let (vsock, fs) = tokio::join!(vm.attach(Device::Vsock(vsock)), vm.attach(fs));
+    // QEMU only says that it refuses a device; why, its helper knows.
+    if let Err(error) = fs {
+        return Err(virtiofsd.explain(error).await.into());
+    }
+    let vsock = match (vsock, &daemon) {
+        (Ok(vsock), _) => vsock,
+        (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
+        (Err(error), None) => return Err(error.into()),
+    };
     vm.cont().await?;
     let stream = tokio::select! {
         stream = reach_agent(&transport, &ready, &vm, &vsock.id) => stream?,
@@ -338,11 +347,7 @@ async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Resul
     }
     sleep(NOTICE_GRACE).await;
     loop {
-        // A task of its own, so that an attempt is never broken off: vhost-device-vsock 0.3 spins for ever on a
-        // connection that ends before it has read the CONNECT line.
-        let attempt = transport.clone();
-        let dial = tokio::spawn(async move { attempt.dial(AGENT_PORT, DIAL_DEADLINE).await });
-        if let Ok(Ok(stream)) = dial.await {
+        if let Ok(stream) = transport.dial(AGENT_PORT, DIAL_DEADLINE).await {
             return Ok(stream);
         }
         sleep(DIAL_INTERVAL).await;
