@@ -6,7 +6,6 @@ use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::Once;
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
@@ -120,22 +119,18 @@ pub fn boot() -> Result<Parameters> {
     Ok(parameters)
 }
 
-static SETTLED: Once = Once::new();
-
-/// Does the part of a boot that only containers need, once: a host that was told that the agent is ready needs some
-/// time to answer, and this fits into it.
+/// Does the part of a boot that only containers need. It comes after the ready notice: the host needs some time to
+/// answer, and this fits into it.
 pub fn settle() {
-    SETTLED.call_once(|| {
-        enable_controllers(Path::new(CGROUP_ROOT));
-        for (key, value) in SYSCTLS {
-            let _ = fs::write(Path::new("/proc/sys").join(key), value);
-        }
-        // Better than "(none)", which is no name; the sandbox's own comes with it.
-        let _ = nix::unistd::sethostname("localhost");
-        if let Err(error) = loopback_up() {
-            log!("{error}");
-        }
-    });
+    enable_controllers(Path::new(CGROUP_ROOT));
+    for (key, value) in SYSCTLS {
+        let _ = fs::write(Path::new("/proc/sys").join(key), value);
+    }
+    // Better than "(none)", which is no name; the sandbox's own comes with it.
+    let _ = nix::unistd::sethostname("localhost");
+    if let Err(error) = loopback_up() {
+        log!("{error}");
+    }
 }
 
 /// Puts a bind mount of the initramfs over the initramfs, because pivot_root(2) refuses a root that has no parent
@@ -184,8 +179,6 @@ fn loopback_up() -> Result<()> {
 /// The step that failed, for example without root.
 pub fn isolate() -> Result<String> {
     use nix::sched::{CloneFlags, unshare};
-    // The machine is not this process's to set up.
-    SETTLED.call_once(|| {});
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC)
         .what(|| "unshare mounts, hostname and IPC (root is needed)".into())?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)

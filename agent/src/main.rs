@@ -34,6 +34,9 @@ use log::log;
 
 const USAGE: &str = "usage: cofferdam-agent --listen unix:PATH   (without arguments only as PID 1 of a guest)";
 
+/// How long the notice to the host may go before everything else.
+const HEAD_START: Duration = Duration::from_millis(50);
+
 /// How long answers may take to leave before the machine goes off.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -89,6 +92,12 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         Some(sockets) => sockets,
         None => (vsock(AGENT_PORT)?, vsock(STDIO_PORT)?),
     };
+    if let Some(port) = parameters.ready_port {
+        // What connects from now on waits in the sockets' queues, and the host needs a moment to do so: the rest is
+        // made ready in that time.
+        let notice = tokio::spawn(ready::tell(port));
+        let _ = tokio::time::timeout(HEAD_START, notice).await;
+    }
     let sandbox = sandbox::Sandbox::new(PathBuf::from(&cgroups), parameters.hotplug_timeout, reaper);
     let over = Arc::new(Notify::new());
     tokio::spawn(stdio::serve(stdio, sandbox.clone()));
@@ -98,9 +107,8 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         init,
     ));
     server.start().await.map_err(|error| Error::Failed(format!("start the server: {error}")))?;
-    match parameters.ready_port {
-        Some(port) => drop(tokio::spawn(ready::tell(port))),
-        None => boot::settle(),
+    if init {
+        boot::settle();
     }
     log!("ready");
     over.notified().await;

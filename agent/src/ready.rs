@@ -6,7 +6,6 @@ use tokio::io::AsyncWriteExt;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
-use crate::boot;
 use crate::log::log;
 
 /// How long the notice is tried: the vsock device may come after the agent, and the host may be busy.
@@ -22,15 +21,13 @@ const PAUSE: Duration = Duration::from_millis(5);
 pub async fn tell(port: u32) {
     let end = Instant::now() + PERSEVERANCE;
     loop {
-        let attempt = async {
-            let mut stream = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await?;
-            stream.write_all(b"ready\n").await?;
-            stream.shutdown(std::net::Shutdown::Both)
-        };
-        let result = timeout(ATTEMPT, attempt).await;
-        boot::settle();
-        let error = match result {
-            Ok(Ok(())) => return,
+        let connect = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port));
+        let error = match timeout(ATTEMPT, connect).await {
+            // A host that hangs up at once has understood.
+            Ok(Ok(mut stream)) => {
+                let _ = timeout(ATTEMPT, stream.write_all(b"ready\n")).await;
+                return;
+            }
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {ATTEMPT:?}"),
         };

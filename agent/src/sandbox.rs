@@ -13,7 +13,6 @@ use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxReques
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
 
-use crate::boot;
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, SeccompCache, Started};
 use crate::error::{Error, Result, What};
@@ -86,7 +85,6 @@ impl Sandbox {
     }
 
     async fn set_up(&self, request: &CreateSandboxRequest) -> Result<()> {
-        boot::settle();
         if let Some(module) = request.kernel_modules.first() {
             let name = &module.name;
             return Err(Error::Invalid(format!("kernel module {name}: the guest kernel has everything built in")));
@@ -123,7 +121,6 @@ impl Sandbox {
     pub async fn create_container(self: &Arc<Self>, mut request: CreateContainerRequest) -> Result<()> {
         let id = std::mem::take(&mut request.container_id);
         check_id(&id)?;
-        boot::settle();
         let _busy = self.reserve(&id)?;
         let mut mounted = Vec::with_capacity(request.storages.len());
         let made = self.make_container(&id, &mut request, &mut mounted).await;

@@ -1,6 +1,7 @@
 //! Where the agent under test runs: as a process of this machine, or as PID 1 of a virtual machine.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -143,7 +144,11 @@ impl Guest {
         listener.set_nonblocking(true).unwrap();
         let end = Instant::now() + BOOT;
         loop {
-            if listener.accept().is_ok() {
+            if let Ok((mut stream, _)) = listener.accept() {
+                let mut line = String::new();
+                stream.set_read_timeout(Some(BOOT)).unwrap();
+                stream.read_to_string(&mut line).unwrap();
+                assert_eq!(line, "ready\n");
                 return;
             }
             let dead = self.children.iter_mut().any(|child| child.try_wait().unwrap().is_some());
