@@ -139,6 +139,16 @@ impl Suite {
             }
         }
         let conclusion = libtest_mimic::run(&arguments, trials);
+        self.finish(conclusion.has_failed())
+    }
+
+    /// An environment outside of any test.
+    pub fn env(&self, release: Release, runtime: Runtime, name: &str) -> Env {
+        Env::new(Arc::clone(&self.shared), release, runtime, name)
+    }
+
+    /// Ends the daemons and insists that nothing is left on the host.
+    pub fn finish(self, failed: bool) -> ExitCode {
         self.shared.daemons.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
         let left = self.before.wait_gone(Duration::from_secs(15));
         remove_empty_cgroups(Path::new("/sys/fs/cgroup"));
@@ -147,7 +157,7 @@ impl Suite {
             // A failed test may leave a virtual machine; it must not outlive the suite.
             crate::procs::ours().iter().for_each(crate::procs::Proc::kill9);
         }
-        if conclusion.has_failed() || left.is_err() { ExitCode::from(101) } else { ExitCode::SUCCESS }
+        if failed || left.is_err() { ExitCode::from(101) } else { ExitCode::SUCCESS }
     }
 }
 

@@ -1,2 +1,120 @@
-//! x
-fn main() {}
+//! kill -9 of the shim, of QEMU and of its helpers, at any moment: nothing stays, and containerd and the next container
+//! do not notice. `COFFERDAM_KILLS` is the number of rounds, `COFFERDAM_SEED` where the sequence begins.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use cofferdam_tests::bundle::Bundle;
+use cofferdam_tests::command::Running;
+use cofferdam_tests::leftovers::Snapshot;
+use cofferdam_tests::procs::{self, Proc};
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually};
+
+const PARTS: [&str; 4] = ["containerd-shim-cofferdam", "qemu-system", "virtiofsd", "vhost-device-vsock"];
+
+/// How long cleaning up may take: containerd gives `delete` 5 s, and notices the death first.
+const CLEAN: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    Suite::new().run(cases![Ours: at_random_moments, every_order_and_then_delete, one_part_of_a_running_container])
+}
+
+/// These tests compare the whole machine before and after: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
+}
+
+/// xorshift: the same seed gives the same run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+fn at_random_moments(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let seed = number("COFFERDAM_SEED", 1);
+    for round in seed..seed + number("COFFERDAM_KILLS", 12) {
+        let mut random = Random(round.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        // The first numbers of neighbouring seeds are alike.
+        for _ in 0..4 {
+            random.below(2);
+        }
+        // One part, sometimes two at once; the moment lies anywhere from before the boot to after the end.
+        let victims: Vec<&str> =
+            (0..=random.below(4) / 3).map(|_| PARTS[usize::try_from(random.below(4)).unwrap()]).collect();
+        let delay = Duration::from_millis(random.below(3500));
+        let what = format!("seed {round}: {victims:?} after {delay:?}");
+        let before = Snapshot::take();
+        {
+            let container = Container::adopt(env, &env.id());
+            let run = Running::start(env.run_command(&container.id, &["--rm"], &["sleep", "1"]), None);
+            let began = Instant::now();
+            while began.elapsed() < delay {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            for victim in &victims {
+                procs::named(victim).iter().for_each(Proc::kill9);
+            }
+            // Whatever `ctr run` says of it, it has to say something.
+            run.outcome(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+        before.wait_gone(CLEAN).unwrap_or_else(|left| panic!("{what}: {left}"));
+        if round % 4 == 0 {
+            assert_eq!(env.run(&[], &["echo", "next"]).ok().text(), "next", "{what}: the next container");
+        }
+    }
+}
+
+fn one_part_of_a_running_container(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for part in PARTS {
+        let before = Snapshot::take();
+        {
+            let container = env.idle();
+            let victims = procs::named(part);
+            // A host with a vsock of its own needs no daemon for it.
+            assert!(!victims.is_empty() || part == "vhost-device-vsock", "no {part} runs");
+            victims.iter().for_each(Proc::kill9);
+            if victims.is_empty() {
+                continue;
+            }
+            if part == PARTS[0] {
+                eventually("containerd drops the task of a dead shim", PATIENCE, || {
+                    container.listed().is_none().then_some(())
+                });
+            } else {
+                assert_eq!(container.finish(), 137, "after the death of {part}");
+            }
+        }
+        before.wait_gone(CLEAN).unwrap_or_else(|left| panic!("{part}: {left}"));
+    }
+}
+
+fn every_order_and_then_delete(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let orders = [vec![0], vec![0, 1, 2, 3], vec![1, 0], vec![3, 2, 0, 1]];
+    for order in orders {
+        let bundle = Bundle::new(env, &["sleep", "3600"]);
+        let before = Snapshot::take();
+        let task = bundle.start();
+        task.create().unwrap();
+        task.start("").unwrap();
+        for part in &order {
+            procs::named(PARTS[*part]).iter().for_each(Proc::kill9);
+        }
+        let began = Instant::now();
+        assert_eq!(bundle.delete().exit_status, 137);
+        assert!(began.elapsed() < Duration::from_secs(5), "{order:?}: delete took {:?}", began.elapsed());
+        before.wait_gone(Duration::from_secs(1)).unwrap_or_else(|left| panic!("{order:?}: {left}"));
+    }
+}
