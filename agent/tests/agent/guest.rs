@@ -66,6 +66,10 @@ impl Guest {
         archive.extend(extra.stdout);
         fs::write(path("initramfs"), archive).unwrap();
 
+        let disk = File::create(path("disk")).unwrap();
+        disk.set_len(16 << 20).unwrap();
+        let made = Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4"]).arg(path("disk")).status().unwrap();
+        assert!(made.success(), "mke2fs failed");
         let ready = UnixListener::bind(path(&format!("vm.sock_{READY_PORT}"))).unwrap();
         let vsock = Command::new(vsock_device())
             .arg("--guest-cid=4")
@@ -116,6 +120,10 @@ impl Guest {
             .args(["-chardev", &format!("socket,id=vsock,path={}", self.path("vhost.sock").display())])
             .args(["-device", "vhost-user-vsock-pci,chardev=vsock,romfile="])
             .args(["-device", "virtio-rng-pci,romfile="])
+            // A disk at PCI path 05/00, as a shim plugs them.
+            .args(["-device", "pcie-root-port,id=slot5,chassis=1,slot=1,addr=05.0"])
+            .args(["-drive", &format!("file={},if=none,id=disk,format=raw", self.path("disk").display())])
+            .args(["-device", "virtio-blk-pci,drive=disk,bus=slot5,romfile="])
             .args(["-serial", &format!("file:{}", self.path("console").display())])
             .stdin(Stdio::null());
         if Path::new("/usr/share/qemu/qboot.rom").exists() {

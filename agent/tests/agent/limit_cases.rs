@@ -3,13 +3,15 @@
 use std::time::{Duration, Instant};
 
 use agent_client::context;
-use agent_client::protocols::agent::{GetOOMEventRequest, StatsContainerRequest, UpdateContainerRequest};
-use agent_client::protocols::oci::{LinuxCPU, LinuxMemory, LinuxPids, LinuxResources};
+use agent_client::protocols::agent::{
+    CreateContainerRequest, Device, GetOOMEventRequest, StatsContainerRequest, Storage, UpdateContainerRequest,
+};
+use agent_client::protocols::oci::{LinuxCPU, LinuxDevice, LinuxMemory, LinuxPids, LinuxResources};
 use agent_client::stdio::Channel;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
-use super::client::{Client, DEADLINE, read_all, resources, soon};
+use super::client::{Client, DEADLINE, linux, mount, read_all, refusal, resources, soon};
 
 pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &Client<'_>) {
     for round in 0..3 {
@@ -71,6 +73,55 @@ pub async fn a_disk_of_the_guest_cannot_be_opened(client: &Client<'_>) {
     let script = "mknod /run/mem c 1 1 && (cat /run/mem) 2>&1; mknod /run/zero c 1 5 && head -c 1 /run/zero | wc -c";
     let output = client.script("no-disk", script, |_| {}).await;
     assert_eq!(output.stdout, "cat: can't open '/run/mem': Operation not permitted\n1\n", "{output:?}");
+}
+
+pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
+    let place = "/run/kata-containers/sandbox/storage/disk";
+    let storage = |source: &str| Storage {
+        driver: "blk".into(),
+        source: source.into(),
+        fstype: "ext4".into(),
+        mount_point: place.into(),
+        ..Default::default()
+    };
+    let mut spec =
+        client.spec(&["sh", "-c", "echo kept >/disk/file; cat /disk/file; mount | grep -o '/disk type ext4'"]);
+    spec.Mounts.push(mount("/disk", "bind", place, &["rbind"]));
+    let request = |source: &str| CreateContainerRequest {
+        container_id: "disk".into(),
+        OCI: Some(spec.clone()).into(),
+        storages: vec![storage(source)],
+        ..Default::default()
+    };
+    let (_, text) = refusal(client.rpc.agent.create_container(soon(), &request("06/00")).await);
+    assert_eq!(text, "no block device at PCI path 06/00 within 3s");
+    let streams = client.streams("disk", "").await;
+    client.rpc.agent.create_container(soon(), &request("05/00")).await.unwrap();
+    client.start("disk").await.unwrap();
+    assert_eq!(streams.finish(b"").await.stdout, "kept\n/disk type ext4\n");
+    client.wait("disk", "").await.unwrap();
+    client.remove("disk").await.unwrap();
+
+    // The same disk as a device: the host does not know its number, the guest does.
+    let device =
+        Device { id: "05/00".into(), type_: "blk".into(), container_path: "/dev/data".into(), ..Default::default() };
+    let script = "dd if=/dev/data bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1; stat -c %F /dev/data";
+    let mut spec = client.spec(&["sh", "-c", script]);
+    let node = LinuxDevice { Path: "/dev/data".into(), Type: "b".into(), Major: 8, Minor: 99, ..Default::default() };
+    linux(&mut spec).Devices.push(node);
+    let request = CreateContainerRequest {
+        container_id: "disk".into(),
+        OCI: Some(spec).into(),
+        devices: vec![device],
+        ..Default::default()
+    };
+    let streams = client.streams("disk", "").await;
+    client.rpc.agent.create_container(soon(), &request).await.unwrap();
+    client.start("disk").await.unwrap();
+    // The magic number of ext4.
+    assert_eq!(streams.finish(b"").await.stdout, " 53 ef\nblock special file\n");
+    client.wait("disk", "").await.unwrap();
+    client.remove("disk").await.unwrap();
 }
 
 pub async fn a_pids_limit_holds(client: &Client<'_>) {

@@ -85,6 +85,7 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             calls_that_are_missing_say_so
             ids_must_be_names
             a_storage_can_be_shared_and_goes_with_its_last_user
+            a_root_can_be_an_overlay_made_in_the_guest
             pausing_stops_and_resuming_goes_on
             stats_are_there_until_removal
             garbage_on_the_stdio_port_is_dropped
@@ -93,6 +94,7 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             a_memory_limit_kills_and_the_event_comes_before_the_exit
             limits_reach_the_kernel_and_can_be_changed
             a_disk_of_the_guest_cannot_be_opened
+            a_disk_is_mounted_or_passed_on
             a_pids_limit_holds
             making_containers_and_processes_is_quick;
     }

@@ -92,6 +92,35 @@ pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client
     client.remove("later").await.unwrap();
 }
 
+pub async fn a_root_can_be_an_overlay_made_in_the_guest(client: &Client<'_>) {
+    let root = "/run/kata-containers/layered/rootfs";
+    let lower = client.guest.rootfs.display().to_string();
+    let storage = Storage {
+        driver: "overlayfs".into(),
+        source: "overlay".into(),
+        fstype: "overlay".into(),
+        options: vec![format!("lowerdir={lower}"), "io.katacontainers.fs-opt.overlay-rw".into()],
+        mount_point: root.into(),
+        ..Default::default()
+    };
+    let mut spec = client.spec(&["sh", "-c", "echo mine >/seed/own && rm /etc/plain && ls /seed"]);
+    spec.Root.mut_or_insert_default().Path = root.into();
+    let request = CreateContainerRequest {
+        container_id: "layered".into(),
+        OCI: Some(spec).into(),
+        storages: vec![storage],
+        ..Default::default()
+    };
+    let streams = client.streams("layered", "").await;
+    client.rpc.agent.create_container(soon(), &request).await.unwrap();
+    client.start("layered").await.unwrap();
+    assert_eq!(streams.finish(b"").await.stdout, "file\nlink\nown\n");
+    client.wait("layered", "").await.unwrap();
+    client.remove("layered").await.unwrap();
+    let below = client.script("below", "ls /seed /etc/plain", |_| {}).await;
+    assert_eq!(below.stdout, "/etc/plain\n\n/seed:\nfile\nlink\n");
+}
+
 pub async fn pausing_stops_and_resuming_goes_on(client: &Client<'_>) {
     let mut stdout = client.stream(Channel::Stdout, "paused", "").await;
     client.create("paused", client.spec(&["sh", "-c", "while :; do echo tick; sleep 0.01; done"])).await.unwrap();
