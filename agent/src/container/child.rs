@@ -45,8 +45,9 @@ pub fn detach() -> Step<()> {
         libc::setsid();
         // Until exec this is the agent's memory: no process of the container may look into it.
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
-        // Rust ignores SIGPIPE, and what is ignored stays ignored over exec.
+        // Rust ignores SIGPIPE, nohup SIGHUP, and what is ignored stays ignored over exec.
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        libc::signal(libc::SIGHUP, libc::SIG_DFL);
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());

@@ -113,22 +113,7 @@ pub struct Guest {
 impl Guest {
     /// Waits until the machine or a helper that it cannot live without is gone; says which and why.
     pub async fn died(&self) -> String {
-        let daemon = async {
-            match &self.vsock_daemon {
-                Some(daemon) => daemon.exited().await,
-                None => std::future::pending().await,
-            }
-        };
-        let why = tokio::select! {
-            death = self.vm.died() => return death.to_string(),
-            why = self.virtiofsd.exited() => why,
-            why = daemon => why,
-        };
-        // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the reason.
-        match timeout(QUIT_DEADLINE, self.vm.died()).await {
-            Ok(death) => death.to_string(),
-            Err(_) => why,
-        }
+        death(&self.vm, &self.virtiofsd, self.vsock_daemon.as_ref()).await
     }
 
     /// Ends QEMU and the helpers.
@@ -146,6 +131,25 @@ impl Guest {
         for error in [virtiofsd, daemon].into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "a helper did not stop in order");
         }
+    }
+}
+
+async fn death(vm: &Vm, virtiofsd: &Virtiofsd, daemon: Option<&VsockDaemon>) -> String {
+    let daemon = async {
+        match daemon {
+            Some(daemon) => daemon.exited().await,
+            None => std::future::pending().await,
+        }
+    };
+    let why = tokio::select! {
+        death = vm.died() => return death.to_string(),
+        why = virtiofsd.exited() => why,
+        why = daemon => why,
+    };
+    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the reason.
+    match timeout(QUIT_DEADLINE, vm.died()).await {
+        Ok(death) => death.to_string(),
+        Err(_) => why,
     }
 }
 
@@ -316,8 +320,9 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
     vm.cont().await?;
     let stream = tokio::select! {
         stream = reach_agent(&transport, &ready, &vm, &vsock.id) => stream?,
-        death = vm.died() => return Err(Error::internal(format!("the guest ended while it booted: {death}"))),
-        why = virtiofsd.exited() => return Err(Error::internal(why)),
+        why = death(&vm, &virtiofsd, daemon.as_ref()) => {
+            return Err(Error::internal(format!("the guest ended while it booted: {why}")));
+        }
     };
     let agent = AgentClient::new(stream);
     let (raw_stdio, seccomp) = create_sandbox(&agent, plan).await?;
