@@ -102,10 +102,13 @@ impl Drop for Events {
 /// which they arrive.
 pub struct Sink {
     server: ttrpc::asynchronous::Server,
-    seen: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+    seen: Seen,
 }
 
-struct Forward(Arc<Mutex<Vec<(String, Vec<u8>)>>>);
+/// Topic and body of each event, in order.
+type Seen = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
+
+struct Forward(Seen);
 
 #[async_trait]
 impl shim_async::Events for Forward {
@@ -123,7 +126,7 @@ impl shim_async::Events for Forward {
 impl Sink {
     /// Listens where a daemon with this gRPC address would.
     pub fn listen(address: &Path) -> Sink {
-        let seen = Arc::new(Mutex::new(Vec::new()));
+        let seen = Seen::default();
         let service = shim_async::create_events(Arc::new(Forward(Arc::clone(&seen))));
         let server = runtime().block_on(async {
             let socket = format!("unix://{}.ttrpc", address.display());
