@@ -32,6 +32,13 @@ pub const READY_PARAMETER: &str = "cofferdam.ready_port";
 /// Entry of `AgentDetails.extra_features`: each stdio channel can be a vsock stream of its own, see [`stdio`].
 pub const FEATURE_RAW_STDIO: &str = "cofferdam.raw-stdio";
 
+/// Entry of `AgentDetails.extra_features`: `SignalProcess` with the exec id [`ALL_PROCESSES`] is for every process of
+/// the container. Without it only SIGKILL is.
+pub const FEATURE_SIGNAL_ALL: &str = "cofferdam.signal-all";
+
+/// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
+pub const ALL_PROCESSES: &str = "*";
+
 /// Tag of the virtio-fs device that shares container root file systems and volumes.
 pub const SHARE_TAG: &str = "kataShared";
 

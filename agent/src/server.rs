@@ -10,6 +10,7 @@ use agent_client::protocols::agent_ttrpc::{AgentService, create_agent_service};
 use agent_client::protocols::health as health_api;
 use agent_client::protocols::health_ttrpc::{Health, create_health};
 use agent_client::stdio::Channel;
+use agent_client::{ALL_PROCESSES, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL};
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -120,15 +121,20 @@ impl AgentService for Agent {
 
     async fn signal_process(&self, _: &TtrpcContext, request: api::SignalProcessRequest) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        let process = container.process(&request.exec_id)?;
         let mut signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
+        if request.exec_id == ALL_PROCESSES && signal != libc::SIGKILL {
+            container.cgroup().signal(signal)?;
+            return Ok(Empty::new());
+        }
+        let exec_id = if request.exec_id == ALL_PROCESSES { "" } else { &request.exec_id };
+        let process = container.process(exec_id)?;
         let is_init = Arc::ptr_eq(&process, container.init());
         // The first process of a namespace ignores a SIGTERM that it has no handler for; who asks wants an end.
         if is_init && signal == libc::SIGTERM && process.exited().is_none() && !process.minds(signal) {
             signal = libc::SIGKILL;
         }
         process.signal(signal)?;
-        if request.exec_id.is_empty() && request.signal == libc::SIGKILL.cast_unsigned() {
+        if exec_id.is_empty() && request.signal == libc::SIGKILL.cast_unsigned() {
             container.cgroup().kill();
         }
         Ok(Empty::new())
@@ -213,7 +219,7 @@ impl AgentService for Agent {
             init_daemon: self.init,
             storage_handlers: DRIVERS.map(str::to_owned).into(),
             supports_seccomp: true,
-            extra_features: vec!["seccomp".into(), agent_client::FEATURE_RAW_STDIO.into()],
+            extra_features: ["seccomp", FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL].map(str::to_owned).into(),
             ..Default::default()
         };
         let mut response = api::GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() };

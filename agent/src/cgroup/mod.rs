@@ -80,6 +80,30 @@ impl Cgroup {
         }
     }
 
+    /// Sends a signal to every process in the cgroup and below.
+    ///
+    /// # Errors
+    /// A signal that does not exist.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let mut directories = vec![self.path.clone()];
+        while let Some(directory) = directories.pop() {
+            let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+            directories.extend(entries.map(|entry| entry.path()).filter(|path| path.is_dir()));
+            let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            for pid in processes.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0) {
+                // SAFETY: kill(2) takes two numbers.
+                if unsafe { libc::kill(pid, signal) } < 0 {
+                    let error = io::Error::last_os_error();
+                    // One that has ended meanwhile needs no signal.
+                    if error.raw_os_error() != Some(libc::ESRCH) {
+                        return Err(error).what(|| format!("send signal {signal} to process {pid}"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Freezes or thaws, and waits until the kernel has done it.
     ///
     /// # Errors

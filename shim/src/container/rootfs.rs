@@ -50,11 +50,11 @@ fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
     let doing = || format!("mount the root file system ({} from {})", entry.type_, entry.source);
     if flags.contains(MsFlags::MS_BIND) || matches!(entry.type_.as_str(), "bind" | "rbind") {
         let recursive = flags.contains(MsFlags::MS_REC) || entry.type_ == "rbind";
-        mounts::bind(Path::new(&entry.source), target, recursive)?;
-        if flags.contains(MsFlags::MS_RDONLY) {
-            mounts::make_read_only(target)?;
-        }
-        return Ok(());
+        let source = Path::new(&entry.source);
+        return match flags.contains(MsFlags::MS_RDONLY) {
+            true => mounts::bind_read_only(source, target, recursive),
+            false => mounts::bind(source, target, recursive),
+        };
     }
     let joined = data.join(",");
     if joined.len() > MAX_DATA && entry.type_ == "overlay" {

@@ -47,9 +47,9 @@ fn share(from: &Mount, index: usize, host_dir: &Path, guest_dir: &str) -> Result
     } else {
         File::create(&target).doing(doing)?;
     }
-    mounts::bind(source, &target, recursive)?;
-    if to.options.iter().any(|option| option == "ro") {
-        mounts::make_read_only(&target)?;
+    match to.options.iter().any(|option| option == "ro" || option == "rro") {
+        true => mounts::bind_read_only(source, &target, recursive)?,
+        false => mounts::bind(source, &target, recursive)?,
     }
     to.source = format!("{guest_dir}/{name}");
     Ok(to)

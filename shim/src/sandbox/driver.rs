@@ -505,11 +505,11 @@ impl Driver {
     }
 
     /// `Kill`.
-    pub fn kill(&mut self, key: Key, signal: u32, reply: Reply<()>) {
+    pub fn kill(&mut self, key: Key, signal: u32, all: bool, reply: Reply<()>) {
         if let Err(error) = self.state.kill(&key) {
             return answer(reply, Err(error));
         }
-        self.relay(reply, |guest| async move { process::signal(&guest, &key, signal).await });
+        self.relay(reply, |guest| async move { process::signal(&guest, &key, signal, all).await });
     }
 
     /// `Wait`.

@@ -7,10 +7,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use agent_client::protocols::agent::{CreateSandboxRequest, GuestDetailsRequest, Storage};
+use agent_client::protocols::agent::{AgentDetails, CreateSandboxRequest, GuestDetailsRequest, Storage};
 use agent_client::{
-    AGENT_PORT, AgentClient, FEATURE_RAW_STDIO, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, SHARE_TAG,
-    Transport, context,
+    AGENT_PORT, AgentClient, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT,
+    SHARE_TAG, Transport, context,
 };
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncReadExt;
@@ -106,6 +106,8 @@ pub struct Guest {
     pub raw_stdio: bool,
     /// Whether the agent applies seccomp profiles.
     pub seccomp: bool,
+    /// Whether a signal can be for every process of a container.
+    pub signal_all: bool,
     virtiofsd: Virtiofsd,
     vsock_daemon: Option<VsockDaemon>,
 }
@@ -325,8 +327,12 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
         }
     };
     let agent = AgentClient::new(stream);
-    let (raw_stdio, seccomp) = create_sandbox(&agent, plan).await?;
-    Ok(Guest { vm, agent, transport, raw_stdio, seccomp, virtiofsd, vsock_daemon: daemon })
+    let details = create_sandbox(&agent, plan).await?;
+    let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
+    let (raw_stdio, signal_all) = (has(FEATURE_RAW_STDIO), has(FEATURE_SIGNAL_ALL));
+    tracing::info!(version = details.version, raw_stdio, "guest agent");
+    let seccomp = details.supports_seccomp;
+    Ok(Guest { vm, agent, transport, raw_stdio, seccomp, signal_all, virtiofsd, vsock_daemon: daemon })
 }
 
 /// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a connection made before
@@ -359,7 +365,7 @@ async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Resul
     }
 }
 
-async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<(bool, bool)> {
+async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails> {
     let share = Storage {
         driver: "virtio-fs".to_owned(),
         source: SHARE_TAG.to_owned(),
@@ -380,11 +386,9 @@ async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<(bool, bool)
         agent.agent.get_guest_details(context(Some(CALL_DEADLINE)), &details),
     );
     created.map_err(|error| Error::from(error).context("the guest agent cannot set up the sandbox"))?;
-    let details = details.map_err(|error| Error::from(error).context("the guest agent does not say what it can do"))?;
-    let agent_details = &details.agent_details;
-    let raw_stdio = agent_details.extra_features.iter().any(|feature| feature == FEATURE_RAW_STDIO);
-    tracing::info!(version = agent_details.version, raw_stdio, "guest agent");
-    Ok((raw_stdio, agent_details.supports_seccomp))
+    let mut details =
+        details.map_err(|error| Error::from(error).context("the guest agent does not say what it can do"))?;
+    Ok(details.agent_details.take().unwrap_or_default())
 }
 
 #[cfg(test)]

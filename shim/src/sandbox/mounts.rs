@@ -3,7 +3,10 @@
 //! The namespace receives what the host mounts later (it is a slave) and shows the host nothing. The shared directory
 //! is a mount of its own that propagates to virtiofsd, which has a namespace below this one.
 
+use std::ffi::CString;
 use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -42,13 +45,46 @@ pub fn bind(from: &Path, to: &Path, recursive: bool) -> Result<()> {
         .doing(|| format!("bind {} to {}", from.display(), to.display()))
 }
 
-/// Makes an existing bind mount read-only.
+/// Binds read-only. The mount is made read-only before it is attached: what propagates to virtiofsd is a copy of it as
+/// it is then, and no later change reaches that copy. As with mount(8), what is mounted below stays as it is. Needs
+/// Linux 5.12 (mount_setattr(2)).
 ///
 /// # Errors
-/// One line that names it.
-pub fn make_read_only(at: &Path) -> Result<()> {
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    mount(None::<&str>, at, None::<&str>, flags, None::<&str>).doing(|| format!("make {} read-only", at.display()))
+/// One line that names both.
+pub fn bind_read_only(from: &Path, to: &Path, recursive: bool) -> Result<()> {
+    let doing = || format!("bind {} read-only to {}", from.display(), to.display());
+    attach_read_only(from, to, recursive).doing(doing)
+}
+
+fn attach_read_only(from: &Path, to: &Path, recursive: bool) -> std::io::Result<()> {
+    let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
+    let recursive = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let here = libc::c_long::from(libc::AT_FDCWD);
+    let clone = libc::c_long::from(libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive);
+    let check = |result: libc::c_long| if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) };
+    // SAFETY: open_tree(2) reads the path, which ends in a zero byte and outlives the call.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, here, from.as_ptr(), clone) })?;
+    let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let tree = unsafe { OwnedFd::from_raw_fd(fd) };
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let itself = libc::c_long::from(libc::AT_EMPTY_PATH);
+    let fd = libc::c_long::from(tree.as_raw_fd());
+    // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd,
+            c"".as_ptr(),
+            itself,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    })?;
+    let empty = libc::c_long::from(libc::MOVE_MOUNT_F_EMPTY_PATH);
+    // SAFETY: move_mount(2) reads two paths that end in zero bytes and outlive the call.
+    check(unsafe { libc::syscall(libc::SYS_move_mount, fd, c"".as_ptr(), here, to.as_ptr(), empty) })?;
+    Ok(())
 }
 
 /// Takes off everything that is mounted at or below a directory, in this namespace.

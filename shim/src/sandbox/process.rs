@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::context;
 use agent_client::protocols::agent::{
     CgroupStats, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ResumeContainerRequest,
     SignalProcessRequest, StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
     WaitProcessRequest,
 };
+use agent_client::{ALL_PROCESSES, context};
 use oci_spec::runtime::{LinuxResources, Process};
 use ttrpc::Code;
 
@@ -75,14 +75,15 @@ pub async fn wait(guest: &Guest, key: &Key) -> Option<u32> {
     }
 }
 
-/// Sends a signal. With `all`, or SIGKILL to init, every process of the container gets it.
+/// Sends a signal, with `all` to every process of the container; SIGKILL to init is for all of them anyway.
 ///
 /// # Errors
 /// `NOT_FOUND` if it is gone already.
-pub async fn signal(guest: &Guest, key: &Key, signal: u32) -> Result<()> {
+pub async fn signal(guest: &Guest, key: &Key, signal: u32, all: bool) -> Result<()> {
+    let exec_id = if all && guest.signal_all { ALL_PROCESSES } else { &key.exec };
     let request = SignalProcessRequest {
         container_id: key.container.clone(),
-        exec_id: key.exec.clone(),
+        exec_id: exec_id.to_owned(),
         signal,
         ..Default::default()
     };

@@ -341,7 +341,7 @@ impl State {
         let Some(task) = self.tasks.get_mut(id) else { return Vec::new() };
         let mut exits = Vec::new();
         for (exec_id, exec) in &mut task.execs {
-            if matches!(exec.stage, Stage::Running | Stage::Starting { .. }) {
+            if exec.is_live() {
                 let exit = Exit { pid: exec.pid, status: KILLED, at };
                 // Without a start event there is no exit event either; who waits for it is answered by `Exited`.
                 if exec.stage == Stage::Running {
@@ -455,20 +455,21 @@ impl State {
         })
     }
 
-    /// Pids of a container's living processes, with the exec's id (empty for init).
+    /// Pids of a container's living processes, with the exec's id (empty for init). Init stays in the list until it is
+    /// deleted: containerd takes a task without pids for leaked when it comes back, and its exit status is lost.
     ///
     /// # Errors
     /// `NOT_FOUND`.
     pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
         let task = self.task(id)?;
-        let processes = std::iter::once((&task.init, String::new()))
-            .chain(task.execs.iter().map(|(id, process)| (process, id.clone())));
-        let lives =
-            |process: &Process| matches!(process.stage, Stage::Created | Stage::Starting { .. } | Stage::Running);
-        Ok(processes
-            .filter(|(process, exec_id)| lives(process) && (exec_id.is_empty() || process.stage != Stage::Created))
-            .map(|(process, exec_id)| (process.pid, exec_id))
-            .collect())
+        let execs = task.execs.iter().filter(|(_, exec)| exec.is_live()).map(|(id, exec)| (exec.pid, id.clone()));
+        Ok(std::iter::once((task.init.pid, String::new())).chain(execs).collect())
+    }
+}
+
+impl Process {
+    fn is_live(&self) -> bool {
+        matches!(self.stage, Stage::Starting { .. } | Stage::Running)
     }
 }
 
@@ -484,7 +485,7 @@ impl Task {
     }
 
     fn has_live_execs(&self) -> bool {
-        self.execs.values().any(|exec| matches!(exec.stage, Stage::Starting { .. } | Stage::Running))
+        self.execs.values().any(Process::is_live)
     }
 
     fn end(&mut self, exit: Exit) {

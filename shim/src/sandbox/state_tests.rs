@@ -212,4 +212,6 @@ fn pids_lists_what_lives() {
     assert_eq!(ids, ["", "e"]);
     state.exited(&exec("e"), exit(0));
     assert_eq!(state.pids("web").unwrap(), [(VM, String::new())]);
+    state.exited(&init(), exit(0));
+    assert_eq!(state.pids("web").unwrap(), [(VM, String::new())], "an exit that nobody has taken is no leak");
 }

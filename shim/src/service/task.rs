@@ -103,10 +103,10 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
-        // All processes of a container are those of its init: SIGKILL takes them all in the guest.
+        // All processes of a container are those of its init.
         let exec_id = if request.all { "" } else { &request.exec_id };
         let key = Key::new(&request.id, exec_id);
-        self.sandbox.ask(move |driver, reply| driver.kill(key, request.signal, reply)).await?;
+        self.sandbox.ask(move |driver, reply| driver.kill(key, request.signal, request.all, reply)).await?;
         Ok(Empty::default())
     }
 

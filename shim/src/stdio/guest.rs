@@ -55,7 +55,12 @@ impl GuestIo {
     /// # Errors
     /// `UNAVAILABLE` or `DEADLINE_EXCEEDED`: the agent does not take them.
     pub async fn raw(transport: &Transport, key: &Key, io: &Io) -> Result<GuestIo> {
-        let wanted = channels(io);
+        let mut wanted = channels(io);
+        if wanted.is_empty() {
+            // Without any stream the agent would wait for polling calls. An input that nobody feeds ends at once, and
+            // what has no stream beside it goes to /dev/null.
+            wanted.push(Channel::Stdin);
+        }
         let dials = wanted.iter().map(|channel| dial(transport, key, *channel));
         let mut guest = GuestIo::default();
         for (channel, stream) in wanted.iter().zip(try_join_all(dials).await?) {
@@ -68,25 +73,27 @@ impl GuestIo {
         Ok(guest)
     }
 
-    /// Serves the channels by calls to an agent that has no raw streams. To be used once the process exists.
+    /// Serves the channels by calls to an agent that has no raw streams. To be used once the process exists. What the
+    /// client does not want is read all the same, and an input that it does not have ends at once: a process must not
+    /// wait for nobody.
     pub fn polled(agent: &AgentClient, key: &Key, io: &Io) -> GuestIo {
+        let wanted = channels(io);
         let mut guest = GuestIo::default();
-        for channel in channels(io) {
-            let (ours, theirs) = duplex(BUFFER);
-            match channel {
-                Channel::Stdin => {
-                    tokio::spawn(write_loop(agent.clone(), key.clone(), ours));
-                    guest.stdin = Some(Box::pin(theirs));
-                }
-                Channel::Stdout => {
-                    tokio::spawn(read_loop(agent.clone(), key.clone(), channel, ours));
-                    guest.stdout = Some(Box::pin(theirs));
-                }
-                Channel::Stderr => {
-                    tokio::spawn(read_loop(agent.clone(), key.clone(), channel, ours));
-                    guest.stderr = Some(Box::pin(theirs));
-                }
+        let (ours, theirs) = duplex(BUFFER);
+        tokio::spawn(write_loop(agent.clone(), key.clone(), ours));
+        guest.stdin = wanted.contains(&Channel::Stdin).then(|| Box::pin(theirs) as Writer);
+        let reader = |channel| -> Option<Reader> {
+            if !wanted.contains(&channel) {
+                tokio::spawn(read_loop(agent.clone(), key.clone(), channel, tokio::io::sink()));
+                return None;
             }
+            let (ours, theirs) = duplex(BUFFER);
+            tokio::spawn(read_loop(agent.clone(), key.clone(), channel, ours));
+            Some(Box::pin(theirs))
+        };
+        guest.stdout = reader(Channel::Stdout);
+        if !io.terminal {
+            guest.stderr = reader(Channel::Stderr);
         }
         guest
     }
@@ -114,7 +121,7 @@ async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agen
 }
 
 /// An agent's end of output is empty data, or an error with older ones.
-async fn read_loop(agent: AgentClient, key: Key, channel: Channel, mut to: DuplexStream) {
+async fn read_loop(agent: AgentClient, key: Key, channel: Channel, mut to: impl AsyncWrite + Unpin) {
     let request =
         ReadStreamRequest { container_id: key.container, exec_id: key.exec, len: POLL_SIZE, ..Default::default() };
     loop {
