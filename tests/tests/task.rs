@@ -236,7 +236,9 @@ fn kill_everything_in_it(env: &Env) {
 }
 
 fn signal_to_all_reaches_children(env: &Env) {
-    let container = env.detached(&["--null-io"], &["sh", "-c", "sleep 3600; touch /ended; sleep 3600"]);
+    let container =
+        env.detached(&["--null-io"], &["sh", "-c", "sleep 3600 & touch /ready; wait; touch /ended; sleep 3600"]);
+    container.wait_for_file("/ready");
     container.kill("SIGTERM", &["--all"]).ok();
     container.wait_for_file("/ended");
 }
