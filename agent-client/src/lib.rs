@@ -36,6 +36,37 @@ pub const FEATURE_RAW_STDIO: &str = "cofferdam.raw-stdio";
 /// the container. Without it only SIGKILL is.
 pub const FEATURE_SIGNAL_ALL: &str = "cofferdam.signal-all";
 
+/// Entry of `AgentDetails.extra_features`: streams to TCP ports of the guest's loopback, see [`FORWARD_PORT`].
+pub const FEATURE_PORT_FORWARD: &str = "cofferdam.port-forward";
+
+/// Port in the guest for forwarded TCP connections. The host sends `cofferdam-forward/1 <TCP port>\n`; the agent connects
+/// to that port on the guest's loopback (IPv4, then IPv6), answers [`stdio::ACCEPTED`], and the stream carries the
+/// connection's bytes. Nobody listens: the agent closes the stream without an answer.
+pub const FORWARD_PORT: u32 = 1030;
+
+/// First word of the line that asks for a forwarded connection.
+pub const FORWARD_MAGIC: &str = "cofferdam-forward/1";
+
+/// Entry of `AgentDetails.extra_features`: storages of the driver [`UDS_DRIVER`].
+pub const FEATURE_UDS: &str = "cofferdam.uds";
+
+/// Storage driver for a unix socket of the host: the agent listens on a socket at `mount_point` in the guest, and for
+/// each connection to it dials the host's vsock port `port=<number>` of the driver options (with a hybrid transport
+/// [`UDS_PORT`]), sends `cofferdam-uds/1 <source>\n`, reads [`stdio::ACCEPTED`], and copies both ways. `source` is the
+/// host's name for the socket, without white space.
+pub const UDS_DRIVER: &str = "cofferdam.uds";
+
+/// Port on the host's end of a hybrid transport to which connections to the host's unix sockets go.
+pub const UDS_PORT: u32 = 1031;
+
+/// First word of the line that asks for a connection to a unix socket of the host.
+pub const UDS_MAGIC: &str = "cofferdam-uds/1";
+
+/// Entry of `AgentDetails.extra_features`: containers that share their sandbox's pid namespace need no container before
+/// them; the agent keeps a process of its own as PID 1 there. Without it the first container must be the pod's pause
+/// container.
+pub const FEATURE_SANDBOX_INIT: &str = "cofferdam.sandbox-init";
+
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 
