@@ -62,10 +62,13 @@ pub const UDS_PORT: u32 = 1031;
 /// First word of the line that asks for a connection to a unix socket of the host.
 pub const UDS_MAGIC: &str = "cofferdam-uds/1";
 
-/// Entry of `AgentDetails.extra_features`: containers that share their sandbox's pid namespace need no container before
-/// them; the agent keeps a process of its own as PID 1 there. Without it the first container must be the pod's pause
-/// container.
-pub const FEATURE_SANDBOX_INIT: &str = "cofferdam.sandbox-init";
+/// Entry of `AgentDetails.extra_features`: a pod needs no pause container. Containers that share the sandbox's pid
+/// namespace (`sandbox_pidns`) find a process of the agent's as PID 1 there, and one whose pid namespace entry has a path
+/// of the form [`POD_PID_PATH`]`<container id>` joins that container's.
+pub const FEATURE_POD: &str = "cofferdam.pod";
+
+/// See [`FEATURE_POD`].
+pub const POD_PID_PATH: &str = "container:";
 
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";

@@ -10,6 +10,7 @@ mod error;
 mod guest;
 mod log;
 mod oom;
+mod privileged;
 mod process;
 mod ready;
 mod reaper;

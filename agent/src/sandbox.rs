@@ -8,17 +8,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_client::Stream;
 use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
+use agent_client::{POD_PID_PATH, Stream};
 
 use crate::cgroup::{Cgroup, devices};
-use crate::container::{Container, Parts, SeccompCache, Started};
+use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
 use crate::error::{Error, Result, What};
 use crate::lock;
 use crate::log::log;
 use crate::oom;
+use crate::privileged;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{Claimed, Parking};
@@ -37,6 +38,8 @@ pub struct Sandbox {
     /// OOM kills that nobody has fetched yet.
     pub oom: Arc<oom::Queue>,
     state: Mutex<State>,
+    /// PID 1 of the pid namespace that containers share, once one of them does. Held while it is made.
+    pod_init: tokio::sync::Mutex<Option<PodInit>>,
 }
 
 #[derive(Debug, Default)]
@@ -48,8 +51,8 @@ struct State {
     storages: Storages,
     seccomp: SeccompCache,
     parking: Parking,
-    /// The pid namespace of the first container, for those that share it.
-    first_pid_namespace: Option<Arc<OwnedFd>>,
+    /// The sandbox's own id: a container of this name is its pause container.
+    id: String,
 }
 
 /// Keeps an id from being used twice at a time.
@@ -64,7 +67,14 @@ impl Drop for Busy<'_> {
 impl Sandbox {
     /// A sandbox without anything in it.
     pub fn new(cgroups: PathBuf, hotplug_timeout: Duration, reaper: Reaper) -> Arc<Sandbox> {
-        Arc::new(Sandbox { cgroups, hotplug_timeout, reaper, oom: Arc::default(), state: Mutex::default() })
+        Arc::new(Sandbox {
+            cgroups,
+            hotplug_timeout,
+            reaper,
+            oom: Arc::default(),
+            state: Mutex::default(),
+            pod_init: tokio::sync::Mutex::default(),
+        })
     }
 
     /// Names the guest and mounts what its containers share.
@@ -75,6 +85,7 @@ impl Sandbox {
         if std::mem::replace(&mut lock(&self.state).created, true) {
             return Err(Error::Failed("the sandbox exists already".into()));
         }
+        lock(&self.state).id.clone_from(&request.sandbox_id);
         let made = self.set_up(request).await;
         if made.is_err() {
             let mut state = lock(&self.state);
@@ -147,19 +158,20 @@ impl Sandbox {
         for device in &request.devices {
             self.place_device(device, &mut spec).await?;
         }
-        let (claimed, seccomp, pid_namespace) = {
+        let pid_namespace = self.pid_namespace(id, request.sandbox_pidns, &mut spec).await?;
+        privileged::add_devices(&mut spec);
+        let (claimed, seccomp) = {
             let mut state = lock(&self.state);
             let profile = spec.Linux.as_ref().and_then(|linux| linux.Seccomp.as_ref());
             let seccomp = profile.map(|profile| state.seccomp.filter(profile)).transpose()?;
-            let shared = state.first_pid_namespace.clone().filter(|_| request.sandbox_pidns);
-            (state.parking.claim(id, ""), seccomp, shared)
+            (state.parking.claim(id, ""), seccomp)
         };
         let cgroup = Cgroup::create(&self.cgroups, id)?;
         let parts = Parts {
             id,
             spec: &spec,
             seccomp,
-            pid_namespace: pid_namespace.as_deref(),
+            pid_namespace: pid_namespace.as_ref(),
             storages: mounted.clone(),
             claimed,
             reaper: &self.reaper,
@@ -178,17 +190,43 @@ impl Sandbox {
             }
         };
         let container = Arc::new(container);
-        {
-            let mut state = lock(&self.state);
-            if state.first_pid_namespace.is_none() {
-                let path = format!("/proc/{}/ns/pid", container.init().pid());
-                state.first_pid_namespace = File::open(path).ok().map(|file| Arc::new(file.into()));
-            }
-            state.containers.insert(id.to_owned(), container.clone());
-        }
+        lock(&self.state).containers.insert(id.to_owned(), container.clone());
         oom::watch(&self.oom, &container);
         self.clone().follow(container, started, true);
         Ok(())
+    }
+
+    /// The pid namespace to join: the pod's, or that of the container which the spec's entry names. `None` is a new one.
+    async fn pid_namespace(&self, id: &str, shared: bool, spec: &mut oci::Spec) -> Result<Option<OwnedFd>> {
+        let entries = spec.Linux.as_mut().map(|linux| linux.Namespaces.as_mut_slice()).unwrap_or_default();
+        let entry = entries.iter_mut().find(|entry| entry.Type == "pid");
+        if let Some(target) = entry.as_ref().and_then(|entry| entry.Path.strip_prefix(POD_PID_PATH)).map(str::to_owned)
+        {
+            let namespace = pid_namespace_of(self.container(&target)?.as_ref())?;
+            if let Some(entry) = entry {
+                entry.Path.clear();
+            }
+            return Ok(Some(namespace));
+        }
+        if !shared {
+            return Ok(None);
+        }
+        let pause = {
+            let state = lock(&self.state);
+            if state.id == id {
+                return Ok(None);
+            }
+            state.containers.get(&state.id).cloned()
+        };
+        if let Some(pause) = pause {
+            return pid_namespace_of(&pause).map(Some);
+        }
+        let mut init = self.pod_init.lock().await;
+        if init.is_none() {
+            *init = Some(PodInit::start(&self.cgroups, &self.reaper).await?);
+        }
+        let copy = init.as_ref().map(|init| init.namespace().try_clone()).transpose();
+        copy.what(|| "copy a descriptor".into())
     }
 
     /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry for it.
@@ -287,10 +325,12 @@ impl Sandbox {
                 result = Err(error);
             }
         }
+        if let Some(init) = self.pod_init.lock().await.take() {
+            init.stop().await;
+        }
         let mut state = lock(&self.state);
         state.storages.clear();
         state.created = false;
-        state.first_pid_namespace = None;
         result
     }
 
@@ -318,6 +358,12 @@ impl Sandbox {
         }
         Ok(Busy(self, id))
     }
+}
+
+fn pid_namespace_of(container: &Container) -> Result<OwnedFd> {
+    let path = format!("/proc/{}/ns/pid", container.init().pid());
+    let file = File::open(path).map_err(|_| Error::Failed(format!("container {} is not running", container.id())))?;
+    Ok(file.into())
 }
 
 /// Limits and device rules, before there is a process.

@@ -10,7 +10,7 @@ use agent_client::protocols::agent_ttrpc::{AgentService, create_agent_service};
 use agent_client::protocols::health as health_api;
 use agent_client::protocols::health_ttrpc::{Health, create_health};
 use agent_client::stdio::Channel;
-use agent_client::{ALL_PROCESSES, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL};
+use agent_client::{ALL_PROCESSES, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL};
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -219,7 +219,7 @@ impl AgentService for Agent {
             init_daemon: self.init,
             storage_handlers: DRIVERS.map(str::to_owned).into(),
             supports_seccomp: true,
-            extra_features: ["seccomp", FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL].map(str::to_owned).into(),
+            extra_features: ["seccomp", FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL].map(str::to_owned).into(),
             ..Default::default()
         };
         let mut response = api::GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() };

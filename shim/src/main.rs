@@ -17,6 +17,7 @@ mod metrics;
 mod sandbox;
 mod service;
 mod stdio;
+mod uds;
 
 use std::process::ExitCode;
 

@@ -46,6 +46,9 @@ impl Rule {
     }
 }
 
+/// A privileged container's one rule.
+const EVERYTHING: Rule = Rule { allow: true, kind: None, major: None, minor: None, access: ALL };
+
 /// What every container may use, as with runc: making nodes, and the devices that every image expects.
 const DEFAULT: [Rule; 11] = [
     Rule { allow: true, kind: Some(BPF_DEVCG_DEV_CHAR), major: None, minor: None, access: ACC_MKNOD },
@@ -68,11 +71,16 @@ const DEFAULT: [Rule; 11] = [
 pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> Result<()> {
     let rules = effective(rules, devices)?;
     // Without a single restriction there is nothing to check at each open.
-    if let Some(Rule { allow: true, kind: None, major: None, minor: None, access: ALL }) = rules.last() {
+    if rules.last() == Some(&EVERYTHING) {
         return Ok(());
     }
     let program = load(&compile(&rules)).what(|| "load the device rules".into())?;
     attach(cgroup, &program).what(|| "attach the device rules".into())
+}
+
+/// Whether the rules end in "everything": the container is privileged.
+pub fn allow_all(rules: &[LinuxDeviceCgroup]) -> bool {
+    rules.last().is_some_and(|rule| parse(rule).is_ok_and(|rule| rule == EVERYTHING))
 }
 
 /// The sender's rules, then the defaults and the container's own devices; the last one that fits decides.
@@ -81,7 +89,7 @@ fn effective(rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> Result<Vec
     for rule in rules {
         all.push(parse(rule)?);
     }
-    if let Some(Rule { allow: true, kind: None, major: None, minor: None, access: ALL }) = all.last() {
+    if all.last() == Some(&EVERYTHING) {
         return Ok(all);
     }
     all.extend(DEFAULT);

@@ -33,7 +33,15 @@ impl Cgroup {
     /// # Errors
     /// The failed system call; an existing cgroup is an error too.
     pub fn create(parent: &Path, id: &str) -> Result<Cgroup> {
-        let path = parent.join(format!("ctr-{id}"));
+        Cgroup::create_named(parent, &format!("ctr-{id}"))
+    }
+
+    /// Makes a cgroup for what is no container.
+    ///
+    /// # Errors
+    /// As [`Cgroup::create`].
+    pub fn create_named(parent: &Path, name: &str) -> Result<Cgroup> {
+        let path = parent.join(name);
         fs::create_dir(&path).what(|| format!("create cgroup {}", path.display()))?;
         let dir = File::open(&path).what(|| format!("open cgroup {}", path.display()))?.into();
         Ok(Cgroup { path, dir })

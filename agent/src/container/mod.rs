@@ -6,6 +6,7 @@ mod exec;
 mod init;
 mod mount_options;
 mod plan;
+mod pod_init;
 mod rootfs;
 mod seccomp;
 mod spawn;
@@ -31,6 +32,7 @@ use crate::stdio::{self, Claimed, Io};
 
 pub use child::Stdio;
 pub use mount_options::Options;
+pub use pod_init::PodInit;
 pub use seccomp::{Cache as SeccompCache, Filter};
 pub use spawn::check;
 

@@ -198,6 +198,11 @@ impl Handle {
         self.wait();
     }
 
+    /// Says "ready" and goes on by itself.
+    pub fn say_ready(&mut self) {
+        let _ = self.report.write_all(b"R\n");
+    }
+
     /// Waits for one go.
     pub fn wait(&mut self) {
         if self.go.read_exact(&mut [0]).is_err() {

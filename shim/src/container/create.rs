@@ -1,17 +1,22 @@
 //! Making one container: its part of the host first, side by side with a guest that may still be booting, then the
-//! request to the agent.
+//! request to the agent; and the way back.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{CreateContainerRequest, RemoveContainerRequest};
-use agent_client::{GUEST_SHARE, context};
+use agent_client::protocols::agent::{CreateContainerRequest, Device, RemoveContainerRequest, Storage};
+use agent_client::{GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, context};
 use containerd_shim_protos::types::mount::Mount;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 
+use super::devices::{self, Devices};
+use super::pod::PidNamespace;
+use super::rootfs::{self, Disk};
+use super::shares::Shares;
 use super::to_proto::{self, Place};
-use super::{rootfs, volumes};
+use super::volumes::{self, Volumes};
 use crate::error::{Error, IoContext, Result};
 use crate::sandbox::launch::Guest;
 use crate::sandbox::mounts;
@@ -24,11 +29,45 @@ const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the guest may take to remove one.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A container's part of the host: mounts below the shared directory. Dropping it takes them off.
+/// How long the guest may take to let go of a disk.
+const DETACH_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What a client wants to have made.
+pub struct Order {
+    /// The container.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Root file system, as containerd's snapshotter gives it.
+    pub rootfs: Vec<Mount>,
+    /// The OCI spec.
+    pub spec: Spec,
+    /// Its input and output.
+    pub io: Io,
+    /// Whose processes it sees.
+    pub pid_namespace: PidNamespace,
+    /// Sysctls of its pod.
+    pub sysctls: HashMap<String, String>,
+    /// Its pod has a /dev/shm in the guest.
+    pub shm: bool,
+}
+
+/// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
 pub struct Host {
     dir: PathBuf,
-    mounts: Vec<agent_client::protocols::oci::Mount>,
+    disk: Option<Disk>,
+    volumes: Volumes,
+    devices: Devices,
+}
+
+/// A container that the guest has.
+pub struct Container {
+    host: Host,
+    /// Devices plugged in for it, by their ids.
+    plugged: Vec<String>,
+    /// Names of the host's sockets that it may connect to.
+    sockets: Vec<String>,
 }
 
 /// A container's directory under the share: one level, so that an id is never mistaken for something else there.
@@ -41,15 +80,18 @@ impl Host {
     ///
     /// # Errors
     /// One line; nothing stays mounted.
-    pub fn prepare(share: &Path, id: &str, bundle: &Path, rootfs: &[Mount], spec: &Spec) -> Result<Host> {
-        let dir = share.join(id);
+    pub fn prepare(order: &Order, share: &Path, shares: &Shares) -> Result<Host> {
+        let dir = share.join(&order.id);
+        let devices = devices::sort(&order.spec)?;
         std::fs::create_dir_all(&dir).doing(|| format!("make directory {}", dir.display()))?;
         // From here on the drop of `host` undoes everything.
-        let mut host = Host { dir, mounts: Vec::new() };
-        let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
-        rootfs::mount_all(rootfs, &root, &host.dir.join("rootfs"))?;
-        let list = spec.mounts().as_deref().unwrap_or_default();
-        host.mounts = volumes::share_all(list, &host.dir, &guest_dir(id))?;
+        let mut host = Host { dir, disk: rootfs::disk(&order.rootfs), volumes: Volumes::default(), devices };
+        if host.disk.is_none() {
+            let root = order.spec.root().as_ref().map(|root| order.bundle.join(root.path())).unwrap_or_default();
+            rootfs::mount_all(&order.rootfs, &root, &host.dir.join("rootfs"))?;
+        }
+        let list = order.spec.mounts().as_deref().unwrap_or_default();
+        host.volumes = volumes::prepare(list, shares, order.shm)?;
         Ok(host)
     }
 }
@@ -62,61 +104,129 @@ impl Drop for Host {
     }
 }
 
-/// Asks the guest for the container, its stdio connected before.
+/// Asks the guest for the container, its devices plugged in and its stdio connected before.
 ///
 /// # Errors
-/// The agent's own words: a missing command, for example.
-pub async fn in_guest(
-    guest: &Arc<Guest>,
-    id: &str,
-    host: &mut Host,
-    spec: &Spec,
-    io: &Io,
-    host_io: HostIo,
-) -> Result<Pumps> {
-    let key = Key::new(id, "");
-    if spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()) && !guest.seccomp {
-        tracing::warn!("the guest agent has no seccomp: the container's profile is not applied");
+/// The agent's own words: a missing command, for example. Nothing of the container is left.
+pub async fn in_guest(guest: &Arc<Guest>, order: &Order, host: Host, host_io: HostIo) -> Result<(Container, Pumps)> {
+    let mut container = Container { host, plugged: Vec::new(), sockets: Vec::new() };
+    match container.make(guest, order).await {
+        Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
+        Err(error) => {
+            container.unplug(guest).await;
+            container.release().await;
+            Err(error)
+        }
     }
-    let place = Place {
-        rootfs: format!("{}/rootfs", guest_dir(id)),
-        mounts: std::mem::take(&mut host.mounts),
-        cgroup: format!("/cofferdam/{id}"),
-        seccomp: guest.seccomp,
-    };
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let shared_pids = namespaces.is_some_and(|list| {
-        list.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some())
-    });
-    let request = CreateContainerRequest {
-        container_id: id.to_owned(),
-        OCI: Some(to_proto::spec(spec, place)).into(),
-        sandbox_pidns: shared_pids,
-        ..Default::default()
-    };
-    let raw = match guest.raw_stdio {
-        true => Some(GuestIo::raw(&guest.transport, &key, io).await?),
-        false => None,
-    };
-    guest
-        .agent
-        .agent
-        .create_container(context(Some(CREATE_DEADLINE)), &request)
-        .await
-        .map_err(|error| explain(error.into()))?;
-    let guest_io = raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, io));
-    Ok(Pumps::start(host_io, guest_io))
 }
 
-/// The agent answers `INTERNAL` to most things; a command that is not in the image is the client's mistake.
-fn explain(error: Error) -> Error {
-    Error { message: format!("cannot create the container: {}", error.message), ..error }
+impl Container {
+    async fn make(&mut self, guest: &Arc<Guest>, order: &Order) -> Result<GuestIo> {
+        let key = Key::new(&order.id, "");
+        if order.spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()) && !guest.seccomp {
+            tracing::warn!("the guest agent has no seccomp: the container's profile is not applied");
+        }
+        let mut storages = std::mem::take(&mut self.host.volumes.storages);
+        for storage in storages.iter_mut().filter(|storage| storage.driver == UDS_DRIVER) {
+            let port = guest.sockets.port().ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
+            storage.driver_options = vec![format!("port={port}")];
+        }
+        for (name, path) in std::mem::take(&mut self.host.volumes.sockets) {
+            self.sockets.push(name.clone());
+            guest.sockets.allow(name, path);
+        }
+        let mut rootfs = format!("{}/rootfs", guest_dir(&order.id));
+        if let Some(disk) = self.host.disk.clone() {
+            rootfs = format!("/run/kata-containers/sandbox/rootfs/{}", order.id);
+            storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
+        }
+        let place = Place {
+            rootfs,
+            mounts: std::mem::take(&mut self.host.volumes.mounts),
+            devices: std::mem::take(&mut self.host.devices.entries),
+            pid_namespace: match &order.pid_namespace {
+                PidNamespace::Own | PidNamespace::Pod => String::new(),
+                PidNamespace::Of(_) if !guest.pod => {
+                    return Err(needs_own_agent("the pid namespace of another container"));
+                }
+                PidNamespace::Of(id) => format!("{POD_PID_PATH}{id}"),
+            },
+            sysctls: order.sysctls.clone(),
+            cgroup: format!("/cofferdam/{}", order.id),
+            seccomp: guest.seccomp,
+        };
+        let request = CreateContainerRequest {
+            container_id: order.id.clone(),
+            storages,
+            devices: self.plug_devices(guest).await?,
+            OCI: Some(to_proto::spec(&order.spec, place)).into(),
+            sandbox_pidns: order.pid_namespace == PidNamespace::Pod,
+            ..Default::default()
+        };
+        let raw = match guest.raw_stdio {
+            true => Some(GuestIo::raw(&guest.transport, &key, &order.io).await?),
+            false => None,
+        };
+        let created = guest.agent.agent.create_container(context(Some(CREATE_DEADLINE)), &request).await;
+        created.map_err(|error| Error::from(error).context("cannot create the container"))?;
+        Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &order.io)))
+    }
+
+    async fn plug_rootfs(&mut self, guest: &Guest, disk: Disk, mount_point: &str) -> Result<Storage> {
+        let attached = guest.attach_disk(&disk.path, disk.read_only).await?;
+        self.plugged.push(attached.id);
+        Ok(Storage {
+            driver: "blk".to_owned(),
+            source: attached.pci_path,
+            fstype: disk.fstype,
+            options: disk.options,
+            mount_point: mount_point.to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn plug_devices(&mut self, guest: &Guest) -> Result<Vec<Device>> {
+        let mut devices = Vec::new();
+        for disk in std::mem::take(&mut self.host.devices.disks) {
+            let attached = guest.attach_disk(&disk.path, disk.read_only).await?;
+            self.plugged.push(attached.id);
+            devices.push(Device {
+                id: attached.pci_path,
+                type_: "blk".to_owned(),
+                container_path: disk.container_path,
+                ..Default::default()
+            });
+        }
+        Ok(devices)
+    }
+
+    /// Removes the container from the guest, where there still is one, and from the host.
+    pub async fn remove(mut self, guest: Option<Arc<Guest>>, id: &str) {
+        if let Some(guest) = guest {
+            let request = RemoveContainerRequest { container_id: id.to_owned(), ..Default::default() };
+            if let Err(error) = guest.agent.agent.remove_container(context(Some(REMOVE_DEADLINE)), &request).await {
+                tracing::warn!(%error, id, "the guest did not remove the container");
+            }
+            self.unplug(&guest).await;
+        }
+        self.release().await;
+    }
+
+    async fn unplug(&mut self, guest: &Guest) {
+        self.sockets.drain(..).for_each(|name| guest.sockets.forbid(&name));
+        for id in self.plugged.drain(..) {
+            if let Err(error) = guest.vm.detach(&id, DETACH_DEADLINE).await {
+                tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");
+            }
+        }
+    }
+
+    /// umount(2) may wait for a slow disk, which must not hold up other requests.
+    async fn release(self) {
+        let _ = tokio::task::spawn_blocking(move || drop(self.host)).await;
+    }
 }
 
-/// Removes the container from the guest. A guest that is gone has nothing to remove.
-pub async fn remove_from_guest(guest: &Guest, id: &str) {
-    let request = RemoveContainerRequest { container_id: id.to_owned(), ..Default::default() };
-    if let Err(error) = guest.agent.agent.remove_container(context(Some(REMOVE_DEADLINE)), &request).await {
-        tracing::warn!(%error, id, "the guest did not remove the container");
-    }
+fn needs_own_agent(what: &str) -> Error {
+    Error::unimplemented(format!("{what} needs Cofferdam's own guest agent: use the initramfs of this installation"))
 }

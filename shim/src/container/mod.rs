@@ -1,8 +1,11 @@
 //! A container on its way into the guest: its OCI spec, its root file system and volumes, and the request to the agent.
 
 pub mod create;
+mod devices;
 pub mod exit_file;
+pub mod pod;
 mod rootfs;
+pub mod shares;
 pub mod spec;
 pub mod to_proto;
-mod volumes;
+pub mod volumes;

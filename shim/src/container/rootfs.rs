@@ -1,13 +1,15 @@
-//! A container's root file system: mounted on the host under the shared directory, as containerd's snapshotter says.
+//! A container's root file system, as containerd's snapshotter says: mounted on the host under the shared directory, or
+//! where it is a disk (devmapper, blockfile, erofs), plugged into the guest and mounted there.
 
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{Error, IoContext, Result};
-use crate::sandbox::mounts;
+use crate::sandbox::mounts::{self, Bind};
 
 /// What mount(2) takes at most for its data, in bytes: one page.
 const MAX_DATA: usize = 4095;
@@ -24,7 +26,7 @@ pub fn mount_all(list: &[Mount], root_path: &Path, target: &Path) -> Result<()> 
         if !root_path.is_dir() {
             return Err(Error::invalid(format!("root file system {} is not a directory", root_path.display())));
         }
-        return mounts::bind(root_path, target, true);
+        return mounts::bind(root_path, target, Bind::RECURSIVE);
     }
     for (index, entry) in list.iter().enumerate() {
         let at = target.join(entry.target.trim_start_matches('/'));
@@ -39,22 +41,50 @@ pub fn mount_all(list: &[Mount], root_path: &Path, target: &Path) -> Result<()> 
     Ok(())
 }
 
+/// File systems that the guest's kernel has too.
+const ON_DISK: [&str; 3] = ["ext4", "xfs", "erofs"];
+
+/// A root file system on a block device or in an image file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The device or file.
+    pub path: PathBuf,
+    /// Its file system.
+    pub fstype: String,
+    /// Nothing is written to it.
+    pub read_only: bool,
+    /// Mount options for the guest.
+    pub options: Vec<String>,
+}
+
+/// The disk, if the root file system is nothing else.
+pub fn disk(list: &[Mount]) -> Option<Disk> {
+    let [entry] = list else { return None };
+    let path = PathBuf::from(&entry.source);
+    let kind = std::fs::metadata(&path).ok()?.file_type();
+    if !ON_DISK.contains(&entry.type_.as_str()) || !(kind.is_block_device() || kind.is_file()) {
+        return None;
+    }
+    let has = |option: &str| entry.options.iter().any(|other| other == option);
+    let mut options: Vec<String> = entry.options.iter().filter(|option| *option != "loop").cloned().collect();
+    if entry.type_ == "xfs" && !has("nouuid") {
+        // Snapshots of one file system have one id, which xfs takes for the same disk twice.
+        options.push("nouuid".to_owned());
+    }
+    let read_only = has("ro") || entry.type_ == "erofs";
+    Some(Disk { path, fstype: entry.type_.clone(), read_only, options })
+}
+
 fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
     let (flags, data) = flags(&entry.options);
-    if data.contains(&"loop") {
-        return Err(Error::unimplemented(format!(
-            "root file system {} wants a loop device: use a snapshotter that mounts directories (overlayfs, native)",
-            entry.source
-        )));
-    }
     let doing = || format!("mount the root file system ({} from {})", entry.type_, entry.source);
     if flags.contains(MsFlags::MS_BIND) || matches!(entry.type_.as_str(), "bind" | "rbind") {
-        let recursive = flags.contains(MsFlags::MS_REC) || entry.type_ == "rbind";
-        let source = Path::new(&entry.source);
-        return match flags.contains(MsFlags::MS_RDONLY) {
-            true => mounts::bind_read_only(source, target, recursive),
-            false => mounts::bind(source, target, recursive),
+        let how = Bind {
+            recursive: flags.contains(MsFlags::MS_REC) || entry.type_ == "rbind",
+            read_only: flags.contains(MsFlags::MS_RDONLY),
+            ..Bind::default()
         };
+        return mounts::bind(Path::new(&entry.source), target, how);
     }
     let joined = data.join(",");
     if joined.len() > MAX_DATA && entry.type_ == "overlay" {
@@ -144,6 +174,23 @@ mod tests {
         assert_eq!(shorten(&["lowerdir=/a:/b"]), None);
         assert_eq!(shorten(&["upperdir=/a"]), None);
         assert_eq!(shorten(&["lowerdir=/a/x:/a/xy"]), Some(("/a".into(), "lowerdir=x:xy".into())));
+    }
+
+    #[test]
+    fn an_image_file_is_plugged_in_and_a_directory_is_not() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mount = |kind: &str, source: &Path, options: &[&str]| Mount {
+            type_: kind.into(),
+            source: source.to_string_lossy().into_owned(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Default::default()
+        };
+        let found = disk(&[mount("ext4", file.path(), &["loop", "ro"])]).unwrap();
+        assert_eq!((found.read_only, found.options), (true, vec!["ro".to_owned()]));
+        assert_eq!(disk(&[mount("xfs", file.path(), &["loop"])]).unwrap().options, ["nouuid"]);
+        assert_eq!(disk(&[mount("ext4", Path::new("/"), &[])]), None);
+        assert_eq!(disk(&[mount("overlay", file.path(), &[])]), None);
+        assert_eq!(disk(&[]), None);
     }
 
     #[test]

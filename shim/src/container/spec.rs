@@ -144,11 +144,6 @@ fn check(spec: &Spec) -> Result<()> {
     }
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let has = |kind| namespaces.is_some_and(|list| list.iter().any(|namespace| namespace.typ() == kind));
-    if !has(LinuxNamespaceType::Network) {
-        return Err(Error::invalid(
-            "asks for the host's network, which a virtual machine cannot share: give it a network namespace of its own",
-        ));
-    }
     if !has(LinuxNamespaceType::Mount) {
         return Err(Error::invalid("has no mount namespace: a container needs one of its own"));
     }
@@ -225,7 +220,6 @@ mod tests {
         assert!(refused(|json| json["process"]["args"] = json!([])).contains("names no command"));
         assert!(refused(|json| json["process"]["cwd"] = "tmp".into()).contains("not absolute"));
         assert!(refused(|json| json["process"] = Value::Null).contains("no process"));
-        assert!(refused(|json| json["linux"]["namespaces"] = json!([{"type": "mount"}])).contains("host's network"));
         assert!(refused(|json| json["linux"]["namespaces"] = json!([{"type": "network"}])).contains("mount namespace"));
     }
 

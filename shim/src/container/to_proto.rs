@@ -1,5 +1,7 @@
 //! The OCI spec in the agent's protobuf, field by field, with what must differ inside the guest.
 
+use std::collections::HashMap;
+
 use agent_client::protocols::oci as proto;
 use oci_spec::runtime as oci;
 use serde::Serialize;
@@ -19,6 +21,12 @@ pub struct Place {
     pub rootfs: String,
     /// Mounts with their sources in the guest.
     pub mounts: Vec<proto::Mount>,
+    /// Devices with a node in the container.
+    pub devices: Vec<oci::LinuxDevice>,
+    /// Path of the pid namespace to join, empty for one of its own.
+    pub pid_namespace: String,
+    /// Sysctls of the pod, which has no container of its own to set them.
+    pub sysctls: HashMap<String, String>,
     /// cgroup in the guest.
     pub cgroup: String,
     /// Whether the agent can apply seccomp profiles.
@@ -36,15 +44,15 @@ pub fn spec(spec: &oci::Spec, place: Place) -> proto::Spec {
         Version: spec.version().clone(),
         Process: spec.process().as_ref().map(process).into(),
         Root: Some(proto::Root {
-            Path: place.rootfs,
+            Path: place.rootfs.clone(),
             Readonly: root.and_then(|root| root.readonly()).unwrap_or_default(),
             ..Default::default()
         })
         .into(),
         Hostname: spec.hostname().clone().unwrap_or_default(),
-        Mounts: place.mounts,
         Annotations: spec.annotations().clone().unwrap_or_default(),
-        Linux: spec.linux().as_ref().map(|from| linux(from, place.cgroup, place.seccomp)).into(),
+        Linux: spec.linux().as_ref().map(|from| linux(from, &place)).into(),
+        Mounts: place.mounts,
         ..Default::default()
     }
 }
@@ -101,7 +109,7 @@ fn capabilities(from: &oci::LinuxCapabilities) -> proto::LinuxCapabilities {
     }
 }
 
-fn linux(from: &oci::Linux, cgroup: String, seccomp_wanted: bool) -> proto::Linux {
+fn linux(from: &oci::Linux, place: &Place) -> proto::Linux {
     let mapping = |from: &oci::LinuxIdMapping| proto::LinuxIDMapping {
         HostID: from.host_id(),
         ContainerID: from.container_id(),
@@ -111,8 +119,11 @@ fn linux(from: &oci::Linux, cgroup: String, seccomp_wanted: bool) -> proto::Linu
     let kept = |from: &&oci::LinuxNamespace| {
         !matches!(from.typ(), oci::LinuxNamespaceType::Network | oci::LinuxNamespaceType::Time)
     };
-    let namespace =
-        |from: &oci::LinuxNamespace| proto::LinuxNamespace { Type: name(&from.typ()), ..Default::default() };
+    let namespace = |from: &oci::LinuxNamespace| proto::LinuxNamespace {
+        Type: name(&from.typ()),
+        Path: if from.typ() == oci::LinuxNamespaceType::Pid { place.pid_namespace.clone() } else { String::new() },
+        ..Default::default()
+    };
     let device = |from: &oci::LinuxDevice| proto::LinuxDevice {
         Path: text(from.path()),
         Type: name(&from.typ()),
@@ -126,12 +137,12 @@ fn linux(from: &oci::Linux, cgroup: String, seccomp_wanted: bool) -> proto::Linu
     proto::Linux {
         UIDMappings: from.uid_mappings().iter().flatten().map(mapping).collect(),
         GIDMappings: from.gid_mappings().iter().flatten().map(mapping).collect(),
-        Sysctl: from.sysctl().clone().unwrap_or_default(),
+        Sysctl: place.sysctls.clone().into_iter().chain(from.sysctl().clone().unwrap_or_default()).collect(),
         Resources: from.resources().as_ref().map(resources).into(),
-        CgroupsPath: cgroup,
+        CgroupsPath: place.cgroup.clone(),
         Namespaces: from.namespaces().iter().flatten().filter(kept).map(namespace).collect(),
-        Devices: from.devices().iter().flatten().map(device).collect(),
-        Seccomp: from.seccomp().as_ref().filter(|_| seccomp_wanted).map(seccomp).into(),
+        Devices: place.devices.iter().map(device).collect(),
+        Seccomp: from.seccomp().as_ref().filter(|_| place.seccomp).map(seccomp).into(),
         RootfsPropagation: from.rootfs_propagation().clone().unwrap_or_default(),
         MaskedPaths: from.masked_paths().clone().unwrap_or_default(),
         ReadonlyPaths: from.readonly_paths().clone().unwrap_or_default(),
@@ -219,6 +230,11 @@ mod tests {
         let place = Place {
             rootfs: "/guest/rootfs".into(),
             mounts: Vec::new(),
+            devices: from.linux().as_ref().unwrap().devices().clone().unwrap(),
+            pid_namespace: String::new(),
+            sysctls: [("net.core.somaxconn", "1"), ("net.ipv4.ip_forward", "1")]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
             cgroup: "/cofferdam/web".into(),
             seccomp: true,
         };
@@ -272,6 +288,10 @@ mod tests {
         let namespaces: Vec<_> = linux.Namespaces.iter().map(|ns| (ns.Type.as_str(), ns.Path.as_str())).collect();
         assert_eq!(namespaces, [("pid", ""), ("mount", "")]);
         assert_eq!(linux.CgroupsPath, "/cofferdam/web");
+        assert_eq!(
+            (linux.Sysctl["net.core.somaxconn"].as_str(), linux.Sysctl["net.ipv4.ip_forward"].as_str()),
+            ("7", "1")
+        );
         assert_eq!((linux.Devices[0].Type.as_str(), linux.Devices[0].FileMode), ("c", 438));
         let resources = &linux.Resources;
         assert_eq!((resources.Devices[0].Major, resources.Devices[1].Minor), (-1, 0));

@@ -1,56 +1,292 @@
-//! A container's bind mounts: each source is shared with the guest, and the mount's source becomes its place there.
+//! A container's mounts: what of them the host shares, what the guest makes itself, and in which way.
 //!
-//! Everything else (proc, sysfs, tmpfs, devpts, mqueue, cgroup) the guest makes itself.
+//! | mount | becomes |
+//! |---|---|
+//! | proc, sysfs, tmpfs, devpts, mqueue, cgroup, and binds of /proc, /sys, /dev | made in the guest |
+//! | /dev/shm of a pod | the pod's own tmpfs in the guest |
+//! | emptyDir in memory | a tmpfs in the guest, of the same size |
+//! | a unix socket of the host | a socket of the agent, joined to the host's through vsock |
+//! | every other bind | shared by virtio-fs |
 
-use std::fs::File;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use agent_client::UDS_DRIVER;
+use agent_client::protocols::agent::Storage;
 use agent_client::protocols::oci as proto;
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::Mount;
 
-use crate::error::{Error, IoContext, Result};
-use crate::sandbox::mounts;
+use super::shares::{Share, Shares};
+use crate::error::{Error, Result};
+use crate::sandbox::mounts::Bind;
 
-/// Binds the sources of a container's bind mounts below `host_dir` and returns all its mounts with guest sources;
-/// `guest_dir` is where the guest sees `host_dir`.
-///
-/// # Errors
-/// One line that names the mount; the caller takes `host_dir` apart.
-pub fn share_all(list: &[Mount], host_dir: &Path, guest_dir: &str) -> Result<Vec<proto::Mount>> {
-    list.iter().enumerate().map(|(index, mount)| share(mount, index, host_dir, guest_dir)).collect()
+/// Where the guest has the pod's /dev/shm; Kata's place for it.
+pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
+
+/// Below it the guest has what belongs to the sandbox and is no share.
+const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
+
+/// The kubelet's directory for volumes that live as long as their pod.
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// What the guest needs to know, and what the host holds for it.
+#[derive(Debug, Default)]
+pub struct Volumes {
+    /// All mounts, with their sources in the guest.
+    pub mounts: Vec<proto::Mount>,
+    /// What the guest mounts for them first.
+    pub storages: Vec<Storage>,
+    /// Sockets of the host, by the names in their storages.
+    pub sockets: Vec<(String, PathBuf)>,
+    shares: Vec<Arc<Share>>,
 }
 
-fn share(from: &Mount, index: usize, host_dir: &Path, guest_dir: &str) -> Result<proto::Mount> {
-    let options = from.options().clone().unwrap_or_default();
-    let mut to = proto::Mount {
-        destination: from.destination().to_string_lossy().into_owned(),
-        source: from.source().as_ref().map(|source| source.to_string_lossy().into_owned()).unwrap_or_default(),
-        type_: from.typ().clone().unwrap_or_default(),
+/// Prepares the mounts of a container. `shm`: the sandbox has a /dev/shm for all of its containers.
+///
+/// # Errors
+/// One line that names the mount; nothing stays shared.
+pub fn prepare(list: &[Mount], shares: &Shares, shm: bool) -> Result<Volumes> {
+    let mut volumes = Volumes::default();
+    for mount in list {
+        let mount = volumes.one(mount, shares, shm)?;
+        volumes.mounts.push(mount);
+    }
+    Ok(volumes)
+}
+
+impl Volumes {
+    fn one(&mut self, from: &Mount, shares: &Shares, shm: bool) -> Result<proto::Mount> {
+        let mut to = proto::Mount {
+            destination: from.destination().to_string_lossy().into_owned(),
+            source: from.source().as_ref().map(|source| source.to_string_lossy().into_owned()).unwrap_or_default(),
+            type_: from.typ().clone().unwrap_or_default(),
+            options: from.options().clone().unwrap_or_default(),
+            ..Default::default()
+        };
+        let has = |wanted: &[&str]| to.options.iter().any(|option| wanted.contains(&option.as_str()));
+        let is_socket = to.type_ == "uds";
+        let is_bind = has(&["bind", "rbind"]) || matches!(to.type_.as_str(), "bind" | "rbind") || is_socket;
+        if !is_bind || ["/proc", "/sys", "/dev"].iter().any(|root| Path::new(&to.source).starts_with(root)) {
+            return Ok(to);
+        }
+        if has(&["shared", "rshared"]) {
+            return Err(Error::invalid(format!(
+                "mount {} asks that mounts made in the container appear on the host (Bidirectional, shared), which a \
+                 virtual machine cannot do: use HostToContainer (rslave) or None",
+                to.destination
+            )));
+        }
+        let source = PathBuf::from(&to.source);
+        let metadata = std::fs::metadata(&source).map_err(|error| {
+            Error::invalid(format!("mount source {} for {}: {error}", source.display(), to.destination))
+        })?;
+        let read_only = has(&["ro", "rro"]);
+        if shm && to.destination == "/dev/shm" && metadata.is_dir() {
+            to.source = GUEST_SHM.to_owned();
+        } else if metadata.file_type().is_socket() || is_socket {
+            let name = shares.number().to_string();
+            to.source = format!("{GUEST_SANDBOX}/uds/{name}");
+            to.type_ = "bind".to_owned();
+            if !has(&["bind", "rbind"]) {
+                to.options.push("bind".to_owned());
+            }
+            self.storages.push(Storage {
+                driver: UDS_DRIVER.to_owned(),
+                source: name.clone(),
+                mount_point: to.source.clone(),
+                ..Default::default()
+            });
+            self.sockets.push((name, source));
+        } else if let Some(storage) = memory_volume(&source, &metadata) {
+            to.source.clone_from(&storage.mount_point);
+            self.storages.push(storage);
+        } else {
+            let how = Bind {
+                recursive: has(&["rbind"]) || to.type_ == "rbind",
+                // A pod's own scratch space is written by some of its containers and only read by others, which must
+                // see the same files: there the guest alone keeps readers from writing.
+                read_only: read_only && !is_empty_dir(&source),
+                read_only_below: has(&["rro"]),
+                private: !has(&["slave", "rslave"]),
+            };
+            let share = shares.get(&source, how)?;
+            to.source = share.guest_path().to_owned();
+            self.shares.push(share);
+        }
+        Ok(to)
+    }
+}
+
+fn is_empty_dir(source: &Path) -> bool {
+    source.iter().any(|part| part == EMPTY_DIR)
+}
+
+/// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its own instead. It stays
+/// until the sandbox ends: a container that is restarted finds its data.
+fn memory_volume(source: &Path, metadata: &std::fs::Metadata) -> Option<Storage> {
+    let parent = source.parent()?;
+    let is_mounted = metadata.is_dir() && std::fs::metadata(parent).is_ok_and(|parent| parent.dev() != metadata.dev());
+    if !is_mounted || parent.file_name()? != EMPTY_DIR {
+        return None;
+    }
+    let size = tmpfs_size(source)?;
+    let mut options = vec![format!("size={size}"), format!("mode={:o}", metadata.permissions().mode() & 0o7777)];
+    if metadata.gid() != 0 {
+        options.push(format!("fsgid={}", metadata.gid()));
+    }
+    Some(Storage {
+        driver: "ephemeral".to_owned(),
+        source: "tmpfs".to_owned(),
+        fstype: "tmpfs".to_owned(),
         options,
+        mount_point: format!("{GUEST_SANDBOX}/ephemeral/{}", source.file_name()?.to_string_lossy()),
+        shared: true,
         ..Default::default()
-    };
-    let recursive = to.options.iter().any(|option| option == "rbind") || to.type_ == "rbind";
-    let is_bind = recursive || to.type_ == "bind" || to.options.iter().any(|option| option == "bind");
-    let of_guest = ["/proc", "/sys", "/dev"].iter().any(|root| Path::new(&to.source).starts_with(root));
-    if !is_bind || of_guest {
-        return Ok(to);
+    })
+}
+
+/// The size in bytes of the tmpfs at a path, if there is one.
+pub fn tmpfs_size(path: &Path) -> Option<u64> {
+    let statfs = statfs(path).ok()?;
+    let block = u64::try_from(statfs.block_size()).ok()?;
+    (statfs.filesystem_type() == TMPFS_MAGIC).then(|| statfs.blocks().saturating_mul(block))
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::mount::{MsFlags, mount};
+    use serde_json::json;
+
+    use super::*;
+    use crate::sandbox::mounts;
+
+    fn mounts_of(list: serde_json::Value) -> Vec<Mount> {
+        serde_json::from_value(list).unwrap()
     }
-    let source = Path::new(&to.source);
-    let metadata = std::fs::metadata(source).map_err(|error| {
-        Error::invalid(format!("mount source {} for {}: {error}", source.display(), to.destination))
-    })?;
-    let name = format!("mount-{index}");
-    let target = host_dir.join(&name);
-    let doing = || format!("make {}", target.display());
-    if metadata.is_dir() {
-        std::fs::create_dir(&target).doing(doing)?;
-    } else {
-        File::create(&target).doing(doing)?;
+
+    /// Mounts belong to a process; a thread can have its own.
+    fn alone(test: impl FnOnce(&Path) + Send + 'static) {
+        let thread = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
+            mounts::enter_namespace().unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let share = dir.path().join("share");
+            mounts::make_shared(&share).unwrap();
+            test(dir.path());
+            mounts::remove_tree(&share).unwrap();
+        });
+        thread.join().unwrap();
     }
-    match to.options.iter().any(|option| option == "ro" || option == "rro") {
-        true => mounts::bind_read_only(source, &target, recursive)?,
-        false => mounts::bind(source, &target, recursive)?,
+
+    fn source(dir: &Path, name: &str) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        path
     }
-    to.source = format!("{guest_dir}/{name}");
-    Ok(to)
+
+    #[test]
+    fn two_containers_see_one_volume() {
+        alone(|dir| {
+            let data = source(dir, "data");
+            let shares = Shares::new(&dir.join("share"));
+            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": ["rbind"]}]));
+            let first = prepare(&list, &shares, false).unwrap();
+            let second = prepare(&list, &shares, false).unwrap();
+            assert_eq!(first.mounts[0].source, second.mounts[0].source);
+            drop(first);
+            let place = dir.join("share/.volumes").join(second.mounts[0].source.rsplit('/').next().unwrap());
+            std::fs::write(data.join("file"), "").unwrap();
+            assert!(place.join("file").exists());
+            drop(second);
+            assert!(!place.exists() && data.join("file").exists());
+        });
+    }
+
+    #[test]
+    fn a_reader_cannot_write_on_the_host_but_for_a_pods_scratch_space() {
+        alone(|dir| {
+            let shares = Shares::new(&dir.join("share"));
+            let (data, scratch) = (source(dir, "data"), source(dir, "kubernetes.io~empty-dir/cache"));
+            let mounted = |path: &Path| {
+                let list = mounts_of(json!([
+                    {"destination": "/d", "type": "bind", "source": path, "options": ["rbind", "ro"]}
+                ]));
+                let volumes = prepare(&list, &shares, false).unwrap();
+                let name = volumes.mounts[0].source.rsplit('/').next().unwrap().to_owned();
+                (volumes, dir.join("share/.volumes").join(name))
+            };
+            let (_volumes, place) = mounted(&data);
+            assert!(std::fs::write(place.join("file"), "").is_err());
+            let (volumes, place) = mounted(&scratch);
+            std::fs::write(place.join("file"), "").unwrap();
+            assert!(volumes.mounts[0].options.contains(&"ro".to_owned()), "the guest keeps it read-only");
+        });
+    }
+
+    #[test]
+    fn an_emptydir_in_memory_is_the_guests_own() {
+        alone(|dir| {
+            let path = source(dir, "kubernetes.io~empty-dir/cache");
+            let flags = MsFlags::empty();
+            mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some("size=8m,mode=1777")).unwrap();
+            let shares = Shares::new(&dir.join("share"));
+            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path, "options": ["rbind"]}]));
+            let volumes = prepare(&list, &shares, false).unwrap();
+            let storage = &volumes.storages[0];
+            assert_eq!((storage.driver.as_str(), storage.shared), ("ephemeral", true));
+            assert_eq!(storage.options, ["size=8388608", "mode=1777"]);
+            assert_eq!(volumes.mounts[0].source, "/run/kata-containers/sandbox/ephemeral/cache");
+            nix::mount::umount(&path).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_socket_of_the_host_goes_through_vsock() {
+        alone(|dir| {
+            let path = dir.join("server");
+            let _server = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            let shares = Shares::new(&dir.join("share"));
+            let list = mounts_of(json!([
+                {"destination": "/a", "type": "bind", "source": path, "options": ["rbind", "rw"]},
+                {"destination": "/b", "type": "uds", "source": path}
+            ]));
+            let volumes = prepare(&list, &shares, false).unwrap();
+            for (mount, storage) in volumes.mounts.iter().zip(&volumes.storages) {
+                assert_eq!((mount.type_.as_str(), &mount.source), ("bind", &storage.mount_point));
+                assert_eq!(storage.driver, UDS_DRIVER);
+            }
+            assert_eq!(volumes.sockets.iter().map(|(_, path)| path).collect::<Vec<_>>(), [&path, &path]);
+        });
+    }
+
+    #[test]
+    fn what_the_guest_has_itself_is_left_to_it() {
+        alone(|dir| {
+            let shm = source(dir, "shm");
+            let shares = Shares::new(&dir.join("share"));
+            let list = mounts_of(json!([
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
+                {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind"]}
+            ]));
+            let volumes = prepare(&list, &shares, true).unwrap();
+            let sources: Vec<_> = volumes.mounts.iter().map(|mount| mount.source.as_str()).collect();
+            assert_eq!(sources, ["proc", "/dev/null", GUEST_SHM]);
+            assert!(volumes.storages.is_empty());
+        });
+    }
+
+    #[test]
+    fn mounts_that_cannot_be_are_refused_with_the_way_out() {
+        let shares = Shares::new(Path::new("/nonexistent"));
+        let refused =
+            |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, false).unwrap_err().message;
+        let message =
+            refused(json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}));
+        assert!(message.contains("HostToContainer") && message.contains("/d"), "{message}");
+        let message = refused(json!({"destination": "/d", "type": "bind", "source": "/no/such", "options": ["bind"]}));
+        assert!(message.contains("/no/such") && message.contains("No such file"), "{message}");
+    }
 }

@@ -9,20 +9,22 @@ use std::time::Duration;
 
 use agent_client::protocols::agent::{AgentDetails, CreateSandboxRequest, GuestDetailsRequest, Storage};
 use agent_client::{
-    AGENT_PORT, AgentClient, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT,
-    SHARE_TAG, Transport, context,
+    AGENT_PORT, AgentClient, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, GUEST_SHARE, Listener,
+    READY_PARAMETER, READY_PORT, SHARE_TAG, Transport, context,
 };
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncReadExt;
 use tokio::time::{sleep, timeout};
 use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::{Device, MachineConfig, VirtioFs, Vm, VsockDevice};
+use vmm::{Attached, Block, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
 use super::ledger::{Ledger, Resource};
 use crate::cgroup;
 use crate::config::{Accelerator, Config, VsockDevice as VsockChoice, find_file, find_program};
+use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
 use crate::identity::STATE_ROOT;
+use crate::uds::Sockets;
 
 /// A helper or QEMU's monitor is there within this time, or not at all.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -92,6 +94,8 @@ pub struct Plan {
     pub hostname: String,
     /// `linux.cgroupsPath` of the first container.
     pub cgroups_path: String,
+    /// Size of the /dev/shm that the containers of a pod share.
+    pub shm_bytes: Option<u64>,
 }
 
 /// A running guest with an agent that answers.
@@ -108,6 +112,10 @@ pub struct Guest {
     pub seccomp: bool,
     /// Whether a signal can be for every process of a container.
     pub signal_all: bool,
+    /// Whether a pod needs no container for its sandbox.
+    pub pod: bool,
+    /// Unix sockets of the host that containers may connect to.
+    pub sockets: Sockets,
     virtiofsd: Virtiofsd,
     vsock_daemon: Option<VsockDaemon>,
 }
@@ -116,6 +124,15 @@ impl Guest {
     /// Waits until the machine or a helper that it cannot live without is gone; says which and why.
     pub async fn died(&self) -> String {
         death(&self.vm, &self.virtiofsd, self.vsock_daemon.as_ref()).await
+    }
+
+    /// Plugs a disk in.
+    ///
+    /// # Errors
+    /// The path, or QEMU's own.
+    pub async fn attach_disk(&self, path: &Path, read_only: bool) -> Result<Attached> {
+        let disk = Block { path: path.to_owned(), read_only, direct: false, serial: None };
+        self.vm.attach(Device::Block(disk)).await.map_err(Error::from)
     }
 
     /// Ends QEMU and the helpers.
@@ -329,10 +346,20 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
     let agent = AgentClient::new(stream);
     let details = create_sandbox(&agent, plan).await?;
     let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
-    let (raw_stdio, signal_all) = (has(FEATURE_RAW_STDIO), has(FEATURE_SIGNAL_ALL));
+    let raw_stdio = has(FEATURE_RAW_STDIO);
     tracing::info!(version = details.version, raw_stdio, "guest agent");
-    let seccomp = details.supports_seccomp;
-    Ok(Guest { vm, agent, transport, raw_stdio, seccomp, signal_all, virtiofsd, vsock_daemon: daemon })
+    Ok(Guest {
+        vm,
+        agent,
+        transport,
+        raw_stdio,
+        seccomp: details.supports_seccomp,
+        signal_all: has(FEATURE_SIGNAL_ALL),
+        pod: has(FEATURE_POD),
+        sockets: Sockets::default(),
+        virtiofsd,
+        vsock_daemon: daemon,
+    })
 }
 
 /// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a connection made before
@@ -374,10 +401,22 @@ async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails
         mount_point: GUEST_SHARE.to_owned(),
         ..Default::default()
     };
+    let shm = plan.shm_bytes.map(|bytes| Storage {
+        driver: "ephemeral".to_owned(),
+        source: "shm".to_owned(),
+        fstype: "tmpfs".to_owned(),
+        options: ["noexec", "nosuid", "nodev", "mode=1777"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain([format!("size={bytes}")])
+            .collect(),
+        mount_point: GUEST_SHM.to_owned(),
+        ..Default::default()
+    });
     let sandbox = CreateSandboxRequest {
         hostname: plan.hostname.clone(),
         sandbox_id: plan.id.clone(),
-        storages: vec![share],
+        storages: std::iter::once(share).chain(shm).collect(),
         ..Default::default()
     };
     let details = GuestDetailsRequest::default();

@@ -7,3 +7,4 @@ pub mod ledger;
 pub mod mounts;
 mod process;
 pub mod state;
+mod tasks;

@@ -31,60 +31,73 @@ pub fn enter_namespace() -> Result<()> {
 pub fn make_shared(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).doing(|| format!("make directory {}", dir.display()))?;
     let doing = || format!("mount {}", dir.display());
-    bind(dir, dir, false)?;
+    bind(dir, dir, Bind::default())?;
     mount(None::<&str>, dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>).doing(doing)
 }
 
-/// Binds a file or directory, with everything mounted below it if `recursive`.
+/// How a file or directory is bound to a second place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Bind {
+    /// With everything that is mounted below it.
+    pub recursive: bool,
+    /// Nothing can be written through it. As with mount(8), what is mounted below stays as it is.
+    pub read_only: bool,
+    /// Nothing can be written through what is mounted below it either.
+    pub read_only_below: bool,
+    /// What is mounted below the source later does not appear here.
+    pub private: bool,
+}
+
+impl Bind {
+    /// Everything as it is at the source, and as it becomes.
+    pub const RECURSIVE: Bind = Bind { recursive: true, read_only: false, read_only_below: false, private: false };
+}
+
+/// Binds a file or directory. The mount gets its attributes before it is attached: what propagates to virtiofsd is a copy
+/// of it as it is then, and no later change reaches that copy. Needs Linux 5.12 (mount_setattr(2)).
 ///
 /// # Errors
 /// One line that names both.
-pub fn bind(from: &Path, to: &Path, recursive: bool) -> Result<()> {
-    let flags = if recursive { MsFlags::MS_BIND | MsFlags::MS_REC } else { MsFlags::MS_BIND };
-    mount(Some(from), to, None::<&str>, flags, None::<&str>)
-        .doing(|| format!("bind {} to {}", from.display(), to.display()))
+pub fn bind(from: &Path, to: &Path, how: Bind) -> Result<()> {
+    try_bind(from, to, how).doing(|| format!("bind {} to {}", from.display(), to.display()))
 }
 
-/// Binds read-only. The mount is made read-only before it is attached: what propagates to virtiofsd is a copy of it as
-/// it is then, and no later change reaches that copy. As with mount(8), what is mounted below stays as it is. Needs
-/// Linux 5.12 (mount_setattr(2)).
-///
-/// # Errors
-/// One line that names both.
-pub fn bind_read_only(from: &Path, to: &Path, recursive: bool) -> Result<()> {
-    let doing = || format!("bind {} read-only to {}", from.display(), to.display());
-    attach_read_only(from, to, recursive).doing(doing)
-}
-
-fn attach_read_only(from: &Path, to: &Path, recursive: bool) -> std::io::Result<()> {
+fn try_bind(from: &Path, to: &Path, how: Bind) -> std::io::Result<()> {
     let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
-    let recursive = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let at_recursive = libc::AT_RECURSIVE.cast_unsigned();
+    let recursive = if how.recursive { at_recursive } else { 0 };
     let here = libc::c_long::from(libc::AT_FDCWD);
     let clone = libc::c_long::from(libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive);
-    let check = |result: libc::c_long| if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) };
     // SAFETY: open_tree(2) reads the path, which ends in a zero byte and outlives the call.
     let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, here, from.as_ptr(), clone) })?;
     let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     let tree = unsafe { OwnedFd::from_raw_fd(fd) };
-    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let itself = libc::c_long::from(libc::AT_EMPTY_PATH);
+    if how.read_only {
+        set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, 0, how.read_only_below)?;
+    }
+    if how.private {
+        set_attributes(&tree, 0, libc::MS_PRIVATE, true)?;
+    }
     let fd = libc::c_long::from(tree.as_raw_fd());
-    // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive the call.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            fd,
-            c"".as_ptr(),
-            itself,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    })?;
     let empty = libc::c_long::from(libc::MOVE_MOUNT_F_EMPTY_PATH);
     // SAFETY: move_mount(2) reads two paths that end in zero bytes and outlive the call.
     check(unsafe { libc::syscall(libc::SYS_move_mount, fd, c"".as_ptr(), here, to.as_ptr(), empty) })?;
     Ok(())
+}
+
+fn set_attributes(tree: &OwnedFd, set: u64, propagation: u64, recursive: bool) -> std::io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    let (fd, flags) = (libc::c_long::from(tree.as_raw_fd()), libc::c_long::from(flags));
+    let size = size_of::<libc::mount_attr>();
+    // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive the call.
+    check(unsafe { libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attributes, size) })?;
+    Ok(())
+}
+
+fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Takes off everything that is mounted at or below a directory, in this namespace.
@@ -119,7 +132,7 @@ pub fn remove_tree(dir: &Path) -> Result<()> {
 }
 
 fn below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mount table".into())?;
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").doing(|| "read the mount table".into())?;
     Ok(mount_points(&text).into_iter().filter(|point| point.starts_with(dir)).collect())
 }
 

@@ -106,6 +106,8 @@ pub struct Task {
     pub execs: BTreeMap<String, Process>,
     /// Frozen by `Pause`.
     pub paused: bool,
+    /// A pod's sandbox for which there is no container in the guest: the sandbox itself stands in for its process.
+    pub stands_in: bool,
     /// Init's exit, while execs are still on their way out.
     held: Option<Exit>,
 }
@@ -196,17 +198,25 @@ impl State {
             return Err(Error::exists(format!("task {id} already exists")));
         }
         let init = Process { pid: self.next_pid(), stage: Stage::Creating, io };
-        let task = Task { bundle: bundle.to_owned(), init, execs: BTreeMap::new(), paused: false, held: None };
+        let task = Task {
+            bundle: bundle.to_owned(),
+            init,
+            execs: BTreeMap::new(),
+            paused: false,
+            stands_in: false,
+            held: None,
+        };
         self.tasks.insert(id.to_owned(), task);
         Ok(())
     }
 
-    /// The guest has made the container. The first one of a sandbox goes by the pid of the virtual machine itself, a
-    /// real process in the sandbox's namespaces; pids stay unique.
-    pub fn created(&mut self, id: &str, vm_pid: u32) -> u32 {
+    /// The guest has made the container, or the sandbox stands in for it. The first one of a sandbox goes by the pid of
+    /// the virtual machine itself, a real process in the sandbox's network namespace; pids stay unique.
+    pub fn created(&mut self, id: &str, vm_pid: u32, stands_in: bool) -> u32 {
         let taken = self.tasks.values().any(|task| task.init.pid == vm_pid);
         let Some(task) = self.tasks.get_mut(id) else { return vm_pid };
         task.init.stage = Stage::Created;
+        task.stands_in = stands_in;
         if !taken {
             task.init.pid = vm_pid;
         }
@@ -216,6 +226,16 @@ impl State {
     /// The guest, or the host before it, could not make the container.
     pub fn create_failed(&mut self, id: &str) {
         self.tasks.remove(id);
+    }
+
+    /// The container whose init goes by this pid.
+    pub fn owner(&self, pid: u32) -> Option<&str> {
+        self.tasks.iter().find(|(_, task)| task.init.pid == pid).map(|(id, _)| id.as_str())
+    }
+
+    /// Whether the sandbox itself stands in for this container's process.
+    pub fn stands_in(&self, id: &str) -> bool {
+        self.tasks.get(id).is_some_and(|task| task.stands_in)
     }
 
     /// A further process is announced.
@@ -233,6 +253,7 @@ impl State {
             return Err(Error::exists(format!("{key} already exists")));
         }
         task.running()?;
+        task.has_processes(&key.container)?;
         task.execs.insert(key.exec.clone(), Process { pid, stage: Stage::Created, io });
         Ok(())
     }
@@ -423,6 +444,7 @@ impl State {
         self.alive()?;
         let task = self.task(id)?;
         task.running()?;
+        task.has_processes(id)?;
         match (task.paused, paused) {
             (true, true) => Err(Error::precondition(format!("task {id} is already paused"))),
             (false, false) => Err(Error::precondition(format!("task {id} is not paused"))),
@@ -481,6 +503,15 @@ impl Task {
                 Err(Error::precondition("the container is not started"))
             }
             _ => Err(Error::precondition("the container has ended")),
+        }
+    }
+
+    fn has_processes(&self, id: &str) -> Result<()> {
+        match self.stands_in {
+            true => Err(Error::precondition(format!(
+                "task {id} is a pod's sandbox, which has no processes of its own: use one of the pod's containers"
+            ))),
+            false => Ok(()),
         }
     }
 

@@ -23,7 +23,7 @@ fn exec(id: &str) -> Key {
 fn created() -> State {
     let mut state = State::default();
     state.create("web", "/b", Io::default()).unwrap();
-    state.created("web", VM);
+    state.created("web", VM, false);
     state
 }
 
@@ -54,7 +54,7 @@ fn order(exits: &[(Key, Exit)]) -> Vec<(&str, u32)> {
 fn a_task_lives_from_create_to_delete() {
     let mut state = State::default();
     state.create("web", "/b", Io::default()).unwrap();
-    assert_eq!(state.created("web", VM), VM);
+    assert_eq!(state.created("web", VM, false), VM);
     assert_eq!(state.status(&init()), Ok(Status::Created));
     state.start(&init()).unwrap();
     assert_eq!(state.started(&init()).unwrap(), (VM, None));
@@ -72,7 +72,7 @@ fn a_task_lives_from_create_to_delete() {
 fn pids_are_unique_and_never_zero() {
     let mut state = running();
     state.create("db", "/b2", Io::default()).unwrap();
-    let second = state.created("db", VM);
+    let second = state.created("db", VM, false);
     state.exec(&exec("e"), Io::default()).unwrap();
     let third = state.process(&exec("e")).unwrap().pid;
     assert!(second > FIRST_PID && third > FIRST_PID && second != third);
@@ -191,7 +191,7 @@ fn a_paused_task_takes_no_exec_until_resumed() {
 fn the_death_of_the_machine_is_the_death_of_all() {
     let mut state = running_with_exec();
     state.create("db", "/b2", Io::default()).unwrap();
-    state.created("db", VM);
+    state.created("db", VM, false);
     state.create("unfinished", "/b3", Io::default()).unwrap();
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> =
@@ -214,4 +214,19 @@ fn pids_lists_what_lives() {
     assert_eq!(state.pids("web").unwrap(), [(VM, String::new())]);
     state.exited(&init(), exit(0));
     assert_eq!(state.pids("web").unwrap(), [(VM, String::new())], "an exit that nobody has taken is no leak");
+}
+
+#[test]
+fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
+    let mut state = State::default();
+    state.create("pod", "/b", Io::default()).unwrap();
+    state.created("pod", VM, true);
+    let init = Key::new("pod", "");
+    state.start(&init).unwrap();
+    state.started(&init).unwrap();
+    assert!(state.stands_in("pod") && !state.stands_in("web"));
+    assert_eq!((state.owner(VM), state.owner(1)), (Some("pod"), None));
+    assert_eq!(code(state.exec(&Key::new("pod", "e"), Io::default())), Code::FAILED_PRECONDITION);
+    assert_eq!(code(state.may_pause("pod", true)), Code::FAILED_PRECONDITION);
+    assert_eq!(state.exited(&init, exit(137)).len(), 1);
 }

@@ -1,0 +1,160 @@
+//! A container's devices: which of them a virtual machine can have, and how.
+//!
+//! A block device of the host is plugged in as a disk. Of a character device only the number travels: the guest has the
+//! usual ones (null, fuse, tun, …) under the same numbers. A privileged container gets the guest's devices, which the
+//! agent knows, and none of the host's, of which some clients list all.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
+
+use crate::error::{Error, Result};
+
+/// A block device of the host that a container gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostDisk {
+    /// Its node on the host.
+    pub path: PathBuf,
+    /// Its node in the container.
+    pub container_path: String,
+    /// The container may not write.
+    pub read_only: bool,
+}
+
+/// What becomes of a spec's devices.
+#[derive(Debug, Default)]
+pub struct Devices {
+    /// Entries for the guest; those of `disks` get other numbers there.
+    pub entries: Vec<LinuxDevice>,
+    /// Disks to plug in.
+    pub disks: Vec<HostDisk>,
+}
+
+/// Sorts them.
+///
+/// # Errors
+/// `INVALID_ARGUMENT`: a block device that the host does not have.
+pub fn sort(spec: &Spec) -> Result<Devices> {
+    let linux = spec.linux().as_ref();
+    let list = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
+    let privileged = is_privileged(spec);
+    let mut devices = Devices::default();
+    for device in list {
+        let is_block = device.typ() == LinuxDeviceType::B;
+        if privileged && (!is_block || is_hosts_own(device)) {
+            continue;
+        }
+        if is_block {
+            devices.disks.push(HostDisk {
+                path: node(device)?,
+                container_path: device.path().to_string_lossy().into_owned(),
+                read_only: !privileged && !is_writable(spec, device),
+            });
+        }
+        devices.entries.push(device.clone());
+    }
+    Ok(devices)
+}
+
+/// Whether the device rules end in "everything".
+fn is_privileged(spec: &Spec) -> bool {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    rules.iter().any(|rule| {
+        let access = rule.access().as_deref().unwrap_or_default();
+        rule.allow()
+            && rule.major().is_none_or(|n| n < 0)
+            && rule.minor().is_none_or(|n| n < 0)
+            && rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A)
+            && "rwm".chars().all(|letter| access.contains(letter))
+    })
+}
+
+/// Whether the host has this very device at the same path: an entry of a list of all devices.
+fn is_hosts_own(device: &LinuxDevice) -> bool {
+    std::fs::metadata(device.path()).is_ok_and(|metadata| metadata.rdev() == number(device))
+}
+
+fn number(device: &LinuxDevice) -> u64 {
+    let part = |value: i64| u32::try_from(value).unwrap_or(u32::MAX);
+    libc::makedev(part(device.major()), part(device.minor()))
+}
+
+fn is_writable(spec: &Spec, device: &LinuxDevice) -> bool {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let of_device = |rule: &&oci_spec::runtime::LinuxDeviceCgroup| {
+        rule.allow() && rule.major() == Some(device.major()) && rule.minor() == Some(device.minor())
+    };
+    match rules.iter().rev().find(of_device) {
+        Some(rule) => rule.access().as_deref().is_none_or(|access| access.is_empty() || access.contains('w')),
+        None => true,
+    }
+}
+
+/// The host's node of a block device: where the client found it, else by the kernel's own name for it.
+fn node(device: &LinuxDevice) -> Result<PathBuf> {
+    let wanted = number(device);
+    let is_it = |path: &Path| {
+        std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device() && found.rdev() == wanted)
+    };
+    let uevent = format!("/sys/dev/block/{}:{}/uevent", device.major(), device.minor());
+    let uevent = std::fs::read_to_string(uevent).unwrap_or_default();
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let known = name.map(|name| Path::new("/dev").join(name));
+    known.into_iter().chain([device.path().clone()]).find(|path| is_it(path)).ok_or_else(|| {
+        Error::invalid(format!(
+            "device {} is block device {}:{}, which this host does not have",
+            device.path().display(),
+            device.major(),
+            device.minor()
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(devices: Value, rules: Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.1.0", "root": {"path": "r"},
+            "linux": {"devices": devices, "resources": {"devices": rules}}
+        }))
+        .unwrap()
+    }
+
+    /// A loop device is there on every host that can run this at all.
+    fn disk(path: &str) -> Value {
+        json!({"path": path, "type": "b", "major": 7, "minor": 0})
+    }
+
+    #[test]
+    fn a_block_device_becomes_a_disk_and_a_character_device_a_number() {
+        let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
+        let rules = json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "major": 7, "minor": 0, "access": "r"}]);
+        let devices = sort(&spec(json!([disk("/dev/data"), fuse]), rules)).unwrap();
+        let wanted = HostDisk { path: "/dev/loop0".into(), container_path: "/dev/data".into(), read_only: true };
+        assert_eq!(devices.disks, [wanted]);
+        assert_eq!(devices.entries.len(), 2);
+    }
+
+    #[test]
+    fn a_privileged_container_gets_none_of_the_hosts_devices_but_what_it_asks_for() {
+        let listed = json!([disk("/dev/loop0"), disk("/dev/data"), {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
+        let devices = sort(&spec(listed, json!([{"allow": true, "access": "rwm"}]))).unwrap();
+        assert_eq!(devices.disks.len(), 1);
+        assert_eq!(devices.disks[0].container_path, "/dev/data");
+        assert!(!devices.disks[0].read_only);
+    }
+
+    #[test]
+    fn a_device_that_the_host_lacks_is_named() {
+        let missing = json!([{"path": "/dev/data", "type": "b", "major": 511, "minor": 99}]);
+        let error = sort(&spec(missing, json!([]))).unwrap_err();
+        assert!(error.message.contains("/dev/data") && error.message.contains("511:99"), "{error}");
+    }
+}

@@ -1,0 +1,179 @@
+//! What a container is to its sandbox, and which namespaces of others it joins.
+//!
+//! Kubernetes' runtimes say it by annotations (what a container is) and by paths of the form `/proc/<pid>/ns/<kind>`
+//! (what it shares), where the pid is one that this shim gave. A path is therefore mapped back to the task whose pid it
+//! names; a path to anything else is a namespace of the host or of another virtual machine, which nothing can join.
+
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::error::{Error, Result};
+
+/// Annotations that say what a container is: containerd's CRI, CRI-O, docker's shim.
+const KEYS: [&str; 3] =
+    ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType", "io.kubernetes.docker.type"];
+
+/// What a container is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Alone in its sandbox (ctr, nerdctl, docker).
+    Single,
+    /// The pod's sandbox itself: a process that waits and holds namespaces.
+    Sandbox,
+    /// A container of a pod.
+    Member,
+}
+
+/// The pid namespace of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PidNamespace {
+    /// Its own.
+    Own,
+    /// The one of the pod.
+    Pod,
+    /// The one of another container.
+    Of(String),
+}
+
+impl Role {
+    /// By the spec's annotations.
+    pub fn of(spec: &Spec) -> Role {
+        let annotations = spec.annotations().as_ref();
+        match KEYS.iter().find_map(|key| annotations?.get(*key)).map(String::as_str) {
+            Some("sandbox" | "podsandbox") => Role::Sandbox,
+            Some("container") => Role::Member,
+            _ => Role::Single,
+        }
+    }
+}
+
+/// Which pid namespace a container wants, and whether all others that it names can be had. `find` tells whose pid it is;
+/// an empty name is the sandbox's own.
+///
+/// # Errors
+/// `INVALID_ARGUMENT` that says what to use instead.
+pub fn namespaces(spec: &Spec, role: Role, find: impl Fn(u32) -> Option<String>) -> Result<PidNamespace> {
+    let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    let entry = |kind| list.iter().find(|namespace| namespace.typ() == kind);
+    let needed = [
+        (LinuxNamespaceType::Network, "network", "hostNetwork, --net-host"),
+        (LinuxNamespaceType::Pid, "process ids", "hostPID"),
+        (LinuxNamespaceType::Ipc, "IPC", "hostIPC"),
+    ];
+    for (kind, what, setting) in needed {
+        if entry(kind).is_none() {
+            return Err(Error::invalid(format!(
+                "asks for the host's {what} ({setting}), which a virtual machine cannot share: leave that out, or run it \
+                 with the runtime runc"
+            )));
+        }
+    }
+    let mut pid = PidNamespace::Own;
+    for namespace in list {
+        let Some(path) = namespace.path() else { continue };
+        let kind = namespace.typ();
+        // A network namespace that is made for this sandbox has a path of any form.
+        if kind == LinuxNamespaceType::Network && role != Role::Member {
+            continue;
+        }
+        let owner = proc_pid(path).and_then(&find);
+        match (kind, owner) {
+            (LinuxNamespaceType::Pid, Some(owner)) if owner.is_empty() => pid = PidNamespace::Pod,
+            (LinuxNamespaceType::Pid, Some(owner)) => pid = PidNamespace::Of(owner),
+            (_, Some(_)) => {}
+            // By its own path, as CRI-O names it: it is the sandbox's or not, which the network's owner checks.
+            (LinuxNamespaceType::Network, None) if proc_pid(path).is_none() => {}
+            (kind, None) => {
+                return Err(Error::invalid(format!(
+                    "joins the {kind:?} namespace {}, which is not of this sandbox: a virtual machine shares namespaces \
+                     among its own containers only",
+                    path.display()
+                )));
+            }
+        }
+    }
+    Ok(pid)
+}
+
+/// The pid in `/proc/<pid>/ns/<kind>`.
+fn proc_pid(path: &Path) -> Option<u32> {
+    let mut parts = path.strip_prefix("/proc").ok()?.iter();
+    let pid = parts.next()?.to_str()?.parse().ok()?;
+    (parts.next()? == "ns").then_some(pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(namespaces: Value, annotations: Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": annotations,
+            "linux": {"namespaces": namespaces}
+        }))
+        .unwrap()
+    }
+
+    fn wanted(namespaces: Value, role: Role) -> Result<PidNamespace> {
+        let find = |pid| match pid {
+            100 => Some(String::new()),
+            200 => Some("web".to_owned()),
+            _ => None,
+        };
+        super::namespaces(&spec(namespaces, json!({})), role, find)
+    }
+
+    #[test]
+    fn annotations_of_every_client_tell_what_a_container_is() {
+        for (key, value, role) in [
+            ("io.kubernetes.cri.container-type", "sandbox", Role::Sandbox),
+            ("io.kubernetes.cri.container-type", "container", Role::Member),
+            ("io.kubernetes.cri-o.ContainerType", "sandbox", Role::Sandbox),
+            ("io.kubernetes.docker.type", "podsandbox", Role::Sandbox),
+            ("io.kubernetes.docker.type", "container", Role::Member),
+            ("io.kubernetes.cri.container-type", "galaxy", Role::Single),
+            ("other", "sandbox", Role::Single),
+        ] {
+            assert_eq!(Role::of(&spec(json!([]), json!({key: value}))), role, "{key} {value}");
+        }
+    }
+
+    #[test]
+    fn paths_are_mapped_back_to_tasks() {
+        let path = |pid: &str| {
+            json!([
+                {"type": "network", "path": "/proc/100/ns/net"}, {"type": "ipc", "path": "/proc/100/ns/ipc"},
+                {"type": "uts", "path": "/proc/100/ns/uts"}, {"type": "pid", "path": pid}
+            ])
+        };
+        assert_eq!(wanted(path("/proc/100/ns/pid"), Role::Member).unwrap(), PidNamespace::Pod);
+        assert_eq!(wanted(path("/proc/200/ns/pid"), Role::Member).unwrap(), PidNamespace::Of("web".into()));
+        for other in ["/proc/1/ns/pid", "/run/pidns", "/proc/100x/ns/pid"] {
+            let error = wanted(path(other), Role::Member).unwrap_err().message;
+            assert!(error.contains(other) && error.contains("Pid"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_the_hosts_is_refused_by_name() {
+        let all = [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")];
+        for (missing, named) in all {
+            let others: Vec<_> =
+                all.iter().filter(|(kind, _)| *kind != missing).map(|(k, _)| json!({"type": k})).collect();
+            let error = wanted(json!(others), Role::Sandbox).unwrap_err();
+            assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
+            assert!(error.message.contains(named), "{error}");
+        }
+        let own = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/run/netns/cni-1"}]);
+        assert_eq!(wanted(own, Role::Sandbox).unwrap(), PidNamespace::Own);
+    }
+
+    #[test]
+    fn another_sandboxs_network_cannot_be_joined() {
+        let foreign = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/proc/300/ns/net"}]);
+        assert!(wanted(foreign, Role::Member).unwrap_err().message.contains("/proc/300/ns/net"));
+    }
+}

@@ -1,0 +1,355 @@
+//! The requests of the task API, each a few decisions of the owner's and something begun.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use agent_client::protocols::agent::CgroupStats;
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
+};
+use oci_spec::runtime::Process;
+
+use super::driver::{Driver, Pod, Reply, answer};
+use super::launch::{Guest, share_dir};
+use super::process;
+use super::state::{Io, Key};
+use crate::config::Config;
+use crate::container::create::{Container, Host, Order, in_guest};
+use crate::container::exit_file::Exit;
+use crate::container::pod::{self, Role};
+use crate::container::spec;
+use crate::error::{Error, Result};
+use crate::stdio::{HostIo, Pumps};
+
+/// Signals that end no process unless it has a handler: none for a sandbox that stands in for one.
+const IGNORED_SIGNALS: [i32; 8] =
+    [0, libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH, libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN];
+
+/// A guest, and the container that was made in it if one was.
+type Created = (Arc<Guest>, Option<(Container, Pumps)>);
+
+impl Driver {
+    /// `Create`: the host's part and the guest's boot side by side, then the container in the guest. For a pod's sandbox
+    /// the guest is all that is made: the sandbox stands in for the process that would do nothing but wait.
+    pub fn create(&mut self, request: CreateTaskRequest, config: Result<Config>, reply: Reply<u32>) {
+        let io = Io {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let (config, role, order) = match config.and_then(|config| self.order(config, &request, io.clone())) {
+            Ok(ordered) => ordered,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        if let Err(error) = self.state.create(&request.id, &request.bundle, io) {
+            return answer(reply, Err(error));
+        }
+        let launching = match self.guest_for(&config, &order.spec) {
+            Ok(launching) => launching,
+            Err(error) => {
+                self.state.create_failed(&request.id);
+                return answer(reply, Err(error));
+            }
+        };
+        let (namespace, share, shares) =
+            (self.identity.namespace.clone(), share_dir(self.ledger.dir()), self.shares.clone());
+        let work = async move {
+            if role == Role::Sandbox {
+                let guest = launching.clone().await?;
+                if guest.pod {
+                    return Ok((guest, None));
+                }
+            }
+            let host_io = HostIo::open(&order.io, &namespace, &order.id).await?;
+            // mount(2) may wait for a slow disk, which must not hold up other requests.
+            let host = tokio::task::spawn_blocking(move || {
+                let host = Host::prepare(&order, &share, &shares);
+                host.map(|host| (order, host))
+            });
+            let (order, host) = host.await.map_err(|error| Error::internal(error.to_string()))??;
+            let guest = launching.await?;
+            let made = in_guest(&guest, &order, host, host_io).await?;
+            Ok((guest, Some(made)))
+        };
+        self.begin(work, move |driver, result| driver.created(request, result, reply));
+    }
+
+    /// Reads and checks what a client wants: what is wrong is refused before anything is made.
+    fn order(&mut self, config: Config, request: &CreateTaskRequest, io: Io) -> Result<(Config, Role, Order)> {
+        let bundle = PathBuf::from(&request.bundle);
+        let spec = spec::load(&bundle)?;
+        let role = Role::of(&spec);
+        let sandbox = &self.identity.id;
+        let find = |pid| self.state.owner(pid).map(|id| if id == sandbox { String::new() } else { id.to_owned() });
+        let pid_namespace = pod::namespaces(&spec, role, find)?;
+        if role == Role::Sandbox {
+            self.pod = Pod::of(&spec);
+        }
+        let order = Order {
+            id: request.id.clone(),
+            bundle,
+            rootfs: request.rootfs.clone(),
+            spec,
+            io,
+            pid_namespace,
+            sysctls: if role == Role::Member { self.pod.sysctls.clone() } else { HashMap::new() },
+            shm: role == Role::Member && self.pod.shm_bytes.is_some(),
+        };
+        Ok((config, role, order))
+    }
+
+    fn created(&mut self, request: CreateTaskRequest, result: Result<Created>, reply: Reply<u32>) {
+        let (guest, made) = match result {
+            Ok(created) => created,
+            Err(error) => {
+                self.state.create_failed(&request.id);
+                return answer(reply, Err(error));
+            }
+        };
+        let key = Key::new(&request.id, "");
+        let pid = self.state.created(&request.id, guest.vm.identity().pid.cast_unsigned(), made.is_none());
+        if let Some((container, pumps)) = made {
+            self.containers.insert(request.id.clone(), container);
+            self.pumps.insert(key.clone(), pumps);
+            self.watch_exit(guest, key);
+        }
+        let io = TaskIO {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+            ..Default::default()
+        };
+        self.events.publish(&TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            io: Some(io).into(),
+            checkpoint: request.checkpoint,
+            pid,
+            ..Default::default()
+        });
+        answer(reply, Ok(pid));
+    }
+
+    /// `Start`.
+    pub fn start(&mut self, key: Key, reply: Reply<u32>) {
+        let Some(guest) = self.guest.clone() else {
+            let error = self.state.process(&key).err();
+            let error = error.unwrap_or_else(|| Error::precondition(format!("{key} is still being created")));
+            return answer(reply, Err(error));
+        };
+        let io = match self.state.start(&key).and_then(|()| Ok(self.state.process(&key)?.io.clone())) {
+            Ok(io) => io,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let spec = self.exec_specs.get(&key).cloned();
+        let namespace = self.identity.namespace.clone();
+        let stands_in = self.state.stands_in(&key.container);
+        let target = key.clone();
+        let starting = guest.clone();
+        let work = async move {
+            match spec {
+                None if stands_in => Ok(None),
+                None => process::start_init(&starting, &target.container).await.map(|()| None),
+                Some(spec) => process::start_exec(&starting, &target, &spec, &io, &namespace).await.map(Some),
+            }
+        };
+        self.begin(work, move |driver, result| driver.started(guest, key, result, reply));
+    }
+
+    fn started(&mut self, guest: Arc<Guest>, key: Key, result: Result<Option<Pumps>>, reply: Reply<u32>) {
+        let pumps = match result {
+            Ok(pumps) => pumps,
+            Err(error) => {
+                if self.state.start_failed(&key).is_some() {
+                    self.announce(Vec::new());
+                }
+                return answer(reply, Err(error));
+            }
+        };
+        if let Some(mut pumps) = pumps {
+            if self.stdin_closed.contains(&key) {
+                pumps.close_stdin();
+            }
+            self.pumps.insert(key.clone(), pumps);
+            self.watch_exit(guest.clone(), key.clone());
+        }
+        if let Some((width, height)) = self.sizes.remove(&key) {
+            let resized = key.clone();
+            tokio::spawn(async move { process::resize(&guest, &resized, width, height).await });
+        }
+        let (pid, early) = match self.state.started(&key) {
+            Ok(started) => started,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let container_id = key.container.clone();
+        if key.is_init() {
+            self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
+        } else {
+            let exec_id = key.exec.clone();
+            self.events.publish(&TaskExecStarted { container_id, exec_id, pid, ..Default::default() });
+        }
+        answer(reply, Ok(pid));
+        if let Some(exit) = early {
+            self.exited(&key, exit.status);
+        }
+    }
+
+    /// `Exec`: only announces the process.
+    pub fn exec(&mut self, request: ExecProcessRequest, process: Process, reply: Reply<()>) {
+        let key = Key::new(&request.id, &request.exec_id);
+        let io =
+            Io { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let result = self.state.exec(&key, io);
+        if result.is_ok() {
+            self.exec_specs.insert(key, process);
+            let (container_id, exec_id) = (request.id, request.exec_id);
+            self.events.publish(&TaskExecAdded { container_id, exec_id, ..Default::default() });
+        }
+        answer(reply, result);
+    }
+
+    /// `Delete`: the answer comes when the output is read and everything of the process is undone.
+    pub fn delete(&mut self, key: Key, reply: Reply<Exit>) {
+        let (pid, exit) = match self.state.delete(&key).and_then(|exit| Ok((self.state.process(&key)?.pid, exit))) {
+            Ok(deleting) => deleting,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let exit = exit.unwrap_or(Exit { pid, status: 0, at: SystemTime::UNIX_EPOCH });
+        let pumps: Vec<Pumps> = match key.is_init() {
+            true => self.take_pumps(&key.container),
+            false => self.pumps.remove(&key).into_iter().collect(),
+        };
+        let guest = self.living_guest().ok().filter(|_| key.is_init());
+        let container = if key.is_init() { self.containers.remove(&key.container) } else { None };
+        let id = key.container.clone();
+        let work = async move {
+            futures::future::join_all(pumps.into_iter().map(Pumps::drain)).await;
+            if let Some(container) = container {
+                container.remove(guest, &id).await;
+            }
+        };
+        self.begin(work, move |driver, ()| {
+            driver.forget(&key);
+            if key.is_init() {
+                driver.events.publish(&TaskDelete {
+                    container_id: key.container.clone(),
+                    pid: exit.pid,
+                    exit_status: exit.status,
+                    exited_at: Some(exit.at.into()).into(),
+                    ..Default::default()
+                });
+            }
+            answer(reply, Ok(exit));
+        });
+    }
+
+    /// `Kill`.
+    pub fn kill(&mut self, key: Key, signal: u32, all: bool, reply: Reply<()>) {
+        if let Err(error) = self.state.kill(&key) {
+            return answer(reply, Err(error));
+        }
+        if self.state.stands_in(&key.container) {
+            if !IGNORED_SIGNALS.contains(&signal.cast_signed()) {
+                self.exited(&key, 128 + signal);
+            }
+            return answer(reply, Ok(()));
+        }
+        self.relay(reply, |guest| async move { process::signal(&guest, &key, signal, all).await });
+    }
+
+    /// `Wait`.
+    pub fn wait(&mut self, key: Key, reply: Reply<Exit>) {
+        match self.state.exit(&key) {
+            Ok(None) => self.waiters.entry(key).or_default().push(reply),
+            Ok(Some(exit)) => answer(reply, Ok(exit)),
+            Err(error) => answer(reply, Err(error)),
+        }
+    }
+
+    /// `Pause` and `Resume`.
+    pub fn set_paused(&mut self, id: String, paused: bool, reply: Reply<()>) {
+        if let Err(error) = self.state.may_pause(&id, paused) {
+            return answer(reply, Err(error));
+        }
+        let guest = match self.living_guest() {
+            Ok(guest) => guest,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let container_id = id.clone();
+        self.begin(async move { process::set_paused(&guest, &id, paused).await }, move |driver, result| {
+            if result.is_ok() {
+                driver.state.set_paused(&container_id, paused);
+                match paused {
+                    true => driver.events.publish(&TaskPaused { container_id, ..Default::default() }),
+                    false => driver.events.publish(&TaskResumed { container_id, ..Default::default() }),
+                }
+            }
+            answer(reply, result);
+        });
+    }
+
+    /// `ResizePty`: before the start it is remembered, without a terminal it is nothing.
+    pub fn resize(&mut self, key: Key, width: u32, height: u32, reply: Reply<()>) {
+        match self.state.process(&key) {
+            Err(error) => answer(reply, Err(error)),
+            Ok(process) if !process.io.terminal => answer(reply, Ok(())),
+            Ok(_) if key.is_init() || self.pumps.contains_key(&key) => {
+                self.relay(reply, |guest| async move { process::resize(&guest, &key, width, height).await });
+            }
+            Ok(_) => {
+                self.sizes.insert(key, (width, height));
+                answer(reply, Ok(()));
+            }
+        }
+    }
+
+    /// `CloseIO` of stdin; before the start it is remembered.
+    pub fn close_stdin(&mut self, key: Key, reply: Reply<()>) {
+        let result = self.state.process(&key).map(drop);
+        if result.is_ok() {
+            match self.pumps.get_mut(&key) {
+                Some(pumps) => pumps.close_stdin(),
+                None => self.stdin_closed.push(key),
+            }
+        }
+        answer(reply, result);
+    }
+
+    /// `Update`.
+    pub fn update(&mut self, id: String, resources: oci_spec::runtime::LinuxResources, reply: Reply<()>) {
+        if let Err(error) = self.state.task(&id) {
+            return answer(reply, Err(error));
+        }
+        if self.state.stands_in(&id) {
+            return answer(reply, Ok(()));
+        }
+        self.relay(reply, |guest| async move { process::update(&guest, &id, &resources).await });
+    }
+
+    /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
+    pub fn stats(&mut self, id: String, reply: Reply<CgroupStats>) {
+        if let Err(error) = self.state.task(&id) {
+            return answer(reply, Err(error));
+        }
+        if self.state.stands_in(&id) {
+            // What the machine itself uses is in the pod's cgroup on the host.
+            return answer(reply, Ok(CgroupStats::default()));
+        }
+        self.relay(reply, |guest| async move { process::stats(&guest, &id).await });
+    }
+
+    /// `Shutdown`: ends the sandbox if nothing needs it, or if `now`. Says whether it did.
+    pub fn shutdown(&mut self, now: bool, reply: Reply<bool>) {
+        self.ended |= now || self.state.is_empty();
+        if self.ended && !self.state.is_empty() {
+            self.vm_died("the sandbox was told to stop");
+        }
+        answer(reply, Ok(self.ended));
+    }
+}
