@@ -17,6 +17,7 @@ pub mod qmp;
 mod vm;
 
 pub use devices::block::Block;
+pub use devices::net::Net;
 pub use devices::virtiofs::VirtioFs;
 pub use devices::vsock::{self, KernelVsock, VsockDevice};
 pub use devices::{Attached, Device};

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -163,12 +164,14 @@ pub struct Spawn {
     pub stdout: Option<OwnedFd>,
     /// `cgroup.procs` files it is written to before it runs (one for cgroup v2, several for v1).
     pub cgroup_procs: Vec<PathBuf>,
+    /// The network namespace that it runs in; the caller's if none.
+    pub netns: Option<Arc<OwnedFd>>,
 }
 
 impl Spawn {
-    /// A program that inherits nothing and stays in the caller's cgroup.
+    /// A program that inherits nothing and stays in the caller's cgroup and network namespace.
     pub fn new(program: impl Into<PathBuf>, args: Vec<OsString>) -> Spawn {
-        Spawn { program: program.into(), args, fds: Vec::new(), stdout: None, cgroup_procs: Vec::new() }
+        Spawn { program: program.into(), args, fds: Vec::new(), stdout: None, cgroup_procs: Vec::new(), netns: None }
     }
 }
 
@@ -193,7 +196,10 @@ impl Child {
     /// # Errors
     /// A cgroup that is not there, a program that cannot be executed.
     pub fn spawn(spawn: Spawn) -> Result<Child> {
-        let doing = || format!("start {}", spawn.program.display());
+        let doing = || {
+            let place = if spawn.netns.is_some() { " in its network namespace" } else { "" };
+            format!("start {}{place}", spawn.program.display())
+        };
         let cgroups = spawn
             .cgroup_procs
             .iter()
@@ -203,6 +209,7 @@ impl Child {
         if inherited.iter().any(|fd| *fd <= 2) {
             return Err(Error::Unsupported("descriptors 0 to 2 must be open before anything is started".into()));
         }
+        let netns = spawn.netns.clone();
         let parent = Pid::this();
         let mut command = Command::new(&spawn.program);
         command.args(&spawn.args).env_clear().current_dir("/");
@@ -211,7 +218,7 @@ impl Child {
         }
         command.stdin(Stdio::null()).stdout(spawn.stdout.map_or_else(Stdio::null, Stdio::from)).stderr(Stdio::piped());
         // SAFETY: runs between fork and exec in a process with one thread, and only makes system calls.
-        unsafe { command.pre_exec(move || before_exec(parent, &cgroups, &inherited)) };
+        unsafe { command.pre_exec(move || before_exec(parent, &cgroups, netns.as_deref(), &inherited)) };
         let mut child = command.spawn().doing(doing)?;
 
         let pid = child.id() as i32;
@@ -340,7 +347,7 @@ pub(crate) async fn stdout_of(program: &Path, args: &[&str], timeout: Duration) 
 }
 
 /// In the child, after fork: only system calls, no allocation.
-fn before_exec(parent: Pid, cgroups: &[File], inherited: &[RawFd]) -> io::Result<()> {
+fn before_exec(parent: Pid, cgroups: &[File], netns: Option<&OwnedFd>, inherited: &[RawFd]) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // A parent that died before the line above sends no signal any more.
     if nix::unistd::getppid() != parent {
@@ -348,6 +355,9 @@ fn before_exec(parent: Pid, cgroups: &[File], inherited: &[RawFd]) -> io::Result
     }
     for cgroup in cgroups {
         nix::unistd::write(cgroup, b"0")?;
+    }
+    if let Some(netns) = netns {
+        nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
     }
     // Descriptors of this crate close by themselves; those that came to this process from its own parent may not.
     // Older kernels than 5.11 do not know the flag: then what we opened is all that is taken care of.

@@ -1,5 +1,7 @@
 //! A virtual machine, by the verbs the runtime calls: spawn, connect, attach, run, watch, stop.
 
+mod resize;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -11,6 +13,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
+use self::resize::Limits;
 use crate::devices::{self, Attached, Device, Plug, Undo};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Exit, Identity, Process, Spawn};
@@ -31,6 +34,7 @@ pub struct Starting {
     socket: UnixStream,
     ports: u8,
     virtio_status: bool,
+    limits: Limits,
 }
 
 /// A QEMU process with an open monitor. Dropping it kills it.
@@ -39,7 +43,10 @@ pub struct Vm {
     child: Child,
     qmp: Qmp,
     virtio_status: bool,
+    limits: Limits,
     devices: Mutex<Devices>,
+    /// One change of size at a time.
+    resizing: tokio::sync::Mutex<()>,
     death: watch::Receiver<Option<Death>>,
 }
 
@@ -89,10 +96,17 @@ impl Vm {
         let child = Child::spawn(Spawn {
             fds: vec![OwnedFd::from(theirs)],
             cgroup_procs: config.cgroup_procs.clone(),
+            netns: config.netns.clone(),
             ..Spawn::new(&config.qemu, arguments)
         })?;
         let virtio_status = config.capabilities.virtio_status;
-        Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status })
+        let limits = Limits {
+            vcpus: config.vcpus,
+            max_vcpus: config.max_vcpus,
+            memory_mib: config.memory_mib,
+            max_memory_mib: config.max_memory_mib,
+        };
+        Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status, limits })
     }
 
     /// Who QEMU is.
@@ -140,43 +154,52 @@ impl Vm {
         if !self.devices().attached.contains_key(id) {
             return Err(Error::Unsupported(format!("no device {id} is attached")));
         }
+        match self.unplug(id, timeout).await {
+            Ok(()) => {
+                self.forget(id).await;
+                Ok(())
+            }
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Asks the guest to let go of what has this id, and waits until it has.
+    async fn unplug(&self, id: &str, timeout: Duration) -> Result<()> {
         let mut events = self.qmp.events();
         match self.qmp.execute_within(&DeviceDel { id: id.into() }, timeout).await {
             Ok(_) => {}
-            Err(error) if error.is_class("DeviceNotFound") => return self.forget(id).await,
-            Err(error) => return Err(self.explained(error).await),
+            Err(error) if error.is_class("DeviceNotFound") => return Ok(()),
+            Err(error) => return Err(error),
         }
         let until = Instant::now() + timeout;
         let refused = loop {
             match timeout_at(until, events.recv()).await {
-                Ok(Ok(event)) if event.is_about("DEVICE_DELETED", id) => return self.forget(id).await,
+                Ok(Ok(event)) if event.is_about("DEVICE_DELETED", id) => return Ok(()),
                 Ok(Ok(event)) if event.is_about("DEVICE_UNPLUG_GUEST_ERROR", id) => break true,
                 Ok(Ok(_)) => {}
                 // Some events were missed: this one may be among them.
                 Ok(Err(RecvError::Lagged(_))) => {
                     if !devices::exists(&self.qmp, id).await? {
-                        return self.forget(id).await;
+                        return Ok(());
                     }
                 }
                 Ok(Err(RecvError::Closed)) | Err(_) => break false,
             }
         };
         // An event is a hint, a query is the truth.
-        match devices::exists(&self.qmp, id).await {
-            Ok(false) => self.forget(id).await,
-            Ok(true) if refused => Err(Error::Unsupported(format!("the guest keeps the device {id}"))),
-            Ok(true) => Err(Error::Deadline { doing: format!("the guest to let go of {id}"), timeout }),
-            Err(error) => Err(self.explained(error).await),
+        match devices::exists(&self.qmp, id).await? {
+            false => Ok(()),
+            true if refused => Err(Error::Unsupported(format!("the guest keeps the device {id}"))),
+            true => Err(Error::Deadline { doing: format!("the guest to let go of {id}"), timeout }),
         }
     }
 
-    async fn forget(&self, id: &str) -> Result<()> {
+    async fn forget(&self, id: &str) {
         let removed = self.devices().attached.remove(id);
         if let Some((port, undo)) = removed {
             devices::undo(&self.qmp, undo).await;
             self.devices().release(port);
         }
-        Ok(())
     }
 
     /// Lets the CPUs run.
@@ -279,7 +302,8 @@ impl Starting {
         tokio::spawn(watch_over(self.child.process().clone(), qmp.closing(), qmp.last_word(), sender));
         let free = (0..self.ports).rev().collect();
         let devices = Mutex::new(Devices { free, ..Devices::default() });
-        Ok(Vm { child: self.child, qmp, virtio_status: self.virtio_status, devices, death })
+        let Starting { child, virtio_status, limits, .. } = self;
+        Ok(Vm { child, qmp, virtio_status, limits, devices, resizing: tokio::sync::Mutex::default(), death })
     }
 }
 

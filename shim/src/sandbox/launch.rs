@@ -206,10 +206,13 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         initramfs: Some(config.initramfs.clone()),
         kernel_params: Vec::new(),
         memory_mib: plan.sizing.memory_mib,
+        max_memory_mib: plan.sizing.memory_mib,
         vcpus: plan.sizing.vcpus,
+        max_vcpus: plan.sizing.vcpus,
         root_ports: ROOT_PORTS,
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs,
+        netns: None,
     };
     let virtiofsd = VirtiofsdConfig {
         binary: virtiofsd,

@@ -2,6 +2,8 @@
 //! QMP commands that end in a `device_add` into a free root port, undone in reverse order if one fails.
 
 pub mod block;
+pub(crate) mod memory;
+pub mod net;
 pub mod virtiofs;
 pub mod vsock;
 
@@ -9,7 +11,9 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::qmp::Qmp;
-use crate::qmp::commands::{BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, QomList, connected_socket};
+use crate::qmp::commands::{
+    BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, NetdevDel, ObjectDel, QomList, connected_socket,
+};
 
 /// A device to attach.
 #[derive(Debug)]
@@ -20,6 +24,10 @@ pub enum Device {
     VirtioFs(virtiofs::VirtioFs),
     /// A disk.
     Block(block::Block),
+    /// A network card.
+    Net(net::Net),
+    /// Memory; made by [`crate::Vm::resize_memory`].
+    Memory(memory::Memory),
 }
 
 /// An attached device.
@@ -38,6 +46,8 @@ impl Device {
             Device::Vsock(_) => "vsock",
             Device::VirtioFs(_) => "fs",
             Device::Block(_) => "blk",
+            Device::Net(_) => "net",
+            Device::Memory(_) => memory::KIND,
         }
     }
 
@@ -47,6 +57,8 @@ impl Device {
             Device::Vsock(vsock) => vsock.plug(plug).await,
             Device::VirtioFs(virtiofs) => virtiofs.plug(plug).await,
             Device::Block(block) => block.plug(plug).await,
+            Device::Net(net) => net.plug(plug).await,
+            Device::Memory(memory) => memory.plug(plug).await,
         }
     }
 }
@@ -57,6 +69,8 @@ pub(crate) enum Undo {
     CloseFd(String),
     RemoveChardev(String),
     RemoveBlockNode(String),
+    RemoveNetdev(String),
+    RemoveObject(String),
 }
 
 /// A device on its way into the machine.
@@ -109,11 +123,17 @@ pub(crate) async fn exists(qmp: &Qmp, id: &str) -> Result<bool> {
 pub(crate) async fn undo(qmp: &Qmp, steps: Vec<Undo>) {
     for step in steps.into_iter().rev() {
         let done = match &step {
-            Undo::CloseFd(name) => qmp.close_fd(name).await,
+            Undo::CloseFd(name) => match qmp.close_fd(name).await {
+                // There is none of that name: the command that failed had taken it.
+                Err(Error::Refused { .. }) => Ok(()),
+                done => done,
+            },
             Undo::RemoveChardev(id) => qmp.execute(&ChardevRemove { id: id.clone() }).await.map(drop),
             Undo::RemoveBlockNode(node_name) => {
                 qmp.execute(&BlockdevDel { node_name: node_name.clone() }).await.map(drop)
             }
+            Undo::RemoveObject(id) => qmp.execute(&ObjectDel { id: id.clone() }).await.map(drop),
+            Undo::RemoveNetdev(id) => qmp.execute(&NetdevDel { id: id.clone() }).await.map(drop),
         };
         if let Err(error) = done {
             tracing::warn!(?step, %error, "a part of a device stays in QEMU");

@@ -2,18 +2,23 @@
 
 use std::arch::x86_64::_rdtsc;
 use std::ffi::OsString;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::accel::Resolved;
 use super::args::{Arguments, Properties};
 use super::capabilities::{Capabilities, QBOOT, monitor};
+use crate::devices::memory::region_mib;
 use crate::error::{Error, Result};
 
 /// Slots of the root bus: 0 is the host bridge, 0x1f the chip set; the machine's own devices come first, then the ports.
 pub(crate) const FIRST_PORT_SLOT: u8 = 4;
 const LAST_PORT_SLOT: u8 = 0x1e;
+
+/// What x86 firmware and kernels number without further ado.
+const MOST_VCPUS: u32 = 240;
 
 /// MiB of translated code that QEMU keeps under emulation. Less than a boot needs makes it translate all of it again.
 const TCG_BUFFER_MIB: u64 = 128;
@@ -37,14 +42,20 @@ pub struct MachineConfig {
     pub kernel_params: Vec<String>,
     /// MiB of guest memory.
     pub memory_mib: u64,
+    /// The most that it can be given later ([`crate::Vm::resize_memory`]); if it is more, the first growth takes a port.
+    pub max_memory_mib: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// The most that there can be later ([`crate::Vm::resize_vcpus`]), up to 240.
+    pub max_vcpus: u32,
     /// How many devices can be attached, 1 to 27. Each costs 5 to 10 ms of an emulated boot.
     pub root_ports: u8,
     /// For debugging: the guest's console (hvc0) is written to this file.
     pub console: Option<PathBuf>,
     /// `cgroup.procs` files that QEMU enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
+    /// The network namespace that QEMU runs in; the caller's if none.
+    pub netns: Option<Arc<OwnedFd>>,
 }
 
 /// The PCI bus behind a root port, by QEMU's name.
@@ -83,6 +94,13 @@ fn check(config: &MachineConfig) -> Result<()> {
     if !(1..=most).contains(&config.root_ports) {
         return no(format!("{} root ports: there can be 1 to {most}", config.root_ports));
     }
+    let MachineConfig { vcpus, max_vcpus, memory_mib, max_memory_mib, .. } = config;
+    if !(1..=*max_vcpus).contains(vcpus) || *max_vcpus > MOST_VCPUS {
+        return no(format!("{vcpus} to {max_vcpus} CPUs: there can be 1 to {MOST_VCPUS}"));
+    }
+    if memory_mib > max_memory_mib {
+        return no(format!("{memory_mib} MiB of memory are more than the most there shall be, {max_memory_mib}"));
+    }
     if config.accel.kvm && !capabilities.kvm {
         return no(format!("{} was built without KVM", config.qemu.display()));
     }
@@ -113,9 +131,18 @@ fn machine(arguments: &mut Arguments, config: &MachineConfig) {
             arguments.plain("-bios", QBOOT);
         }
     }
-    arguments.list("-smp", Properties::pairs().number("cpus", config.vcpus));
+    let mut smp = Properties::pairs().number("cpus", config.vcpus);
+    if config.max_vcpus > config.vcpus {
+        smp = smp.number("maxcpus", config.max_vcpus);
+    }
+    arguments.list("-smp", smp);
     let size = format!("{}M", config.memory_mib);
-    arguments.list("-m", Properties::pairs().with("size", &size));
+    let mut memory = Properties::pairs().with("size", &size);
+    let region = region_mib(config.memory_mib, config.max_memory_mib);
+    if region > 0 {
+        memory = memory.with("maxmem", format!("{}M", config.memory_mib + region));
+    }
+    arguments.list("-m", memory);
     // Shared: vhost-user helpers map it too.
     arguments
         .list("-object", Properties::new("memory-backend-memfd").with("id", "mem").with("size", &size).on("share"));
@@ -147,6 +174,10 @@ fn kernel_params(config: &MachineConfig) -> Vec<String> {
     }
     // ACPI does the hot-plug; the port services only cost time. A grace period of RCU is felt at every unmount.
     params.extend(["pcie_ports=compat", "rcupdate.rcu_expedited=1"].map(String::from));
+    if config.max_memory_mib > config.memory_mib {
+        // Most of the added memory takes only what can be moved elsewhere, so that it can be given back.
+        params.push("memory_hotplug.online_policy=auto-movable".into());
+    }
     params.extend(config.kernel_params.iter().cloned());
     params
 }
@@ -221,10 +252,13 @@ mod tests {
             initramfs: Some("/i.cpio".into()),
             kernel_params: vec!["a=b,c".into()],
             memory_mib: 256,
+            max_memory_mib: 256,
             vcpus: 2,
+            max_vcpus: 2,
             root_ports: 2,
             console: None,
             cgroup_procs: Vec::new(),
+            netns: None,
         }
     }
 
@@ -261,6 +295,26 @@ mod tests {
         assert!(line.contains("-accel | kvm | -cpu | host"), "{line}");
         assert!(!line.contains("tsc") && !line.contains("quiet"), "{line}");
         assert!(line.contains("console=hvc0") && line.contains("file,id=console,path=/log,,s/c,append=on"), "{line}");
+    }
+
+    #[test]
+    fn room_to_grow_is_made_only_where_it_is_wanted() {
+        let fixed = config();
+        assert!(!line(&fixed).contains("max"), "{}", line(&fixed));
+        let grows = MachineConfig { max_vcpus: 8, max_memory_mib: 1000, ..fixed.clone() };
+        let line = line(&grows);
+        // 744 MiB more, in whole sections of 128.
+        assert!(line.contains("-smp | cpus=2,maxcpus=8 | -m | size=256M,maxmem=1024M | "), "{line}");
+        assert!(line.contains(" memory_hotplug.online_policy=auto-movable a=b,c"), "{line}");
+        for (wrong, wanted) in [
+            (MachineConfig { max_vcpus: 1, ..fixed.clone() }, "2 to 1 CPUs"),
+            (MachineConfig { vcpus: 0, ..fixed.clone() }, "0 to 2 CPUs"),
+            (MachineConfig { max_vcpus: 241, ..fixed.clone() }, "2 to 241 CPUs: there can be 1 to 240"),
+            (MachineConfig { max_memory_mib: 255, ..fixed.clone() }, "256 MiB of memory"),
+        ] {
+            let error = arguments(&wrong, &7).unwrap_err().to_string();
+            assert!(error.starts_with(wanted), "{error}");
+        }
     }
 
     #[test]

@@ -44,8 +44,18 @@ commands! {
     ChardevRemove { id: String } = "chardev-remove" -> IgnoredAny;
     /// Removes a block node that no device uses.
     BlockdevDel { node_name: String } = "blockdev-del" -> IgnoredAny;
+    /// Removes a network back end that no device uses.
+    NetdevDel { id: String } = "netdev_del" -> IgnoredAny;
+    /// Removes an object that no device uses.
+    ObjectDel { id: String } = "object-del" -> IgnoredAny;
     /// Asks the guest to let go of a device. The end of it is an event.
     DeviceDel { id: String } = "device_del" -> IgnoredAny;
+    /// One property of an object.
+    QomGet { path: String, property: String } = "qom-get" -> Value;
+    /// Sets one.
+    QomSet { path: String, property: String, value: Value } = "qom-set" -> IgnoredAny;
+    /// Every place for a CPU, with what is in it.
+    QueryHotpluggableCpus {} = "query-hotpluggable-cpus" -> Vec<HotpluggableCpu>;
     /// Children and properties of an object.
     QomList { path: String } = "qom-list" -> Vec<Named>;
     /// The settings of a type; an error if there is none of that name.
@@ -79,6 +89,24 @@ impl Command for BlockdevAdd {
     type Reply = IgnoredAny;
 }
 
+/// Adds a network back end; every type has arguments of its own.
+#[derive(Debug, Serialize)]
+pub(crate) struct NetdevAdd(pub Map<String, Value>);
+
+impl Command for NetdevAdd {
+    const NAME: &'static str = "netdev_add";
+    type Reply = IgnoredAny;
+}
+
+/// Adds an object; every type has arguments of its own.
+#[derive(Debug, Serialize)]
+pub(crate) struct ObjectAdd(pub Map<String, Value>);
+
+impl Command for ObjectAdd {
+    const NAME: &'static str = "object-add";
+    type Reply = IgnoredAny;
+}
+
 /// The socket of a vhost-user device: a connected descriptor that `getfd` gave this name.
 pub(crate) fn connected_socket(fdname: &str) -> Value {
     json!({"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": fdname}}, "server": false}})
@@ -88,6 +116,25 @@ pub(crate) fn connected_socket(fdname: &str) -> Value {
 #[derive(Debug, serde::Deserialize)]
 pub(crate) struct Named {
     pub name: String,
+}
+
+/// An item of `query-hotpluggable-cpus`.
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct HotpluggableCpu {
+    /// The arguments that put a CPU there.
+    pub props: Map<String, Value>,
+    #[serde(rename = "type")]
+    pub driver: String,
+    /// The CPU, if there is one.
+    pub qom_path: Option<String>,
+}
+
+impl HotpluggableCpu {
+    /// Where it is, in the order in which places are filled.
+    pub(crate) fn place(&self) -> [Option<u64>; 5] {
+        ["socket-id", "die-id", "module-id", "core-id", "thread-id"].map(|id| self.props.get(id)?.as_u64())
+    }
 }
 
 /// An item of `query-machines`.

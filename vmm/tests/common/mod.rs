@@ -56,10 +56,13 @@ impl Lab {
             initramfs: Some(initramfs),
             kernel_params: Vec::new(),
             memory_mib: 256,
+            max_memory_mib: 256,
             vcpus: 1,
+            max_vcpus: 1,
             root_ports: 4,
             console: Some(dir.path().join("console.log")),
             cgroup_procs: Vec::new(),
+            netns: None,
         };
         Lab { dir, config }
     }

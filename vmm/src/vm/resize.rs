@@ -1,0 +1,132 @@
+//! How many CPUs and how much memory a machine has, changed while it runs, between what it was started with and the
+//! most that it was made for.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use super::Vm;
+use crate::devices::{Device, memory};
+use crate::error::{Error, Result};
+use crate::qmp::commands::{DeviceAdd, HotpluggableCpu, QomGet, QomSet, QueryHotpluggableCpus};
+
+/// Between two looks at the size of the memory. QEMU tells it by events too, but not more than one a second.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// How long a guest may take for its next step. One that cannot give back any more tries again only after a minute.
+const STALLED: Duration = Duration::from_secs(3);
+
+/// Ids of added CPUs are this and how many CPUs there were before.
+const CPU: &str = "/machine/peripheral/cpu";
+
+/// What a machine began with, and the most it can have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub vcpus: u32,
+    pub max_vcpus: u32,
+    pub memory_mib: u64,
+    pub max_memory_mib: u64,
+}
+
+impl Vm {
+    /// Brings the number of virtual CPUs as near to `wanted` as it can: never more than the machine was made for, never
+    /// less than it began with, and only those leave that the running guest lets go. Returns how many there are now. The
+    /// guest sees added CPUs as offline until somebody in it sets them online.
+    ///
+    /// # Errors
+    /// QEMU's own, or its death. Some CPUs may have come or gone.
+    pub async fn resize_vcpus(&self, wanted: u32, timeout: Duration) -> Result<u32> {
+        let _alone = self.resizing.lock().await;
+        let wanted = wanted.clamp(self.limits.vcpus, self.limits.max_vcpus) as usize;
+        let until = Instant::now() + timeout;
+        let resized = async {
+            let mut cpus = self.qmp.execute(&QueryHotpluggableCpus {}).await?;
+            cpus.sort_by_key(HotpluggableCpu::place);
+            let (present, free): (Vec<_>, Vec<_>) = cpus.into_iter().partition(|cpu| cpu.qom_path.is_some());
+            let mut count = present.len();
+            for cpu in free.into_iter().take(wanted.saturating_sub(count)) {
+                let mut arguments = cpu.props;
+                arguments.insert("driver".into(), json!(cpu.driver));
+                arguments.insert("id".into(), json!(format!("cpu{count}")));
+                self.qmp.execute(&DeviceAdd(arguments)).await?;
+                count += 1;
+            }
+            let added = |cpu: &HotpluggableCpu| cpu.qom_path.as_deref()?.strip_prefix(CPU)?.parse::<u32>().ok();
+            let mut added: Vec<u32> = present.iter().filter_map(added).collect();
+            added.sort_unstable();
+            while count > wanted
+                && let Some(last) = added.pop()
+            {
+                match self.unplug(&format!("cpu{last}"), until.saturating_duration_since(Instant::now())).await {
+                    Ok(()) => count -= 1,
+                    Err(error @ (Error::Deadline { .. } | Error::Unsupported(_))) => {
+                        tracing::warn!(%error, wanted, "the guest keeps more CPUs than wanted");
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(u32::try_from(count).unwrap_or(u32::MAX))
+        };
+        match resized.await {
+            Ok(count) => Ok(count),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Brings the guest's memory as near to `wanted_mib` as it can, in steps of 2 MiB (rounded up): never more than the
+    /// machine was made for, never less than it began with. Waits until the guest is done, makes no progress any more or
+    /// the time is over, and returns how many MiB it has now: a guest that shrinks keeps what it cannot free, and goes on
+    /// trying. The first growth takes a root port.
+    ///
+    /// # Errors
+    /// No free root port, QEMU's own, or its death.
+    pub async fn resize_memory(&self, wanted_mib: u64, timeout: Duration) -> Result<u64> {
+        let _alone = self.resizing.lock().await;
+        let Limits { memory_mib, max_memory_mib, .. } = self.limits;
+        let until = Instant::now() + timeout;
+        let wanted = wanted_mib.clamp(memory_mib, max_memory_mib) - memory_mib;
+        let wanted = (wanted << 20).next_multiple_of(memory::BLOCK);
+        let device = self.devices().attached.keys().find(|id| id.starts_with(memory::KIND)).cloned();
+        let id = match device {
+            None if wanted == 0 => return Ok(memory_mib),
+            None => {
+                let size = memory::region_mib(memory_mib, max_memory_mib) << 20;
+                self.attach(Device::Memory(memory::Memory { size, requested: wanted })).await?.id
+            }
+            Some(id) => id,
+        };
+        match self.settle_memory(&id, wanted, until).await {
+            Ok(size) => Ok(memory_mib + (size >> 20)),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Asks the guest for another size of the memory device, and waits for what comes of it.
+    async fn settle_memory(&self, id: &str, wanted: u64, until: Instant) -> Result<u64> {
+        let path = format!("/machine/peripheral/{id}");
+        let request = QomSet { path: path.clone(), property: "requested-size".into(), value: json!(wanted) };
+        self.qmp.execute(&request).await?;
+        let (mut size, mut moved) = (None, Instant::now());
+        loop {
+            let reply = self.qmp.execute(&QomGet { path: path.clone(), property: "size".into() }).await?;
+            let now = reply.as_u64().ok_or_else(|| not_understood(&reply))?;
+            if now == wanted {
+                return Ok(now);
+            }
+            if size.replace(now) != Some(now) {
+                moved = Instant::now();
+            }
+            if Instant::now() >= until.min(moved + STALLED) {
+                tracing::warn!(wanted, size = now, "the guest did not change its memory as far as wanted");
+                return Ok(now);
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+}
+
+fn not_understood(reply: &Value) -> Error {
+    Error::Unsupported(format!("QEMU's size of the memory device is not understood: {reply}"))
+}
