@@ -14,6 +14,8 @@ mod identity;
 mod info;
 mod logging;
 mod metrics;
+#[allow(dead_code)]
+mod network;
 mod sandbox;
 mod service;
 mod stdio;

@@ -1,0 +1,254 @@
+//! A pod's network and its VM: each link in the pod's network namespace becomes a NIC of the guest.
+//!
+//! What CNI left in the namespace is the truth, and it stays as it is: a tap is made beside each link, traffic control
+//! sends everything that comes in on the one out by the other, and the guest gets the link's addresses. So whatever
+//! CNI's plugins do on the host's side of the link keeps working.
+
+mod netns;
+mod routes;
+mod scan;
+mod tap;
+mod tc;
+#[cfg(test)]
+mod tests;
+mod undo;
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use agent_client::protocols::types;
+use rtnetlink::{Handle, LinkUnspec};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+pub use netns::Netns;
+pub use scan::Address;
+use scan::Link;
+pub use undo::Redirect;
+
+use crate::error::{Error, IoContext, Result};
+
+/// How long the kernel may take to answer. It waits for other namespaces' changes: one lock is for all of them.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// `IFF_NOARP`, the one link flag that the agent takes.
+const NO_ARP: u32 = 0x80;
+
+/// A NIC for the guest.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Name of the link on the host and of the NIC in the guest.
+    pub name: String,
+    /// What kind of link it is, as `ip -details link` says.
+    pub kind: String,
+    /// Hardware address of the link and of the NIC.
+    pub mac: String,
+    /// MTU of both.
+    pub mtu: u32,
+    /// Neither takes part in ARP.
+    pub no_arp: bool,
+    /// Addresses of both.
+    pub addresses: Vec<Address>,
+    /// For QEMU, see [`Endpoint::take_fds`].
+    fds: Fds,
+    index: u32,
+    /// What to undo on failure: whether the qdisc is ours. `None` for a link that is a tap itself.
+    redirected: Option<bool>,
+}
+
+/// Descriptors of a NIC. The tap exists as long as one of its own is open.
+#[derive(Debug, Default)]
+pub struct Fds {
+    /// The tap, once for each queue.
+    pub taps: Vec<OwnedFd>,
+    /// vhost-net, once for each queue or not at all.
+    pub vhosts: Vec<OwnedFd>,
+}
+
+impl Endpoint {
+    /// The descriptors, for QEMU. The caller closes them once QEMU has them.
+    pub fn take_fds(&mut self) -> Fds {
+        std::mem::take(&mut self.fds)
+    }
+
+    /// The message that sets the NIC up in the guest. `pci_path` may be empty: the agent finds it by hardware address.
+    pub fn interface(&self, pci_path: &str) -> types::Interface {
+        let addresses = self.addresses.iter().map(|a| routes::to_address(a.ip, &a.prefix.to_string()));
+        types::Interface {
+            device: self.name.clone(),
+            name: self.name.clone(),
+            IPAddresses: addresses.collect(),
+            mtu: self.mtu.into(),
+            hwAddr: self.mac.clone(),
+            devicePath: pci_path.to_owned(),
+            type_: self.kind.clone(),
+            raw_flags: if self.no_arp { NO_ARP } else { 0 },
+            ..Default::default()
+        }
+    }
+}
+
+/// A pod's network namespace and what of it the guest has.
+#[derive(Debug)]
+pub struct Network {
+    netns: Netns,
+    /// Links that the guest has, by index.
+    links: HashMap<u32, String>,
+    /// Our own taps.
+    taps: HashSet<u32>,
+}
+
+impl Network {
+    /// Nothing of the namespace is the guest's yet.
+    ///
+    /// # Errors
+    /// The namespace is the host's own.
+    pub fn new(netns: Netns) -> Result<Network> {
+        if netns.is_host()? {
+            return Err(Error::invalid(
+                "a virtual machine cannot have the host's own network: give the pod one of its own",
+            ));
+        }
+        Ok(Network { netns, links: HashMap::new(), taps: HashSet::new() })
+    }
+
+    /// The namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// Makes a NIC of each link that is not one yet. `record` is told before anything is made that would outlive both
+    /// the descriptors and the pod.
+    ///
+    /// # Errors
+    /// The kernel's, or that of `record`; then nothing of this call is left.
+    pub async fn connect_new(
+        &mut self,
+        queues: u32,
+        mut record: impl FnMut(&Redirect) -> Result<()>,
+    ) -> Result<Vec<Endpoint>> {
+        let (_connection, netlink) = self.netns.netlink()?;
+        let known = self.links.keys().chain(&self.taps).copied().collect();
+        let queues = queues.clamp(1, tap::MAX_QUEUES);
+        let (mut endpoints, mut taps) = (Vec::new(), Vec::new());
+        for link in scan::links(&netlink, &known).await? {
+            let name = link.name.clone();
+            match self.connect(&netlink, link, queues, &mut record).await {
+                Ok((endpoint, tap)) => {
+                    endpoints.push(endpoint);
+                    taps.extend(tap);
+                }
+                Err(error) => {
+                    for endpoint in endpoints {
+                        disconnect(&netlink, &endpoint).await;
+                    }
+                    return Err(error.context(format!("cannot connect {name} to the virtual machine")));
+                }
+            }
+        }
+        self.links.extend(endpoints.iter().map(|endpoint| (endpoint.index, endpoint.name.clone())));
+        self.taps.extend(taps);
+        Ok(endpoints)
+    }
+
+    /// The routes over the links that the guest has.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn routes(&self) -> Result<Vec<types::Route>> {
+        let (_connection, netlink) = self.netns.netlink()?;
+        routes::routes(&netlink, &self.links).await
+    }
+
+    /// The permanent neighbours on the links that the guest has.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn neighbours(&self) -> Result<Vec<types::ARPNeighbor>> {
+        let (_connection, netlink) = self.netns.netlink()?;
+        routes::neighbours(&netlink, &self.links).await
+    }
+
+    /// The endpoint of a link, and the index of the tap made for it.
+    async fn connect(
+        &self,
+        netlink: &Handle,
+        link: Link,
+        queues: u32,
+        record: &mut impl FnMut(&Redirect) -> Result<()>,
+    ) -> Result<(Endpoint, Option<u32>)> {
+        let mut endpoint = Endpoint {
+            mac: mac_text(&link.mac),
+            name: link.name,
+            kind: link.kind,
+            mtu: link.mtu,
+            no_arp: link.no_arp,
+            addresses: link.addresses,
+            fds: Fds::default(),
+            index: link.index,
+            redirected: None,
+        };
+        if link.tap {
+            endpoint.fds.taps = tap::open(&self.netns, &endpoint.name, queues).doing(|| "open the tap".into())?;
+            endpoint.fds.vhosts = tap::vhosts(endpoint.fds.taps.len());
+            return Ok((endpoint, None));
+        }
+        let tap = tap::create(&self.netns, queues).doing(|| "make a tap with /dev/net/tun".into())?;
+        endpoint.fds = Fds { vhosts: tap::vhosts(tap.queues.len()), taps: tap.queues };
+        let up = LinkUnspec::new_with_index(tap.index).mtu(link.mtu.min(tap::MAX_MTU)).up().build();
+        rtnl("set the tap up", netlink.link().set(up).execute()).await?;
+        tc::redirect(netlink, tap.index, link.index, true).await?;
+
+        let qdisc = !tc::has_ingress(netlink, link.index).await?;
+        if let Some(path) = self.netns.path() {
+            let (netns, inode, link) = (path.to_owned(), self.netns.inode()?, endpoint.name.clone());
+            record(&Redirect { netns, inode, link, index: endpoint.index, qdisc })?;
+        }
+        endpoint.redirected = Some(qdisc);
+        if let Err(error) = tc::redirect(netlink, link.index, tap.index, qdisc).await {
+            disconnect(netlink, &endpoint).await;
+            return Err(error);
+        }
+        Ok((endpoint, Some(tap.index)))
+    }
+}
+
+/// Takes the redirection back; the tap goes with its descriptors.
+async fn disconnect(netlink: &Handle, endpoint: &Endpoint) {
+    if let Some(qdisc) = endpoint.redirected
+        && let Err(error) = tc::remove(netlink, endpoint.index, qdisc).await
+    {
+        tracing::warn!(link = endpoint.name, %error, "a redirection stays");
+    }
+}
+
+/// A netlink connection; ends with this.
+pub struct Netlink(JoinHandle<()>);
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Waits for the kernel's answer to a netlink request.
+async fn rtnl<T>(doing: &str, request: impl Future<Output = Result<T, rtnetlink::Error>>) -> Result<T> {
+    match timeout(DEADLINE, request).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(rtnetlink::Error::NetlinkError(error))) => Err(error.to_io()).doing(|| doing.to_owned()),
+        Ok(Err(error)) => Err(Error::internal(format!("cannot {doing}: {error}"))),
+        Err(_) => Err(Error::deadline(format!("cannot {doing}: the kernel did not answer within {DEADLINE:?}"))),
+    }
+}
+
+fn mac_text(mac: &[u8]) -> String {
+    let mut text = String::with_capacity(mac.len() * 3);
+    for (index, byte) in mac.iter().enumerate() {
+        let colon = if index == 0 { "" } else { ":" };
+        let _ = write!(text, "{colon}{byte:02x}");
+    }
+    text
+}
