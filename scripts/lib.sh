@@ -11,6 +11,11 @@ virtiofsd_version=1.14.0
 vhost_device_vsock_version=0.3.0
 tools=$cache/tools-virtiofsd-$virtiofsd_version-vsock-$vhost_device_vsock_version
 
+# crictl and critest, of the cri-tools that tests/cri-tools pins.
+cri_tools=$cache/cri-tools-$(cat "$root/tests/cri-tools/go.mod" "$root/tests/cri-tools/go.sum" | sha256sum | cut -c1-16)
+# A busybox whose shell runs the programs of its file system: Debian's dynamic one.
+plain_busybox=$cache/busybox-bookworm/bin/busybox
+
 # A user's PATH on Debian has no sbin, and a CI shell often not rustup's folder.
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin"
 
