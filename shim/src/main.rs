@@ -14,7 +14,6 @@ mod identity;
 mod info;
 mod logging;
 mod metrics;
-#[allow(dead_code)]
 mod network;
 mod sandbox;
 mod service;

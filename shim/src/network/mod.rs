@@ -16,6 +16,7 @@ mod undo;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::future::Future;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -45,14 +46,14 @@ pub struct Endpoint {
     /// What kind of link it is, as `ip -details link` says.
     pub kind: String,
     /// Hardware address of the link and of the NIC.
-    pub mac: String,
+    pub mac: [u8; 6],
     /// MTU of both.
     pub mtu: u32,
     /// Neither takes part in ARP.
     pub no_arp: bool,
     /// Addresses of both.
     pub addresses: Vec<Address>,
-    /// For QEMU, see [`Endpoint::take_fds`].
+    /// For QEMU, see [`Endpoint::clone_fds`].
     fds: Fds,
     index: u32,
     /// What to undo on failure: whether the qdisc is ours. `None` for a link that is a tap itself.
@@ -69,9 +70,13 @@ pub struct Fds {
 }
 
 impl Endpoint {
-    /// The descriptors, for QEMU. The caller closes them once QEMU has them.
-    pub fn take_fds(&mut self) -> Fds {
-        std::mem::take(&mut self.fds)
+    /// The descriptors once more, for QEMU. The tap lives as long as the last of all of them.
+    ///
+    /// # Errors
+    /// Too many open files.
+    pub fn clone_fds(&self) -> io::Result<Fds> {
+        let again = |list: &[OwnedFd]| list.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
+        Ok(Fds { taps: again(&self.fds.taps)?, vhosts: again(&self.fds.vhosts)? })
     }
 
     /// The message that sets the NIC up in the guest. `pci_path` may be empty: the agent finds it by hardware address.
@@ -82,7 +87,7 @@ impl Endpoint {
             name: self.name.clone(),
             IPAddresses: addresses.collect(),
             mtu: self.mtu.into(),
-            hwAddr: self.mac.clone(),
+            hwAddr: mac_text(&self.mac),
             devicePath: pci_path.to_owned(),
             type_: self.kind.clone(),
             raw_flags: if self.no_arp { NO_ARP } else { 0 },
@@ -181,7 +186,7 @@ impl Network {
         record: &mut impl FnMut(&Redirect) -> Result<()>,
     ) -> Result<(Endpoint, Option<u32>)> {
         let mut endpoint = Endpoint {
-            mac: mac_text(&link.mac),
+            mac: link.mac,
             name: link.name,
             kind: link.kind,
             mtu: link.mtu,

@@ -161,7 +161,7 @@ async fn a_veth_becomes_a_nic_and_frames_pass_both_ways() {
     pod.sh("ip address add fd00::5/64 dev eth0 nodad");
     pod.sh("ip address add fe80::1234/64 dev eth0 nodad");
 
-    let (_network, mut endpoints, recorded) = connect(&pod).await;
+    let (_network, endpoints, recorded) = connect(&pod).await;
 
     assert_eq!(names(&endpoints), ["eth0"]);
     assert_eq!(recorded.len(), 1);
@@ -173,7 +173,7 @@ async fn a_veth_becomes_a_nic_and_frames_pass_both_ways() {
         interface.IPAddresses.iter().map(|a| format!("{:?} {}/{}", a.family.unwrap(), a.address, a.mask)).collect();
     addresses.sort();
     assert_eq!(addresses, ["v4 10.0.0.5/24", "v6 fd00::5/64", "v6 fe80::1234/64"], "and no generated one");
-    let fds = endpoints[0].take_fds();
+    let fds = endpoints[0].clone_fds().unwrap();
     assert_eq!(fds.taps.len(), 2);
     assert!(pod.sh("ip link show vmtap0").contains("mtu 1400"));
     assert_frames_pass(&host.packet_socket("host0"), &fds.taps);
@@ -195,11 +195,11 @@ async fn a_macvlan_and_a_bridge_are_nics_and_a_bridges_ports_are_not() {
         pod.sh(&format!("ip link set {link} up"));
     }
 
-    let (_network, mut endpoints, _) = connect(&pod).await;
+    let (_network, endpoints, _) = connect(&pod).await;
 
     assert_eq!(names(&endpoints), ["br0", "mac0"]);
-    for endpoint in &mut endpoints {
-        let fds = endpoint.take_fds();
+    for endpoint in &endpoints {
+        let fds = endpoint.clone_fds().unwrap();
         let (kind, beyond) = if endpoint.name == "br0" { ("bridge", "host0") } else { ("macvlan", "switch") };
         assert_eq!(endpoint.interface("").type_, kind);
         assert_frames_pass(&host.packet_socket(beyond), &fds.taps);
@@ -213,11 +213,11 @@ async fn a_link_that_is_a_tap_is_opened_itself() {
         pod.sh(&format!("ip tuntap add name tap0 mode tap {options}"));
         pod.sh("ip link set tap0 up");
 
-        let (_network, mut endpoints, recorded) = connect(&pod).await;
+        let (_network, endpoints, recorded) = connect(&pod).await;
 
         assert_eq!(names(&endpoints), ["tap0"]);
         assert!(recorded.is_empty(), "nothing to undo");
-        let fds = endpoints[0].take_fds();
+        let fds = endpoints[0].clone_fds().unwrap();
         assert_eq!(fds.taps.len(), queues);
         assert_frames_pass(&pod.packet_socket("tap0"), &fds.taps);
         assert_eq!(pod.sh("ip -o link").lines().count(), 2, "no tap of our own");
@@ -295,10 +295,10 @@ async fn links_that_come_later_are_found_and_the_others_are_not_made_twice() {
     let first = network.connect_new(1, |_| Ok(())).await.unwrap();
     assert_eq!(names(&first), ["eth0"]);
     pod.veth("eth1", &host, "host1");
-    let mut second = network.connect_new(1, |_| Ok(())).await.unwrap();
+    let second = network.connect_new(1, |_| Ok(())).await.unwrap();
     assert_eq!(names(&second), ["eth1"]);
     assert!(network.connect_new(1, |_| Ok(())).await.unwrap().is_empty());
-    assert_frames_pass(&host.packet_socket("host1"), &second[0].take_fds().taps);
+    assert_frames_pass(&host.packet_socket("host1"), &second[0].clone_fds().unwrap().taps);
 }
 
 #[tokio::test]
@@ -316,10 +316,10 @@ async fn undoing_leaves_the_link_as_it_was_and_may_happen_twice() {
     let all = || ["plain", "ingress", "clsact"].map(|name| pod.ingress(name));
     let before = all();
 
-    let (_network, mut endpoints, recorded) = connect(&pod).await;
-    for endpoint in &mut endpoints {
+    let (_network, endpoints, recorded) = connect(&pod).await;
+    for endpoint in &endpoints {
         let peer = format!("{}-peer", endpoint.name);
-        assert_frames_pass(&host.packet_socket(&peer), &endpoint.take_fds().taps);
+        assert_frames_pass(&host.packet_socket(&peer), &endpoint.clone_fds().unwrap().taps);
     }
     assert!(all().iter().all(|state| state.contains("mirred")), "{:?}", all());
 
@@ -340,8 +340,8 @@ async fn what_a_dead_pod_left_does_not_stop_the_next() {
     drop(connect(&pod).await);
     assert!(pod.ingress("eth0").contains("ingress"), "nobody has undone it");
 
-    let (_network, mut endpoints, _) = connect(&pod).await;
-    assert_frames_pass(&host.packet_socket("host0"), &endpoints[0].take_fds().taps);
+    let (_network, endpoints, _) = connect(&pod).await;
+    assert_frames_pass(&host.packet_socket("host0"), &endpoints[0].clone_fds().unwrap().taps);
 }
 
 #[tokio::test]

@@ -2,20 +2,21 @@
 //! and run one after the other; what takes time runs beside them and reports back the same way. So there is no lock,
 //! and no request waits for another's guest.
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
-use super::launch::{Guest, Plan, Sizing, launch, share_dir};
+use super::launch::{Guest, Plan, launch, share_dir};
 use super::ledger::Ledger;
+use super::sizing::{Need, Sizing};
 use super::state::{Key, State};
 use super::{mounts, process};
 use crate::config::Config;
@@ -75,6 +76,8 @@ pub struct Pod {
     pub sysctls: HashMap<String, String>,
     /// Size of their /dev/shm.
     pub shm_bytes: Option<u64>,
+    /// What they may use together.
+    pub need: Need,
 }
 
 impl Pod {
@@ -83,6 +86,7 @@ impl Pod {
         let shm = spec.mounts().iter().flatten().find(|mount| mount.destination() == Path::new("/dev/shm"));
         Pod {
             sysctls: spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
+            need: Need::of_pod(spec),
             shm_bytes: shm.and_then(|mount| tmpfs_size(mount.source().as_deref()?)),
         }
     }
@@ -97,6 +101,8 @@ pub struct Driver {
     pub(super) events: Publisher,
     pub(super) shares: Arc<Shares>,
     pub(super) pod: Pod,
+    pub(super) needs: BTreeMap<String, Need>,
+    pub(super) config: Config,
     pub(super) handle: Handle,
     pub(super) launching: Option<Launching>,
     pub(super) guest: Option<Arc<Guest>>,
@@ -126,6 +132,8 @@ impl Driver {
             events,
             shares,
             pod: Pod::default(),
+            needs: BTreeMap::new(),
+            config: Config::default(),
             handle: handle.clone(),
             launching: None,
             guest: None,
@@ -194,7 +202,7 @@ impl Driver {
     ///
     /// # Errors
     /// The directory that it sees cannot be made.
-    pub(super) fn guest_for(&mut self, config: &Config, spec: &Spec) -> Result<Launching> {
+    pub(super) fn guest_for(&mut self, config: Config, spec: &Spec) -> Result<Launching> {
         if let Some(launching) = &self.launching {
             return Ok(launching.clone());
         }
@@ -202,9 +210,10 @@ impl Driver {
         if !share.is_dir() {
             mounts::make_shared(&share)?;
         }
+        self.config = config;
         let plan = Plan {
-            sizing: Sizing::of(config, spec),
-            config: config.clone(),
+            sizing: self.sizing(),
+            config: self.config.clone(),
             id: self.identity.id.clone(),
             // Without a name of its own a container has the host's, as in a new uts namespace.
             hostname: spec.hostname().clone().or_else(host_name).unwrap_or_default(),
@@ -215,12 +224,18 @@ impl Driver {
                 .map(|path| path.to_string_lossy().into_owned())
                 .unwrap_or_default(),
             shm_bytes: self.pod.shm_bytes,
+            netns: network_namespace(spec),
         };
         let ledger = self.ledger.clone();
         let launching: Launching = async move { launch(&plan, &ledger).await.map(Arc::new) }.boxed().shared();
         self.launching = Some(launching.clone());
         self.begin(launching.clone(), Driver::launched);
         Ok(launching)
+    }
+
+    /// How large the machine should be for what is in it.
+    pub(super) fn sizing(&self) -> Sizing {
+        Sizing::of(&self.config, self.pod.need, &self.needs)
     }
 
     fn launched(&mut self, result: Result<Arc<Guest>>) {
@@ -335,6 +350,11 @@ impl Driver {
         self.stdin_closed.retain(|other| !gone(other));
         self.announce(Vec::new());
     }
+}
+
+fn network_namespace(spec: &Spec) -> Option<PathBuf> {
+    let list = spec.linux().as_ref()?.namespaces().as_ref()?;
+    list.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?.path().clone()
 }
 
 fn host_name() -> Option<String> {

@@ -5,20 +5,25 @@
 //! (PR_SET_PDEATHSIG), because nobody else could take them over.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{AgentDetails, CreateSandboxRequest, GuestDetailsRequest, Storage};
+use agent_client::protocols::agent::{
+    AgentDetails, CreateSandboxRequest, GuestDetailsRequest, OnlineCPUMemRequest, Storage,
+};
 use agent_client::{
     AGENT_PORT, AgentClient, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, GUEST_SHARE, Listener,
     READY_PARAMETER, READY_PORT, SHARE_TAG, Transport, context,
 };
-use oci_spec::runtime::Spec;
 use tokio::io::AsyncReadExt;
+use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::{Attached, Block, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
 use super::ledger::{Ledger, Resource};
+use super::nics::Nics;
+use super::sizing::{Sizing, host_cpus, host_memory_mib};
 use crate::cgroup;
 use crate::config::{Accelerator, Config, VsockDevice as VsockChoice, find_file, find_program};
 use crate::container::volumes::GUEST_SHM;
@@ -44,6 +49,9 @@ const NOTICE_GRACE: Duration = Duration::from_secs(1);
 /// QEMU's own orderly end, before it is killed.
 const QUIT_DEADLINE: Duration = Duration::from_millis(300);
 
+/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for now.
+const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
+
 /// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
 const ROOT_PORTS: u8 = 8;
 
@@ -52,35 +60,6 @@ const FS_QUEUE_SIZE: u16 = 1024;
 
 /// Context id of a guest behind a user space vsock device: each has a device, and so a number space, of its own.
 const HYBRID_CID: u32 = 3;
-
-/// Time and memory that the boot of one sandbox needs, from the container's limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sizing {
-    /// Memory in MiB.
-    pub memory_mib: u64,
-    /// Virtual CPUs.
-    pub vcpus: u32,
-}
-
-impl Sizing {
-    /// The configured size, plus the container's memory limit, and as many CPUs as its quota can use.
-    pub fn of(config: &Config, spec: &Spec) -> Sizing {
-        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        let limit = resources.and_then(|from| from.memory().as_ref()).and_then(|memory| memory.limit());
-        let limit_mib = limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or_default().div_ceil(1 << 20);
-        let cpu = resources.and_then(|from| from.cpu().as_ref());
-        let quota = cpu.and_then(|cpu| cpu.quota()).and_then(|quota| u64::try_from(quota).ok());
-        let period = cpu.and_then(|cpu| cpu.period()).filter(|period| *period > 0).unwrap_or(100_000);
-        let host_cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let vcpus = quota.map_or(u64::from(config.vcpus), |quota| quota.div_ceil(period)).clamp(1, host_cpus as u64);
-        // A limit of petabytes is how some clients write "none".
-        let limit_mib = if limit_mib < 1 << 24 { limit_mib } else { 0 };
-        Sizing {
-            memory_mib: (config.memory_mib + limit_mib).next_multiple_of(2),
-            vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus).max(1),
-        }
-    }
-}
 
 /// What a launch needs to know.
 pub struct Plan {
@@ -96,6 +75,8 @@ pub struct Plan {
     pub cgroups_path: String,
     /// Size of the /dev/shm that the containers of a pod share.
     pub shm_bytes: Option<u64>,
+    /// Path of the network namespace that was made for the sandbox; without one it gets an empty one.
+    pub netns: Option<PathBuf>,
 }
 
 /// A running guest with an agent that answers.
@@ -116,6 +97,9 @@ pub struct Guest {
     pub pod: bool,
     /// Unix sockets of the host that containers may connect to.
     pub sockets: Sockets,
+    nics: Arc<Nics>,
+    /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
+    size: Mutex<Sizing>,
     virtiofsd: Virtiofsd,
     vsock_daemon: Option<VsockDaemon>,
 }
@@ -124,6 +108,40 @@ impl Guest {
     /// Waits until the machine or a helper that it cannot live without is gone; says which and why.
     pub async fn died(&self) -> String {
         death(&self.vm, &self.virtiofsd, self.vsock_daemon.as_ref()).await
+    }
+
+    /// Brings the machine to another size, as far as it goes: a guest keeps what it cannot give back.
+    ///
+    /// # Errors
+    /// QEMU's own, or the agent's: added CPUs that do not come to life.
+    pub async fn resize(&self, to: Sizing) -> Result<()> {
+        let mut size = self.size.lock().await;
+        if to.memory_mib != size.memory_mib {
+            let got = self.vm.resize_memory(to.memory_mib, RESIZE_DEADLINE).await?;
+            if got < to.memory_mib {
+                tracing::warn!(got, wanted = to.memory_mib, "the guest has less memory than its containers may use");
+            }
+            size.memory_mib = to.memory_mib;
+        }
+        if to.vcpus != size.vcpus {
+            let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
+            let request = OnlineCPUMemRequest { nb_cpus: got.saturating_sub(size.vcpus), ..Default::default() };
+            size.vcpus = got;
+            if request.nb_cpus > 0 {
+                self.agent.agent.online_cpu_mem(context(Some(RESIZE_DEADLINE)), &request).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a NIC of each link that has come into the network namespace since.
+    ///
+    /// # Errors
+    /// One line that names the link.
+    pub async fn add_links(&self, ledger: &Ledger) -> Result<()> {
+        self.nics.wire(1, ledger).await?;
+        let cards = self.nics.plug(&self.vm).await?;
+        self.nics.set_up(&self.agent, &cards).await
     }
 
     /// Plugs a disk in.
@@ -190,6 +208,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     let cgroup_procs = join_cgroup(&plan.cgroups_path, ledger)?;
     let cache_dir = Path::new(STATE_ROOT).join("cache");
     std::fs::create_dir_all(&cache_dir).doing(|| format!("make directory {}", cache_dir.display()))?;
+    let nics = Arc::new(Nics::new(plan.netns.as_deref()).await?);
     let accel = match config.accelerator {
         Accelerator::Auto => vmm::accel::Accel::Auto,
         Accelerator::Kvm => vmm::accel::Accel::Kvm,
@@ -206,13 +225,13 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         initramfs: Some(config.initramfs.clone()),
         kernel_params: Vec::new(),
         memory_mib: plan.sizing.memory_mib,
-        max_memory_mib: plan.sizing.memory_mib,
+        max_memory_mib: host_memory_mib().max(plan.sizing.memory_mib),
         vcpus: plan.sizing.vcpus,
-        max_vcpus: plan.sizing.vcpus,
+        max_vcpus: host_cpus().max(plan.sizing.vcpus),
         root_ports: ROOT_PORTS,
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs,
-        netns: None,
+        netns: Some(nics.netns()),
     };
     let virtiofsd = VirtiofsdConfig {
         binary: virtiofsd,
@@ -222,7 +241,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         cgroup_procs: machine.cgroup_procs.clone(),
     };
     for attempt in 1..=2 {
-        let boot = boot(plan, &mut machine, &virtiofsd, ledger);
+        let boot = boot(plan, &mut machine, &virtiofsd, &nics, ledger);
         match timeout(config.boot_deadline(), boot).await {
             Ok(result) => return result,
             Err(_) => {
@@ -289,7 +308,13 @@ fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
     Ok(Address { transport, ready, port, kernel })
 }
 
-async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdConfig, ledger: &Ledger) -> Result<Guest> {
+async fn boot(
+    plan: &Plan,
+    machine: &mut MachineConfig,
+    virtiofsd: &VirtiofsdConfig,
+    nics: &Arc<Nics>,
+    ledger: &Ledger,
+) -> Result<Guest> {
     let config = &plan.config;
     let dir = ledger.dir();
     let Address { transport, ready, port, kernel } = address(config.vsock, dir)?;
@@ -327,9 +352,10 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
         }
     };
     let monitor = async { Ok::<_, Error>(starting.connect(START_DEADLINE).await?) };
-    let ((virtiofsd, connection), vsock, vm) = tokio::try_join!(virtiofsd, vsock, monitor)?;
+    let wired = nics.wire(plan.sizing.vcpus, ledger);
+    let ((virtiofsd, connection), vsock, vm, ()) = tokio::try_join!(virtiofsd, vsock, monitor, wired)?;
     let fs = Device::VirtioFs(VirtioFs { tag: SHARE_TAG.to_owned(), connection, queue_size: FS_QUEUE_SIZE });
-    let (vsock, fs) = tokio::join!(vm.attach(Device::Vsock(vsock)), vm.attach(fs));
+    let (vsock, fs, cards) = tokio::join!(vm.attach(Device::Vsock(vsock)), vm.attach(fs), nics.plug(&vm));
     // QEMU only says that it refuses a device; why, its helper knows.
     if let Err(error) = fs {
         return Err(virtiofsd.explain(error).await.into());
@@ -339,6 +365,7 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
         (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
         (Err(error), None) => return Err(error.into()),
     };
+    let cards = cards?;
     vm.cont().await?;
     let stream = tokio::select! {
         stream = reach_agent(&transport, &ready, &vm, &vsock.id) => stream?,
@@ -347,6 +374,7 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
         }
     };
     let agent = AgentClient::new(stream);
+    nics.set_up(&agent, &cards).await?;
     let details = create_sandbox(&agent, plan).await?;
     let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
     let raw_stdio = has(FEATURE_RAW_STDIO);
@@ -360,6 +388,8 @@ async fn boot(plan: &Plan, machine: &mut MachineConfig, virtiofsd: &VirtiofsdCon
         signal_all: has(FEATURE_SIGNAL_ALL),
         pod: has(FEATURE_POD),
         sockets: Sockets::default(),
+        nics: nics.clone(),
+        size: Mutex::new(plan.sizing),
         virtiofsd,
         vsock_daemon: daemon,
     })
@@ -431,31 +461,4 @@ async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails
     let mut details =
         details.map_err(|error| Error::from(error).context("the guest agent does not say what it can do"))?;
     Ok(details.agent_details.take().unwrap_or_default())
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn sizing(resources: serde_json::Value) -> Sizing {
-        let spec = serde_json::from_value(json!({
-            "ociVersion": "1.1.0", "root": {"path": "r"}, "linux": {"resources": resources}
-        }));
-        Sizing::of(&Config::default(), &spec.unwrap())
-    }
-
-    #[test]
-    fn a_container_gets_its_limit_on_top_of_the_machines_own_need() {
-        let default = Config::default().memory_mib;
-        assert_eq!(sizing(json!({})), Sizing { memory_mib: default, vcpus: 1 });
-        assert_eq!(sizing(json!({"memory": {"limit": 64 << 20}})).memory_mib, default + 64);
-        assert_eq!(sizing(json!({"memory": {"limit": -1}})).memory_mib, default);
-        assert_eq!(sizing(json!({"memory": {"limit": i64::MAX}})).memory_mib, default);
-        assert_eq!(sizing(json!({"cpu": {"quota": -1, "period": 100_000}})).vcpus, 1);
-        let all = u32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
-        assert_eq!(sizing(json!({"cpu": {"quota": 150_000, "period": 100_000}})).vcpus, 2.min(all));
-        assert_eq!(sizing(json!({"cpu": {"quota": 900_000_000, "period": 0}})).vcpus, all);
-    }
 }

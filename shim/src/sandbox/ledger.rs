@@ -18,6 +18,7 @@ use vmm::process::Identity;
 use super::mounts;
 use crate::cgroup;
 use crate::error::{Error, IoContext, Result};
+use crate::network::Redirect;
 
 const NAME: &str = "ledger";
 
@@ -37,6 +38,8 @@ pub enum Resource {
         /// The directory.
         path: PathBuf,
     },
+    /// What sends a link's packets to the virtual machine, in a network namespace that may outlive the sandbox.
+    Redirect(Redirect),
     /// A file or socket outside the state directory.
     File {
         /// The file.
@@ -140,6 +143,7 @@ fn undo_one(resource: &Resource) -> Result<()> {
             identity.kill_and_wait(KILL_DEADLINE).map_err(Error::from)
         }
         Resource::Cgroup { path } => cgroup::remove(path).doing(|| format!("remove cgroup {}", path.display())),
+        Resource::Redirect(redirect) => redirect.undo(),
         Resource::File { path } => match std::fs::remove_file(path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 Err(error).doing(|| format!("remove {}", path.display()))

@@ -5,6 +5,8 @@ pub mod driver;
 pub mod launch;
 pub mod ledger;
 pub mod mounts;
+mod nics;
 mod process;
+mod sizing;
 pub mod state;
 mod tasks;

@@ -10,11 +10,12 @@ use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{LinuxResources, Process};
 
 use super::driver::{Driver, Pod, Reply, answer};
 use super::launch::{Guest, share_dir};
 use super::process;
+use super::sizing::Need;
 use super::state::{Io, Key};
 use crate::config::Config;
 use crate::container::create::{Container, Host, Order, in_guest};
@@ -48,13 +49,17 @@ impl Driver {
         if let Err(error) = self.state.create(&request.id, &request.bundle, io) {
             return answer(reply, Err(error));
         }
-        let launching = match self.guest_for(&config, &order.spec) {
+        if role != Role::Sandbox {
+            self.needs.insert(request.id.clone(), Need::of_container(&order.spec));
+        }
+        let launching = match self.guest_for(config, &order.spec) {
             Ok(launching) => launching,
             Err(error) => {
-                self.state.create_failed(&request.id);
+                self.create_failed(&request.id);
                 return answer(reply, Err(error));
             }
         };
+        let size = self.sizing();
         let (namespace, share, shares) =
             (self.identity.namespace.clone(), share_dir(self.ledger.dir()), self.shares.clone());
         let work = async move {
@@ -72,6 +77,7 @@ impl Driver {
             });
             let (order, host) = host.await.map_err(|error| Error::internal(error.to_string()))??;
             let guest = launching.await?;
+            guest.resize(size).await.map_err(|error| error.context("cannot make room for the container"))?;
             let made = in_guest(&guest, &order, host, host_io).await?;
             Ok((guest, Some(made)))
         };
@@ -102,11 +108,16 @@ impl Driver {
         Ok((config, role, order))
     }
 
+    fn create_failed(&mut self, id: &str) {
+        self.state.create_failed(id);
+        self.needs.remove(id);
+    }
+
     fn created(&mut self, request: CreateTaskRequest, result: Result<Created>, reply: Reply<u32>) {
         let (guest, made) = match result {
             Ok(created) => created,
             Err(error) => {
-                self.state.create_failed(&request.id);
+                self.create_failed(&request.id);
                 return answer(reply, Err(error));
             }
         };
@@ -150,9 +161,14 @@ impl Driver {
         let spec = self.exec_specs.get(&key).cloned();
         let namespace = self.identity.namespace.clone();
         let stands_in = self.state.stands_in(&key.container);
+        // Between the sandbox's creation and its start its network may have been made.
+        let ledger = (key.is_init() && key.container == self.identity.id).then(|| self.ledger.clone());
         let target = key.clone();
         let starting = guest.clone();
         let work = async move {
+            if let Some(ledger) = ledger {
+                starting.add_links(&ledger).await?;
+            }
             match spec {
                 None if stands_in => Ok(None),
                 None => process::start_init(&starting, &target.container).await.map(|()| None),
@@ -237,6 +253,7 @@ impl Driver {
         self.begin(work, move |driver, ()| {
             driver.forget(&key);
             if key.is_init() {
+                driver.give_back(&key.container);
                 driver.events.publish(&TaskDelete {
                     container_id: key.container.clone(),
                     pid: exit.pid,
@@ -247,6 +264,23 @@ impl Driver {
             }
             answer(reply, Ok(exit));
         });
+    }
+
+    /// The machine shrinks by what a container may no longer use. Nobody waits for it.
+    fn give_back(&mut self, id: &str) {
+        let before = self.sizing();
+        self.needs.remove(id);
+        let after = self.sizing();
+        if let Ok(guest) = self.living_guest()
+            && after != before
+            && !self.state.is_empty()
+        {
+            tokio::spawn(async move {
+                if let Err(error) = guest.resize(after).await {
+                    tracing::warn!(%error, "the virtual machine keeps its size");
+                }
+            });
+        }
     }
 
     /// `Kill`.
@@ -321,15 +355,23 @@ impl Driver {
         answer(reply, result);
     }
 
-    /// `Update`.
-    pub fn update(&mut self, id: String, resources: oci_spec::runtime::LinuxResources, reply: Reply<()>) {
+    /// `Update`: room is made before a limit is raised, and given back after one is lowered.
+    pub fn update(&mut self, id: String, resources: LinuxResources, reply: Reply<()>) {
         if let Err(error) = self.state.task(&id) {
             return answer(reply, Err(error));
         }
-        if self.state.stands_in(&id) {
-            return answer(reply, Ok(()));
-        }
-        self.relay(reply, |guest| async move { process::update(&guest, &id, &resources).await });
+        let before = self.sizing();
+        let is_pod = self.state.stands_in(&id);
+        let need = if is_pod { &mut self.pod.need } else { self.needs.entry(id.clone()).or_default() };
+        *need = need.updated(&resources);
+        let after = self.sizing();
+        self.relay(reply, move |guest| async move {
+            guest.resize(before.max(after)).await?;
+            if !is_pod {
+                process::update(&guest, &id, &resources).await?;
+            }
+            guest.resize(after).await
+        });
     }
 
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.

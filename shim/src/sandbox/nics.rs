@@ -1,0 +1,119 @@
+//! The sandbox's network cards: a NIC for each link of its network namespace, plugged into the machine and set up by the
+//! agent. Links may also come between a container's creation and its start: docker and nerdctl make them then.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_client::protocols::agent::{
+    ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
+};
+use agent_client::{AgentClient, context};
+use tokio::sync::Mutex;
+use vmm::{Device, Net, Vm};
+
+use super::ledger::{Ledger, Resource};
+use crate::error::{Error, IoContext, Result};
+use crate::network::{Endpoint, Netns, Network};
+
+/// How long the agent may take for one of its network calls: a card may have to appear first.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The cards. All steps may be taken again: each concerns only what is new since.
+#[derive(Debug)]
+pub struct Nics {
+    netns: Arc<OwnedFd>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    network: Network,
+    /// Links with a tap, that the guest does not know.
+    wired: Vec<Endpoint>,
+}
+
+impl Nics {
+    /// None yet, in the namespace at `path`, or in an empty one of the sandbox's own.
+    ///
+    /// # Errors
+    /// `INVALID_ARGUMENT`: the path is no network namespace, or the host's.
+    pub async fn new(path: Option<&Path>) -> Result<Nics> {
+        let netns = match path {
+            Some(path) => Netns::open(path)?,
+            None => Netns::create().await?,
+        };
+        let fd = netns.fd().try_clone_to_owned().doing(|| "keep the network namespace open".into())?;
+        let state = State { network: Network::new(netns)?, wired: Vec::new() };
+        Ok(Nics { netns: Arc::new(fd), state: Mutex::new(state) })
+    }
+
+    /// The namespace.
+    pub fn netns(&self) -> Arc<OwnedFd> {
+        self.netns.clone()
+    }
+
+    /// Joins a tap of `queues` queues to each new link.
+    ///
+    /// # Errors
+    /// One line that names the link.
+    pub async fn wire(&self, queues: u32, ledger: &Ledger) -> Result<()> {
+        let mut state = self.state.lock().await;
+        let record = |redirect: &_| ledger.record(&Resource::Redirect(Clone::clone(redirect)));
+        let new = state.network.connect_new(queues, record).await?;
+        state.wired.extend(new);
+        Ok(())
+    }
+
+    /// Plugs a card in for each of them, and gives their paths in the guest.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub async fn plug(&self, vm: &Vm) -> Result<Vec<String>> {
+        let state = self.state.lock().await;
+        let mut paths = Vec::new();
+        for endpoint in &state.wired {
+            let fds = endpoint.clone_fds().doing(|| format!("open the queues of {} again", endpoint.name))?;
+            let mtu = u16::try_from(endpoint.mtu).ok();
+            let card = Net { taps: fds.taps, vhost: fds.vhosts, mac: endpoint.mac, mtu };
+            let attached = vm.attach(Device::Net(card)).await;
+            let attached = attached.map_err(|error| Error::from(error).context(format!("NIC {}", endpoint.name)))?;
+            paths.push(attached.pci_path);
+        }
+        Ok(paths)
+    }
+
+    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `paths` is what [`Nics::plug`]
+    /// gave. From now on the taps live in QEMU alone and go with it.
+    ///
+    /// # Errors
+    /// The agent's own words.
+    pub async fn set_up(&self, agent: &AgentClient, paths: &[String]) -> Result<()> {
+        let mut state = self.state.lock().await;
+        if state.wired.is_empty() {
+            return Ok(());
+        }
+        let call = || context(Some(CALL_DEADLINE));
+        for (endpoint, path) in state.wired.iter().zip(paths) {
+            let interface = Some(endpoint.interface(path)).into();
+            let request = UpdateInterfaceRequest { interface, ..Default::default() };
+            let done = agent.agent.update_interface(call(), &request).await;
+            done.map_err(|error| Error::from(error).context(format!("the guest cannot set up {}", endpoint.name)))?;
+        }
+        let routes = Routes { Routes: state.network.routes().await?, ..Default::default() };
+        if !routes.Routes.is_empty() {
+            let request = UpdateRoutesRequest { routes: Some(routes).into(), ..Default::default() };
+            let done = agent.agent.update_routes(call(), &request).await;
+            done.map_err(|error| Error::from(error).context("the guest cannot set up the pod's routes"))?;
+        }
+        let neighbours = ARPNeighbors { ARPNeighbors: state.network.neighbours().await?, ..Default::default() };
+        if !neighbours.ARPNeighbors.is_empty() {
+            let request = AddARPNeighborsRequest { neighbors: Some(neighbours).into(), ..Default::default() };
+            let done = agent.agent.add_arp_neighbors(call(), &request).await;
+            done.map_err(|error| Error::from(error).context("the guest cannot set up the pod's neighbours"))?;
+        }
+        state.wired.clear();
+        Ok(())
+    }
+}

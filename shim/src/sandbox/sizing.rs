@@ -1,0 +1,164 @@
+//! How large a virtual machine is: what it needs itself, and what the containers in it may use.
+//!
+//! A machine starts with what is known of its pod by then (the sandbox's annotations, or the limits of its first
+//! container), so that most pods are never resized, and follows its containers from there.
+
+use std::collections::BTreeMap;
+
+use oci_spec::runtime::{LinuxResources, Spec};
+
+use crate::config::Config;
+
+/// A limit beyond this is how some clients write "none", in bytes.
+const NO_LIMIT: u64 = 1 << 54;
+
+/// The kernel's default period of CPU quotas, in microseconds.
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// Annotations of containerd's CRI on a pod's sandbox: the sums of its containers' limits.
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// What one container, or a whole pod, may use. Zero is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Need {
+    /// Memory limit in bytes.
+    pub memory: u64,
+    /// CPU time in microseconds …
+    pub quota: u64,
+    /// … of each so many.
+    pub period: u64,
+}
+
+impl Need {
+    /// By the resources of a container's spec.
+    pub fn of_container(spec: &Spec) -> Need {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        resources.map_or_else(Need::default, |resources| Need::default().updated(resources))
+    }
+
+    /// By the annotations of a pod's sandbox.
+    pub fn of_pod(spec: &Spec) -> Need {
+        let annotations = spec.annotations().as_ref();
+        let number = |key| annotations.and_then(|all| all.get(key)).and_then(|text| text.parse().ok()).unwrap_or(0);
+        Need { memory: limit(number(POD_MEMORY)), quota: limit(number(POD_QUOTA)), period: limit(number(POD_PERIOD)) }
+    }
+
+    /// After an update, which may name only a part of it.
+    pub fn updated(self, resources: &LinuxResources) -> Need {
+        let cpu = resources.cpu().as_ref();
+        let new = |given: Option<i64>, old| given.map_or(old, |value| if value == 0 { old } else { limit(value) });
+        Need {
+            memory: new(resources.memory().as_ref().and_then(|memory| memory.limit()), self.memory),
+            quota: new(cpu.and_then(|cpu| cpu.quota()), self.quota),
+            period: cpu.and_then(|cpu| cpu.period()).filter(|period| *period > 0).unwrap_or(self.period),
+        }
+    }
+
+    fn milli_cpus(self) -> u64 {
+        let period = if self.period == 0 { DEFAULT_PERIOD } else { self.period };
+        self.quota.saturating_mul(1000).div_ceil(period)
+    }
+}
+
+fn limit(value: i64) -> u64 {
+    u64::try_from(value).ok().filter(|value| *value < NO_LIMIT).unwrap_or_default()
+}
+
+/// The size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizing {
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+}
+
+impl Sizing {
+    /// The configured size for the machine itself, plus the memory that its containers may use, and as many CPUs as
+    /// their quotas can use. A pod's own sums count where they are more.
+    pub fn of(config: &Config, pod: Need, containers: &BTreeMap<String, Need>) -> Sizing {
+        let memory = containers.values().fold(0_u64, |sum, need| sum.saturating_add(need.memory)).max(pod.memory);
+        let milli_cpus = containers.values().map(|need| need.milli_cpus()).sum::<u64>().max(pod.milli_cpus());
+        let most = u64::from(host_cpus());
+        let vcpus = milli_cpus.div_ceil(1000).max(config.vcpus.into()).min(most);
+        Sizing {
+            memory_mib: (config.memory_mib + memory.div_ceil(1 << 20)).next_multiple_of(2).min(host_memory_mib()),
+            vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus),
+        }
+    }
+
+    /// The larger of both in each respect.
+    pub fn max(self, other: Sizing) -> Sizing {
+        Sizing { memory_mib: self.memory_mib.max(other.memory_mib), vcpus: self.vcpus.max(other.vcpus) }
+    }
+}
+
+/// The most CPUs that make sense.
+pub fn host_cpus() -> u32 {
+    std::thread::available_parallelism().ok().and_then(|count| u32::try_from(count.get()).ok()).unwrap_or(1)
+}
+
+/// The most memory that makes sense, in MiB: what the host has.
+pub fn host_memory_mib() -> u64 {
+    let info = nix::sys::sysinfo::sysinfo();
+    info.map_or(u64::MAX, |info| info.ram_total() >> 20) & !1
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn need(resources: serde_json::Value) -> Need {
+        let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "linux": {"resources": resources}});
+        Need::of_container(&serde_json::from_value(spec).unwrap())
+    }
+
+    fn sizing(pod: Need, containers: &[Need]) -> Sizing {
+        let containers = containers.iter().enumerate().map(|(index, need)| (index.to_string(), *need)).collect();
+        Sizing::of(&Config::default(), pod, &containers)
+    }
+
+    #[test]
+    fn containers_get_their_limits_on_top_of_the_machines_own_need() {
+        let base = Config::default().memory_mib;
+        let none = Need::default();
+        assert_eq!(sizing(none, &[]), Sizing { memory_mib: base, vcpus: 1 });
+        let small = need(json!({"memory": {"limit": 64 << 20}}));
+        assert_eq!(sizing(none, &[small, small]).memory_mib, base + 128);
+        assert_eq!(sizing(Need { memory: 300 << 20, ..none }, &[small, small]).memory_mib, base + 300);
+        for unlimited in [-1, i64::MAX, 0] {
+            assert_eq!(sizing(none, &[need(json!({"memory": {"limit": unlimited}}))]).memory_mib, base);
+        }
+    }
+
+    #[test]
+    fn quotas_add_up_to_cpus_but_never_more_than_the_host_has() {
+        let none = Need::default();
+        let half = need(json!({"cpu": {"quota": 50_000, "period": 100_000}}));
+        assert_eq!(sizing(none, &[half, half]).vcpus, 1);
+        assert_eq!(sizing(none, &[half, half, half]).vcpus, 2.min(host_cpus()));
+        assert_eq!(sizing(none, &[need(json!({"cpu": {"quota": -1}}))]).vcpus, 1);
+        assert_eq!(sizing(none, &[need(json!({"cpu": {"quota": 900_000_000, "period": 0}}))]).vcpus, host_cpus());
+    }
+
+    #[test]
+    fn a_pod_is_as_large_as_its_annotations_say() {
+        let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {
+            POD_MEMORY: "1073741824", POD_QUOTA: "150000", POD_PERIOD: "100000"}});
+        let need = Need::of_pod(&serde_json::from_value(spec).unwrap());
+        assert_eq!(need, Need { memory: 1 << 30, quota: 150_000, period: 100_000 });
+    }
+
+    #[test]
+    fn an_update_of_one_limit_keeps_the_others() {
+        let before = need(json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 5, "period": 10}}));
+        let update = serde_json::from_value(json!({"memory": {"limit": 128 << 20}, "cpu": {}})).unwrap();
+        assert_eq!(before.updated(&update), Need { memory: 128 << 20, ..before });
+        let update = serde_json::from_value(json!({"memory": {"limit": -1}})).unwrap();
+        assert_eq!(before.updated(&update), Need { memory: 0, ..before });
+    }
+}
