@@ -14,8 +14,10 @@ mod identity;
 mod info;
 mod logging;
 mod metrics;
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod network;
+#[allow(dead_code)]
+mod relay;
 mod sandbox;
 mod service;
 mod stdio;
