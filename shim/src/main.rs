@@ -21,6 +21,8 @@ mod relay;
 mod sandbox;
 mod service;
 mod stdio;
+#[allow(dead_code)]
+mod uds;
 
 use std::process::ExitCode;
 
