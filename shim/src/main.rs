@@ -15,6 +15,7 @@ mod info;
 mod logging;
 mod metrics;
 mod network;
+mod relay;
 mod sandbox;
 mod service;
 mod stdio;

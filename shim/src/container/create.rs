@@ -128,12 +128,12 @@ impl Container {
         }
         let mut storages = std::mem::take(&mut self.host.volumes.storages);
         for storage in storages.iter_mut().filter(|storage| storage.driver == UDS_DRIVER) {
-            let port = guest.sockets.port().ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
+            let port = guest.sockets_port.ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
             storage.driver_options = vec![format!("port={port}")];
         }
         for (name, path) in std::mem::take(&mut self.host.volumes.sockets) {
-            self.sockets.push(name.clone());
-            guest.sockets.allow(name, path);
+            guest.sockets.add(&name, &path);
+            self.sockets.push(name);
         }
         let mut rootfs = format!("{}/rootfs", guest_dir(&order.id));
         if let Some(disk) = self.host.disk.clone() {
@@ -213,7 +213,7 @@ impl Container {
     }
 
     async fn unplug(&mut self, guest: &Guest) {
-        self.sockets.drain(..).for_each(|name| guest.sockets.forbid(&name));
+        self.sockets.drain(..).for_each(|name| guest.sockets.remove(&name));
         for id in self.plugged.drain(..) {
             if let Err(error) = guest.vm.detach(&id, DETACH_DEADLINE).await {
                 tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");

@@ -4,9 +4,11 @@
 //! sends everything that comes in on the one out by the other, and the guest gets the link's addresses. So whatever
 //! CNI's plugins do on the host's side of the link keeps working.
 
+mod forward;
 mod netns;
 mod routes;
 mod scan;
+mod sk_lookup;
 mod tap;
 mod tc;
 #[cfg(test)]
@@ -25,6 +27,7 @@ use rtnetlink::{Handle, LinkUnspec};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+pub use forward::Forwarder;
 pub use netns::Netns;
 pub use scan::Address;
 use scan::Link;

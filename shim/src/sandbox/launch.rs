@@ -12,8 +12,8 @@ use agent_client::protocols::agent::{
     AgentDetails, CreateSandboxRequest, GuestDetailsRequest, OnlineCPUMemRequest, Storage,
 };
 use agent_client::{
-    AGENT_PORT, AgentClient, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, GUEST_SHARE, Listener,
-    READY_PARAMETER, READY_PORT, SHARE_TAG, Transport, context,
+    AGENT_PORT, AgentClient, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
+    GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, SHARE_TAG, Transport, UDS_PORT, context,
 };
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
@@ -29,7 +29,9 @@ use crate::config::{Accelerator, Config, VsockDevice as VsockChoice, find_file, 
 use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
 use crate::identity::STATE_ROOT;
-use crate::uds::Sockets;
+use crate::network::Forwarder;
+use crate::relay::Relay;
+use crate::uds::{self, Sockets};
 
 /// A helper or QEMU's monitor is there within this time, or not at all.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -95,8 +97,11 @@ pub struct Guest {
     pub signal_all: bool,
     /// Whether a pod needs no container for its sandbox.
     pub pod: bool,
-    /// Unix sockets of the host that containers may connect to.
+    /// Unix sockets of the host that containers may connect to, and the port that they are dialled on if the agent can.
     pub sockets: Sockets,
+    /// See `sockets`.
+    pub sockets_port: Option<u32>,
+    _relays: (Option<Relay>, Option<Forwarder>),
     nics: Arc<Nics>,
     /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
     size: Mutex<Sizing>,
@@ -378,6 +383,17 @@ async fn boot(
     let details = create_sandbox(&agent, plan).await?;
     let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
     let raw_stdio = has(FEATURE_RAW_STDIO);
+    let sockets = Sockets::default();
+    let (mut relay, mut sockets_port, mut forwarder) = (None, None, None);
+    if has(FEATURE_UDS) {
+        let doing = || "listen for the guest's connections to unix sockets".to_owned();
+        let listener = transport.listen(UDS_PORT).doing(doing)?;
+        sockets_port = Some(listener.port(UDS_PORT).doing(doing)?);
+        relay = Some(uds::serve(listener, sockets.clone()));
+    }
+    if has(FEATURE_PORT_FORWARD) && plan.netns.is_some() {
+        forwarder = nics.forward(&transport).await;
+    }
     tracing::info!(version = details.version, raw_stdio, "guest agent");
     Ok(Guest {
         vm,
@@ -387,7 +403,9 @@ async fn boot(
         seccomp: details.supports_seccomp,
         signal_all: has(FEATURE_SIGNAL_ALL),
         pod: has(FEATURE_POD),
-        sockets: Sockets::default(),
+        sockets,
+        sockets_port,
+        _relays: (relay, forwarder),
         nics: nics.clone(),
         size: Mutex::new(plan.sizing),
         virtiofsd,

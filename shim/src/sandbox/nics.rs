@@ -9,13 +9,13 @@ use std::time::Duration;
 use agent_client::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
-use agent_client::{AgentClient, context};
+use agent_client::{AgentClient, Transport, context};
 use tokio::sync::Mutex;
 use vmm::{Device, Net, Vm};
 
 use super::ledger::{Ledger, Resource};
 use crate::error::{Error, IoContext, Result};
-use crate::network::{Endpoint, Netns, Network};
+use crate::network::{Endpoint, Forwarder, Netns, Network};
 
 /// How long the agent may take for one of its network calls: a card may have to appear first.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -52,6 +52,11 @@ impl Nics {
     /// The namespace.
     pub fn netns(&self) -> Arc<OwnedFd> {
         self.netns.clone()
+    }
+
+    /// Answers on the namespace's loopback for the pod's servers; `None` where the host's kernel cannot.
+    pub async fn forward(&self, transport: &Transport) -> Option<Forwarder> {
+        Forwarder::start(self.state.lock().await.network.netns(), transport)
     }
 
     /// Joins a tap of `queues` queues to each new link.

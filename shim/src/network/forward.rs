@@ -1,0 +1,256 @@
+//! Port forwarding: what connects to loopback in a pod's network namespace on the host reaches the guest's loopback.
+//!
+//! `kubectl port-forward` ends in containerd dialling `localhost:<port>` inside the pod's network namespace, where
+//! nobody listens, because the pod's servers run in the guest. So a listener answers there for every port.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use agent_client::stdio::ACCEPTED;
+use agent_client::{FORWARD_MAGIC, FORWARD_PORT, Stream, Transport};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::netns::Netns;
+use super::sk_lookup;
+use crate::relay::{Relay, serve};
+
+/// How long the agent may take to connect to the port in the guest.
+const DIAL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Forwards as long as it lives.
+#[derive(Debug)]
+pub struct Forwarder {
+    /// Attached while it is open.
+    _program: OwnedFd,
+    _relays: Vec<Relay>,
+}
+
+impl Forwarder {
+    /// Begins to answer on the loopback addresses of a namespace. The guest's agent must have
+    /// [`agent_client::FEATURE_PORT_FORWARD`]. On a host that cannot do it there is no forwarding, and a warning.
+    pub fn start(netns: &Netns, transport: &Transport) -> Option<Forwarder> {
+        match start(netns, transport) {
+            Ok(forwarder) => Some(forwarder),
+            Err(error) => {
+                tracing::warn!(%error, "no port forwarding to this pod: it needs Linux 5.9 with BPF");
+                None
+            }
+        }
+    }
+}
+
+fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
+    let (v4, v6) = netns.run(|| {
+        let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        // A namespace may have no IPv6.
+        Ok((v4, TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).ok()))
+    })?;
+    let program = sk_lookup::attach(netns.fd(), v4.as_fd(), v6.as_ref().map(AsFd::as_fd))?;
+    let mut relays = Vec::new();
+    for listener in [Some(v4), v6].into_iter().flatten() {
+        listener.set_nonblocking(true)?;
+        let transport = transport.clone();
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        relays.push(serve(listener, move |connection| forward(connection, transport.clone())));
+    }
+    Ok(Forwarder { _program: program, _relays: relays })
+}
+
+async fn forward(mut connection: TcpStream, transport: Transport) {
+    if let Err(error) = join(&mut connection, &transport).await {
+        tracing::debug!(%error, "a forwarded connection broke");
+        // The client sees a reset, as it would from the port itself.
+        let _ = connection.set_zero_linger();
+    }
+}
+
+async fn join(connection: &mut TcpStream, transport: &Transport) -> io::Result<()> {
+    // The port that the client asked for, not the listener's.
+    let port = connection.local_addr()?.port();
+    let refused = || io::Error::new(io::ErrorKind::TimedOut, format!("the guest did not answer for port {port}"));
+    let mut guest = timeout(DIAL_DEADLINE, dial(transport, port)).await.map_err(|_| refused())??;
+    connection.set_nodelay(true)?;
+    copy_bidirectional(connection, &mut guest).await.map(|_| ())
+}
+
+async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
+    let mut guest = transport.dial(FORWARD_PORT, DIAL_DEADLINE).await?;
+    guest.write_all(format!("{FORWARD_MAGIC} {port}\n").as_bytes()).await?;
+    match guest.read_u8().await {
+        Ok(ACCEPTED) => Ok(guest),
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+        _ => {
+            Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("nobody listens on port {port} in the guest")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::net::{IpAddr, SocketAddr};
+
+    use tempfile::TempDir;
+    use tokio::io::{AsyncBufReadExt, BufReader};
+    use tokio::net::UnixListener;
+    use tokio::task::JoinHandle;
+
+    use super::*;
+
+    const REFUSED: u16 = 81;
+    const DEADLINE: Duration = Duration::from_secs(5);
+
+    /// A guest whose ports all answer with their number and then echo, but for [`REFUSED`].
+    struct Guest {
+        transport: Transport,
+        task: JoinHandle<()>,
+        _dir: TempDir,
+    }
+
+    impl Guest {
+        fn new() -> Guest {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("agent");
+            let listener = UnixListener::bind(format!("{}_{FORWARD_PORT}", path.display())).unwrap();
+            let task = tokio::spawn(async move {
+                loop {
+                    let (stream, _) = listener.accept().await.unwrap();
+                    tokio::spawn(async move {
+                        let mut stream = BufReader::new(stream);
+                        let mut line = String::new();
+                        stream.read_line(&mut line).await.unwrap();
+                        let port = line.trim_end().strip_prefix("cofferdam-forward/1 ").unwrap().to_owned();
+                        if port == REFUSED.to_string() {
+                            return;
+                        }
+                        stream.write_all(format!("+{port}:").as_bytes()).await.unwrap();
+                        let mut all = Vec::new();
+                        // A server that answers only what is complete: it needs the client's half-close.
+                        if stream.read_to_end(&mut all).await.is_ok() {
+                            let _ = stream.write_all(&all).await;
+                        }
+                    });
+                }
+            });
+            Guest { transport: Transport::Unix { path }, task, _dir: dir }
+        }
+    }
+
+    impl Drop for Guest {
+        fn drop(&mut self) {
+            self.task.abort();
+        }
+    }
+
+    fn connect(netns: &Netns, to: impl Into<SocketAddr>) -> io::Result<TcpStream> {
+        let to = to.into();
+        let stream = netns.run(|| std::net::TcpStream::connect_timeout(&to, DEADLINE))?;
+        stream.set_nonblocking(true)?;
+        TcpStream::from_std(stream)
+    }
+
+    async fn exchange(mut stream: TcpStream, request: &[u8]) -> io::Result<Vec<u8>> {
+        let mut answer = Vec::new();
+        timeout(DEADLINE, async {
+            stream.write_all(request).await?;
+            stream.shutdown().await?;
+            stream.read_to_end(&mut answer).await
+        })
+        .await
+        .unwrap()?;
+        Ok(answer)
+    }
+
+    #[tokio::test]
+    async fn any_port_of_any_loopback_address_reaches_the_guest() {
+        let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
+        let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
+        for ip in ["127.0.0.1", "127.9.8.7", "::1"] {
+            let ip: IpAddr = ip.parse().unwrap();
+            for port in [1, 80, 8080, 65535] {
+                let answer = exchange(connect(&netns, (ip, port)).unwrap(), b"hello").await.unwrap();
+                assert_eq!(String::from_utf8(answer).unwrap(), format!("{port}:hello"), "{ip}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_that_nobody_serves_resets_the_connection() {
+        let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
+        let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
+        for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
+            let mut stream = connect(&netns, (ip, REFUSED)).unwrap();
+            let error = timeout(DEADLINE, stream.read(&mut [0; 8])).await.unwrap().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+    }
+
+    #[tokio::test]
+    async fn other_addresses_of_the_namespace_are_left_alone() {
+        let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
+        let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
+        let mut add = std::process::Command::new("ip");
+        add.args(["address", "add", "10.1.1.1/32", "dev", "lo"]);
+        assert!(netns.run(|| add.status()).unwrap().success());
+        let own: IpAddr = "10.1.1.1".parse().unwrap();
+
+        assert_eq!(connect(&netns, (own, 80)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        let listener = netns.run(|| TcpListener::bind((own, 80))).unwrap();
+        let _stream = connect(&netns, (own, 80)).unwrap();
+        listener.accept().unwrap();
+        // And so is the host.
+        let held = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = held.local_addr().unwrap().port();
+        drop(held);
+        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
+    }
+
+    #[tokio::test]
+    async fn fifty_connections_at_once_each_get_their_own_bytes() {
+        let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
+        let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
+        let mut exchanges = Vec::new();
+        for port in 1000..1050_u16 {
+            let stream = connect(&netns, (Ipv4Addr::LOCALHOST, port)).unwrap();
+            let request = vec![port as u8; 300_000];
+            exchanges.push(tokio::spawn(async move { (port, exchange(stream, &request).await.unwrap()) }));
+        }
+        let mut seen = HashSet::new();
+        for exchange in exchanges {
+            let (port, answer) = exchange.await.unwrap();
+            assert_eq!(answer, [format!("{port}:").as_bytes(), &vec![port as u8; 300_000]].concat());
+            seen.insert(port);
+        }
+        assert_eq!(seen.len(), 50);
+    }
+
+    #[tokio::test]
+    async fn everything_ends_with_the_forwarder() {
+        let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
+        let forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
+        let mut stream = connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap();
+        let mut greeting = [0; 3];
+        timeout(DEADLINE, stream.read_exact(&mut greeting)).await.unwrap().unwrap();
+
+        drop(forwarder);
+
+        let rest = timeout(DEADLINE, stream.read(&mut greeting)).await.unwrap();
+        assert!(matches!(rest, Ok(0) | Err(_)), "{rest:?}");
+        let error = connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_gone_resets_the_connection() {
+        let netns = Netns::create().await.unwrap();
+        let transport = Transport::Unix { path: "/nonexistent/agent".into() };
+        let _forwarder = Forwarder::start(&netns, &transport).unwrap();
+        let mut stream = connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap();
+        let error = timeout(DEADLINE, stream.read(&mut [0; 8])).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+}

@@ -1,0 +1,76 @@
+//! A listener whose connections are each joined to another one: the loop that accepts, bounded, and its end.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use agent_client::Listener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::sleep;
+
+/// Connections at a time. The next wait in the listener's backlog.
+const MAX_CONNECTIONS: usize = 256;
+
+/// How long to wait when the process is out of descriptors: each of its connections that ends gives two back.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Something that connections come from.
+pub trait Accept: Send + Sync + 'static {
+    /// One connection.
+    type Connection: Send;
+
+    /// The next connection.
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Connection>> + Send;
+}
+
+impl Accept for TcpListener {
+    type Connection = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        Ok(TcpListener::accept(self).await?.0)
+    }
+}
+
+impl Accept for Listener {
+    type Connection = agent_client::Stream;
+
+    async fn accept(&self) -> io::Result<agent_client::Stream> {
+        Listener::accept(self).await
+    }
+}
+
+/// The listener and its connections; all of them end with this.
+#[derive(Debug)]
+pub struct Relay(JoinHandle<()>);
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Gives each connection of `listener` to `join`.
+pub fn serve<A, F>(listener: A, join: impl Fn(A::Connection) -> F + Send + 'static) -> Relay
+where
+    A: Accept,
+    F: Future<Output = ()> + Send + 'static,
+{
+    Relay(tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                    Ok(connection) => {
+                        connections.spawn(join(connection));
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "cannot accept a connection");
+                        sleep(PAUSE).await;
+                    }
+                },
+                Some(_) = connections.join_next() => {}
+            }
+        }
+    }))
+}
