@@ -3,6 +3,7 @@
 pub mod create;
 mod devices;
 pub mod exit_file;
+pub mod hooks;
 pub mod pod;
 mod rootfs;
 pub mod shares;

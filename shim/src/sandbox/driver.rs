@@ -22,6 +22,7 @@ use super::{mounts, process};
 use crate::config::Config;
 use crate::container::create::Container;
 use crate::container::exit_file::{self, Exit};
+use crate::container::hooks::HostHooks;
 use crate::container::shares::Shares;
 use crate::container::volumes::tmpfs_size;
 use crate::error::{Error, Result};
@@ -103,6 +104,7 @@ pub struct Driver {
     pub(super) pod: Pod,
     pub(super) needs: BTreeMap<String, Need>,
     pub(super) config: Config,
+    pub(super) hooks: HashMap<String, HostHooks>,
     pub(super) handle: Handle,
     pub(super) launching: Option<Launching>,
     pub(super) guest: Option<Arc<Guest>>,
@@ -134,6 +136,7 @@ impl Driver {
             pod: Pod::default(),
             needs: BTreeMap::new(),
             config: Config::default(),
+            hooks: HashMap::new(),
             handle: handle.clone(),
             launching: None,
             guest: None,

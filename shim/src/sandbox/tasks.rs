@@ -20,6 +20,7 @@ use super::state::{Io, Key};
 use crate::config::Config;
 use crate::container::create::{Container, Host, Order, in_guest};
 use crate::container::exit_file::Exit;
+use crate::container::hooks::{HostHooks, Moment};
 use crate::container::pod::{self, Role};
 use crate::container::spec;
 use crate::error::{Error, Result};
@@ -60,12 +61,15 @@ impl Driver {
             }
         };
         let size = self.sizing();
+        let hooks = HostHooks::of(&order.spec, &request.id, &request.bundle);
+        self.hooks.insert(request.id.clone(), hooks.clone());
         let (namespace, share, shares) =
             (self.identity.namespace.clone(), share_dir(self.ledger.dir()), self.shares.clone());
         let work = async move {
             if role == Role::Sandbox {
                 let guest = launching.clone().await?;
                 if guest.pod {
+                    hooks.run(Moment::Create, guest.vm.identity().pid).await?;
                     return Ok((guest, None));
                 }
             }
@@ -78,6 +82,7 @@ impl Driver {
             let (order, host) = host.await.map_err(|error| Error::internal(error.to_string()))??;
             let guest = launching.await?;
             guest.resize(size).await.map_err(|error| error.context("cannot make room for the container"))?;
+            hooks.run(Moment::Create, guest.vm.identity().pid).await?;
             let made = in_guest(&guest, &order, host, host_io).await?;
             Ok((guest, Some(made)))
         };
@@ -111,6 +116,7 @@ impl Driver {
     fn create_failed(&mut self, id: &str) {
         self.state.create_failed(id);
         self.needs.remove(id);
+        self.hooks.remove(id);
     }
 
     fn created(&mut self, request: CreateTaskRequest, result: Result<Created>, reply: Reply<u32>) {
@@ -205,6 +211,7 @@ impl Driver {
         };
         let container_id = key.container.clone();
         if key.is_init() {
+            self.run_hooks(&key.container, Moment::Started);
             self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
         } else {
             let exec_id = key.exec.clone();
@@ -254,6 +261,8 @@ impl Driver {
             driver.forget(&key);
             if key.is_init() {
                 driver.give_back(&key.container);
+                driver.run_hooks(&key.container, Moment::Deleted);
+                driver.hooks.remove(&key.container);
                 driver.events.publish(&TaskDelete {
                     container_id: key.container.clone(),
                     pid: exit.pid,
@@ -264,6 +273,13 @@ impl Driver {
             }
             answer(reply, Ok(exit));
         });
+    }
+
+    /// Nobody waits for hooks that can change nothing any more.
+    fn run_hooks(&self, id: &str, moment: Moment) {
+        let (Some(hooks), Some(guest)) = (self.hooks.get(id).cloned(), self.guest.as_ref()) else { return };
+        let pid = guest.vm.identity().pid;
+        tokio::spawn(async move { hooks.run(moment, pid).await });
     }
 
     /// The machine shrinks by what a container may no longer use. Nobody waits for it.
