@@ -27,6 +27,9 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long the kernel may take to end a process after SIGKILL; longer means that it hangs in a driver.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Between two looks whether a device is still there.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// A QEMU process that nobody has spoken to yet. Dropping it kills it.
 #[derive(Debug)]
 pub struct Starting {
@@ -105,6 +108,7 @@ impl Vm {
             max_vcpus: config.max_vcpus,
             memory_mib: config.memory_mib,
             max_memory_mib: config.max_memory_mib,
+            vcpus_can_go: config.accel.kvm,
         };
         Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status, limits })
     }
@@ -173,17 +177,18 @@ impl Vm {
         }
         let until = Instant::now() + timeout;
         let refused = loop {
-            match timeout_at(until, events.recv()).await {
+            match timeout_at(until.min(Instant::now() + LOOK_AGAIN), events.recv()).await {
                 Ok(Ok(event)) if event.is_about("DEVICE_DELETED", id) => return Ok(()),
                 Ok(Ok(event)) if event.is_about("DEVICE_UNPLUG_GUEST_ERROR", id) => break true,
                 Ok(Ok(_)) => {}
-                // Some events were missed: this one may be among them.
-                Ok(Err(RecvError::Lagged(_))) => {
+                Ok(Err(RecvError::Closed)) => break false,
+                Err(_) if Instant::now() >= until => break false,
+                // Some events were missed and this one may be among them, or QEMU sends none, as for an emulated CPU.
+                Ok(Err(RecvError::Lagged(_))) | Err(_) => {
                     if !devices::exists(&self.qmp, id).await? {
                         return Ok(());
                     }
                 }
-                Ok(Err(RecvError::Closed)) | Err(_) => break false,
             }
         };
         // An event is a hint, a query is the truth.

@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn room_to_grow_is_made_only_where_it_is_wanted() {
         let fixed = config();
-        assert!(!line(&fixed).contains("max"), "{}", line(&fixed));
+        assert!(!["maxcpus", "maxmem", "memory_hotplug"].iter().any(|part| line(&fixed).contains(part)));
         let grows = MachineConfig { max_vcpus: 8, max_memory_mib: 1000, ..fixed.clone() };
         let line = line(&grows);
         // 744 MiB more, in whole sections of 128.

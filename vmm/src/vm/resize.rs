@@ -27,11 +27,14 @@ pub(super) struct Limits {
     pub max_vcpus: u32,
     pub memory_mib: u64,
     pub max_memory_mib: u64,
+    /// Whether CPUs can go again. Not emulated ones: QEMU 7.2 keeps what it had for each of them and has room for no
+    /// more than the most there can be at once, so the next ones that come corrupt its memory.
+    pub vcpus_can_go: bool,
 }
 
 impl Vm {
     /// Brings the number of virtual CPUs as near to `wanted` as it can: never more than the machine was made for, never
-    /// less than it began with, and only those leave that the running guest lets go. Returns how many there are now. The
+    /// less than it began with, and only those leave that the running guest lets go, under emulation none. Returns how many there are now. The
     /// guest sees added CPUs as offline until somebody in it sets them online.
     ///
     /// # Errors
@@ -53,14 +56,16 @@ impl Vm {
                 count += 1;
             }
             let added = |cpu: &HotpluggableCpu| cpu.qom_path.as_deref()?.strip_prefix(CPU)?.parse::<u32>().ok();
-            let mut added: Vec<u32> = present.iter().filter_map(added).collect();
+            let removable = present.iter().filter(|_| self.limits.vcpus_can_go);
+            let mut added: Vec<u32> = removable.filter_map(added).collect();
             added.sort_unstable();
             while count > wanted
                 && let Some(last) = added.pop()
             {
                 match self.unplug(&format!("cpu{last}"), until.saturating_duration_since(Instant::now())).await {
                     Ok(()) => count -= 1,
-                    Err(error @ (Error::Deadline { .. } | Error::Unsupported(_))) => {
+                    // Refused by the guest, or by QEMU while the guest has not come so far that it could be asked.
+                    Err(error @ (Error::Deadline { .. } | Error::Unsupported(_) | Error::Refused { .. })) => {
                         tracing::warn!(%error, wanted, "the guest keeps more CPUs than wanted");
                         break;
                     }
