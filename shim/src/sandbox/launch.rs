@@ -17,7 +17,7 @@ use agent_client::{
 };
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::{Attached, Block, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
@@ -41,6 +41,9 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// One attempt to reach an agent that does not say when it is ready.
 const DIAL_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Before an agent that is there is dialled again.
+const REDIAL_PAUSE: Duration = Duration::from_millis(5);
 
 /// Between two attempts.
 const DIAL_INTERVAL: Duration = Duration::from_millis(50);
@@ -424,7 +427,17 @@ async fn reach_agent(transport: &Transport, ready: &Listener, vm: &Vm, vsock: &s
                 .await
                 .map_err(|_| Error::deadline("the guest's ready notice is incomplete"))?
                 .doing(doing)?;
-            transport.dial(AGENT_PORT, CALL_DEADLINE).await.doing(doing)
+            // vhost-device-vsock now and then drops a first connection.
+            let end = Instant::now() + CALL_DEADLINE;
+            loop {
+                match transport.dial(AGENT_PORT, CALL_DEADLINE).await {
+                    Err(error) if Instant::now() < end => {
+                        tracing::debug!(%error, "dialling the agent again");
+                        sleep(REDIAL_PAUSE).await;
+                    }
+                    result => return result.doing(doing),
+                }
+            }
         }
         stream = dial_silent_agent(transport, vm, vsock) => stream,
     }
