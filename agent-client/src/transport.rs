@@ -1,6 +1,7 @@
 //! How bytes reach the guest: kernel vsock, or a unix socket of a user space vsock device ("hybrid").
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -177,6 +178,15 @@ impl Drop for Listener {
     fn drop(&mut self) {
         if let Listener::Unix { path, .. } = self {
             let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Stream::Unix(stream) => stream.as_raw_fd(),
+            Stream::Vsock(stream) => stream.as_raw_fd(),
         }
     }
 }

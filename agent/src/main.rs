@@ -7,18 +7,24 @@ mod boot;
 mod cgroup;
 mod container;
 mod error;
+mod forward;
 mod guest;
 mod log;
+mod netlink;
+mod network;
 mod oom;
+mod pci;
 mod privileged;
 mod process;
 mod ready;
 mod reaper;
+mod relay;
 mod sandbox;
 mod server;
 mod stats;
 mod stdio;
 mod storage;
+mod uds;
 
 use std::io;
 use std::path::PathBuf;
@@ -26,7 +32,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agent_client::{AGENT_PORT, Listener, STDIO_PORT};
+use agent_client::{AGENT_PORT, FORWARD_PORT, Listener, STDIO_PORT, Transport};
 use tokio::sync::Notify;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
@@ -78,9 +84,9 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     let init = listen.is_none();
     // A process binds first: afterwards it no longer sees the host's /run.
     let sockets = listen.as_deref().map(|path| -> io::Result<_> {
-        let stdio = format!("{}_{STDIO_PORT}", path.display()).into();
-        let stdio = unix(stdio)?;
-        Ok((unix(path.to_owned())?, stdio))
+        let port = |port| unix(format!("{}_{port}", path.display()).into());
+        let (stdio, forward) = (port(STDIO_PORT)?, port(FORWARD_PORT)?);
+        Ok((unix(path.to_owned())?, stdio, Some(forward)))
     });
     let sockets = sockets.transpose().what(|| "listen".into())?;
     let (parameters, cgroups) = if init {
@@ -89,9 +95,9 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         (boot::Parameters::parse(""), boot::isolate()?)
     };
     let reaper = reaper::Reaper::start()?;
-    let (agent, stdio) = match sockets {
+    let (agent, stdio, forward) = match sockets {
         Some(sockets) => sockets,
-        None => (vsock(AGENT_PORT)?, vsock(STDIO_PORT)?),
+        None => (vsock(AGENT_PORT)?, vsock(STDIO_PORT)?, None),
     };
     if let Some(port) = parameters.ready_port {
         // What connects from now on waits in the sockets' queues, and the host needs a moment to do so: the rest is
@@ -99,7 +105,11 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         let notice = tokio::spawn(ready::tell(port));
         let _ = tokio::time::timeout(HEAD_START, notice).await;
     }
-    let sandbox = sandbox::Sandbox::new(PathBuf::from(&cgroups), parameters.hotplug_timeout, reaper);
+    let host = match listen {
+        Some(path) => Transport::Unix { path },
+        None => Transport::Vsock { cid: VMADDR_CID_HOST },
+    };
+    let sandbox = sandbox::Sandbox::new(PathBuf::from(&cgroups), parameters.hotplug_timeout, host, reaper);
     let over = Arc::new(Notify::new());
     tokio::spawn(stdio::serve(stdio, sandbox.clone()));
     let mut server = ttrpc::r#async::Server::new().add_listener(incoming(agent)).register_service(server::services(
@@ -111,6 +121,9 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     if init {
         boot::settle();
     }
+    // The host asks for ports only once it knows what this agent can do, and the answer to that comes after this.
+    let forward = forward.map_or_else(|| vsock(FORWARD_PORT), Ok)?;
+    tokio::spawn(forward::serve(forward));
     log!("ready");
     over.notified().await;
     // The answer to the call that ended the sandbox must get out.

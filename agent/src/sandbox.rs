@@ -11,7 +11,7 @@ use std::time::Duration;
 use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
-use agent_client::{POD_PID_PATH, Stream};
+use agent_client::{POD_PID_PATH, Stream, Transport};
 
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
@@ -33,7 +33,9 @@ pub struct Sandbox {
     /// Where containers' cgroups go.
     cgroups: PathBuf,
     /// How long a hot-plugged device may take to appear.
-    hotplug_timeout: Duration,
+    pub hotplug_timeout: Duration,
+    /// The way to the host.
+    host: Transport,
     reaper: Reaper,
     /// OOM kills that nobody has fetched yet.
     pub oom: Arc<oom::Queue>,
@@ -66,10 +68,11 @@ impl Drop for Busy<'_> {
 
 impl Sandbox {
     /// A sandbox without anything in it.
-    pub fn new(cgroups: PathBuf, hotplug_timeout: Duration, reaper: Reaper) -> Arc<Sandbox> {
+    pub fn new(cgroups: PathBuf, hotplug_timeout: Duration, host: Transport, reaper: Reaper) -> Arc<Sandbox> {
         Arc::new(Sandbox {
             cgroups,
             hotplug_timeout,
+            host,
             reaper,
             oom: Arc::default(),
             state: Mutex::default(),
@@ -117,11 +120,11 @@ impl Sandbox {
     }
 
     async fn mount(&self, storage: &Storage) -> Result<()> {
-        if lock(&self.state).storages.reuse(&storage.mount_point) {
+        if lock(&self.state).storages.reuse(storage) {
             return Ok(());
         }
-        let mounted = mount_storage(storage, self.hotplug_timeout).await?;
-        lock(&self.state).storages.add(storage, mounted);
+        let made = mount_storage(storage, self.hotplug_timeout, &self.host).await?;
+        lock(&self.state).storages.add(storage, made);
         Ok(())
     }
 

@@ -7,10 +7,14 @@ use std::sync::Arc;
 
 use agent_client::protocols::agent as api;
 use agent_client::protocols::agent_ttrpc::{AgentService, create_agent_service};
+use agent_client::protocols::csi;
 use agent_client::protocols::health as health_api;
 use agent_client::protocols::health_ttrpc::{Health, create_health};
+use agent_client::protocols::types;
 use agent_client::stdio::Channel;
-use agent_client::{ALL_PROCESSES, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL};
+use agent_client::{
+    ALL_PROCESSES, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
+};
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -18,15 +22,21 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::error::{Error, Result, What};
 use crate::guest;
+use crate::network;
 use crate::sandbox::Sandbox;
 use crate::stats;
-use crate::storage::DRIVERS;
+use crate::storage::{DRIVERS, volume_usage};
 
 /// Version of the protocol, which Kata's agent calls its API version.
 const API_VERSION: &str = "0.0.1";
 
+/// What GetGuestDetails announces beside the version.
+const FEATURES: [&str; 6] =
+    ["seccomp", FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_PORT_FORWARD, FEATURE_UDS, FEATURE_POD];
+
 /// What is answered; every other method of the service is UNIMPLEMENTED.
-const METHODS: [&str; 22] = [
+const METHODS: [&str; 28] = [
+    "AddARPNeighbors",
     "CloseStdin",
     "CreateContainer",
     "CreateSandbox",
@@ -34,6 +44,9 @@ const METHODS: [&str; 22] = [
     "ExecProcess",
     "GetGuestDetails",
     "GetOOMEvent",
+    "GetVolumeStats",
+    "ListInterfaces",
+    "ListRoutes",
     "OnlineCPUMem",
     "PauseContainer",
     "ReadStderr",
@@ -47,6 +60,8 @@ const METHODS: [&str; 22] = [
     "StatsContainer",
     "TtyWinResize",
     "UpdateContainer",
+    "UpdateInterface",
+    "UpdateRoutes",
     "WaitProcess",
     "WriteStdin",
 ];
@@ -219,7 +234,7 @@ impl AgentService for Agent {
             init_daemon: self.init,
             storage_handlers: DRIVERS.map(str::to_owned).into(),
             supports_seccomp: true,
-            extra_features: ["seccomp", FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL].map(str::to_owned).into(),
+            extra_features: FEATURES.map(str::to_owned).into(),
             ..Default::default()
         };
         let mut response = api::GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() };
@@ -231,6 +246,43 @@ impl AgentService for Agent {
             response.support_mem_hotplug_probe = fs::exists("/sys/devices/system/memory/probe").unwrap_or(false);
         }
         Ok(response)
+    }
+
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        mut request: api::UpdateInterfaceRequest,
+    ) -> Reply<types::Interface> {
+        let timeout = self.sandbox.hotplug_timeout;
+        let interface = request.interface.take();
+        let interface = interface.ok_or_else(|| Error::Invalid("the request has no interface".into()))?;
+        finish(async move { network::update_interface(&interface, timeout).await.map(|()| interface) }).await
+    }
+
+    async fn update_routes(&self, _: &TtrpcContext, request: api::UpdateRoutesRequest) -> Reply<api::Routes> {
+        network::update_routes(request.routes.get_or_default())?;
+        Ok(network::list_routes()?)
+    }
+
+    async fn list_interfaces(&self, _: &TtrpcContext, _: api::ListInterfacesRequest) -> Reply<api::Interfaces> {
+        Ok(network::list_interfaces()?)
+    }
+
+    async fn list_routes(&self, _: &TtrpcContext, _: api::ListRoutesRequest) -> Reply<api::Routes> {
+        Ok(network::list_routes()?)
+    }
+
+    async fn add_arp_neighbors(&self, _: &TtrpcContext, request: api::AddARPNeighborsRequest) -> Reply<Empty> {
+        network::add_neighbours(request.neighbors.get_or_default())?;
+        Ok(Empty::new())
+    }
+
+    async fn get_volume_stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::VolumeStatsRequest,
+    ) -> Reply<csi::VolumeStatsResponse> {
+        Ok(volume_usage(&request.volume_guest_path)?)
     }
 
     async fn online_cpu_mem(&self, _: &TtrpcContext, request: api::OnlineCPUMemRequest) -> Reply<Empty> {

@@ -7,18 +7,21 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use agent_client::protocols::agent::Storage;
+use agent_client::protocols::csi::volume_usage::Unit;
+use agent_client::protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage};
+use agent_client::{Transport, UDS_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statvfs::statvfs;
 use tokio::time::{Instant, sleep};
 
 use crate::container::Options;
 use crate::error::{Error, Result, What};
 use crate::log::log;
+use crate::pci::{self, POLL};
+use crate::uds;
 
 /// Storage drivers, as GetGuestDetails lists them.
-pub const DRIVERS: [&str; 5] = ["blk", "ephemeral", "local", "overlayfs", "virtio-fs"];
-
-/// How often sysfs is looked at for a device that has not come yet.
-const POLL: Duration = Duration::from_millis(5);
+pub const DRIVERS: [&str; 6] = ["blk", UDS_DRIVER, "ephemeral", "local", "overlayfs", "virtio-fs"];
 
 /// Mounted storages.
 #[derive(Debug, Default)]
@@ -27,30 +30,48 @@ pub struct Storages(HashMap<String, Entry>);
 #[derive(Debug)]
 struct Entry {
     users: usize,
-    mounted: bool,
+    made: Made,
     /// Stays until the sandbox goes.
     shared: bool,
 }
 
+/// What a storage needs when it goes.
+#[derive(Debug)]
+pub enum Made {
+    /// Nothing: files that stay.
+    Files,
+    /// To be unmounted.
+    Mount,
+    /// To be dropped.
+    Socket(uds::Socket),
+}
+
 impl Storages {
     /// Counts one more user of a storage that is there. False means that it must be mounted first.
-    pub fn reuse(&mut self, mount_point: &str) -> bool {
-        self.0.get_mut(mount_point).map(|entry| entry.users += 1).is_some()
+    pub fn reuse(&mut self, storage: &Storage) -> bool {
+        let entry = self.0.get_mut(&storage.mount_point);
+        entry
+            .map(|entry| {
+                entry.users += 1;
+                entry.shared |= storage.shared;
+            })
+            .is_some()
     }
 
     /// Notes a storage that [`mount_storage`] has made, for its first user.
-    pub fn add(&mut self, storage: &Storage, mounted: bool) {
-        self.0.insert(storage.mount_point.clone(), Entry { users: 1, mounted, shared: storage.shared });
+    pub fn add(&mut self, storage: &Storage, made: Made) {
+        self.0.insert(storage.mount_point.clone(), Entry { users: 1, made, shared: storage.shared });
     }
 
     /// One user less; the last one unmounts.
     pub fn release(&mut self, mount_point: &str) {
         let Some(entry) = self.0.get_mut(mount_point) else { return };
         entry.users = entry.users.saturating_sub(1);
-        if entry.users == 0 && !entry.shared {
-            let mounted = entry.mounted;
-            self.0.remove(mount_point);
-            undo(mount_point, mounted);
+        if entry.users == 0
+            && !entry.shared
+            && let Some(entry) = self.0.remove(mount_point)
+        {
+            undo(mount_point, entry.made);
         }
     }
 
@@ -60,22 +81,28 @@ impl Storages {
         let mut all: Vec<(String, Entry)> = self.0.drain().collect();
         all.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
         for (path, entry) in all {
-            undo(&path, entry.mounted);
+            undo(&path, entry.made);
         }
     }
 }
 
-fn undo(mount_point: &str, mounted: bool) {
-    if mounted && let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
-        log!("unmount {mount_point}: {error}");
+fn undo(mount_point: &str, made: Made) {
+    match made {
+        Made::Files => {}
+        Made::Mount => {
+            if let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
+                log!("unmount {mount_point}: {error}");
+            }
+        }
+        Made::Socket(socket) => drop(socket),
     }
 }
 
-/// Makes a storage. The answer says whether there is something to unmount.
+/// Makes a storage. `host` is the way to what the guest reaches of its host. The answer says what is to be undone.
 ///
 /// # Errors
 /// An unknown driver, a device that does not come in time, a failed mount.
-pub async fn mount_storage(storage: &Storage, device_deadline: Duration) -> Result<bool> {
+pub async fn mount_storage(storage: &Storage, device_deadline: Duration, host: &Transport) -> Result<Made> {
     let Storage { driver, mount_point, .. } = storage;
     let plain =
         Path::new(mount_point).components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
@@ -86,17 +113,18 @@ pub async fn mount_storage(storage: &Storage, device_deadline: Duration) -> Resu
         return Err(Error::Invalid(format!("fs_group of storage {mount_point} is not supported")));
     }
     match driver.as_str() {
-        "local" => local(storage).map(|()| false),
-        "ephemeral" => ephemeral(storage).map(|()| true),
-        "virtio-fs" => share(storage, device_deadline).await.map(|()| true),
-        "overlayfs" => overlay(storage).map(|()| true),
+        "local" => local(storage).map(|()| Made::Files),
+        "ephemeral" => ephemeral(storage).map(|()| Made::Mount),
+        "virtio-fs" => share(storage, device_deadline).await.map(|()| Made::Mount),
+        UDS_DRIVER => uds::listen(storage, host.clone()).map(Made::Socket),
+        "overlayfs" => overlay(storage).map(|()| Made::Mount),
         "blk" => {
             let device = if storage.source.starts_with("/dev/") {
                 storage.source.clone()
             } else {
                 block_device(&storage.source, device_deadline).await?
             };
-            plain_mount(storage, &device, &storage.options).map(|()| true)
+            plain_mount(storage, &device, &storage.options).map(|()| Made::Mount)
         }
         other => Err(Error::Invalid(format!("unknown storage driver {other:?} for {mount_point}"))),
     }
@@ -235,86 +263,43 @@ fn overlay(storage: &Storage) -> Result<()> {
     plain_mount(storage, &storage.source, &options)
 }
 
+/// Bytes and inodes of the file system at `path`.
+///
+/// # Errors
+/// A path that does not exist.
+pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
+    let stat = statvfs(path).what(|| format!("stat file system of {path}"))?;
+    let usage = |total: u64, free: u64, available: u64, each: u64, unit: Unit| VolumeUsage {
+        available: available.saturating_mul(each),
+        total: total.saturating_mul(each),
+        used: total.saturating_sub(free).saturating_mul(each),
+        unit: unit.into(),
+        ..Default::default()
+    };
+    let bytes = usage(stat.blocks(), stat.blocks_free(), stat.blocks_available(), stat.fragment_size(), Unit::BYTES);
+    let inodes = usage(stat.files(), stat.files_free(), stat.files_available(), 1, Unit::INODES);
+    Ok(VolumeStatsResponse {
+        usage: vec![bytes, inodes],
+        volume_condition: Some(VolumeCondition::default()).into(),
+        ..Default::default()
+    })
+}
+
 /// The node of the virtio-blk device at a PCI path such as `02/01`, once it is there.
 ///
 /// # Errors
 /// A path that is none, or a device that does not come before the deadline.
 pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> {
-    let elements = parse_pci_path(pci_path)?;
-    let end = Instant::now() + deadline;
-    loop {
-        if let Some(name) = pci_device(Path::new("/sys/devices/pci0000:00"), &elements).and_then(|dir| block_name(&dir))
-        {
-            let node = format!("/dev/{name}");
-            if Path::new(&node).exists() {
-                return Ok(node);
-            }
-        }
-        if Instant::now() >= end {
-            return Err(Error::Failed(format!("no block device at PCI path {pci_path} within {deadline:?}")));
-        }
-        sleep(POLL).await;
-    }
-}
-
-/// `SS` or `SS.F` in hexadecimal, joined by slashes.
-fn parse_pci_path(path: &str) -> Result<Vec<(u8, u8)>> {
-    let element = |text: &str| {
-        let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
-        let slot = u8::from_str_radix(slot, 16).ok().filter(|slot| *slot < 32 && text.len() >= 2)?;
-        let function = u8::from_str_radix(function, 16).ok().filter(|function| *function < 8)?;
-        Some((slot, function))
+    let node = |device: &Path| {
+        let node = format!("/dev/{}", pci::virtio_child(device, "block")?);
+        Path::new(&node).exists().then_some(node)
     };
-    path.split('/')
-        .map(element)
-        .collect::<Option<Vec<_>>>()
-        .ok_or_else(|| Error::Invalid(format!("{path:?} is no PCI path")))
-}
-
-/// Follows the elements from the root bus through one bridge each.
-fn pci_device(root: &Path, elements: &[(u8, u8)]) -> Option<PathBuf> {
-    let mut at = root.to_owned();
-    let mut bus = "0000:00".to_owned();
-    for (index, (slot, function)) in elements.iter().enumerate() {
-        at.push(format!("{bus}:{slot:02x}.{function}"));
-        if index + 1 < elements.len() {
-            bus = fs::read_dir(at.join("pci_bus")).ok()?.next()?.ok()?.file_name().into_string().ok()?;
-        }
-    }
-    at.is_dir().then_some(at)
-}
-
-fn block_name(device: &Path) -> Option<String> {
-    let virtio = fs::read_dir(device)
-        .ok()?
-        .flatten()
-        .find(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("virtio")))?;
-    fs::read_dir(virtio.path().join("block")).ok()?.next()?.ok()?.file_name().into_string().ok()
+    pci::wait(pci_path, "block device", deadline, node).await
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pci_paths_are_hexadecimal_slots() {
-        assert_eq!(parse_pci_path("02/01").unwrap(), [(2, 0), (1, 0)]);
-        assert_eq!(parse_pci_path("1f.3").unwrap(), [(31, 3)]);
-        for bad in ["", "2", "0x2/01", "20", "01.8", "../01", "02/"] {
-            assert!(parse_pci_path(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn a_disk_is_found_behind_its_bridge() {
-        let sysfs = tempfile::tempdir().unwrap();
-        let bridge = sysfs.path().join("0000:00:02.0");
-        fs::create_dir_all(bridge.join("pci_bus/0000:01")).unwrap();
-        fs::create_dir_all(bridge.join("0000:01:00.0/virtio5/block/vdb")).unwrap();
-        let device = pci_device(sysfs.path(), &[(2, 0), (0, 0)]).unwrap();
-        assert_eq!(block_name(&device).as_deref(), Some("vdb"));
-        assert!(pci_device(sysfs.path(), &[(3, 0)]).is_none());
-    }
 
     #[test]
     fn options_are_sorted_by_whom_they_are_for() {
@@ -331,10 +316,11 @@ mod tests {
             mount_point: place.into(),
             ..Default::default()
         };
+        let host = Transport::Unix { path: "/nowhere".into() };
         for bad in ["relative", "/run/../etc", ""] {
-            assert!(mount_storage(&storage("local", bad), Duration::ZERO).await.is_err(), "{bad:?}");
+            assert!(mount_storage(&storage("local", bad), Duration::ZERO, &host).await.is_err(), "{bad:?}");
         }
-        let error = mount_storage(&storage("9p", "/x"), Duration::ZERO).await.unwrap_err();
+        let error = mount_storage(&storage("9p", "/x"), Duration::ZERO, &host).await.unwrap_err();
         assert!(error.to_string().contains("9p"));
     }
 
@@ -342,13 +328,31 @@ mod tests {
     fn a_storage_is_released_by_its_last_user() {
         let mut storages = Storages::default();
         let storage = Storage { mount_point: "/nowhere".into(), ..Default::default() };
-        assert!(!storages.reuse("/nowhere"));
-        storages.add(&storage, false);
-        assert!(storages.reuse("/nowhere"));
+        assert!(!storages.reuse(&storage));
+        storages.add(&storage, Made::Files);
+        assert!(storages.reuse(&storage));
         storages.release("/nowhere");
-        assert!(storages.reuse("/nowhere"));
+        assert!(storages.reuse(&storage));
         storages.release("/nowhere");
         storages.release("/nowhere");
-        assert!(!storages.reuse("/nowhere"));
+        assert!(!storages.reuse(&storage));
+    }
+
+    #[test]
+    fn a_shared_storage_stays_until_the_sandbox_goes() {
+        let mut storages = Storages::default();
+        let storage = Storage { mount_point: "/nowhere".into(), shared: true, ..Default::default() };
+        storages.add(&storage, Made::Files);
+        storages.release("/nowhere");
+        assert!(storages.reuse(&storage));
+        storages.release("/nowhere");
+        storages.clear();
+        assert!(!storages.reuse(&storage));
+        // It is enough that one user asks for it.
+        storages.add(&Storage { shared: false, ..storage.clone() }, Made::Files);
+        assert!(storages.reuse(&storage));
+        storages.release("/nowhere");
+        storages.release("/nowhere");
+        assert!(storages.reuse(&storage));
     }
 }

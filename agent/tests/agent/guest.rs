@@ -26,13 +26,15 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// An ordinary root process.
+    /// An ordinary root process, with a network of its own.
     pub fn process() -> Guest {
         let dir = TempDir::new().unwrap();
         let rootfs = dir.path().join("rootfs");
         busybox_tree(&rootfs);
         let socket = dir.path().join("agent.sock");
-        let child = Command::new(env!("CARGO_BIN_EXE_cofferdam-agent"))
+        let child = Command::new("unshare")
+            .args(["--net", "sh", "-c", "ip link set lo up && exec \"$@\"", "sh"])
+            .arg(env!("CARGO_BIN_EXE_cofferdam-agent"))
             .args(["--listen", &format!("unix:{}", socket.display())])
             .spawn()
             .unwrap();

@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod carry_cases;
 mod client;
 mod container_cases;
 mod guest;
 mod io_cases;
 mod limit_cases;
+mod network_cases;
 mod process_cases;
 mod sandbox_cases;
 
@@ -85,11 +87,25 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             calls_that_are_missing_say_so
             ids_must_be_names
             a_storage_can_be_shared_and_goes_with_its_last_user
+            a_shared_storage_outlives_its_containers
             a_root_can_be_an_overlay_made_in_the_guest
             pausing_stops_and_resuming_goes_on
             stats_are_there_until_removal
             garbage_on_the_stdio_port_is_dropped
             nothing_is_left_of_many_processes;
+        Nothing network_cases:
+            an_interface_gets_its_name_and_addresses
+            a_name_that_is_taken_is_swapped
+            routes_and_neighbours_are_set
+            wrong_network_requests_say_what_is_wrong
+            volume_stats_are_those_of_the_file_system;
+        Nothing carry_cases:
+            a_port_of_a_container_can_be_reached
+            nonsense_on_the_forward_port_is_dropped
+            many_forwarded_connections_leave_nothing
+            a_host_socket_is_reached_from_the_guest
+            a_host_that_refuses_closes_the_connection
+            a_released_host_socket_is_gone;
         Vm limit_cases:
             a_memory_limit_kills_and_the_event_comes_before_the_exit
             limits_reach_the_kernel_and_can_be_changed

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use agent_client::STDIO_PORT;
 use agent_client::protocols::agent::{
-    CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetMetricsRequest, GuestDetailsRequest,
-    PauseContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, SetPolicyRequest, StatsContainerRequest,
-    Storage, UpdateContainerRequest, UpdateInterfaceRequest,
+    CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetMetricsRequest,
+    GuestDetailsRequest, PauseContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, SetPolicyRequest,
+    StatsContainerRequest, Storage, UpdateContainerRequest,
 };
 use agent_client::protocols::health::CheckRequest;
 use agent_client::stdio::Channel;
@@ -35,7 +35,7 @@ pub async fn calls_that_are_missing_say_so(client: &Client<'_>) {
     let codes = [
         refusal(agent.get_metrics(soon(), &GetMetricsRequest::default()).await),
         refusal(agent.set_policy(soon(), &SetPolicyRequest::default()).await),
-        refusal(agent.update_interface(soon(), &UpdateInterfaceRequest::default()).await),
+        refusal(agent.copy_file(soon(), &CopyFileRequest::default()).await),
     ];
     assert!(codes.iter().all(|(code, _)| *code == Code::UNIMPLEMENTED), "{codes:?}");
     let unknown = UpdateContainerRequest { container_id: "nobody".into(), ..Default::default() };
@@ -90,6 +90,41 @@ pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client
     client.remove("reader").await.unwrap();
     assert_eq!(create("later", "ls /cache").await, "");
     client.remove("later").await.unwrap();
+}
+
+pub async fn a_shared_storage_outlives_its_containers(client: &Client<'_>) {
+    let place = "/run/kata-containers/sandbox/ephemeral/pods-own";
+    let storage = Storage {
+        driver: "ephemeral".into(),
+        source: "tmpfs".into(),
+        fstype: "tmpfs".into(),
+        options: strings(&["size=64k", "mode=0711"]),
+        mount_point: place.into(),
+        shared: true,
+        ..Default::default()
+    };
+    let run = async |id: &str, script: &str| {
+        let mut spec = client.spec(&["sh", "-c", script]);
+        spec.Mounts.push(mount("/cache", "bind", place, &["rbind"]));
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            OCI: Some(spec).into(),
+            storages: vec![storage.clone()],
+            ..Default::default()
+        };
+        let streams = client.streams(id, "").await;
+        client.rpc.agent.create_container(soon(), &request).await.unwrap();
+        client.start(id).await.unwrap();
+        let output = streams.finish(b"").await;
+        client.wait(id, "").await.unwrap();
+        client.remove(id).await.unwrap();
+        output.stdout
+    };
+    let script = "stat -c %a /cache; echo kept >/cache/file; head -c 100000 /dev/zero 2>/dev/null >/cache/big; \
+                  stat -c %s /cache/big; rm /cache/big";
+    // One page is the first file's.
+    assert_eq!(run("shared-1", script).await, "711\n61440\n");
+    assert_eq!(run("shared-2", "cat /cache/file").await, "kept\n");
 }
 
 pub async fn a_root_can_be_an_overlay_made_in_the_guest(client: &Client<'_>) {

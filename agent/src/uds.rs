@@ -1,0 +1,78 @@
+//! Unix sockets of the host: a socket in the guest whose connections are carried to one on the host.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use agent_client::protocols::agent::Storage;
+use agent_client::stdio::ACCEPTED;
+use agent_client::{Listener, Stream, Transport, UDS_MAGIC};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixListener;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+use crate::error::{Error, Result, What};
+use crate::relay::{HANDSHAKE, both_ways, serve};
+
+/// A listening socket. It ends, with its connections and its file, when it is dropped.
+#[derive(Debug)]
+pub struct Socket {
+    path: PathBuf,
+    task: AbortHandle,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Listens at the storage's mount point for whoever can reach it; `host` is the way to the other end.
+///
+/// # Errors
+/// A storage without a port or with a name that is none, a place that cannot hold a socket.
+pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
+    let Storage { source, mount_point, .. } = storage;
+    let port = storage.driver_options.iter().find_map(|option| option.strip_prefix("port=")?.parse::<u32>().ok());
+    let port = port.ok_or_else(|| Error::Invalid(format!("storage {mount_point} has no driver option port=")))?;
+    if source.is_empty() || source.contains(char::is_whitespace) {
+        return Err(Error::Invalid(format!("{source:?} is no name for a socket of the host")));
+    }
+    let path = PathBuf::from(mount_point);
+    let listener = bind(&path).what(|| format!("listen on {mount_point}"))?;
+    let line = format!("{UDS_MAGIC} {source}\n");
+    // The path is empty because the file goes at once with the `Socket`, and the task a moment later: by then there
+    // may be another.
+    let listener = Listener::Unix { listener, path: PathBuf::new() };
+    let carry = move |client| carry(client, host.clone(), port, line.clone());
+    let task = tokio::spawn(serve(listener, "host socket", carry)).abort_handle();
+    Ok(Socket { path, task })
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    // Left behind by an agent that was killed.
+    if fs::symlink_metadata(path).is_ok_and(|left| left.file_type().is_socket()) {
+        fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    Ok(listener)
+}
+
+async fn carry(client: Stream, host: Transport, port: u32, line: String) -> io::Result<()> {
+    let mut server = host.dial(port, HANDSHAKE).await?;
+    let agree = async {
+        server.write_all(line.as_bytes()).await?;
+        server.read_u8().await
+    };
+    if timeout(HANDSHAKE, agree).await?? != ACCEPTED {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the host answered with something unknown"));
+    }
+    both_ways(client, server).await
+}
