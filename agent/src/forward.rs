@@ -9,7 +9,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::relay::{HANDSHAKE, both_ways, read_line, serve as serve_all};
+use crate::relay::{HANDSHAKE, both_ways, read_line, serve as serve_all, until_end_of};
 
 /// Longest request in bytes: the magic word, a space and a port.
 const MAX_LINE: usize = FORWARD_MAGIC.len() + 1 + 5;
@@ -27,7 +27,11 @@ async fn forward(mut host: Stream) -> io::Result<()> {
     // What is carried has its own ideas of when to wait for more.
     let _ = server.set_nodelay(true);
     host.write_all(&[ACCEPTED]).await?;
-    both_ways(host, server).await
+    match host {
+        Stream::Unix(_) => both_ways(host, server).await,
+        // Not every vsock device passes on that one direction has ended, and who forwards a port waits for that.
+        Stream::Vsock(_) => until_end_of(server, host).await,
+    }
 }
 
 fn parse(line: &str) -> Option<u16> {

@@ -1,13 +1,13 @@
 //! Connections that are carried through the guest: the line that opens one, and the bytes both ways.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
 use agent_client::{Listener, Stream};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, copy_bidirectional_with_sizes};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_bidirectional_with_sizes, split};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -23,7 +23,7 @@ const MOST: usize = 256;
 const CHUNK: usize = 16 << 10;
 
 /// How often a connection is asked whether it still leads anywhere.
-const PULSE: Duration = Duration::from_secs(2);
+const PULSE: Duration = Duration::from_secs(1);
 
 /// Accepts for ever, with one task for each connection; they end with this one.
 pub async fn serve<W>(listener: Listener, what: &'static str, work: impl Fn(Stream) -> W)
@@ -85,23 +85,44 @@ where
     B: AsyncRead + AsyncWrite + AsRawFd + Unpin,
 {
     let sockets = [one.as_raw_fd(), other.as_raw_fd()];
-    // A peer that is gone looks like one that has only finished sending, until something is sent to it; and the other
-    // side may never do so. Sending nothing tells the two apart.
-    let dead_end = async {
-        loop {
-            sleep(PULSE).await;
-            let deaf = |socket| {
-                let sent = send(socket, &[], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
-                !matches!(sent, Ok(_) | Err(Errno::EAGAIN))
-            };
-            // One that takes nothing may have been told our end; if neither does, nothing is left to carry.
-            if sockets.into_iter().all(deaf) {
-                return;
-            }
-        }
-    };
     tokio::select! {
         done = copy_bidirectional_with_sizes(&mut one, &mut other, CHUNK, CHUNK) => done.map(|_| ()),
-        () = dead_end => Ok(()),
+        () = dead_end(sockets) => Ok(()),
+    }
+}
+
+/// Copies both ways until `last` has ended. The end of the other is passed on, and `last` may go on.
+///
+/// # Errors
+/// The failed read or write.
+pub async fn until_end_of<A, B>(last: A, other: B) -> io::Result<()>
+where
+    A: AsyncRead + AsyncWrite + AsRawFd,
+    B: AsyncRead + AsyncWrite + AsRawFd,
+{
+    let sockets = [last.as_raw_fd(), other.as_raw_fd()];
+    let ((mut from, mut to), (mut other_from, mut other_to)) = (split(last), split(other));
+    let back = async {
+        copy(&mut other_from, &mut to).await?;
+        to.shutdown().await?;
+        std::future::pending().await
+    };
+    tokio::select! {
+        done = copy(&mut from, &mut other_to) => done.map(|_| ()),
+        failed = back => failed,
+        () = dead_end(sockets) => Ok(()),
+    }
+}
+
+/// Waits until neither socket takes anything. A peer that is gone looks like one that has only finished sending, until
+/// something is sent to it, and the other side may never do so; sending nothing tells the two apart. A socket that was
+/// told the other's end takes nothing either, but as long as one does, there is something to carry.
+async fn dead_end(sockets: [RawFd; 2]) {
+    let deaf = |socket| {
+        let sent = send(socket, &[], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
+        !matches!(sent, Ok(_) | Err(Errno::EAGAIN))
+    };
+    while !sockets.into_iter().all(deaf) {
+        sleep(PULSE).await;
     }
 }

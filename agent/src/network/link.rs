@@ -70,8 +70,9 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
     }
     let in_the_way = links.iter().find(|other| rename && other.name == *name);
     if let Some(other) = in_the_way {
-        let change = Change::of(other.index).flags(0, IFF_UP).name(&temporary(name));
-        set(&netlink, change).what(|| format!("rename {name} to make room"))?;
+        // Two requests: in one, the kernel would begin with the name.
+        set(&netlink, Change::of(other.index).flags(0, IFF_UP)).what(|| format!("take {name} down"))?;
+        set(&netlink, Change::of(other.index).name(&temporary(name))).what(|| format!("rename {name} to make room"))?;
     }
     let mut change = Change::of(link.index);
     if readdress {
