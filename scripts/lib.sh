@@ -11,8 +11,8 @@ virtiofsd_version=1.14.0
 vhost_device_vsock_version=0.3.0
 tools=$cache/tools-virtiofsd-$virtiofsd_version-vsock-$vhost_device_vsock_version
 
-# crictl and critest, of the cri-tools that tests/cri-tools pins.
-cri_tools=$cache/cri-tools-$(cat "$root/tests/cri-tools/go.mod" "$root/tests/cri-tools/go.sum" | sha256sum | cut -c1-16)
+# crictl and critest, of the cri-tools that tests/cri-tools pins, and what is with them.
+cri_tools=$cache/cri-tools-$(find "$root/tests/cri-tools" -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c1-16)
 # A busybox whose shell runs the programs of its file system: Debian's dynamic one.
 plain_busybox=$cache/busybox-bookworm/bin/busybox
 

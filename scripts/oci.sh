@@ -3,7 +3,7 @@
 # lib.sh; the caller sets $work, an empty directory of its own. The same input gives
 # the same bytes.
 
-blobs=$work/image/blobs/sha256
+blobs=${work:?}/image/blobs/sha256
 manifests=
 mkdir -p "$blobs"
 
@@ -26,7 +26,7 @@ layer() {
 
 # image NAME SETTINGS LAYER...: adds an image; SETTINGS is the inside of its "config".
 image() {
-    local name=$1 settings=$2 entry digest config manifest diffs= layers=
+    local name=$1 settings=$2 entry digest config manifest diffs='' layers=''
     shift 2
     for entry in "$@"; do
         digest=${entry#*:\"}
