@@ -8,6 +8,7 @@ mod bootstrap;
 mod cgroup;
 mod config;
 mod container;
+mod cri;
 mod error;
 mod events;
 mod identity;

@@ -25,7 +25,7 @@ use crate::logging;
 use crate::sandbox::driver::Driver;
 use crate::sandbox::ledger::{self, Ledger, Resource};
 use crate::sandbox::mounts;
-use crate::service::{self, TaskService};
+use crate::service::{self, SandboxService, TaskService};
 
 /// A server that cannot end in order ends all the same; `delete` does the rest.
 const END_DEADLINE: Duration = Duration::from_secs(10);
@@ -87,9 +87,10 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
     let events = Publisher::start(&address, &args.namespace);
     let (driver, handle, jobs) = Driver::new(identity, ledger, events);
     let (ended_sender, mut ended) = watch::channel(false);
-    let task = TaskService::new(handle.clone(), args.id.clone(), ended_sender);
+    let task = TaskService::new(handle.clone(), args.id.clone(), ended_sender.clone());
+    let sandbox = SandboxService::new(handle.clone(), ended_sender);
     let listener = UnixListener::from_std(listener).doing(|| "set up the socket".into())?;
-    let mut server = Server::new().add_listener(listener.into()).register_service(service::all(task));
+    let mut server = Server::new().add_listener(listener.into()).register_service(service::all(task, sandbox));
     server.start().await.map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
     let mut driver = tokio::spawn(driver.run(jobs));
     let mut terminate = signal(SignalKind::terminate()).doing(|| "handle SIGTERM".into())?;

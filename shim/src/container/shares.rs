@@ -98,7 +98,12 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        if let Err(error) = mounts::remove_tree(&self.place) {
+        let removed = mounts::unmount_tree(&self.place).and_then(|()| {
+            let doing = || format!("remove {}", self.place.display());
+            // What is left is an empty mount point, one or the other.
+            std::fs::remove_dir(&self.place).or_else(|_| std::fs::remove_file(&self.place)).doing(doing)
+        });
+        if let Err(error) = removed {
             tracing::warn!(%error, "a volume is shared until the sandbox ends");
         }
     }

@@ -20,7 +20,7 @@ use oci_spec::runtime::Mount;
 
 use super::shares::{Share, Shares};
 use crate::error::{Error, Result};
-use crate::sandbox::mounts::Bind;
+use crate::sandbox::mounts::{self, Bind};
 
 /// Where the guest has the pod's /dev/shm; Kata's place for it.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
@@ -78,14 +78,16 @@ impl Volumes {
                 to.destination
             )));
         }
+        if shm && to.destination == "/dev/shm" {
+            to.source = GUEST_SHM.to_owned();
+            return Ok(to);
+        }
         let source = PathBuf::from(&to.source);
         let metadata = std::fs::metadata(&source).map_err(|error| {
             Error::invalid(format!("mount source {} for {}: {error}", source.display(), to.destination))
         })?;
         let read_only = has(&["ro", "rro"]);
-        if shm && to.destination == "/dev/shm" && metadata.is_dir() {
-            to.source = GUEST_SHM.to_owned();
-        } else if metadata.file_type().is_socket() || is_socket {
+        if metadata.file_type().is_socket() || is_socket {
             let name = shares.number().to_string();
             to.source = format!("{GUEST_SANDBOX}/uds/{name}");
             to.type_ = "bind".to_owned();
@@ -113,6 +115,10 @@ impl Volumes {
             };
             let share = shares.get(&source, how)?;
             to.source = share.guest_path().to_owned();
+            if how.read_only && !how.read_only_below && mounts::has_mounts_below(&source)? {
+                // What is mounted below the source stays writable, and in the guest it takes its parent's flags.
+                to.options.retain(|option| option != "ro");
+            }
             self.shares.push(share);
         }
         Ok(to)
@@ -160,7 +166,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::sandbox::mounts;
 
     fn mounts_of(list: serde_json::Value) -> Vec<Mount> {
         serde_json::from_value(list).unwrap()
@@ -222,6 +227,29 @@ mod tests {
             let (volumes, place) = mounted(&scratch);
             std::fs::write(place.join("file"), "").unwrap();
             assert!(volumes.mounts[0].options.contains(&"ro".to_owned()), "the guest keeps it read-only");
+        });
+    }
+
+    #[test]
+    fn what_is_mounted_below_a_read_only_volume_can_be_written() {
+        alone(|dir| {
+            let data = source(dir, "data");
+            let below = source(dir, "data/below");
+            mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            let shares = Shares::new(&dir.join("share"));
+            let list = |options: &[&str]| {
+                mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": options}]))
+            };
+            let volumes = prepare(&list(&["rbind", "ro"]), &shares, false).unwrap();
+            assert_eq!(volumes.mounts[0].options, ["rbind"], "the host alone keeps it read-only");
+            let place = dir.join("share/.volumes").join(volumes.mounts[0].source.rsplit('/').next().unwrap());
+            std::fs::write(place.join("below/file"), "").unwrap();
+            assert!(std::fs::write(place.join("file"), "").is_err());
+            let all = prepare(&list(&["rbind", "rro"]), &shares, false).unwrap();
+            let place = dir.join("share/.volumes").join(all.mounts[0].source.rsplit('/').next().unwrap());
+            assert!(std::fs::write(place.join("below/other"), "").is_err());
+            drop((volumes, all));
+            nix::mount::umount(&below).unwrap();
         });
     }
 

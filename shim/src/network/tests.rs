@@ -178,7 +178,7 @@ async fn a_veth_becomes_a_nic_and_frames_pass_both_ways() {
     assert!(pod.sh("ip link show vmtap0").contains("mtu 1400"));
     assert_frames_pass(&host.packet_socket("host0"), &fds.taps);
 
-    drop(fds);
+    drop((fds, endpoints));
     assert!(!pod.sh("ip link").contains("vmtap"), "a tap goes with its descriptors");
 }
 

@@ -79,6 +79,36 @@ pub struct Pod {
     pub shm_bytes: Option<u64>,
     /// What they may use together.
     pub need: Need,
+    /// Where the files of the pod are that nobody else makes for its containers.
+    pub files: Option<PathBuf>,
+    /// containerd knows of no task for it, so it gets no events of one.
+    pub unannounced: bool,
+}
+
+/// What a virtual machine is made for, beside its configuration.
+#[derive(Debug)]
+pub struct Blueprint {
+    /// The guest's name; without one it has the host's, as in a new uts namespace.
+    pub hostname: Option<String>,
+    /// Where QEMU and the helpers are accounted, as `linux.cgroupsPath` has it.
+    pub cgroups_path: String,
+    /// The network namespace that was made for it.
+    pub netns: Option<PathBuf>,
+}
+
+impl Blueprint {
+    /// By the spec of a sandbox or of its first container.
+    pub fn of(spec: &Spec) -> Blueprint {
+        let linux = spec.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+        let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
+        Blueprint {
+            hostname: spec.hostname().clone(),
+            cgroups_path: cgroups_path.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            netns: network.and_then(|network| network.path().clone()),
+        }
+    }
 }
 
 impl Pod {
@@ -88,6 +118,8 @@ impl Pod {
         Pod {
             sysctls: spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
             need: Need::of_pod(spec),
+            files: None,
+            unannounced: false,
             shm_bytes: shm.and_then(|mount| tmpfs_size(mount.source().as_deref()?)),
         }
     }
@@ -104,6 +136,7 @@ pub struct Driver {
     pub(super) pod: Pod,
     pub(super) needs: BTreeMap<String, Need>,
     pub(super) config: Config,
+    pub(super) created_at: SystemTime,
     pub(super) hooks: HashMap<String, HostHooks>,
     pub(super) handle: Handle,
     pub(super) launching: Option<Launching>,
@@ -136,6 +169,7 @@ impl Driver {
             pod: Pod::default(),
             needs: BTreeMap::new(),
             config: Config::default(),
+            created_at: SystemTime::now(),
             hooks: HashMap::new(),
             handle: handle.clone(),
             launching: None,
@@ -205,7 +239,7 @@ impl Driver {
     ///
     /// # Errors
     /// The directory that it sees cannot be made.
-    pub(super) fn guest_for(&mut self, config: Config, spec: &Spec) -> Result<Launching> {
+    pub(super) fn guest_for(&mut self, config: Config, blueprint: Blueprint) -> Result<Launching> {
         if let Some(launching) = &self.launching {
             return Ok(launching.clone());
         }
@@ -218,16 +252,10 @@ impl Driver {
             sizing: self.sizing(),
             config: self.config.clone(),
             id: self.identity.id.clone(),
-            // Without a name of its own a container has the host's, as in a new uts namespace.
-            hostname: spec.hostname().clone().or_else(host_name).unwrap_or_default(),
-            cgroups_path: spec
-                .linux()
-                .as_ref()
-                .and_then(|linux| linux.cgroups_path().as_ref())
-                .map(|path| path.to_string_lossy().into_owned())
-                .unwrap_or_default(),
+            hostname: blueprint.hostname.or_else(host_name).unwrap_or_default(),
+            cgroups_path: blueprint.cgroups_path,
             shm_bytes: self.pod.shm_bytes,
-            netns: network_namespace(spec),
+            netns: blueprint.netns,
         };
         let ledger = self.ledger.clone();
         let launching: Launching = async move { launch(&plan, &ledger).await.map(Arc::new) }.boxed().shared();
@@ -306,6 +334,11 @@ impl Driver {
         }
     }
 
+    /// Whether events of this task would be about something that containerd does not know.
+    pub(super) fn is_unannounced(&self, id: &str) -> bool {
+        self.pod.unannounced && id == self.identity.id
+    }
+
     /// Tells the world of exits: events, the bundle's record, everybody who waits.
     pub(super) fn announce(&mut self, exits: Vec<(Key, Exit)>) {
         for (key, exit) in exits {
@@ -313,6 +346,9 @@ impl Driver {
                 && let Ok(task) = self.state.task(&key.container)
             {
                 exit_file::write(Path::new(&task.bundle), exit);
+            }
+            if self.is_unannounced(&key.container) {
+                continue;
             }
             self.events.publish(&TaskExit {
                 id: if key.is_init() { key.container.clone() } else { key.exec.clone() },
@@ -353,11 +389,6 @@ impl Driver {
         self.stdin_closed.retain(|other| !gone(other));
         self.announce(Vec::new());
     }
-}
-
-fn network_namespace(spec: &Spec) -> Option<PathBuf> {
-    let list = spec.linux().as_ref()?.namespaces().as_ref()?;
-    list.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?.path().clone()
 }
 
 fn host_name() -> Option<String> {

@@ -375,11 +375,19 @@ async fn boot(
     };
     let cards = cards?;
     vm.cont().await?;
-    let stream = tokio::select! {
-        stream = reach_agent(&transport, &ready, &vm, &vsock.id) => stream?,
-        why = death(&vm, &virtiofsd, daemon.as_ref()) => {
-            return Err(Error::internal(format!("the guest ended while it booted: {why}")));
-        }
+    let died = death(&vm, &virtiofsd, daemon.as_ref());
+    let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
+    let reached = tokio::select! {
+        reached = reach_agent(&transport, &ready, &vm, &vsock.id) => reached,
+        why = died => return Err(ended(why)),
+    };
+    let stream = match reached {
+        Ok(stream) => stream,
+        // Whatever broke, an end of the machine is the better reason.
+        Err(error) => match timeout(QUIT_DEADLINE, death(&vm, &virtiofsd, daemon.as_ref())).await {
+            Ok(why) => return Err(ended(why)),
+            Err(_) => return Err(error),
+        },
     };
     let agent = AgentClient::new(stream);
     nics.set_up(&agent, &cards).await?;

@@ -6,6 +6,7 @@ pub mod launch;
 pub mod ledger;
 pub mod mounts;
 mod nics;
+mod pod_api;
 mod process;
 mod sizing;
 pub mod state;

@@ -100,6 +100,15 @@ fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Whether anything is mounted below a directory, as this namespace has it now.
+///
+/// # Errors
+/// The mount table cannot be read.
+pub fn has_mounts_below(dir: &Path) -> Result<bool> {
+    let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+    Ok(below(&dir)?.iter().any(|point| *point != dir))
+}
+
 /// Takes off everything that is mounted at or below a directory, in this namespace.
 ///
 /// # Errors

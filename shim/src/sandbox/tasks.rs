@@ -12,8 +12,9 @@ use containerd_shim_protos::events::task::{
 };
 use oci_spec::runtime::{LinuxResources, Process};
 
-use super::driver::{Driver, Pod, Reply, answer};
+use super::driver::{Blueprint, Driver, Pod, Reply, answer};
 use super::launch::{Guest, share_dir};
+use super::pod_api;
 use super::process;
 use super::sizing::Need;
 use super::state::{Io, Key};
@@ -53,7 +54,7 @@ impl Driver {
         if role != Role::Sandbox {
             self.needs.insert(request.id.clone(), Need::of_container(&order.spec));
         }
-        let launching = match self.guest_for(config, &order.spec) {
+        let launching = match self.guest_for(config, Blueprint::of(&order.spec)) {
             Ok(launching) => launching,
             Err(error) => {
                 self.create_failed(&request.id);
@@ -92,13 +93,16 @@ impl Driver {
     /// Reads and checks what a client wants: what is wrong is refused before anything is made.
     fn order(&mut self, config: Config, request: &CreateTaskRequest, io: Io) -> Result<(Config, Role, Order)> {
         let bundle = PathBuf::from(&request.bundle);
-        let spec = spec::load(&bundle)?;
+        let mut spec = spec::load(&bundle)?;
         let role = Role::of(&spec);
         let sandbox = &self.identity.id;
         let find = |pid| self.state.owner(pid).map(|id| if id == sandbox { String::new() } else { id.to_owned() });
         let pid_namespace = pod::namespaces(&spec, role, find)?;
         if role == Role::Sandbox {
             self.pod = Pod::of(&spec);
+        }
+        if let Some(files) = self.pod.files.as_ref().filter(|_| role == Role::Member) {
+            pod_api::add_files(&mut spec, files)?;
         }
         let order = Order {
             id: request.id.clone(),
@@ -212,7 +216,9 @@ impl Driver {
         let container_id = key.container.clone();
         if key.is_init() {
             self.run_hooks(&key.container, Moment::Started);
-            self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
+            if !self.is_unannounced(&key.container) {
+                self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
+            }
         } else {
             let exec_id = key.exec.clone();
             self.events.publish(&TaskExecStarted { container_id, exec_id, pid, ..Default::default() });

@@ -6,17 +6,27 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::AsyncWrite;
 use tokio::net::unix::pipe;
+use tokio::time::{Instant, sleep};
 
 use super::logger::Logger;
 use crate::error::{Error, IoContext, Result};
 use crate::sandbox::state::Io;
+
+/// How long after the shim a client may open its end of a fifo, and how often to look. containerd opens its own in the
+/// background, so on a busy host a process may be gone before.
+const CLIENT_DEADLINE: Duration = Duration::from_secs(3);
+const CLIENT_PAUSE: Duration = Duration::from_millis(5);
 
 /// The opened ends.
 #[derive(Default)]
@@ -33,10 +43,39 @@ pub struct HostIo {
 
 /// Where one output stream goes.
 pub enum Output {
-    /// A fifo, or the pipe to a logger.
+    /// A fifo of the client's.
+    Fifo(Fifo),
+    /// The pipe to a logger.
     Pipe(pipe::Sender),
     /// A regular file. Writing to it blocks as any log file does.
     File(File),
+}
+
+/// An output fifo with a reader of the shim's own.
+pub struct Fifo {
+    sender: pipe::Sender,
+    reader: Option<File>,
+    opened: Instant,
+}
+
+impl Output {
+    /// Waits until the client has opened its end, if the process was so quick that this is not sure: what is in a fifo that
+    /// nobody has open is lost, and who opens it then waits for ever. A client that does not come in the time that one may
+    /// take is none.
+    pub async fn settle(&mut self) {
+        let Output::Fifo(fifo) = self else { return };
+        fifo.reader = None;
+        while fifo.opened.elapsed() < CLIENT_DEADLINE && !has_reader(&fifo.sender) {
+            sleep(CLIENT_PAUSE).await;
+        }
+    }
+}
+
+/// poll(2) reports an error on a pipe that nobody reads.
+fn has_reader(sender: &pipe::Sender) -> bool {
+    let mut fds = [PollFd::new(sender.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    !fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 /// The shim's own writer of an input fifo: while it is there, the reader sees no end.
@@ -114,8 +153,9 @@ fn open_output(uri: &str) -> Result<Option<Output>> {
     }
     let path = Path::new(uri.strip_prefix("fifo://").unwrap_or(uri));
     let doing = || format!("open the output fifo {}", path.display());
-    let sender = pipe::OpenOptions::new().read_write(true).open_sender(path).doing(doing)?;
-    Ok(Some(Output::Pipe(sender)))
+    let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).doing(doing)?;
+    let sender = pipe::OpenOptions::new().open_sender(path).doing(doing)?;
+    Ok(Some(Output::Fifo(Fifo { sender, reader: Some(reader), opened: Instant::now() })))
 }
 
 fn open_file(uri: &str) -> Result<File> {
@@ -130,6 +170,7 @@ fn open_file(uri: &str) -> Result<File> {
 impl AsyncWrite for Output {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
+            Output::Fifo(fifo) => Pin::new(&mut fifo.sender).poll_write(cx, buf),
             Output::Pipe(sender) => Pin::new(sender).poll_write(cx, buf),
             Output::File(file) => Poll::Ready(io::Write::write(file, buf)),
         }
@@ -147,7 +188,6 @@ impl AsyncWrite for Output {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::unix::fs::OpenOptionsExt;
 
     use nix::sys::stat::Mode;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -171,6 +211,32 @@ mod tests {
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "hello");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_comes_after_the_process_has_ended_finds_its_output() {
+        let dir = tempfile::tempdir().unwrap();
+        let io = Io { stdout: fifo(dir.path(), "out"), ..Io::default() };
+        let mut output = HostIo::open(&io, "default", "web").await.unwrap().stdout.unwrap();
+        output.write_all(b"hello").await.unwrap();
+        let path = io.stdout.clone();
+        let client = std::thread::spawn(move || {
+            std::thread::sleep(CLIENT_PAUSE * 10);
+            std::fs::read_to_string(path).unwrap()
+        });
+        output.settle().await;
+        drop(output);
+        assert_eq!(client.join().unwrap(), "hello");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_never_comes_is_not_waited_for_long_after_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let io = Io { stdout: fifo(dir.path(), "out"), ..Io::default() };
+        let mut output = HostIo::open(&io, "default", "web").await.unwrap().stdout.unwrap();
+        tokio::time::pause();
+        tokio::time::advance(CLIENT_DEADLINE).await;
+        tokio::time::timeout(CLIENT_PAUSE, output.settle()).await.unwrap();
     }
 
     #[tokio::test]

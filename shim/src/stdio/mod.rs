@@ -46,8 +46,12 @@ impl Pumps {
         };
         let mut outputs = Vec::new();
         for (from, to) in [(guest.stdout, host.stdout), (guest.stderr, host.stderr)] {
-            if let (Some(from), Some(to)) = (from, to) {
-                outputs.push(tokio::spawn(copy_output(from, to, moved.clone())));
+            if let (Some(from), Some(mut to)) = (from, to) {
+                let moved = moved.clone();
+                outputs.push(tokio::spawn(async move {
+                    copy_output(from, &mut to, moved).await;
+                    to.settle().await;
+                }));
             }
         }
         Pumps { stdin, outputs, progress, close_stdin: host.close_stdin, _logger: host.logger }

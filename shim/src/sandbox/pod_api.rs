@@ -1,0 +1,277 @@
+//! The Sandbox API: containerd's calls for a pod's sandbox that has no task. The sandbox is kept as the same task that
+//! stands in for a pause container otherwise, so that all rules for it are the same; only its events are not published.
+//!
+//! In this mode nobody makes the pod's files (/etc/hosts, /etc/hostname, /etc/resolv.conf) on the host but the shim.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use agent_client::protocols::agent::CgroupStats;
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use futures::future::join_all;
+use oci_spec::runtime::{Mount, MountBuilder, Spec};
+use protobuf::{Enum, EnumOrUnknown, Message};
+
+use super::driver::{Blueprint, Driver, Pod, Reply, answer};
+use super::process;
+use super::sizing::Need;
+use super::state::{Io, Key, Status};
+use crate::config::Config;
+use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
+use crate::error::{Error, IoContext, Result};
+
+/// As containerd's CRI makes it for a pod.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// The type of the options that carry a pod's configuration.
+const POD_CONFIG: &str = "runtime.v1.PodSandboxConfig";
+
+/// Files of a pod, and where its containers have them.
+const FILES: [(&str, &str); 3] =
+    [("hosts", "/etc/hosts"), ("hostname", "/etc/hostname"), ("resolv.conf", "/etc/resolv.conf")];
+
+impl Driver {
+    /// `CreateSandbox`: boots the virtual machine.
+    pub fn create_sandbox(&mut self, request: &CreateSandboxRequest, config: Result<Config>, reply: Reply<()>) {
+        let launching = config.and_then(|config| {
+            let (pod, blueprint) = self.plan(request)?;
+            self.state.create(&request.sandbox_id, &request.bundle_path, Io::default())?;
+            self.pod = pod;
+            let launching = self.guest_for(config, blueprint);
+            launching.inspect_err(|_| self.state.create_failed(&request.sandbox_id))
+        });
+        let launching = match launching {
+            Ok(launching) => launching,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let id = request.sandbox_id.clone();
+        self.begin(launching, move |driver, result| match result {
+            Ok(guest) if guest.pod => {
+                driver.state.created(&id, guest.vm.identity().pid.cast_unsigned(), true);
+                answer(reply, Ok(()));
+            }
+            other => {
+                driver.state.create_failed(&id);
+                let needs = || Error::unimplemented("the Sandbox API needs Cofferdam's own guest agent");
+                answer(reply, Err(other.err().unwrap_or_else(needs)));
+            }
+        });
+    }
+
+    /// What the request asks for, with the pod's files made.
+    fn plan(&self, request: &CreateSandboxRequest) -> Result<(Pod, Blueprint)> {
+        let options = request.options.as_ref();
+        let config = match options.map(|any| any.type_url.rsplit('/').next().unwrap_or_default()) {
+            None | Some("") => PodSandboxConfig::default(),
+            Some(POD_CONFIG) => {
+                let value = options.map(|any| any.value.as_slice()).unwrap_or_default();
+                PodSandboxConfig::parse_from_bytes(value)
+                    .map_err(|error| Error::invalid(format!("the pod's configuration does not parse: {error}")))?
+            }
+            Some(other) => {
+                return Err(Error::invalid(format!(
+                    "sandbox options of type {other:?} are not known: use {POD_CONFIG}"
+                )));
+            }
+        };
+        let linux = config.linux.get_or_default();
+        refuse_host_namespaces(&config)?;
+        let dir = self.ledger.dir().join("pod");
+        make_files(&dir, &config)?;
+        let pod = Pod {
+            sysctls: linux.sysctls.clone(),
+            shm_bytes: Some(SHM_BYTES),
+            need: need(linux.resources.get_or_default()),
+            files: Some(dir),
+            unannounced: true,
+        };
+        let netns = Some(PathBuf::from(&request.netns_path)).filter(|path| !path.as_os_str().is_empty());
+        let hostname = Some(config.hostname.clone()).filter(|name| !name.is_empty());
+        let cgroups_path = cgroups_path(&linux.cgroup_parent, &request.sandbox_id);
+        Ok((pod, Blueprint { hostname, cgroups_path, netns }))
+    }
+
+    /// `StartSandbox`: its pid.
+    pub fn start_sandbox(&mut self, id: &str, reply: Reply<u32>) {
+        self.start(Key::new(id, ""), reply);
+    }
+
+    /// `SandboxStatus`.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
+        let status = self.state.status(&Key::new(id, ""))?;
+        let alive = self.state.alive();
+        Ok(SandboxStatus {
+            pid: self.state.task(id)?.init.pid,
+            status,
+            created_at: self.created_at,
+            machine: alive.map_or_else(|error| error.message, |()| "runs".to_owned()),
+        })
+    }
+
+    /// `SandboxMetrics`: what all containers together use.
+    pub fn sandbox_stats(&self, reply: Reply<CgroupStats>) {
+        let ids: Vec<String> = self.containers.keys().cloned().collect();
+        self.relay(reply, |guest| async move {
+            let stats = join_all(ids.iter().map(|id| process::stats(&guest, id))).await;
+            // One that ends meanwhile has nothing to add.
+            Ok(stats.into_iter().flatten().fold(CgroupStats::default(), |sum, one| add(sum, &one)))
+        });
+    }
+}
+
+/// What `SandboxStatus` answers.
+pub struct SandboxStatus {
+    /// The sandbox's pid.
+    pub pid: u32,
+    /// That of the task that stands for it.
+    pub status: Status,
+    /// When its server began.
+    pub created_at: SystemTime,
+    /// How the virtual machine is.
+    pub machine: String,
+}
+
+fn add(mut sum: CgroupStats, one: &CgroupStats) -> CgroupStats {
+    let (to, from) =
+        (sum.cpu_stats.mut_or_insert_default().cpu_usage.mut_or_insert_default(), &one.cpu_stats.cpu_usage);
+    to.total_usage += from.total_usage;
+    to.usage_in_kernelmode += from.usage_in_kernelmode;
+    to.usage_in_usermode += from.usage_in_usermode;
+    let to = sum.memory_stats.mut_or_insert_default();
+    to.usage.mut_or_insert_default().usage += one.memory_stats.usage.usage;
+    for (key, value) in &one.memory_stats.stats {
+        *to.stats.entry(key.clone()).or_default() += value;
+    }
+    sum.pids_stats.mut_or_insert_default().current += one.pids_stats.current;
+    sum
+}
+
+/// As containerd's CRI does it: systemd's form below a slice, else a path.
+fn cgroups_path(parent: &str, id: &str) -> String {
+    match parent.rsplit('/').next() {
+        Some("") | None => String::new(),
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:cri-containerd:{id}"),
+        Some(_) => format!("{}/{id}", parent.trim_end_matches('/')),
+    }
+}
+
+fn need(resources: &LinuxContainerResources) -> Need {
+    let number = |value: i64| u64::try_from(value).unwrap_or_default();
+    Need {
+        memory: number(resources.memory_limit_in_bytes),
+        quota: number(resources.cpu_quota),
+        period: number(resources.cpu_period),
+    }
+}
+
+fn refuse_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
+    let options = config.linux.get_or_default().security_context.get_or_default().namespace_options.get_or_default();
+    let is_node = |mode: EnumOrUnknown<NamespaceMode>| mode.value() == NamespaceMode::NODE.value();
+    let wanted = [(options.network, "hostNetwork"), (options.pid, "hostPID"), (options.ipc, "hostIPC")];
+    match wanted.into_iter().find(|(mode, _)| is_node(*mode)) {
+        None => Ok(()),
+        Some((_, setting)) => Err(Error::invalid(format!(
+            "the pod asks for {setting}, which a virtual machine cannot share: leave that out, or run it with the runtime \
+             runc"
+        ))),
+    }
+}
+
+fn make_files(dir: &Path, config: &PodSandboxConfig) -> Result<()> {
+    let write = |name: &str, text: String| {
+        let path = dir.join(name);
+        fs::write(&path, text).doing(|| format!("write {}", path.display()))
+    };
+    fs::create_dir_all(dir).doing(|| format!("make directory {}", dir.display()))?;
+    // What the host has, as containerd does it: the kubelet mounts its own over it.
+    write("hosts", fs::read_to_string("/etc/hosts").unwrap_or_default())?;
+    write("hostname", format!("{}\n", config.hostname))?;
+    let resolv = match config.dns_config.as_ref() {
+        Some(dns) => resolv_conf(dns),
+        None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+    };
+    write("resolv.conf", resolv)
+}
+
+fn resolv_conf(dns: &DNSConfig) -> String {
+    let mut lines = Vec::new();
+    if !dns.searches.is_empty() {
+        lines.push(format!("search {}\n", dns.searches.join(" ")));
+    }
+    lines.extend(dns.servers.iter().map(|server| format!("nameserver {server}\n")));
+    if !dns.options.is_empty() {
+        lines.push(format!("options {}\n", dns.options.join(" ")));
+    }
+    lines.concat()
+}
+
+/// Gives a container the pod's files, where its spec has no others at their places.
+///
+/// # Errors
+/// None in practice; the builder's own.
+pub fn add_files(spec: &mut Spec, dir: &Path) -> Result<()> {
+    let mut mounts: Vec<Mount> = spec.mounts().clone().unwrap_or_default();
+    for (name, destination) in FILES {
+        if mounts.iter().any(|mount| mount.destination() == Path::new(destination)) {
+            continue;
+        }
+        let options = ["rbind", "rprivate", "rw"].map(str::to_owned).to_vec();
+        let mount =
+            MountBuilder::default().destination(destination).source(dir.join(name)).typ("bind").options(options);
+        mounts.push(mount.build().map_err(|error| Error::internal(error.to_string()))?);
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_files_are_what_kubernetes_asks_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let dns = DNSConfig {
+            servers: vec!["10.96.0.10".into()],
+            searches: vec!["default.svc".into(), "svc".into()],
+            options: vec!["ndots:5".into()],
+            ..Default::default()
+        };
+        let config = PodSandboxConfig { hostname: "web-0".into(), dns_config: Some(dns).into(), ..Default::default() };
+        make_files(dir.path(), &config).unwrap();
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert_eq!(read("hostname"), "web-0\n");
+        assert_eq!(read("resolv.conf"), "search default.svc svc\nnameserver 10.96.0.10\noptions ndots:5\n");
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.1.0", "root": {"path": "r"},
+            "mounts": [{"destination": "/etc/hosts", "type": "bind", "source": "/mine", "options": ["rbind"]}]
+        }))
+        .unwrap();
+        add_files(&mut spec, dir.path()).unwrap();
+        let mounts = spec.mounts().as_ref().unwrap();
+        assert_eq!(mounts.len(), 3);
+        assert_eq!(mounts[0].source().as_deref(), Some(Path::new("/mine")));
+        assert_eq!(mounts[2].source().as_deref(), Some(dir.path().join("resolv.conf").as_path()));
+    }
+
+    #[test]
+    fn cgroup_parents_of_both_drivers_are_understood() {
+        assert_eq!(cgroups_path("/kubepods/pod1", "x"), "/kubepods/pod1/x");
+        assert_eq!(cgroups_path("/kubepods.slice/kubepods-pod1.slice", "x"), "kubepods-pod1.slice:cri-containerd:x");
+        assert_eq!(cgroups_path("", "x"), "");
+    }
+
+    #[test]
+    fn host_namespaces_are_refused_by_the_name_that_users_know() {
+        let mut config = PodSandboxConfig::default();
+        refuse_host_namespaces(&config).unwrap();
+        let linux = config.linux.mut_or_insert_default();
+        linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default().ipc =
+            NamespaceMode::NODE.into();
+        assert!(refuse_host_namespaces(&config).unwrap_err().message.contains("hostIPC"));
+    }
+}
