@@ -17,7 +17,7 @@ use ttrpc::Code;
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Core: file_that_is_not_there;
-        Ours: mistakes_in_the_configuration, program_that_cannot_run, qemu_that_dies_at_once, kernel_that_is_no_kernel,
+        Ours: mistakes_in_the_configuration, drop_ins_and_annotations_set_what_they_may, program_that_cannot_run, qemu_that_dies_at_once, kernel_that_is_no_kernel,
             helper_that_dies_at_once, guest_that_never_answers, guest_without_an_agent, config_json_is_missing,
             config_json_is_corrupt, unknown_namespace, command_that_is_empty, full_disk_for_the_ledger, mount_that_cannot_be_made;
     ])
@@ -53,14 +53,44 @@ fn file_that_is_not_there(env: &Env) {
 
 fn mistakes_in_the_configuration(env: &Env) {
     run_with(env, "memory = 5\n").fails_with(&["cofferdam.toml line 1", "unknown field `memory`"]);
-    run_with(env, "\nvcpus = 'two'\n").fails_with(&["cofferdam.toml line 2"]);
-    run_with(env, "memory_mib = 1\n").fails_with(&["memory_mib", "64 or more"]);
+    run_with(env, "\nvcpus = 'two'\n")
+        .fails_with(&["cofferdam.toml line 2: vcpus: must be a whole number from 1 to 240"]);
+    run_with(env, "memory_mib = 1\n").fails_with(&["memory_mib", "from 64 to"]);
     run_with(env, "qemu = [\n").fails_with(&["cofferdam.toml line "]);
     let id = env.id();
     let _container = Container::adopt(env, &id);
     let output = run(env.run_command(&id, &["--rm", "--runtime-config-path", "/no/such.toml"], &["true"]), PATIENCE);
     output.fails_with(&["/no/such.toml"]);
     run_with(env, "memory_mib = 300\nvcpus = 2\n").ok();
+}
+
+fn drop_ins_and_annotations_set_what_they_may(env: &Env) {
+    let file = env.dir.join("annotated.toml");
+    let drop_in = env.dir.join("annotated.toml.d/10-site.toml");
+    fs::create_dir(drop_in.parent().unwrap()).unwrap();
+    let memory = |annotation: &str| {
+        let id = env.id();
+        let _container = Container::adopt(env, &id);
+        let flags = ["--rm", "--runtime-config-path", file.to_str().unwrap(), "--annotation", annotation];
+        run(
+            env.run_command(&id, &flags, &["sed", "-n", "s/^MemTotal: *\\([0-9]*\\) kB/\\1/p", "/proc/meminfo"]),
+            PATIENCE,
+        )
+    };
+    fs::write(&file, "memory_mib = 400\nenable_annotations = ['memory_mib']\n").unwrap();
+    fs::write(&drop_in, "memory_mib = 200\n").unwrap();
+    for (annotation, most_mib) in [("other=1", 200), ("io.cofferdam.memory_mib=300", 300)] {
+        let mib = memory(annotation).ok().text().parse::<u64>().unwrap() >> 10;
+        assert!((most_mib - 60..=most_mib).contains(&mib), "{annotation}: the machine has {mib} MiB");
+    }
+    memory("io.cofferdam.vcpus=2").fails_with(&["annotation io.cofferdam.vcpus", "\"vcpus\" to enable_annotations"]);
+    memory("io.cofferdam.memory_mib=lots")
+        .fails_with(&["annotation io.cofferdam.memory_mib has a wrong value", "not \"lots\""]);
+    memory("io.cofferdam.qemu=/bin/sh").fails_with(&["annotation io.cofferdam.qemu sets nothing"]);
+    fs::write(&drop_in, "\nvcpus = 1000\n").unwrap();
+    memory("other=1").fails_with(&["annotated.toml.d/10-site.toml line 2: vcpus"]);
+    fs::write(&drop_in, "enable_annotations = ['kernel']\n").unwrap();
+    memory("other=1").fails_with(&["10-site.toml line 1: enable_annotations: cannot have \"kernel\""]);
 }
 
 /// A program of the test's own.

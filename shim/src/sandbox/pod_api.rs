@@ -35,7 +35,9 @@ impl Driver {
     /// `CreateSandbox`: boots the virtual machine.
     pub fn create_sandbox(&mut self, request: &CreateSandboxRequest, config: Result<Config>, reply: Reply<()>) {
         let launching = config.and_then(|config| {
-            let (pod, blueprint) = self.plan(request)?;
+            let asked = pod_config(request)?;
+            let config = config.annotated(&asked.annotations)?;
+            let (pod, blueprint) = self.plan(request, &asked)?;
             self.state.create(&request.sandbox_id, &request.bundle_path, Io::default())?;
             self.pod = pod;
             let launching = self.guest_for(config, blueprint);
@@ -59,26 +61,12 @@ impl Driver {
         });
     }
 
-    /// What the request asks for, with the pod's files made.
-    fn plan(&self, request: &CreateSandboxRequest) -> Result<(Pod, Blueprint)> {
-        let options = request.options.as_ref();
-        let config = match options.map(|any| any.type_url.rsplit('/').next().unwrap_or_default()) {
-            None | Some("") => PodSandboxConfig::default(),
-            Some(POD_CONFIG) => {
-                let value = options.map(|any| any.value.as_slice()).unwrap_or_default();
-                PodSandboxConfig::parse_from_bytes(value)
-                    .map_err(|error| Error::invalid(format!("the pod's configuration does not parse: {error}")))?
-            }
-            Some(other) => {
-                return Err(Error::invalid(format!(
-                    "sandbox options of type {other:?} are not known: use {POD_CONFIG}"
-                )));
-            }
-        };
+    /// What a pod's configuration asks for, with the pod's files made.
+    fn plan(&self, request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Result<(Pod, Blueprint)> {
         let linux = config.linux.get_or_default();
-        refuse_host_namespaces(&config)?;
+        refuse_host_namespaces(config)?;
         let dir = self.ledger.dir().join("pod");
-        make_files(&dir, &config)?;
+        make_files(&dir, config)?;
         let pod = Pod {
             sysctls: linux.sysctls.clone(),
             shm_bytes: Some(SHM_BYTES),
@@ -148,6 +136,18 @@ fn add(mut sum: CgroupStats, one: &CgroupStats) -> CgroupStats {
     }
     sum.pids_stats.mut_or_insert_default().current += one.pids_stats.current;
     sum
+}
+
+fn pod_config(request: &CreateSandboxRequest) -> Result<PodSandboxConfig> {
+    let Some(options) = request.options.as_ref() else { return Ok(PodSandboxConfig::default()) };
+    match options.type_url.rsplit('/').next() {
+        None | Some("") => Ok(PodSandboxConfig::default()),
+        Some(POD_CONFIG) => PodSandboxConfig::parse_from_bytes(&options.value)
+            .map_err(|error| Error::invalid(format!("the pod's configuration does not parse: {error}"))),
+        Some(other) => {
+            Err(Error::invalid(format!("sandbox options of type {other:?} are not known: use {POD_CONFIG}")))
+        }
+    }
 }
 
 /// As containerd's CRI does it: systemd's form below a slice, else a path.

@@ -44,7 +44,7 @@ impl Driver {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let (config, role, order) = match config.and_then(|config| self.order(config, &request, io.clone())) {
+        let (config, role, order) = match self.order(config, &request, io.clone()) {
             Ok(ordered) => ordered,
             Err(error) => return answer(reply, Err(error)),
         };
@@ -91,9 +91,15 @@ impl Driver {
     }
 
     /// Reads and checks what a client wants: what is wrong is refused before anything is made.
-    fn order(&mut self, config: Config, request: &CreateTaskRequest, io: Io) -> Result<(Config, Role, Order)> {
+    fn order(&mut self, config: Result<Config>, request: &CreateTaskRequest, io: Io) -> Result<(Config, Role, Order)> {
+        // The machine that is there is as it was configured, whatever has become of the file since.
+        let config = if self.launching.is_some() { Ok(self.config.clone()) } else { config }?;
         let bundle = PathBuf::from(&request.bundle);
         let mut spec = spec::load(&bundle)?;
+        let config = match spec.annotations() {
+            Some(annotations) if self.launching.is_none() => config.annotated(annotations)?,
+            _ => config,
+        };
         let role = Role::of(&spec);
         let sandbox = &self.identity.id;
         let find = |pid| self.state.owner(pid).map(|id| if id == sandbox { String::new() } else { id.to_owned() });

@@ -14,17 +14,17 @@ const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
 /// runc's, which containerd itself sends to any runtime for some pods; nothing in it concerns a virtual machine.
 const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
 
-/// The configuration that the options name.
+/// The configuration that the options name and contain.
 ///
 /// # Errors
 /// `INVALID_ARGUMENT`: options of another type, a message that does not parse, a configuration with a mistake.
 pub fn config(options: Option<&Any>) -> Result<Config> {
-    let path = match options {
-        None => None,
-        Some(any) if any.type_url.is_empty() && any.value.is_empty() => None,
+    let options = match options {
+        None => Options::default(),
+        Some(any) if any.type_url.is_empty() && any.value.is_empty() => Options::default(),
         Some(any) => match any.type_url.rsplit('/').next() {
-            Some(RUNTIME_OPTIONS) => config_path(&any.value)?,
-            Some(RUNC_OPTIONS) => None,
+            Some(RUNTIME_OPTIONS) => Options::parse(&any.value)?,
+            Some(RUNC_OPTIONS) => Options::default(),
             _ => {
                 return Err(Error::invalid(format!(
                     "runtime options of type {:?} are not known: use {RUNTIME_OPTIONS} with a ConfigPath",
@@ -33,22 +33,37 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
             }
         },
     };
-    Config::load(path.as_deref())
+    Config::load(options.config_path.as_deref(), &options.config_body)
 }
 
-/// Field 2 of `runtimeoptions.v1.Options {type_url = 1, config_path = 2, config_body = 3}`.
-fn config_path(message: &[u8]) -> Result<Option<PathBuf>> {
-    let bad = |error| Error::invalid(format!("the runtime options do not parse: {error}"));
-    let mut input = CodedInputStream::from_bytes(message);
-    let mut path = None;
-    while let Some(tag) = input.read_raw_tag_or_eof().map_err(bad)? {
-        match (tag >> 3, WireType::new(tag & 7)) {
-            (2, Some(WireType::LengthDelimited)) => path = Some(input.read_string().map_err(bad)?),
-            (_, Some(wire_type)) => input.skip_field(wire_type).map_err(bad)?,
-            (_, None) => return Err(Error::invalid("the runtime options do not parse: unknown wire type")),
+/// `runtimeoptions.v1.Options`, as far as it says anything: its `type_url` (1) only repeats what the runtime is called.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Options {
+    /// A configuration file (2).
+    config_path: Option<PathBuf>,
+    /// What else is in the runtime's options in containerd's configuration, as TOML (3). containerd sends it since 1.7,
+    /// and only without a ConfigPath.
+    config_body: Vec<u8>,
+}
+
+impl Options {
+    fn parse(message: &[u8]) -> Result<Options> {
+        let bad = |error| Error::invalid(format!("the runtime options do not parse: {error}"));
+        let mut input = CodedInputStream::from_bytes(message);
+        let mut options = Options::default();
+        while let Some(tag) = input.read_raw_tag_or_eof().map_err(bad)? {
+            match (tag >> 3, WireType::new(tag & 7)) {
+                (2, Some(WireType::LengthDelimited)) => {
+                    let path = input.read_string().map_err(bad)?;
+                    options.config_path = (!path.is_empty()).then(|| path.into());
+                }
+                (3, Some(WireType::LengthDelimited)) => options.config_body = input.read_bytes().map_err(bad)?,
+                (_, Some(wire_type)) => input.skip_field(wire_type).map_err(bad)?,
+                (_, None) => return Err(Error::invalid("the runtime options do not parse: unknown wire type")),
+            }
         }
+        Ok(options)
     }
-    Ok(path.filter(|path| !path.is_empty()).map(PathBuf::from))
 }
 
 #[cfg(test)]
@@ -59,16 +74,46 @@ mod tests {
         Any { type_url: type_url.into(), value: value.into(), ..Default::default() }
     }
 
+    /// A message as containerd writes it.
+    fn message(fields: &[(u32, &str)]) -> Vec<u8> {
+        let mut message = Vec::new();
+        let mut output = protobuf::CodedOutputStream::vec(&mut message);
+        for (number, text) in fields {
+            output.write_string(*number, text).unwrap();
+        }
+        output.flush().unwrap();
+        drop(output);
+        message
+    }
+
     #[test]
-    fn a_config_path_is_read() {
+    fn a_config_path_is_read_and_the_options_beside_it_win() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "vcpus = 2").unwrap();
+        std::fs::write(file.path(), "vcpus = 2\nmemory_mib = 300").unwrap();
         let path = file.path().to_str().unwrap();
-        let mut message = b"\x0a\x01t\x12".to_vec();
-        message.push(u8::try_from(path.len()).unwrap());
-        message.extend(path.as_bytes());
-        message.extend(b"\x1a\x04body");
-        assert_eq!(config(Some(&any(RUNTIME_OPTIONS, &message))).unwrap().vcpus, 2);
+        let config = |fields: &[_]| config(Some(&any(RUNTIME_OPTIONS, &message(fields))));
+        assert_eq!(config(&[(1, "t"), (2, path)]).unwrap().vcpus, 2);
+        let both = config(&[(2, path), (3, "vcpus = 3\n")]).unwrap();
+        assert_eq!((both.vcpus, both.memory_mib), (3, 300));
+        let error = config(&[(2, "/no/such.toml")]).unwrap_err();
+        assert!(error.message.contains("/no/such.toml"), "{error}");
+    }
+
+    #[test]
+    fn keys_in_containerds_own_configuration_count() {
+        let config = |body| config(Some(&any(RUNTIME_OPTIONS, &message(&[(3, body)]))));
+        let body = "ConfigPath = \"\"\nTypeUrl = \"x\"\ndebug = true\nkernel_params = [\"quiet\"]\nvcpus = 3\n";
+        let read = config(body).unwrap();
+        assert_eq!((read.debug, read.vcpus, read.kernel_params), (true, 3, vec!["quiet".to_owned()]));
+        for (body, part) in [
+            ("BinaryName = \"/usr/bin/runc\"", "unknown field `BinaryName`"),
+            ("debug = true\nvcpus = 2.5", "line 2: vcpus: must be a whole number from 1 to 240, not 2.5"),
+            ("vcpus", "line 1: "),
+        ] {
+            let error = config(body).unwrap_err();
+            assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
+            assert!(error.message.contains(part) && error.message.contains("containerd's configuration"), "{error}");
+        }
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl SandboxService {
 #[async_trait]
 impl Sandbox for SandboxService {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> Result<CreateSandboxResponse> {
-        let config = Config::load(None);
+        let config = Config::load(None, &[]);
         self.sandbox.ask(move |driver, reply| driver.create_sandbox(&request, config, reply)).await?;
         Ok(CreateSandboxResponse::default())
     }

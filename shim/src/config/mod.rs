@@ -1,0 +1,189 @@
+//! The configuration: its keys, their defaults and what they accept. Defaults need no file at all.
+//!
+//! Later sources win key by key: the defaults, the file, its drop-ins, the runtime options in containerd's own
+//! configuration, and the annotations that those before them allow.
+
+mod annotations;
+mod layers;
+mod programs;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use toml::Value;
+
+use crate::error::Result;
+use annotations::SETTABLE;
+use layers::Layers;
+
+pub use programs::{find_file, find_program};
+
+/// Where an administrator's configuration is.
+const DEFAULT_PATH: &str = "/etc/cofferdam/cofferdam.toml";
+
+/// Which accelerator runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// KVM where it serves a stock guest, else emulation.
+    #[default]
+    Auto,
+    /// KVM or an error.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// How the guest is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VsockDevice {
+    /// The host kernel's device where it opens, else the user space one.
+    #[default]
+    Auto,
+    /// The host kernel's (`/dev/vhost-vsock`).
+    Vhost,
+    /// vhost-device-vsock.
+    VhostUser,
+}
+
+/// `cofferdam.toml`; `configs/cofferdam.toml` explains every key.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The QEMU binary: a path, or a name in PATH.
+    #[serde(deserialize_with = "program")]
+    pub qemu: PathBuf,
+    /// The guest kernel (vmlinux with PVH).
+    #[serde(deserialize_with = "file")]
+    pub kernel: PathBuf,
+    /// The guest's initramfs.
+    #[serde(deserialize_with = "file")]
+    pub initramfs: PathBuf,
+    /// Added to the kernel command line.
+    #[serde(deserialize_with = "kernel_params")]
+    pub kernel_params: Vec<String>,
+    /// virtiofsd: a path, or a name in PATH.
+    #[serde(deserialize_with = "program")]
+    pub virtiofsd: PathBuf,
+    /// vhost-device-vsock: a path, or a name in PATH.
+    #[serde(deserialize_with = "program")]
+    pub vhost_device_vsock: PathBuf,
+    /// Which accelerator runs the guest.
+    pub accelerator: Accelerator,
+    /// How the guest is reached.
+    pub vsock: VsockDevice,
+    /// Memory of the virtual machine in MiB, before the container's own limit is added.
+    #[serde(deserialize_with = "whole::<64, 16_777_216, _, _>")]
+    pub memory_mib: u64,
+    /// Virtual CPUs of a sandbox without a CPU limit.
+    #[serde(deserialize_with = "whole::<1, 240, _, _>")]
+    pub vcpus: u32,
+    /// How long a guest may take from power-on to an answering agent.
+    #[serde(deserialize_with = "whole::<1, 3600, _, _>")]
+    pub boot_timeout_seconds: u64,
+    /// Guest console and agent log to `console.log` in the sandbox's state directory.
+    pub debug: bool,
+    /// Keys that annotations may set, see [`Config::annotated`].
+    #[serde(deserialize_with = "settable")]
+    pub enable_annotations: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            qemu: "qemu-system-x86_64".into(),
+            kernel: programs::asset("share/cofferdam/vmlinux"),
+            initramfs: programs::asset("share/cofferdam/initramfs.cpio"),
+            kernel_params: Vec::new(),
+            virtiofsd: programs::helper("virtiofsd", &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"]),
+            vhost_device_vsock: programs::helper("vhost-device-vsock", &[]),
+            accelerator: Accelerator::Auto,
+            vsock: VsockDevice::Auto,
+            memory_mib: 512,
+            vcpus: 1,
+            boot_timeout_seconds: 30,
+            debug: false,
+            enable_annotations: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// What a sandbox is to be like. `file` is the ConfigPath of the runtime options and has to be there; without it
+    /// the administrator's file is read if there is one. `options` is the rest of the runtime options, as TOML.
+    ///
+    /// # Errors
+    /// One line: file, line, key and what was expected.
+    pub fn load(file: Option<&Path>, options: &[u8]) -> Result<Config> {
+        let mut layers = Layers::default();
+        layers.file(file.unwrap_or(Path::new(DEFAULT_PATH)), file.is_some())?;
+        layers.runtime_options(options)?;
+        layers.config()
+    }
+
+    /// How long a guest may take from power-on to an answering agent.
+    pub fn boot_deadline(&self) -> Duration {
+        Duration::from_secs(self.boot_timeout_seconds)
+    }
+}
+
+/// A whole number from `MIN` to `MAX`.
+fn whole<'de, const MIN: i64, const MAX: i64, T: TryFrom<i64>, D: Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<T, D::Error> {
+    let value = Value::deserialize(from)?;
+    let number = value.as_integer().filter(|number| (MIN..=MAX).contains(number));
+    number
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or_else(|| D::Error::custom(format!("must be a whole number from {MIN} to {MAX}, not {value}")))
+}
+
+/// A program: an absolute path, or a name to look up in PATH. The shim's working directory is a container's bundle,
+/// where nothing must be looked for.
+fn program<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<PathBuf, D::Error> {
+    let value = Value::deserialize(from)?;
+    let text = value.as_str().filter(|text| text.starts_with('/') || (!text.is_empty() && !text.contains('/')));
+    path(text).ok_or_else(|| D::Error::custom(format!("must be an absolute path or a name in PATH, not {value}")))
+}
+
+fn file<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<PathBuf, D::Error> {
+    let value = Value::deserialize(from)?;
+    let text = value.as_str().filter(|text| text.starts_with('/'));
+    path(text).ok_or_else(|| D::Error::custom(format!("must be an absolute path, not {value}")))
+}
+
+fn path(text: Option<&str>) -> Option<PathBuf> {
+    text.filter(|text| !text.contains('\0')).map(PathBuf::from)
+}
+
+fn kernel_params<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<String>, D::Error> {
+    let value = Value::deserialize(from)?;
+    let printable = |params: &Vec<String>| !params.iter().any(|param| param.contains(char::is_control));
+    strings(&value)
+        .filter(printable)
+        .ok_or_else(|| D::Error::custom(format!("must be a list of words such as [\"quiet\"], not {value}")))
+}
+
+fn settable<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<String>, D::Error> {
+    let value = Value::deserialize(from)?;
+    let Some(keys) = strings(&value) else {
+        return Err(D::Error::custom(format!("must be a list of keys such as [\"memory_mib\"], not {value}")));
+    };
+    match keys.iter().find(|key| !SETTABLE.iter().any(|(name, _)| name == key)) {
+        Some(key) => Err(D::Error::custom(format!(
+            "cannot have {key:?}: annotations can set {}, nothing else, and never programs or files of the host",
+            annotations::names()
+        ))),
+        None => Ok(keys),
+    }
+}
+
+fn strings(value: &Value) -> Option<Vec<String>> {
+    value.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
+}
+
+#[cfg(test)]
+mod tests;
