@@ -10,15 +10,16 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
 use super::launch::{Guest, Plan, launch, share_dir};
 use super::ledger::Ledger;
+use super::mounts;
+use super::process::{self, Announced};
 use super::sizing::{Need, Sizing};
 use super::state::{Key, State};
-use super::{mounts, process};
 use crate::config::Config;
 use crate::container::create::Container;
 use crate::container::exit_file::{self, Exit};
@@ -143,7 +144,7 @@ pub struct Driver {
     pub(super) guest: Option<Arc<Guest>>,
     pub(super) containers: HashMap<String, Container>,
     pub(super) pumps: HashMap<Key, Pumps>,
-    pub(super) exec_specs: HashMap<Key, Process>,
+    pub(super) announced: HashMap<Key, Announced>,
     pub(super) sizes: HashMap<Key, (u32, u32)>,
     pub(super) stdin_closed: Vec<Key>,
     pub(super) waiters: HashMap<Key, Vec<Reply<Exit>>>,
@@ -176,7 +177,7 @@ impl Driver {
             guest: None,
             containers: HashMap::new(),
             pumps: HashMap::new(),
-            exec_specs: HashMap::new(),
+            announced: HashMap::new(),
             sizes: HashMap::new(),
             stdin_closed: Vec::new(),
             waiters: HashMap::new(),
@@ -384,7 +385,7 @@ impl Driver {
     pub(super) fn forget(&mut self, key: &Key) {
         self.state.deleted(key);
         let gone = |other: &Key| other == key || (key.is_init() && other.container == key.container);
-        self.exec_specs.retain(|other, _| !gone(other));
+        self.announced.retain(|other, _| !gone(other));
         self.sizes.retain(|other, _| !gone(other));
         self.stdin_closed.retain(|other| !gone(other));
         self.announce(Vec::new());

@@ -1,7 +1,7 @@
 //! What the guest is asked to do with a process or a container, each call with its deadline.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_client::protocols::agent::{
     CgroupStats, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ResumeContainerRequest,
@@ -10,6 +10,7 @@ use agent_client::protocols::agent::{
 };
 use agent_client::{ALL_PROCESSES, context};
 use oci_spec::runtime::{LinuxResources, Process};
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use super::launch::Guest;
@@ -20,6 +21,9 @@ use crate::stdio::{GuestIo, HostIo, Pumps};
 
 /// Starting a process: it includes the guest's reading of the program from the image.
 const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// An agent gives up streams that nobody claims after 30 s; those of a client that takes nearly as long are made again.
+const HELD_BY_AGENT: Duration = Duration::from_secs(20);
 
 /// Everything that only changes something inside the guest.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -40,20 +44,63 @@ pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
     Ok(())
 }
 
+/// The streams of an exec that is announced, being connected while its client gets around to starting it.
+pub struct Dialled {
+    begun: Instant,
+    streams: JoinHandle<Result<GuestIo>>,
+}
+
+impl Dialled {
+    /// Begins to connect them, if the agent takes streams.
+    pub fn begin(guest: &Arc<Guest>, key: &Key, io: &Io) -> Option<Dialled> {
+        let (transport, key, io) = (guest.transport.clone(), key.clone(), io.clone());
+        let dial = async move { GuestIo::raw(&transport, &key, &io).await };
+        guest.raw_stdio.then(|| Dialled { begun: Instant::now(), streams: tokio::spawn(dial) })
+    }
+
+    /// The streams, if the agent still holds them for the process.
+    async fn take(mut self) -> Option<GuestIo> {
+        if self.begun.elapsed() > HELD_BY_AGENT {
+            return None;
+        }
+        (&mut self.streams).await.ok()?.ok()
+    }
+}
+
+impl Drop for Dialled {
+    fn drop(&mut self) {
+        self.streams.abort();
+    }
+}
+
+/// What is known of an announced exec.
+pub struct Announced {
+    /// What to run.
+    pub process: Process,
+    /// Its streams.
+    pub dialled: Option<Dialled>,
+}
+
 /// Runs a further process in a container, its stdio connected before.
 ///
 /// # Errors
 /// The agent's own words; a stdio path that does not open.
-pub async fn start_exec(guest: &Guest, key: &Key, process: &Process, io: &Io, namespace: &str) -> Result<Pumps> {
+pub async fn start_exec(guest: &Guest, key: &Key, exec: Announced, io: &Io, namespace: &str) -> Result<Pumps> {
+    let Announced { process, dialled } = exec;
     let host_io = HostIo::open(io, namespace, &key.container).await?;
-    let raw = match guest.raw_stdio {
-        true => Some(GuestIo::raw(&guest.transport, key, io).await?),
-        false => None,
+    let dialled = match dialled {
+        Some(dialled) => dialled.take().await,
+        None => None,
+    };
+    let raw = match (guest.raw_stdio, dialled) {
+        (false, _) => None,
+        (true, Some(streams)) => Some(streams),
+        (true, None) => Some(GuestIo::raw(&guest.transport, key, io).await?),
     };
     let request = ExecProcessRequest {
         container_id: key.container.clone(),
         exec_id: key.exec.clone(),
-        process: Some(to_proto::process(process)).into(),
+        process: Some(to_proto::process(&process)).into(),
         ..Default::default()
     };
     guest.agent.agent.exec_process(context(Some(START_DEADLINE)), &request).await?;

@@ -15,7 +15,7 @@ use oci_spec::runtime::{LinuxResources, Process};
 use super::driver::{Blueprint, Driver, Pod, Reply, answer};
 use super::launch::{Guest, share_dir};
 use super::pod_api;
-use super::process;
+use super::process::{self, Announced, Dialled};
 use super::sizing::Need;
 use super::state::{Io, Key};
 use crate::config::Config;
@@ -174,7 +174,8 @@ impl Driver {
             Ok(io) => io,
             Err(error) => return answer(reply, Err(error)),
         };
-        let spec = self.exec_specs.get(&key).cloned();
+        let exec = self.announced.get_mut(&key);
+        let exec = exec.map(|exec| Announced { process: exec.process.clone(), dialled: exec.dialled.take() });
         let namespace = self.identity.namespace.clone();
         let stands_in = self.state.stands_in(&key.container);
         // Between the sandbox's creation and its start its network may have been made.
@@ -185,10 +186,10 @@ impl Driver {
             if let Some(ledger) = ledger {
                 starting.add_links(&ledger).await?;
             }
-            match spec {
+            match exec {
                 None if stands_in => Ok(None),
                 None => process::start_init(&starting, &target.container).await.map(|()| None),
-                Some(spec) => process::start_exec(&starting, &target, &spec, &io, &namespace).await.map(Some),
+                Some(exec) => process::start_exec(&starting, &target, exec, &io, &namespace).await.map(Some),
             }
         };
         self.begin(work, move |driver, result| driver.started(guest, key, result, reply));
@@ -242,7 +243,9 @@ impl Driver {
             Io { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
         let result = self.state.exec(&key, io);
         if result.is_ok() {
-            self.exec_specs.insert(key, process);
+            let io = self.state.process(&key).map(|process| process.io.clone()).unwrap_or_default();
+            let dialled = self.guest.as_ref().and_then(|guest| Dialled::begin(guest, &key, &io));
+            self.announced.insert(key, Announced { process, dialled });
             let (container_id, exec_id) = (request.id, request.exec_id);
             self.events.publish(&TaskExecAdded { container_id, exec_id, ..Default::default() });
         }
