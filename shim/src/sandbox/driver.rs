@@ -302,7 +302,7 @@ impl Driver {
     }
 
     pub(super) fn vm_died(&mut self, reason: &str) {
-        if self.state.alive().is_ok() {
+        if self.state.alive().is_ok() && !self.ended {
             tracing::error!(reason, "the virtual machine has ended");
         }
         // Whatever is left of QEMU and its helpers: connections through a helper only end with it.
