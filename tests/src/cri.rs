@@ -116,7 +116,7 @@ impl Cri {
     pub(crate) fn wait_for_images(&self) {
         for image in [PAUSE, TALK] {
             eventually(&format!("CRI knows {image}"), PATIENCE, || {
-                (run(self.command(&["inspecti", image]), PATIENCE).status == 0).then_some(())
+                (run(self.command(["inspecti", image]), PATIENCE).status == 0).then_some(())
             });
         }
     }
