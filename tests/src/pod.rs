@@ -37,6 +37,15 @@ pub fn merge(value: &mut Value, patch: Value) {
     }
 }
 
+/// The line of error that `crictl` ends with; it logs the same before that.
+#[track_caller]
+pub fn one_line(output: &Output) -> String {
+    let errors = output.errors();
+    let last = errors.lines().last().unwrap_or_default();
+    assert!(last.contains("level=fatal") && !last.contains("\\n"), "not one line of error: {errors}");
+    last.to_owned()
+}
+
 /// A pod sandbox.
 pub struct Pod<'e> {
     /// Its test.
@@ -64,12 +73,12 @@ impl<'e> Pod<'e> {
         pod
     }
 
-    /// The message of a pod that is refused.
+    /// The message of a pod that is refused, which is one line.
     #[track_caller]
     pub fn refused(env: &Env, patch: Value) -> String {
         let (pod, output) = Pod::start(env, patch);
         assert!(output.status != 0, "pod {} was made", pod.id);
-        output.errors()
+        one_line(&output)
     }
 
     #[track_caller]
