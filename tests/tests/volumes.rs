@@ -251,7 +251,7 @@ fn mounts_that_would_go_to_the_host_are_refused(env: &Env) {
     // Which of the two says no is the runtime's business.
     let output = if output.status == 0 { env.crictl(&["start", &output.text()]) } else { output };
     let errors = one_line(&output);
-    assert!(errors.contains("/data") && errors.contains("propagation"), "{errors}");
+    assert!(errors.contains("/data") && errors.contains("Bidirectional"), "{errors}");
     pod.idle("next").exec(&["true"]).ok();
 }
 
