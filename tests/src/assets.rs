@@ -40,6 +40,27 @@ pub fn shim() -> PathBuf {
     installed("bin/containerd-shim-cofferdam-v2")
 }
 
+fn cache() -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+    std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("cofferdam")
+}
+
+/// crictl, of the cri-tools that the checkout pins: scripts/lib.sh knows where they are.
+///
+/// # Panics
+/// It is not there.
+pub fn crictl() -> PathBuf {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    let find = || {
+        let mut command = Command::new("bash");
+        command.args(["-c", r#". "$0" && echo "$cri_tools""#]).arg(root().join("scripts/lib.sh"));
+        let path = PathBuf::from(run(command, Duration::from_secs(10)).ok().text()).join("crictl");
+        assert!(path.exists(), "{} is not there: run `scripts/setup test`", path.display());
+        path
+    };
+    FOUND.get_or_init(find).clone()
+}
+
 /// The folder with the programs of a containerd release.
 ///
 /// # Panics
@@ -51,9 +72,7 @@ pub fn release_bin(release: Release) -> PathBuf {
             std::env::split_paths(&dirs).find(|dir| dir.join("containerd").exists() && dir.join("ctr").exists());
         return found.unwrap_or_else(|| panic!("containerd is not in PATH: run scripts/setup"));
     }
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
-    let cache = cache.join("cofferdam");
+    let cache = cache();
     let wanted = format!("containerd-{}.", release.name());
     let found = std::fs::read_dir(&cache).into_iter().flatten().flatten().find(|entry| {
         entry.file_name().to_string_lossy().starts_with(&wanted) && entry.path().join("bin/ctr").exists()
@@ -62,13 +81,13 @@ pub fn release_bin(release: Release) -> PathBuf {
     dir.path().join("bin")
 }
 
-/// The OCI archive with [`IMAGE`], made once a run in `dir`.
-pub fn image(dir: &Path) -> PathBuf {
+/// The OCI archive with [`IMAGE`], and for pods those of [`crate::cri`], made once a run in `dir`.
+pub fn image(dir: &Path, pods: bool) -> PathBuf {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
         let tar = dir.join("image.tar");
         let mut command = Command::new(root().join("scripts/image"));
-        command.arg(&tar);
+        command.arg(&tar).args(pods.then_some("pods"));
         run(command, Duration::from_secs(60)).ok();
         tar
     };

@@ -1,4 +1,5 @@
-//! A private containerd: its own root, state and socket, no CRI, and the shim of the tested prefix in its PATH.
+//! A private containerd: its own root, state and socket, and the shim of the tested prefix in its PATH. One for tasks has
+//! no CRI; one for pods has it, and a network for pods of its own.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -7,11 +8,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::assets::{self, IMAGE};
 use crate::command::{Output, run};
+use crate::cri::Cri;
 use crate::eventually;
 use crate::procs::{MARK, mark};
 use crate::suite::Release;
@@ -33,14 +36,17 @@ pub struct Daemon {
     pub snapshotter: &'static str,
     /// Its log, kept after the run.
     pub log: PathBuf,
+    /// Its CRI plug-in, of one for pods.
+    pub cri: Option<Cri>,
     bin: PathBuf,
     config: PathBuf,
     process: Mutex<Option<Child>>,
 }
 
 impl Daemon {
-    /// Starts one with its files in `dir` and the image imported. Extra programs are found in `path` first.
-    pub fn start(release: Release, dir: &Path, path: Option<&Path>) -> Daemon {
+    /// Starts one with its files in `dir` and the images imported, with CRI if it is for `pods`. Extra programs are found
+    /// in `path` first.
+    pub fn start(release: Release, dir: &Path, path: Option<&Path>, pods: bool) -> Daemon {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("{}-{}", release.name(), NUMBER.fetch_add(1, Ordering::Relaxed));
         // Everything that ends with the daemon is on the suite's own /run, with a short path.
@@ -52,31 +58,32 @@ impl Daemon {
         let suite = std::env::current_exe().unwrap().file_stem().unwrap().to_string_lossy().into_owned();
         let suite = suite.split('-').next().unwrap_or("suite").to_owned();
         let (state, socket, config) = (run_dir.join("s"), run_dir.join("c.sock"), root.join("config.toml"));
-        let text = format!(
-            "version = 2\nroot = {:?}\nstate = {state:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
-             [grpc]\naddress = {socket:?}\n[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n",
-            root.join("root"),
-            root.join("opt"),
-        );
+        let snapshotter = snapshotter(&root);
+        let cri = pods.then(|| Cri::new(release, &socket, &run_dir));
+        let (version, rest) = match &cri {
+            Some(cri) => cri.config(release, snapshotter),
+            None => ("version = 2", "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".to_owned()),
+        };
+        let own = root.join("root");
+        let text = format!("{version}\nroot = {own:?}\nstate = {state:?}\n{rest}\n[grpc]\naddress = {socket:?}\n");
+        let opt = format!("[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n", root.join("opt"));
+        let text = text + &opt;
         std::fs::write(&config, text).unwrap();
         let log = logs.join(format!("{suite}-{name}.log"));
         let _ = std::fs::remove_file(&log);
         let bin = assets::release_bin(release);
-        let mut daemon =
-            Daemon { release, state, socket, snapshotter: "overlayfs", log, bin, config, process: Mutex::new(None) };
+        let daemon = Daemon { release, state, socket, snapshotter, log, cri, bin, config, process: Mutex::new(None) };
         daemon.launch(path);
         let version = daemon.ctr(&["version"]).ok().text();
         assert!(version.contains(release.name()), "wanted containerd {}, found {version}", release.name());
-        // A file system on which overlayfs cannot be stacked (a container's own root) has to copy.
-        let plugins = daemon.ctr(&["plugins", "ls"]).ok().text();
-        if !plugins.lines().any(|line| line.contains("overlayfs") && line.trim_end().ends_with("ok")) {
-            daemon.snapshotter = "native";
-        }
-        let image = assets::image(dir).to_string_lossy().into_owned();
+        let image = assets::image(dir, pods).to_string_lossy().into_owned();
         // 2.1 imports through its transfer service, which unpacks for the default snapshotter only, unless told otherwise.
         let local: &[&str] = if release == Release::V2_1 { &["--local"] } else { &[] };
         daemon.ctr(&[&["images", "import", "--snapshotter", daemon.snapshotter], local, &[&image]].concat()).ok();
         assert!(daemon.ctr(&["images", "ls", "-q"]).ok().text().contains(IMAGE));
+        if let Some(cri) = &daemon.cri {
+            cri.wait_for_images();
+        }
         daemon
     }
 
@@ -97,7 +104,12 @@ impl Daemon {
     /// A `ctr` command for this daemon.
     pub fn ctr_command<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(self.bin.join("ctr"));
-        command.arg("--address").arg(&self.socket).args(["--namespace", &namespace()]).args(args).env(MARK, mark());
+        command
+            .arg("--address")
+            .arg(&self.socket)
+            .args(["--namespace", &self.namespace()])
+            .args(args)
+            .env(MARK, mark());
         command
     }
 
@@ -107,9 +119,14 @@ impl Daemon {
         run(self.ctr_command(args), crate::PATIENCE)
     }
 
+    /// The namespace of its containers: CRI's is fixed.
+    pub fn namespace(&self) -> String {
+        if self.cri.is_some() { "k8s.io".to_owned() } else { namespace() }
+    }
+
     /// The directory of a task's bundle.
     pub fn bundle(&self, id: &str) -> PathBuf {
-        self.state.join("io.containerd.runtime.v2.task").join(namespace()).join(id)
+        self.state.join("io.containerd.runtime.v2.task").join(self.namespace()).join(id)
     }
 
     /// Ends the process: in order, or as a crash would.
@@ -146,8 +163,26 @@ impl Daemon {
     }
 }
 
+/// A file system on which overlayfs cannot be stacked (a container's own root) has to copy.
+fn snapshotter(root: &Path) -> &'static str {
+    let dir = |name: &str| {
+        let dir = root.join("try").join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        dir
+    };
+    let (lower, upper, work, merged) = (dir("lower"), dir("upper"), dir("work"), dir("merged"));
+    let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+    let tried = mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()));
+    let works = tried.is_ok() && umount(&merged).is_ok();
+    std::fs::remove_dir_all(root.join("try")).unwrap();
+    if works { "overlayfs" } else { "native" }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.stop(Signal::SIGTERM);
+        if let Some(cri) = &self.cri {
+            cri.remove_bridge();
+        }
     }
 }

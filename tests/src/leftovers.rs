@@ -1,4 +1,5 @@
-//! What a test run may leave on the host: processes, mounts, files of the runtime, cgroups, network links.
+//! What a test run may leave on the host: processes, mounts, files of the runtime, cgroups, network
+//! namespaces and links, and what containerd has of a pod.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +20,7 @@ impl Snapshot {
         let mut found = BTreeSet::new();
         for process in procs::ours() {
             // The test's own tools come and go.
-            if process.program != "containerd" && process.program != "ctr" {
+            if process.program != "containerd" && process.program != "ctr" && process.program != "crictl" {
                 found.insert(format!("process {}: {} {}", process.pid, process.program, process.args));
             }
         }
@@ -28,18 +29,21 @@ impl Snapshot {
                 found.insert(format!("mount {point}"));
             }
         }
-        for dir in ["/run/cofferdam", "/run/containerd/s"] {
+        for dir in ["/run/cofferdam", "/run/containerd/s", "/run/netns"] {
             files(Path::new(dir), &mut found);
         }
         for daemon in fs::read_dir("/run").into_iter().flatten().flatten() {
-            let bundles = daemon.path().join("s/io.containerd.runtime.v2.task").join(namespace());
-            for bundle in fs::read_dir(bundles).into_iter().flatten().flatten() {
-                found.insert(format!("bundle {}", bundle.path().display()));
+            for dir in ["io.containerd.runtime.v2.task", "io.containerd.grpc.v1.cri"] {
+                below(&daemon.path().join("s").join(dir), 2, &mut found);
             }
+            below(&daemon.path().join("ipam"), 2, &mut found);
         }
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut found);
-        for link in fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
-            found.insert(format!("network link {}", link.file_name().display()));
+        // Not /sys/class/net: the links there are those of the network namespace that mounted /sys.
+        for line in fs::read_to_string("/proc/net/dev").unwrap_or_default().lines() {
+            if let Some((link, _)) = line.split_once(':') {
+                found.insert(format!("network link {}", link.trim()));
+            }
         }
         Snapshot(found)
     }
@@ -80,7 +84,19 @@ fn files(dir: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Cgroups of containers: `ctr` names them /NAMESPACE/ID.
+/// What is `depth` directories below `dir`: a bundle, a pod's directory, an address that is given to a pod.
+fn below(dir: &Path, depth: usize, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        match depth {
+            // host-local's own notes are not addresses.
+            1 if entry.file_name() == "lock" || entry.file_name().to_string_lossy().starts_with("last_reserved") => {}
+            1 => drop(found.insert(format!("file {}", entry.path().display()))),
+            _ => below(&entry.path(), depth - 1, found),
+        }
+    }
+}
+
+/// Cgroups of containers: `ctr` names them /NAMESPACE/ID, and a pod's are below the parent it asks for.
 fn cgroups(dir: &Path, depth: usize, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();

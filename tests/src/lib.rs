@@ -1,15 +1,18 @@
-//! End-to-end test harness: private containerd daemons of several releases, `ctr`, terminals, events, a task API client,
-//! and the search for whatever a test left behind. It knows containerd's contract and nothing of the shim's code, so the
-//! same suites also run against runc as the control that proves a test right.
+//! End-to-end test harness: private containerd daemons of several releases, `ctr`, `crictl`, terminals, events, a task
+//! API client, and the search for whatever a test left behind. It knows containerd's contract and nothing of the shim's
+//! code, so the same suites also run against runc as the control that proves a test right.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
 pub mod assets;
 pub mod bundle;
 pub mod command;
 pub mod container;
+pub mod cri;
 pub mod daemon;
 pub mod events;
 pub mod leftovers;
+pub mod network;
+pub mod pod;
 pub mod procs;
 pub mod pty;
 pub mod suite;

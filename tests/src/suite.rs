@@ -99,18 +99,36 @@ pub struct Suite {
 
 struct Shared {
     dir: tempfile::TempDir,
+    pods: bool,
     daemons: Mutex<HashMap<Release, Arc<Daemon>>>,
 }
 
 impl Suite {
     /// Must come before any thread: gives the process mounts and a /run of its own.
     pub fn new() -> Suite {
+        Suite::with(false)
+    }
+
+    /// As [`Suite::new`], for pods: a network of its own as well, and daemons with CRI.
+    pub fn of_pods() -> Suite {
+        Suite::with(true)
+    }
+
+    fn with(pods: bool) -> Suite {
         assert!(nix::unistd::geteuid().is_root(), "these tests make mounts and namespaces: run them as root");
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755")).unwrap();
+        tmpfs("/run");
+        if pods {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            crate::network::ip(&["link", "set", "lo", "up"]).ok();
+            // Shared, as on a host: what is unmounted here goes away in the shims' own mount namespaces too.
+            std::fs::create_dir("/run/netns").unwrap();
+            tmpfs("/run/netns");
+            mount(None::<&str>, "/run/netns", None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        }
         let dir = tempfile::Builder::new().prefix("cofferdam-e2e-").tempdir().unwrap();
-        Suite { shared: Arc::new(Shared { dir, daemons: Mutex::default() }), before: Snapshot::take() }
+        Suite { shared: Arc::new(Shared { dir, pods, daemons: Mutex::default() }), before: Snapshot::take() }
     }
 
     /// Runs `cases` and then insists that nothing is left on the host.
@@ -161,6 +179,10 @@ impl Suite {
     }
 }
 
+fn tmpfs(path: &str) {
+    mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755")).unwrap();
+}
+
 impl Default for Suite {
     fn default() -> Suite {
         Suite::new()
@@ -194,7 +216,7 @@ impl Env {
         }
         let daemon = {
             let mut daemons = shared.daemons.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let start = || Arc::new(Daemon::start(release, shared.dir.path(), None));
+            let start = || Arc::new(Daemon::start(release, shared.dir.path(), None, shared.pods));
             Arc::clone(daemons.entry(release).or_insert_with(start))
         };
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
@@ -207,8 +229,9 @@ impl Env {
 
     /// The same test with a containerd of its own, for tests that stop it. `path`: programs to be found first.
     pub fn with_own_daemon(&self, path: Option<&Path>) -> Env {
+        let (dir, pods) = (self.shared.dir.path(), self.shared.pods);
         Env {
-            daemon: Arc::new(Daemon::start(self.daemon.release, self.shared.dir.path(), path)),
+            daemon: Arc::new(Daemon::start(self.daemon.release, dir, path, pods)),
             runtime: self.runtime,
             dir: self.dir.clone(),
             shared: Arc::clone(&self.shared),
@@ -244,9 +267,27 @@ impl Env {
     pub fn run_command(&self, id: &str, flags: &[&str], command: &[&str]) -> std::process::Command {
         let base = ["run", "--snapshotter", self.daemon.snapshotter, "--runtime", self.runtime.name()];
         let image: &[&str] = if flags.contains(&"--rootfs") { &[] } else { &[crate::assets::IMAGE] };
+        // Not /k8s.io, which may be the host's too.
+        let cgroup = format!("/{}/{id}", namespace());
+        let (mut base, own) = (base.to_vec(), ["--cgroup", cgroup.as_str()]);
+        base.extend(own.iter().filter(|_| self.daemon.cri.is_some()));
         // With --rootfs, the tree's path is the last of the flags and stands where the image would.
         let (flags, tree) = if image.is_empty() { flags.split_at(flags.len() - 1) } else { (flags, &[][..]) };
-        self.daemon.ctr_command([&base, flags, image, tree, &[id], command].concat())
+        self.daemon.ctr_command([&base[..], flags, image, tree, &[id], command].concat())
+    }
+
+    /// Runs `crictl ARGS` to its end.
+    #[track_caller]
+    pub fn crictl(&self, args: &[&str]) -> Output {
+        crate::command::run(self.cri().command(args), crate::PATIENCE)
+    }
+
+    /// The daemon's CRI plug-in.
+    ///
+    /// # Panics
+    /// The suite is not one of pods.
+    pub fn cri(&self) -> &crate::cri::Cri {
+        self.daemon.cri.as_ref().expect("a suite of pods")
     }
 
     /// A container that runs in the background, without a reader of its output.

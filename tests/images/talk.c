@@ -1,0 +1,121 @@
+/*
+ * Two ends that talk: a server that answers every message with "you said " and the
+ * message, and a client that says one and prints the answer. Of tcp, udp (an IPv4 or
+ * IPv6 address and a port) or unix (a path):
+ *   talk serve udp :: 7000
+ *   talk ask unix /run/x.sock hello
+ * A client tries for 20 s, as its server may not be there yet.
+ */
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static struct sockaddr_storage address;
+static socklen_t length;
+
+/* Reads a kind of socket and its address from argv; gives how many there were. */
+static int parse(char **argv, int *type)
+{
+	struct sockaddr_un *path = (struct sockaddr_un *)&address;
+	struct sockaddr_in *v4 = (struct sockaddr_in *)&address;
+	struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)&address;
+
+	*type = strcmp(argv[0], "udp") ? SOCK_STREAM : SOCK_DGRAM;
+	if (!strcmp(argv[0], "unix")) {
+		path->sun_family = AF_UNIX;
+		strncpy(path->sun_path, argv[1], sizeof(path->sun_path) - 1);
+		length = sizeof(*path);
+		return 2;
+	}
+	if (inet_pton(AF_INET, argv[1], &v4->sin_addr) == 1) {
+		v4->sin_family = AF_INET;
+		v4->sin_port = htons(atoi(argv[2]));
+		length = sizeof(*v4);
+	} else if (inet_pton(AF_INET6, argv[1], &v6->sin6_addr) == 1) {
+		v6->sin6_family = AF_INET6;
+		v6->sin6_port = htons(atoi(argv[2]));
+		length = sizeof(*v6);
+	} else {
+		return 0;
+	}
+	return 3;
+}
+
+static void answer(int socket, const char *text, const struct sockaddr *to, socklen_t to_length)
+{
+	char said[2048];
+	int size = snprintf(said, sizeof(said), "you said %s", text);
+
+	if (sendto(socket, said, size, MSG_NOSIGNAL, to, to_length) < 0)
+		perror("talk: send");
+}
+
+static int serve(int type)
+{
+	int on = 1, server = socket(address.ss_family, type, 0);
+
+	setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	if (bind(server, (struct sockaddr *)&address, length) || (type == SOCK_STREAM && listen(server, 64))) {
+		perror("talk: bind");
+		return 1;
+	}
+	printf("listening\n");
+	fflush(stdout);
+	for (;;) {
+		struct sockaddr_storage from;
+		socklen_t from_length = sizeof(from);
+		char text[1024];
+		int peer = type == SOCK_STREAM ? accept(server, NULL, NULL) : server;
+		ssize_t got = recvfrom(peer, text, sizeof(text) - 1, 0, (struct sockaddr *)&from, &from_length);
+
+		text[got > 0 ? got : 0] = 0;
+		if (type == SOCK_DGRAM) {
+			answer(peer, text, (struct sockaddr *)&from, from_length);
+		} else {
+			answer(peer, text, NULL, 0);
+			close(peer);
+		}
+	}
+}
+
+static int ask(int type, const char *text)
+{
+	struct timeval patience = { .tv_sec = type == SOCK_DGRAM ? 1 : 5 };
+	char answer[2048];
+	ssize_t got = -1;
+
+	for (int try = 0; try < 100 && got <= 0; try++) {
+		int client = socket(address.ss_family, type, 0);
+
+		setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+		if (!connect(client, (struct sockaddr *)&address, length) &&
+		    send(client, text, strlen(text), MSG_NOSIGNAL) >= 0)
+			got = recv(client, answer, sizeof(answer), 0);
+		if (got <= 0 && try == 99)
+			perror("talk");
+		close(client);
+		if (got <= 0)
+			usleep(200000);
+	}
+	return got > 0 && write(1, answer, got) == got ? 0 : 1;
+}
+
+int main(int argc, char **argv)
+{
+	int type, used;
+
+	signal(SIGTERM, SIG_DFL);
+	used = argc > 3 ? parse(argv + 2, &type) : 0;
+	if (used && argc == 2 + used && !strcmp(argv[1], "serve"))
+		return serve(type);
+	if (used && argc == 3 + used && !strcmp(argv[1], "ask"))
+		return ask(type, argv[2 + used]);
+	fprintf(stderr, "usage: talk serve|ask tcp|udp|unix ADDRESS [PORT] [TEXT]\n");
+	return 2;
+}

@@ -1,0 +1,141 @@
+//! Memory and CPU of a pod: what its containers see, what is enforced, what an update changes, and where QEMU is counted.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+
+use std::process::ExitCode;
+
+use cofferdam_tests::daemon::namespace;
+use cofferdam_tests::pod::{Member, Pod};
+use cofferdam_tests::{Env, PATIENCE, Suite, cases, eventually, procs};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    Suite::of_pods().run(cases![
+        Core: container_uses_its_gibibyte, memory_is_raised_and_lowered;
+        Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered, update_of_one_limit_keeps_the_others;
+        Ours: machine_has_the_cpus_of_its_containers, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod;
+    ])
+}
+
+const MIB: u64 = 1 << 20;
+
+fn limits(limits: Value) -> Value {
+    json!({"linux": {"resources": limits}})
+}
+
+fn memory(mib: u64) -> Value {
+    limits(json!({"memory_limit_in_bytes": mib * MIB}))
+}
+
+/// What the container's own cgroup says, v2 or v1.
+fn memory_limit(container: &Member) -> u64 {
+    let cat = "cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes";
+    container.sh(cat).parse().unwrap()
+}
+
+/// The CPU quota in thousandths of a CPU.
+fn cpu_limit(container: &Member) -> u64 {
+    let cat =
+        "cat /sys/fs/cgroup/cpu.max 2>/dev/null || { cd /sys/fs/cgroup/cpu; cat cpu.cfs_quota_us cpu.cfs_period_us; }";
+    let numbers: Vec<u64> = container.sh(cat).split_whitespace().map(|number| number.parse().unwrap()).collect();
+    numbers[0] * 1000 / numbers[1]
+}
+
+/// The CPU time it has used, in microseconds.
+fn cpu_time(container: &Member) -> u128 {
+    let text = container.sh("cd /sys/fs/cgroup; cat cpu.stat 2>/dev/null || cat cpuacct/cpuacct.usage");
+    match text.strip_prefix("usage_usec ") {
+        Some(micros) => micros.lines().next().unwrap().parse().unwrap(),
+        None => text.parse::<u128>().unwrap() / 1000,
+    }
+}
+
+/// Touches this much memory all at once; whether the container may.
+fn can_use(container: &Member, mib: u64) -> bool {
+    container.exec(&["dd", "if=/dev/zero", "of=/dev/null", "count=1", &format!("bs={mib}M")]).status == 0
+}
+
+fn update(env: &Env, container: &Member, flags: &[&str]) {
+    env.crictl(&[&["update"], flags, &[&container.id]].concat()).ok();
+}
+
+fn container_uses_its_gibibyte(env: &Env) {
+    let pod = Pod::new(env);
+    let container = pod.run_with("main", &["sleep", "3600"], memory(1024));
+    assert_eq!(memory_limit(&container), 1024 * MIB);
+    assert!(can_use(&container, 900), "900 MiB of 1 GiB");
+    assert!(!can_use(&container, 1100), "1100 MiB of 1 GiB");
+    container.exec(&["true"]).ok();
+}
+
+fn each_container_has_its_own_limit(env: &Env) {
+    let pod = Pod::new(env);
+    let (small, large) =
+        (pod.run_with("small", &["sleep", "3600"], memory(64)), pod.run_with("large", &["sleep", "3600"], memory(512)));
+    assert_eq!((memory_limit(&small), memory_limit(&large)), (64 * MIB, 512 * MIB));
+    assert!(!can_use(&small, 128), "128 MiB of 64 MiB");
+    assert!(can_use(&large, 400), "400 MiB of 512 MiB");
+    assert!(can_use(&small, 32), "32 MiB of 64 MiB");
+}
+
+fn memory_is_raised_and_lowered(env: &Env) {
+    let pod = Pod::new(env);
+    let container = pod.run_with("main", &["sleep", "3600"], memory(128));
+    assert!(!can_use(&container, 400));
+    for (mib, fits) in [(768, true), (128, false), (512, true)] {
+        update(env, &container, &["--memory", &(mib * MIB).to_string()]);
+        assert_eq!(memory_limit(&container), mib * MIB);
+        assert_eq!(can_use(&container, 400), fits, "400 MiB of {mib} MiB");
+    }
+    assert_eq!(container.state(), "CONTAINER_RUNNING");
+}
+
+fn cpu_is_raised_and_lowered(env: &Env) {
+    let pod = Pod::new(env);
+    let half = limits(json!({"cpu_quota": 50_000, "cpu_period": 100_000}));
+    let container = pod.run_with("main", &["sleep", "3600"], half);
+    assert_eq!(cpu_limit(&container), 500);
+    for quota in [200_000, 30_000] {
+        update(env, &container, &["--cpu-quota", &quota.to_string(), "--cpu-period", "100000"]);
+        assert_eq!(cpu_limit(&container), quota / 100);
+    }
+    // A third of a CPU: the loop gets no more, whatever the machine has.
+    let before = cpu_time(&container);
+    let output = container.exec(&["timeout", "3", "sh", "-c", "while :; do :; done"]);
+    let (spent, limit) = (cpu_time(&container) - before, output.took.as_micros() * 45 / 100);
+    assert!(spent <= limit, "{spent} µs of CPU within {:?}, more than 45 %", output.took);
+}
+
+fn update_of_one_limit_keeps_the_others(env: &Env) {
+    let pod = Pod::new(env);
+    let both = limits(json!({"cpu_quota": 50_000, "cpu_period": 100_000, "memory_limit_in_bytes": 256 * MIB}));
+    let container = pod.run_with("main", &["sleep", "3600"], both);
+    update(env, &container, &["--cpu-quota", "80000", "--cpu-period", "100000"]);
+    assert_eq!((cpu_limit(&container), memory_limit(&container)), (800, 256 * MIB));
+    update(env, &container, &["--memory", &(192 * MIB).to_string()]);
+    assert_eq!((cpu_limit(&container), memory_limit(&container)), (800, 192 * MIB));
+}
+
+fn machine_has_the_cpus_of_its_containers(env: &Env) {
+    let pod = Pod::new(env);
+    let cpus = |count: u64| limits(json!({"cpu_quota": count * 100_000, "cpu_period": 100_000}));
+    let one = pod.run_with("one", &["sleep", "3600"], cpus(1));
+    let before: u64 = one.sh("nproc").parse().unwrap();
+    let two = pod.run_with("two", &["sleep", "3600"], cpus(1));
+    let expected = before.max(2);
+    eventually("the CPUs of both", PATIENCE, || (two.sh("nproc") == expected.to_string()).then_some(()));
+}
+
+fn qemu_and_its_helpers_are_in_the_cgroup_of_the_pod(env: &Env) {
+    let pod = Pod::new(env);
+    let _container = pod.idle("main");
+    let cgroups = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let wanted = format!("/{}/", namespace());
+    for program in ["qemu-system", "virtiofsd"] {
+        let found = procs::named(program);
+        let ours = found.iter().filter(|process| cgroups(process.pid).contains(&pod.id)).count();
+        assert!(ours >= 1, "no {program} in the cgroup of {}: {found:?}", pod.id);
+        for process in &found {
+            assert!(cgroups(process.pid).contains(&wanted), "{process:?}: {}", cgroups(process.pid));
+        }
+    }
+}
