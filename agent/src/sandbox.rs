@@ -4,14 +4,15 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
-use agent_client::{POD_PID_PATH, Stream, Transport};
+use agent_client::{GUEST_SHARE, POD_PID_PATH, Stream, Transport};
 
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
@@ -23,7 +24,7 @@ use crate::privileged;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{Claimed, Parking};
-use crate::storage::{Storages, block_device, mount_storage};
+use crate::storage::{Made, Storages, block_device, mount_storage};
 
 const BASE: &str = "/run/kata-containers";
 
@@ -128,6 +129,22 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Steps into a shared volume, which virtio-fs mounts when somebody does. Here and not first in the container's own
+    /// namespace: there each container would get a file system of its own, with sockets, locks and mappings of its own.
+    fn cross(&self, path: &str) -> Result<()> {
+        let storage = Storage { mount_point: path.to_owned(), ..Default::default() };
+        let mut state = lock(&self.state);
+        if state.storages.reuse(&storage) {
+            return Ok(());
+        }
+        let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+        let tried = || format!("open the shared volume {path}");
+        let inside = device(Path::new(path)).what(tried)?;
+        let outside = Path::new(path).parent().map_or(Ok(inside), device).what(tried)?;
+        state.storages.add(&storage, if inside == outside { Made::Files } else { Made::Mount });
+        Ok(())
+    }
+
     /// Makes a container; its first process waits for [`Container::start`].
     ///
     /// # Errors
@@ -158,6 +175,10 @@ impl Sandbox {
             mounted.push(storage.mount_point.clone());
         }
         let mut spec = request.OCI.take().ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
+        for mount in spec.Mounts.iter().filter(|mount| Path::new(&mount.source).starts_with(GUEST_SHARE)) {
+            self.cross(&mount.source)?;
+            mounted.push(mount.source.clone());
+        }
         for device in &request.devices {
             self.place_device(device, &mut spec).await?;
         }
@@ -234,7 +255,6 @@ impl Sandbox {
 
     /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry for it.
     async fn place_device(&self, device: &Device, spec: &mut oci::Spec) -> Result<()> {
-        use std::os::unix::fs::MetadataExt;
         let node = match device.type_.as_str() {
             "blk" => block_device(&device.id, self.hotplug_timeout).await?,
             other => {

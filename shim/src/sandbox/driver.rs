@@ -115,7 +115,8 @@ impl Blueprint {
 impl Pod {
     /// By the sandbox's spec.
     pub fn of(spec: &Spec) -> Pod {
-        let shm = spec.mounts().iter().flatten().find(|mount| mount.destination() == Path::new("/dev/shm"));
+        // The last one is what a container would see: containerd 1.6 has a default below it.
+        let shm = spec.mounts().iter().flatten().rfind(|mount| mount.destination() == Path::new("/dev/shm"));
         Pod {
             sysctls: spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
             need: Need::of_pod(spec),
