@@ -99,6 +99,12 @@ impl Daemon {
         eventually("containerd answers", Duration::from_secs(30), || {
             (self.ctr(&["version"]).status == 0).then_some(())
         });
+        // CRI begins to answer once it has looked at all the pods that were there.
+        if let Some(cri) = &self.cri {
+            eventually("CRI answers", Duration::from_secs(30), || {
+                (run(cri.command(["version"]), crate::PATIENCE).status == 0).then_some(())
+            });
+        }
     }
 
     /// A `ctr` command for this daemon.
