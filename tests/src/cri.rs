@@ -15,6 +15,9 @@ use crate::{PATIENCE, eventually};
 /// The image that a pod's containers have: busybox, and `talk` of tests/images.
 pub const TALK: &str = "docker.io/cofferdam/talk:local";
 
+/// The handler whose sandboxes have no task; containerd 2.1 only.
+pub const SANDBOX_API: &str = "cofferdam-sandbox";
+
 const PAUSE: &str = "docker.io/cofferdam/pause:local";
 
 /// MTU of the pods' network, other than a link's by default.
@@ -92,7 +95,9 @@ impl Cri {
                      [plugins.'io.containerd.cri.v1.runtime']\nrestrict_oom_score_adj = true\n\
                      [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dirs = ['/usr/lib/cni']\nconf_dir = {nets:?}\n\
                      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
-                     runtime_type = 'io.containerd.runc.v2'\n"
+                     runtime_type = 'io.containerd.runc.v2'\n\
+                     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{SANDBOX_API}]\n\
+                     runtime_type = 'io.containerd.cofferdam.v2'\nsandboxer = 'shim'\n"
                 ),
             ),
             Release::V1_6 | Release::V1_7 => (

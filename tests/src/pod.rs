@@ -81,8 +81,27 @@ impl<'e> Pod<'e> {
         one_line(&output)
     }
 
+    /// A pod whose sandbox the shim runs by itself (`sandboxer = "shim"`).
+    #[track_caller]
+    pub fn without_task(env: &'e Env, patch: Value) -> Pod<'e> {
+        let (pod, output) = Pod::try_without_task(env, patch);
+        output.ok();
+        pod
+    }
+
+    /// As [`Pod::without_task`], with what crictl said.
+    #[track_caller]
+    pub fn try_without_task(env: &'e Env, patch: Value) -> (Pod<'e>, Output) {
+        Pod::start_with(env, crate::cri::SANDBOX_API, patch)
+    }
+
     #[track_caller]
     fn start(env: &'e Env, patch: Value) -> (Pod<'e>, Output) {
+        Pod::start_with(env, if env.is_vm() { "cofferdam" } else { "runc" }, patch)
+    }
+
+    #[track_caller]
+    fn start_with(env: &'e Env, handler: &str, patch: Value) -> (Pod<'e>, Output) {
         let name = env.id();
         let dir = env.dir.join(&name);
         std::fs::create_dir_all(&dir).unwrap();
@@ -98,7 +117,6 @@ impl<'e> Pod<'e> {
         merge(&mut config, patch);
         let file = dir.join("pod.json");
         std::fs::write(&file, config.to_string()).unwrap();
-        let handler = if env.is_vm() { "cofferdam" } else { "runc" };
         let output = env.crictl(&["runp", "--runtime", handler, &file.to_string_lossy()]);
         (Pod { env, id: output.text(), dir, config, made: Cell::new(0) }, output)
     }

@@ -133,17 +133,22 @@ impl Suite {
 
     /// Runs `cases` and then insists that nothing is left on the host.
     pub fn run(self, cases: &[Case]) -> ExitCode {
+        self.run_on(&[Release::V1_7, Release::V1_6, Release::V2_1], cases)
+    }
+
+    /// As [`Suite::run`], with these releases only; the first one is that of the tests with the scope of one.
+    pub fn run_on(self, releases: &[Release], cases: &[Case]) -> ExitCode {
         let arguments = Arguments::from_args();
         let mut trials = Vec::new();
-        for release in [Release::V1_7, Release::V1_6, Release::V2_1] {
+        for &release in releases {
             for runtime in [Runtime::Cofferdam, Runtime::Runc] {
                 for &(name, test, scope) in cases {
                     if runtime == Runtime::Runc && matches!(scope, Scope::Ours | Scope::Long) {
                         continue;
                     }
                     let unasked = match scope {
-                        Scope::Core => release == Release::V1_7 || runtime == Runtime::Cofferdam,
-                        Scope::Once | Scope::Ours => release == Release::V1_7 && runtime == Runtime::Cofferdam,
+                        Scope::Core => release == releases[0] || runtime == Runtime::Cofferdam,
+                        Scope::Once | Scope::Ours => release == releases[0] && runtime == Runtime::Cofferdam,
                         Scope::Long => false,
                     };
                     let shared = Arc::clone(&self.shared);

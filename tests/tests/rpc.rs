@@ -389,7 +389,7 @@ fn what_is_not_implemented(env: &Env) {
     for (service, method) in [
         ("containerd.task.v2.Task", "Teleport"),
         ("containerd.task.v3.Task", "Teleport"),
-        ("containerd.runtime.sandbox.v1.Sandbox", "PingSandbox"),
+        ("containerd.runtime.sandbox.v1.Sandbox", "Teleport"),
         ("containerd.services.streaming.v1.Streaming", "Stream"),
     ] {
         refused(task.call::<Empty>(service, method, &Empty::default()), Code::UNIMPLEMENTED);

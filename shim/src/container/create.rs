@@ -48,8 +48,8 @@ pub struct Order {
     pub pid_namespace: PidNamespace,
     /// Sysctls of its pod.
     pub sysctls: HashMap<String, String>,
-    /// Its pod has a /dev/shm in the guest.
-    pub shm: bool,
+    /// Source of the mount that stands for its pod's /dev/shm.
+    pub shm: Option<PathBuf>,
 }
 
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
@@ -91,7 +91,7 @@ impl Host {
             rootfs::mount_all(&order.rootfs, &root, &host.dir.join("rootfs"))?;
         }
         let list = order.spec.mounts().as_deref().unwrap_or_default();
-        host.volumes = volumes::prepare(list, shares, order.shm)?;
+        host.volumes = volumes::prepare(list, shares, order.shm.as_deref())?;
         Ok(host)
     }
 }

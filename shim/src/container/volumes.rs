@@ -43,11 +43,11 @@ pub struct Volumes {
     shares: Vec<Arc<Share>>,
 }
 
-/// Prepares the mounts of a container. `shm`: the sandbox has a /dev/shm for all of its containers.
+/// Prepares the mounts of a container. `shm` is the source of a mount on /dev/shm that stands for the pod's own.
 ///
 /// # Errors
 /// One line that names the mount; nothing stays shared.
-pub fn prepare(list: &[Mount], shares: &Shares, shm: bool) -> Result<Volumes> {
+pub fn prepare(list: &[Mount], shares: &Shares, shm: Option<&Path>) -> Result<Volumes> {
     let mut volumes = Volumes::default();
     for mount in list {
         let mount = volumes.one(mount, shares, shm)?;
@@ -57,7 +57,7 @@ pub fn prepare(list: &[Mount], shares: &Shares, shm: bool) -> Result<Volumes> {
 }
 
 impl Volumes {
-    fn one(&mut self, from: &Mount, shares: &Shares, shm: bool) -> Result<proto::Mount> {
+    fn one(&mut self, from: &Mount, shares: &Shares, shm: Option<&Path>) -> Result<proto::Mount> {
         let mut to = proto::Mount {
             destination: from.destination().to_string_lossy().into_owned(),
             source: from.source().as_ref().map(|source| source.to_string_lossy().into_owned()).unwrap_or_default(),
@@ -65,6 +65,12 @@ impl Volumes {
             options: from.options().clone().unwrap_or_default(),
             ..Default::default()
         };
+        if to.destination == "/dev/shm" && shm.is_some_and(|shm| shm == Path::new(&to.source)) {
+            to.source = GUEST_SHM.to_owned();
+            to.type_ = "bind".to_owned();
+            to.options = vec!["rbind".to_owned()];
+            return Ok(to);
+        }
         let has = |wanted: &[&str]| to.options.iter().any(|option| wanted.contains(&option.as_str()));
         let is_socket = to.type_ == "uds";
         let is_bind = has(&["bind", "rbind"]) || matches!(to.type_.as_str(), "bind" | "rbind") || is_socket;
@@ -77,10 +83,6 @@ impl Volumes {
                  virtual machine cannot do: use HostToContainer (rslave) or None",
                 to.destination
             )));
-        }
-        if shm && to.destination == "/dev/shm" {
-            to.source = GUEST_SHM.to_owned();
-            return Ok(to);
         }
         let source = PathBuf::from(&to.source);
         let metadata = std::fs::metadata(&source).map_err(|error| {
@@ -197,8 +199,8 @@ mod tests {
             let data = source(dir, "data");
             let shares = Shares::new(&dir.join("share"));
             let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": ["rbind"]}]));
-            let first = prepare(&list, &shares, false).unwrap();
-            let second = prepare(&list, &shares, false).unwrap();
+            let first = prepare(&list, &shares, None).unwrap();
+            let second = prepare(&list, &shares, None).unwrap();
             assert_eq!(first.mounts[0].source, second.mounts[0].source);
             drop(first);
             let place = dir.join("share/.volumes").join(second.mounts[0].source.rsplit('/').next().unwrap());
@@ -218,7 +220,7 @@ mod tests {
                 let list = mounts_of(json!([
                     {"destination": "/d", "type": "bind", "source": path, "options": ["rbind", "ro"]}
                 ]));
-                let volumes = prepare(&list, &shares, false).unwrap();
+                let volumes = prepare(&list, &shares, None).unwrap();
                 let name = volumes.mounts[0].source.rsplit('/').next().unwrap().to_owned();
                 (volumes, dir.join("share/.volumes").join(name))
             };
@@ -240,12 +242,12 @@ mod tests {
             let list = |options: &[&str]| {
                 mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": options}]))
             };
-            let volumes = prepare(&list(&["rbind", "ro"]), &shares, false).unwrap();
+            let volumes = prepare(&list(&["rbind", "ro"]), &shares, None).unwrap();
             assert_eq!(volumes.mounts[0].options, ["rbind"], "the host alone keeps it read-only");
             let place = dir.join("share/.volumes").join(volumes.mounts[0].source.rsplit('/').next().unwrap());
             std::fs::write(place.join("below/file"), "").unwrap();
             assert!(std::fs::write(place.join("file"), "").is_err());
-            let all = prepare(&list(&["rbind", "rro"]), &shares, false).unwrap();
+            let all = prepare(&list(&["rbind", "rro"]), &shares, None).unwrap();
             let place = dir.join("share/.volumes").join(all.mounts[0].source.rsplit('/').next().unwrap());
             assert!(std::fs::write(place.join("below/other"), "").is_err());
             drop((volumes, all));
@@ -261,7 +263,7 @@ mod tests {
             mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some("size=8m,mode=1777")).unwrap();
             let shares = Shares::new(&dir.join("share"));
             let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path, "options": ["rbind"]}]));
-            let volumes = prepare(&list, &shares, false).unwrap();
+            let volumes = prepare(&list, &shares, None).unwrap();
             let storage = &volumes.storages[0];
             assert_eq!((storage.driver.as_str(), storage.shared), ("ephemeral", true));
             assert_eq!(storage.options, ["size=8388608", "mode=1777"]);
@@ -280,7 +282,7 @@ mod tests {
                 {"destination": "/a", "type": "bind", "source": path, "options": ["rbind", "rw"]},
                 {"destination": "/b", "type": "uds", "source": path}
             ]));
-            let volumes = prepare(&list, &shares, false).unwrap();
+            let volumes = prepare(&list, &shares, None).unwrap();
             for (mount, storage) in volumes.mounts.iter().zip(&volumes.storages) {
                 assert_eq!((mount.type_.as_str(), &mount.source), ("bind", &storage.mount_point));
                 assert_eq!(storage.driver, UDS_DRIVER);
@@ -299,10 +301,18 @@ mod tests {
                 {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
                 {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind"]}
             ]));
-            let volumes = prepare(&list, &shares, true).unwrap();
+            let volumes = prepare(&list, &shares, Some(&shm)).unwrap();
             let sources: Vec<_> = volumes.mounts.iter().map(|mount| mount.source.as_str()).collect();
             assert_eq!(sources, ["proc", "/dev/null", GUEST_SHM]);
             assert!(volumes.storages.is_empty());
+            // A volume that the pod has put there is no shm of the pod's.
+            let volumes = prepare(&list, &shares, Some(Path::new("/other"))).unwrap();
+            assert!(volumes.mounts[2].source.contains(".volumes"));
+            let list = mounts_of(json!([
+                {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"]}
+            ]));
+            let volumes = prepare(&list, &shares, Some(Path::new("shm"))).unwrap();
+            assert_eq!((volumes.mounts[0].source.as_str(), volumes.mounts[0].type_.as_str()), (GUEST_SHM, "bind"));
         });
     }
 
@@ -310,7 +320,7 @@ mod tests {
     fn mounts_that_cannot_be_are_refused_with_the_way_out() {
         let shares = Shares::new(Path::new("/nonexistent"));
         let refused =
-            |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, false).unwrap_err().message;
+            |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, None).unwrap_err().message;
         let message =
             refused(json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}));
         assert!(message.contains("HostToContainer") && message.contains("/d"), "{message}");

@@ -71,13 +71,22 @@ impl Handle {
     }
 }
 
+/// The /dev/shm of a pod.
+#[derive(Debug)]
+pub struct Shm {
+    /// Source of the mounts that stand for it.
+    pub source: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
 /// What a pod's sandbox says for all of its containers.
 #[derive(Debug, Default)]
 pub struct Pod {
     /// Sysctls of the namespaces that they share.
     pub sysctls: HashMap<String, String>,
-    /// Size of their /dev/shm.
-    pub shm_bytes: Option<u64>,
+    /// Their /dev/shm.
+    pub shm: Option<Shm>,
     /// What they may use together.
     pub need: Need,
     /// Where the files of the pod are that nobody else makes for its containers.
@@ -122,7 +131,10 @@ impl Pod {
             need: Need::of_pod(spec),
             files: None,
             unannounced: false,
-            shm_bytes: shm.and_then(|mount| tmpfs_size(mount.source().as_deref()?)),
+            shm: shm.and_then(|mount| {
+                let source = mount.source().clone()?;
+                tmpfs_size(&source).map(|bytes| Shm { source, bytes })
+            }),
         }
     }
 }
@@ -256,7 +268,7 @@ impl Driver {
             id: self.identity.id.clone(),
             hostname: blueprint.hostname.or_else(host_name).unwrap_or_default(),
             cgroups_path: blueprint.cgroups_path,
-            shm_bytes: self.pod.shm_bytes,
+            shm_bytes: self.pod.shm.as_ref().map(|shm| shm.bytes),
             netns: blueprint.netns,
         };
         let ledger = self.ledger.clone();

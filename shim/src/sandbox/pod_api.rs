@@ -13,7 +13,7 @@ use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
 
-use super::driver::{Blueprint, Driver, Pod, Reply, answer};
+use super::driver::{Blueprint, Driver, Pod, Reply, Shm, answer};
 use super::process;
 use super::sizing::Need;
 use super::state::{Io, Key, Status};
@@ -69,7 +69,8 @@ impl Driver {
         make_files(&dir, config)?;
         let pod = Pod {
             sysctls: linux.sysctls.clone(),
-            shm_bytes: Some(SHM_BYTES),
+            // In this mode containerd leaves the default mount on /dev/shm in place.
+            shm: Some(Shm { source: "shm".into(), bytes: SHM_BYTES }),
             need: need(linux.resources.get_or_default()),
             files: Some(dir),
             unannounced: true,

@@ -118,7 +118,7 @@ impl Driver {
             io,
             pid_namespace,
             sysctls: if role == Role::Member { self.pod.sysctls.clone() } else { HashMap::new() },
-            shm: role == Role::Member && self.pod.shm_bytes.is_some(),
+            shm: self.pod.shm.as_ref().filter(|_| role == Role::Member).map(|shm| shm.source.clone()),
         };
         Ok((config, role, order))
     }
