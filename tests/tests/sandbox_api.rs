@@ -38,7 +38,7 @@ fn containers_come_and_go(env: &Env) {
     assert_eq!(second.sh("cat /dev/shm/file"), "shared");
     drop((first, second));
     let third = pod.run("third", &["sh", "-c", "exit 3"]);
-    assert_eq!(third.wait(), 3);
+    assert_eq!(third.exit_code(), 3);
     assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_READY");
     env.crictl(&["stopp", &pod.id]).ok();
     assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_NOTREADY");
