@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use cofferdam_tests::bundle::{Bundle, tree};
+use cofferdam_tests::command::run;
 use cofferdam_tests::task::{Task, join, refused};
 use cofferdam_tests::{Env, PATIENCE, Suite, assets, cases, eventually, procs};
 use containerd_shim_protos::api::{Empty, Mount};
@@ -32,7 +33,8 @@ fn main() -> ExitCode {
         Once: states_of_a_task, created_task_can_be_deleted, created_task_can_be_killed, exec_from_start_to_delete,
             exec_that_fails_to_start, pids_name_their_execs, pause_is_a_state, size_of_a_terminal_any_time,
             input_ends_after_what_is_buffered, output_is_complete_before_it_ends, stats_are_of_the_hosts_kind,
-            state_answers_beside_parked_waits, overlay_with_very_long_options, bind_mount_as_root;
+            state_answers_beside_parked_waits, overlay_with_very_long_options, bind_mount_as_root,
+            image_file_as_root;
         Ours: duplicate_ids, delete_of_what_runs, unknown_ids, exec_after_the_end, what_is_not_implemented,
             both_versions_answer_the_same, connect_knows_the_sandbox, shutdown_waits_for_the_last_task, shutdown_now,
             oom_kill_is_counted_after_the_end, options_of_create, unknown_names_in_a_spec, update_keeps_the_rest,
@@ -333,7 +335,8 @@ fn state_answers_beside_parked_waits(env: &Env) {
 fn output_on(env: &Env, rootfs: Vec<Mount>, script: &str) -> String {
     let bundle = Bundle::new(env, &["/bin/sh", "-c", script]);
     bundle.edit(|spec| spec["root"] = json!({"path": "rootfs"}));
-    let ((stdout, mut output), (stderr, _errors)) = (fifo(env, "out"), fifo(env, "err"));
+    let named = |what: &str| fifo(env, &format!("{}-{what}", bundle.id));
+    let ((stdout, mut output), (stderr, _errors)) = (named("out"), named("err"));
     let task = bundle.start();
     let io = (rootfs, stdout, stderr);
     task.create_with(|request| (request.rootfs, request.stdout, request.stderr) = io).unwrap();
@@ -373,6 +376,19 @@ fn overlay_with_very_long_options(env: &Env) {
     let text = output_on(env, vec![mount("overlay", "overlay", &options)], "ls -d /file* | wc -l; echo new >/file1");
     assert_eq!(text.trim(), "100");
     assert_eq!(fs::read_to_string(env.dir.join("upper/file1")).unwrap(), "new\n");
+}
+
+/// As the blockfile snapshotter gives it; devmapper gives a device in the same way.
+fn image_file_as_root(env: &Env) {
+    let image = env.dir.join("image");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let mut mkfs = Command::new("mke2fs");
+    mkfs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(tree()).arg(&image);
+    run(mkfs, PATIENCE).ok();
+    let rootfs = || vec![mount("ext4", &image.to_string_lossy(), &["loop".to_owned()])];
+    output_on(env, rootfs(), "echo kept >/file");
+    let text = output_on(env, rootfs(), "cat /file; grep ' / ' /proc/mounts | cut -d' ' -f3");
+    assert_eq!(text.trim(), "kept\next4");
 }
 
 fn bind_mount_as_root(env: &Env) {
