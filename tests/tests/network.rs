@@ -4,10 +4,11 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use cofferdam_tests::command::Running;
+use cofferdam_tests::bundle::Bundle;
+use cofferdam_tests::command::{Running, run};
 use cofferdam_tests::cri::MTU;
 use cofferdam_tests::network::{Netns, ip};
 use cofferdam_tests::pod::Pod;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
             network_namespace_given_to_ctr_is_used_and_left_as_it_was;
         Once: port_forward_reaches_a_server_on_loopback, host_port, link_is_as_cni_made_it, macvlan,
             names_of_the_network_survive_a_second_container;
+        Ours: network_made_by_a_hook, network_made_before_the_start;
     ])
 }
 
@@ -232,4 +234,55 @@ fn network_namespace_given_to_ctr_is_used_and_left_as_it_was(env: &Env) {
     eventually("the namespace is as it was", PATIENCE, || (state() == before).then_some(()));
     drop(netns);
     eventually("its link is gone", PATIENCE, || (ip(&["link", "show", host]).status != 0).then_some(()));
+}
+
+/// Makes a link between the host and the namespace of a process, as nerdctl and docker do it.
+const MAKE_LINK: &str = "ip link add $1 type veth peer name eth0 netns $2
+    ip link set $1 up
+    nsenter -t $2 -n sh -c 'ip address add 10.99.0.2/24 dev eth0; ip link set eth0 up; ip route add default via 10.99.0.1'";
+
+/// Starts a container whose network is made by then, and gives what it sees of it.
+fn seen_of(env: &Env, prepare: impl FnOnce(&Bundle), between: impl FnOnce(u32)) -> String {
+    let bundle = Bundle::new(env, &["sh", "-c", "ip -o -4 address show dev eth0; ip route"]);
+    prepare(&bundle);
+    let log = env.dir.join("log");
+    let task = bundle.start();
+    let pid = task.create_with(|request| request.stdout = format!("file://{}", log.display())).unwrap().pid;
+    between(pid);
+    task.start("").unwrap();
+    assert_eq!(task.wait("").unwrap().exit_status, 0);
+    task.delete("").unwrap();
+    task.shutdown(false).unwrap();
+    std::fs::read_to_string(log).unwrap()
+}
+
+fn assert_network(seen: &str) {
+    assert!(seen.contains("inet 10.99.0.2/24") && seen.contains("default via 10.99.0.1 dev eth0"), "{seen}");
+}
+
+fn network_made_by_a_hook(env: &Env) {
+    let seen = seen_of(
+        env,
+        |bundle| {
+            let script = format!("set -- hook0 $(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')\n{MAKE_LINK}");
+            let path = format!("PATH={}", std::env::var("PATH").unwrap());
+            let hook = json!({"path": "/bin/sh", "args": ["sh", "-ec", script], "env": [path]});
+            bundle.edit(|spec| spec["hooks"] = json!({"createRuntime": [hook]}));
+        },
+        |_| {},
+    );
+    assert_network(&seen);
+}
+
+fn network_made_before_the_start(env: &Env) {
+    let seen = seen_of(
+        env,
+        |_| {},
+        |pid| {
+            let mut make = Command::new("sh");
+            make.args(["-ec", MAKE_LINK, "sh", "late0", &pid.to_string()]);
+            run(make, PATIENCE).ok();
+        },
+    );
+    assert_network(&seen);
 }

@@ -12,7 +12,8 @@ fn main() -> ExitCode {
     Suite::of_pods().run(cases![
         Core: container_uses_its_gibibyte, memory_is_raised_and_lowered;
         Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered, update_of_one_limit_keeps_the_others;
-        Ours: machine_has_the_cpus_of_its_containers, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod;
+        Ours: machine_has_the_cpus_of_its_containers, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
+            idle_pod_uses_no_cpu;
     ])
 }
 
@@ -138,4 +139,34 @@ fn qemu_and_its_helpers_are_in_the_cgroup_of_the_pod(env: &Env) {
             assert!(cgroups(process.pid).contains(&wanted), "{process:?}: {}", cgroups(process.pid));
         }
     }
+}
+
+/// Ticks of CPU time that all processes of a pod have used; there are 100 a second.
+fn ticks(pod: &Pod) -> u64 {
+    let of = |process: &procs::Proc| {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+        [11, 12]
+            .iter()
+            .map(|field| fields.get(*field).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0))
+            .sum::<u64>()
+    };
+    let ours = procs::ours();
+    assert!(ours.iter().any(|process| process.args.contains(&pod.id)), "no process of the pod");
+    ours.iter().filter(|process| process.program != "containerd").map(of).sum()
+}
+
+fn idle_pod_uses_no_cpu(env: &Env) {
+    let env = &env.with_own_daemon(None);
+    let pod = Pod::new(env);
+    let _container = pod.idle("main");
+    // A guest that has just begun still has things to do.
+    let idle = || {
+        let before = ticks(&pod);
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        ticks(&pod) - before
+    };
+    eventually("two seconds in which the pod's processes use a fiftieth of a CPU at most", PATIENCE, || {
+        (idle() <= 4).then_some(())
+    });
 }
