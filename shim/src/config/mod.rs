@@ -75,7 +75,7 @@ pub struct Config {
     pub accelerator: Accelerator,
     /// How the guest is reached.
     pub vsock: VsockDevice,
-    /// Memory of the virtual machine in MiB, before the container's own limit is added.
+    /// Memory in MiB of a machine with a container that has no limit; limits are added to it.
     #[serde(deserialize_with = "whole::<64, 16_777_216, _, _>")]
     pub memory_mib: u64,
     /// Virtual CPUs of a sandbox without a CPU limit.

@@ -60,6 +60,9 @@ const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
 /// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
 const ROOT_PORTS: u8 = 8;
 
+/// The same for a pod, whose containers may each have a disk for their root file system, and which may grow.
+const POD_ROOT_PORTS: u8 = 12;
+
 /// Queue size of the virtio-fs device.
 const FS_QUEUE_SIZE: u16 = 1024;
 
@@ -236,7 +239,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         max_memory_mib: host_memory_mib().max(plan.sizing.memory_mib),
         vcpus: plan.sizing.vcpus,
         max_vcpus: host_cpus().max(plan.sizing.vcpus),
-        root_ports: ROOT_PORTS,
+        root_ports: if plan.shm_bytes.is_some() { POD_ROOT_PORTS } else { ROOT_PORTS },
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs,
         netns: Some(nics.netns()),

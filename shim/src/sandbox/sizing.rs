@@ -9,6 +9,10 @@ use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::config::Config;
 
+/// What the guest's kernel and agent need beside containers that all have limits, in MiB. A pod's cgroup on the host has
+/// room for the limits and the RuntimeClass's overhead, so a machine must not be larger than those.
+const OWN_MIB: u64 = 128;
+
 /// A limit beyond this is how some clients write "none", in bytes.
 const NO_LIMIT: u64 = 1 << 54;
 
@@ -76,15 +80,20 @@ pub struct Sizing {
 }
 
 impl Sizing {
-    /// The configured size for the machine itself, plus the memory that its containers may use, and as many CPUs as
-    /// their quotas can use. A pod's own sums count where they are more.
+    /// The memory that its containers may use, and as many CPUs as their quotas can use. A pod's own sums count where they
+    /// are more. The machine's own need comes on top, or with a container that has no limit, the configured size.
     pub fn of(config: &Config, pod: Need, containers: &BTreeMap<String, Need>) -> Sizing {
         let memory = containers.values().fold(0_u64, |sum, need| sum.saturating_add(need.memory)).max(pod.memory);
+        let limited = match containers.is_empty() {
+            true => pod.memory > 0,
+            false => containers.values().all(|need| need.memory > 0),
+        };
+        let own = if limited { config.memory_mib.min(OWN_MIB) } else { config.memory_mib };
         let milli_cpus = containers.values().map(|need| need.milli_cpus()).sum::<u64>().max(pod.milli_cpus());
         let most = u64::from(host_cpus());
         let vcpus = milli_cpus.div_ceil(1000).max(config.vcpus.into()).min(most);
         Sizing {
-            memory_mib: (config.memory_mib + memory.div_ceil(1 << 20)).next_multiple_of(2).min(host_memory_mib()),
+            memory_mib: (own + memory.div_ceil(1 << 20)).next_multiple_of(2).min(host_memory_mib()),
             vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus),
         }
     }
@@ -123,15 +132,26 @@ mod tests {
     }
 
     #[test]
-    fn containers_get_their_limits_on_top_of_the_machines_own_need() {
+    fn a_machine_has_room_for_limits_and_little_more() {
         let base = Config::default().memory_mib;
         let none = Need::default();
         assert_eq!(sizing(none, &[]), Sizing { memory_mib: base, vcpus: 1 });
         let small = need(json!({"memory": {"limit": 64 << 20}}));
-        assert_eq!(sizing(none, &[small, small]).memory_mib, base + 128);
-        assert_eq!(sizing(Need { memory: 300 << 20, ..none }, &[small, small]).memory_mib, base + 300);
+        assert_eq!(sizing(none, &[small, small]).memory_mib, OWN_MIB + 128);
+        let pod = Need { memory: 300 << 20, ..none };
+        assert_eq!(sizing(pod, &[]).memory_mib, OWN_MIB + 300);
+        assert_eq!(sizing(pod, &[small, small]).memory_mib, OWN_MIB + 300);
+    }
+
+    #[test]
+    fn a_container_without_a_limit_gets_the_configured_size() {
+        let base = Config::default().memory_mib;
+        let none = Need::default();
+        let small = need(json!({"memory": {"limit": 64 << 20}}));
         for unlimited in [-1, i64::MAX, 0] {
-            assert_eq!(sizing(none, &[need(json!({"memory": {"limit": unlimited}}))]).memory_mib, base);
+            let unlimited = need(json!({"memory": {"limit": unlimited}}));
+            assert_eq!(sizing(none, &[unlimited]).memory_mib, base);
+            assert_eq!(sizing(none, &[unlimited, small]).memory_mib, base + 64);
         }
     }
 
