@@ -104,7 +104,7 @@ impl Driver {
         let sandbox = &self.identity.id;
         let find = |pid| self.state.owner(pid).map(|id| if id == sandbox { String::new() } else { id.to_owned() });
         let pid_namespace = pod::namespaces(&spec, role, find)?;
-        if role == Role::Sandbox {
+        if role == Role::Sandbox && self.launching.is_none() {
             self.pod = Pod::of(&spec);
         }
         if let Some(files) = self.pod.files.as_ref().filter(|_| role == Role::Member) {
