@@ -10,6 +10,7 @@ use cofferdam_tests::bundle::Bundle;
 use cofferdam_tests::command::Running;
 use cofferdam_tests::leftovers::Snapshot;
 use cofferdam_tests::procs::{self, Proc};
+use cofferdam_tests::random::{Random, number};
 use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually};
 
 const PARTS: [&str; 4] = ["containerd-shim-cofferdam", "qemu-system", "virtiofsd", "vhost-device-vsock"];
@@ -24,31 +25,11 @@ fn main() -> ExitCode {
 /// These tests compare the whole machine before and after: one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
-}
-
-/// xorshift: the same seed gives the same run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
 fn at_random_moments(env: &Env) {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let seed = number("COFFERDAM_SEED", 1);
     for round in seed..seed + number("COFFERDAM_KILLS", 12) {
-        let mut random = Random(round.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        // The first numbers of neighbouring seeds are alike.
-        for _ in 0..4 {
-            random.below(2);
-        }
+        let mut random = Random::new(round);
         // One part, sometimes two at once; the moment lies anywhere from before the boot to after the end.
         let victims: Vec<&str> =
             (0..=random.below(4) / 3).map(|_| PARTS[usize::try_from(random.below(4)).unwrap()]).collect();

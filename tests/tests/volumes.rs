@@ -120,11 +120,11 @@ fn read_only_volumes(env: &Env) {
 fn recursively_read_only(env: &Env) {
     let dir = dir(env, "dir");
     let _below = Mounted::tmpfs(&dir.join("below"), "size=1m");
-    let mount = |inside: &str, options: &str| {
-        format!("type=bind,src={},dst={inside},options=rbind:{options}", dir.display())
-    };
+    let mount =
+        |inside: &str, options: &str| format!("type=bind,src={},dst={inside},options=rbind:{options}", dir.display());
     let (all, top) = (mount("/data", "rro"), mount("/plain", "ro"));
-    let script = "touch /data/below/x 2>&1; touch /data/x 2>&1; touch /plain/x 2>&1; touch /plain/below/y && echo plain";
+    let script =
+        "touch /data/below/x 2>&1; touch /data/x 2>&1; touch /plain/x 2>&1; touch /plain/below/y && echo plain";
     let seen = env.run(&["--mount", &all, "--mount", &top], &["sh", "-c", script]).ok().text();
     assert_eq!(seen.matches("Read-only file system").count(), 3, "{seen}");
     assert!(seen.ends_with("plain"), "{seen}");
