@@ -22,7 +22,8 @@ const STATE: &str = "/run/cofferdam";
 
 fn main() -> ExitCode {
     Suite::of_pods().run(cases![
-        Ours: few_descriptors, no_room_for_the_state, greedy_containers_do_not_stop_their_pod;
+        Ours: few_descriptors, no_room_for_the_state, greedy_containers_do_not_stop_their_pod,
+            pod_whose_guest_hangs_is_removed;
         Long: containerd_crashes_at_any_step, a_thousand_execs_leave_nothing, hundreds_of_containers_leave_nothing
     ])
 }
@@ -73,14 +74,9 @@ fn hundreds_of_containers_leave_nothing(env: &Env) {
     let dir = env.dir.join("volume");
     fs::create_dir_all(&dir).unwrap();
     let pod = Pod::new(env);
-    let watch = pod.run_with(
-        "watch",
-        &["sleep", "3600"],
-        json!({"linux": {"security_context": {"privileged": true, "namespace_options": {"pid": 1}}}}),
-    );
-    let memory = || {
-        watch.sh("grep -E 'MemFree|Slab|SUnreclaim|MemAvailable' /proc/meminfo | tr '\\n' ' '; grep -c . /proc/self/mountinfo; wc -l </proc/cgroups; grep memory /proc/cgroups")
-    };
+    let watch = pod.idle("watch");
+    let memory =
+        || watch.sh("grep -E 'MemAvailable|SUnreclaim' /proc/meminfo | tr '\\n' ' '; grep memory /proc/cgroups");
     let cycle = |number: u64| {
         let mounts = json!({"mounts": [{"host_path": dir, "container_path": "/v"}]});
         let container = pod.run_with("cycle", &["sh", "-c", "echo x >/v/x; exit 3"], mounts);
@@ -233,4 +229,25 @@ fn containerd_crashes_at_any_step(env: &Env) {
         });
         before.wait_gone(Duration::from_secs(10)).unwrap_or_else(|left| panic!("{what}: {left}"));
     }
+}
+
+/// A guest that answers nothing any more, as one whose kernel hangs.
+fn pod_whose_guest_hangs_is_removed(env: &Env) {
+    let before = {
+        drop(Pod::new(env)); // CNI makes its bridge
+        Snapshot::take()
+    };
+    let pod = Pod::new(env);
+    let container = pod.idle("main");
+    for qemu in procs::named(PARTS[1]) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(qemu.pid.cast_signed()), Signal::SIGSTOP).unwrap();
+    }
+    let began = Instant::now();
+    eventually("the pod is removed", PATIENCE * 3, || {
+        let output = cofferdam_tests::command::run(env.cri().command(["rmp", "-f", &pod.id]), PATIENCE * 2);
+        eprintln!("{:?}: {} {}", began.elapsed(), output.status, output.errors());
+        (output.status == 0).then_some(())
+    });
+    assert!(!env.crictl(&["ps", "-a", "-q"]).ok().text().contains(&container.id));
+    before.wait_gone(Duration::from_secs(10)).unwrap();
 }

@@ -19,7 +19,8 @@ const PARTS: [&str; 4] = ["containerd-shim-cofferdam", "qemu-system", "virtiofsd
 const CLEAN: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
-    Suite::new().run(cases![Ours: at_random_moments, every_order_and_then_delete, one_part_of_a_running_container])
+    Suite::new().run(cases![Ours: at_random_moments, every_order_and_then_delete, one_part_of_a_running_container,
+        next_sandbox_takes_what_a_killed_delete_left, same_sandbox_again_after_a_killed_delete])
 }
 
 /// These tests compare the whole machine before and after: one at a time.
@@ -44,7 +45,8 @@ fn at_random_moments(env: &Env) {
                 std::thread::sleep(Duration::from_millis(5));
             }
             for victim in &victims {
-                procs::named(victim).iter().for_each(Proc::kill9);
+                // `delete` has a test of its own: containerd does not run it again.
+                procs::named(victim).iter().filter(|victim| !victim.args.ends_with(" delete")).for_each(Proc::kill9);
             }
             // Whatever `ctr run` says of it, it has to say something.
             run.outcome(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -98,4 +100,31 @@ fn every_order_and_then_delete(env: &Env) {
         assert!(began.elapsed() < Duration::from_secs(5), "{order:?}: delete took {:?}", began.elapsed());
         before.wait_gone(Duration::from_secs(1)).unwrap_or_else(|left| panic!("{order:?}: {left}"));
     }
+}
+
+fn next_sandbox_takes_what_a_killed_delete_left(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let bundle = Bundle::new(env, &["sleep", "3600"]);
+    let before = Snapshot::take();
+    bundle.start().create().unwrap();
+    procs::named(PARTS[0]).iter().for_each(Proc::kill9);
+    eventually("QEMU dies with its shim", PATIENCE, || procs::named(PARTS[1]).is_empty().then_some(()));
+    assert!(!before.more_than().is_empty());
+    assert_eq!(env.run(&[], &["echo", "next"]).ok().text(), "next");
+    before.wait_gone(CLEAN).unwrap();
+}
+
+fn same_sandbox_again_after_a_killed_delete(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let bundle = Bundle::new(env, &["sleep", "3600"]);
+    let before = Snapshot::take();
+    for _ in 0..3 {
+        let task = bundle.start();
+        task.create().unwrap();
+        task.start("").unwrap();
+        procs::named(PARTS[0]).iter().for_each(Proc::kill9);
+        eventually("QEMU dies with its shim", PATIENCE, || procs::named(PARTS[1]).is_empty().then_some(()));
+    }
+    assert_eq!(bundle.delete().exit_status, 137);
+    before.wait_gone(CLEAN).unwrap();
 }
