@@ -63,6 +63,10 @@ impl From<ttrpc::Error> for Error {
     fn from(error: ttrpc::Error) -> Error {
         match error {
             ttrpc::Error::RpcStatus(status) => Error { code: status.code(), message: status.message().to_owned() },
+            // The client's own words at a call's deadline; the connection is as good as before.
+            ttrpc::Error::Others(text) if text == "Request deadline elapsed" => {
+                Error::unavailable("the guest agent did not answer in time")
+            }
             other => Error::unavailable(format!("connection to the guest agent is lost: {other}")),
         }
     }

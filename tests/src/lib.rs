@@ -15,6 +15,7 @@ pub mod network;
 pub mod pod;
 pub mod procs;
 pub mod pty;
+pub mod random;
 pub mod suite;
 pub mod task;
 

@@ -68,7 +68,7 @@ impl<'e> Pod<'e> {
     /// A pod whose configuration has `patch` in it.
     #[track_caller]
     pub fn with(env: &'e Env, patch: Value) -> Pod<'e> {
-        let (pod, output) = Pod::start(env, patch);
+        let (pod, output) = Pod::try_with(env, patch);
         output.ok();
         pod
     }
@@ -76,7 +76,7 @@ impl<'e> Pod<'e> {
     /// The message of a pod that is refused, which is one line.
     #[track_caller]
     pub fn refused(env: &Env, patch: Value) -> String {
-        let (pod, output) = Pod::start(env, patch);
+        let (pod, output) = Pod::try_with(env, patch);
         assert!(output.status != 0, "pod {} was made", pod.id);
         one_line(&output)
     }
@@ -95,8 +95,9 @@ impl<'e> Pod<'e> {
         Pod::start_with(env, crate::cri::SANDBOX_API, patch)
     }
 
+    /// `crictl runp` and what it says. A pod that was not made has no id.
     #[track_caller]
-    fn start(env: &'e Env, patch: Value) -> (Pod<'e>, Output) {
+    pub fn try_with(env: &'e Env, patch: Value) -> (Pod<'e>, Output) {
         Pod::start_with(env, if env.is_vm() { "cofferdam" } else { "runc" }, patch)
     }
 

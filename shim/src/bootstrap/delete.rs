@@ -14,11 +14,14 @@ use super::group::group_id;
 use crate::args::Args;
 use crate::container::exit_file::{self, Exit};
 use crate::error::{Error, IoContext, Result};
-use crate::identity::SandboxIdentity;
+use crate::identity::{STATE_ROOT, SandboxIdentity};
 use crate::sandbox::ledger;
 
 /// How long a living server may take to finish its own orderly end.
 const SERVER_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How long others' leftovers may take beside one's own.
+const SWEEP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Runs `delete` and prints a `DeleteResponse`.
 ///
@@ -35,7 +38,11 @@ pub fn run(args: &Args) -> Result<()> {
         // Mounts of a sandbox live in its own namespace; this is for one that an administrator made by hand.
         let _ = nix::mount::umount2(&args.bundle.join("rootfs"), nix::mount::MntFlags::MNT_DETACH);
     }
-    print(exit)
+    print(exit)?;
+    if group == args.id {
+        ledger::sweep(Path::new(STATE_ROOT), SWEEP_DEADLINE);
+    }
+    Ok(())
 }
 
 /// The exit status that the server recorded; 137 where the container ended with its virtual machine.

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -71,6 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// Everything that must be there before the first request, and that may fail.
 fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) -> Result<Ledger> {
     logging::start(Path::new("."), &args.id, args.debug);
+    raise_descriptor_limit();
     mounts::enter_namespace()?;
     listener.set_nonblocking(true).doing(|| "set up the socket".into())?;
     let ledger = Ledger::create(&identity.state_dir())?;
@@ -80,6 +82,15 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
         ledger.record(&Resource::File { path })?;
     }
     Ok(ledger)
+}
+
+/// An exec takes up to nine descriptors. systemd's soft limit of 1024, which a containerd hands on even after it raised
+/// its own, would be used up by a hundred of them.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Limit::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Limit::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of descriptors stays as it is");
+    }
 }
 
 async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener: StdUnixListener) -> Result<()> {

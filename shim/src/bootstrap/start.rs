@@ -21,6 +21,7 @@ use super::reply::Request;
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::identity::{STATE_ROOT, SandboxIdentity};
+use crate::sandbox::ledger;
 
 /// Descriptor on which the server inherits its listening socket.
 pub const LISTENER_FD: i32 = 3;
@@ -49,7 +50,7 @@ pub fn run(args: &Args) -> Result<()> {
     make_dir(Path::new(STATE_ROOT))?;
     let socket = identity.socket(&dir);
     let address = format!("unix://{}", socket.display());
-    if let Some(listener) = listen(&socket)? {
+    if let Some(listener) = listen(&socket, &identity.state_dir())? {
         let debug = args.debug || request.debug();
         if let Err(error) = spawn_server(args, &group, debug, &socket, listener) {
             let _ = std::fs::remove_file(&socket);
@@ -67,10 +68,12 @@ fn make_dir(dir: &Path) -> Result<()> {
 
 /// Binds the socket, or finds that a server already answers there (`None`). Under a lock, so that of many starts of
 /// one group exactly one binds and none removes a socket that another is about to listen on.
-fn listen(socket: &Path) -> Result<Option<UnixListener>> {
+fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
     let _lock = Flock::lock(root, FlockArg::LockExclusive)
         .map_err(|(_, errno)| Error::internal(format!("cannot lock {STATE_ROOT}: {errno}")))?;
+    // What a former server of the same id left; what cannot be undone is in nobody's way here.
+    let _ = ledger::undo_abandoned(state_dir);
     let doing = || format!("listen on {}", socket.display());
     let listener = match UnixListener::bind(socket) {
         Ok(listener) => listener,

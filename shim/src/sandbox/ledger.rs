@@ -8,6 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -111,6 +112,40 @@ pub fn undo_own(dir: &Path) -> Result<()> {
     undo_all(dir, &resources)
 }
 
+/// Looks into all state directories below `root`, until `deadline` is over, for what dead servers left whose own
+/// `delete` was killed (containerd gives it 5 s) or never ran.
+pub fn sweep(root: &Path, deadline: Duration) {
+    let end = Instant::now() + deadline;
+    for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
+        if Instant::now() < end {
+            let _ = undo_abandoned(&entry.path()); // the next sweep tries again
+        }
+    }
+}
+
+/// As [`undo`], if the server is dead.
+///
+/// # Errors
+/// As for [`undo`].
+pub fn undo_abandoned(dir: &Path) -> Result<()> {
+    let resources = read(dir)?;
+    if is_abandoned(&resources) { undo_all(dir, &resources) } else { Ok(()) }
+}
+
+/// Whether the server has come and gone. Its socket is asked too: in another pid namespace its number says nothing.
+fn is_abandoned(resources: &[Resource]) -> bool {
+    let mut servers = 0;
+    let gone = resources.iter().all(|resource| match resource {
+        Resource::Server(identity) => {
+            servers += 1;
+            !identity.is_alive()
+        }
+        Resource::File { path } => UnixStream::connect(path).is_err(),
+        _ => true,
+    });
+    servers > 0 && gone
+}
+
 /// Lines that do not parse (a full disk tears the last one) are passed over.
 fn read(dir: &Path) -> Result<Vec<Resource>> {
     let path = dir.join(NAME);
@@ -205,6 +240,33 @@ mod tests {
         file.write_all(b"\xff\xfe{\n{\"kind\":\"proce").unwrap();
         undo(&dir, Duration::ZERO).unwrap();
         assert!(!outside.exists() && !dir.exists());
+    }
+
+    #[test]
+    fn a_sweep_takes_what_dead_servers_left_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let own = Identity::of(std::process::id().cast_signed()).unwrap();
+        let dead = Identity { start_time: own.start_time + 1, ..own };
+        let (socket, outside) = (root.path().join("socket"), root.path().join("file"));
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        std::fs::write(&outside, "").unwrap();
+        let file = |path: &Path| Resource::File { path: path.to_owned() };
+        let sandboxes = [
+            ("abandoned", vec![Resource::Server(dead), file(&outside)], false),
+            ("alive", vec![Resource::Server(own)], true),
+            ("elsewhere", vec![Resource::Server(dead), file(&socket)], true),
+            ("begins", vec![], true),
+        ];
+        for (name, resources, _) in &sandboxes {
+            let ledger = Ledger::create(&root.path().join(name)).unwrap();
+            resources.iter().for_each(|resource| ledger.record(resource).unwrap());
+        }
+        std::fs::create_dir(root.path().join("cache")).unwrap();
+        sweep(root.path(), Duration::from_secs(1));
+        for (name, _, stays) in sandboxes {
+            assert_eq!(root.path().join(name).exists(), stays, "{name}");
+        }
+        assert!(!outside.exists() && root.path().join("cache").exists());
     }
 
     #[test]

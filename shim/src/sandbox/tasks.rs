@@ -11,6 +11,7 @@ use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
 use oci_spec::runtime::{LinuxResources, Process};
+use ttrpc::Code;
 
 use super::driver::{Blueprint, Driver, Pod, Reply, answer};
 use super::launch::{Guest, share_dir};
@@ -325,7 +326,20 @@ impl Driver {
             }
             return answer(reply, Ok(()));
         }
-        self.relay(reply, |guest| async move { process::signal(&guest, &key, signal, all).await });
+        let guest = match self.living_guest() {
+            Ok(guest) => guest,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let is_last_resort = signal == libc::SIGKILL.cast_unsigned() && (all || key.is_init());
+        self.begin(async move { process::signal(&guest, &key, signal, all).await }, move |driver, result| {
+            // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is what can be killed.
+            let is_silent = matches!(&result, Err(error) if error.code == Code::UNAVAILABLE);
+            if is_last_resort && is_silent {
+                driver.vm_died("the guest agent did not answer a SIGKILL");
+                return answer(reply, Ok(()));
+            }
+            answer(reply, result);
+        });
     }
 
     /// `Wait`.
