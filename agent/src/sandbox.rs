@@ -397,10 +397,9 @@ fn restrict(cgroup: &Cgroup, spec: &oci::Spec) -> Result<()> {
     devices::restrict(cgroup.dir(), &resources.Devices, &linux.Devices)
 }
 
-/// Ids become names of directories: at least two characters, the first a letter or digit, no separators.
+/// Ids become names of directories: the first character is a letter or digit, and there are no separators.
 fn check_id(id: &str) -> Result<()> {
-    let good = id.len() >= 2
-        && id.len() <= 255 - "ctr-".len()
+    let good = id.len() <= 255 - "ctr-".len()
         && id.starts_with(|first: char| first.is_ascii_alphanumeric())
         && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
     if good { Ok(()) } else { Err(Error::Invalid(format!("{id:?} is not an id"))) }
@@ -412,10 +411,10 @@ mod tests {
 
     #[test]
     fn ids_are_names_and_nothing_else() {
-        for good in ["ab", "0a", "web-1_x.y", &"a".repeat(251)] {
+        for good in ["a", "7", "ab", "0a", "web-1_x.y", &"a".repeat(251)] {
             check_id(good).unwrap();
         }
-        for bad in ["", "a", ".a", "-a", "a/b", "a b", "..", "a\n", "\u{e9}a", &"a".repeat(252)] {
+        for bad in ["", ".", ".a", "-a", "a/b", "a b", "..", "a\n", "\u{e9}a", &"a".repeat(252)] {
             assert!(check_id(bad).is_err(), "{bad:?}");
         }
     }

@@ -11,6 +11,12 @@ use std::time::{Duration, Instant};
 /// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process until it is set up.
 const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "freezer"];
 
+/// What the sandbox's cgroup shall have where there is the unified hierarchy.
+const V2_CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
+
+/// The controllers that a cgroup's children have.
+const HANDED_DOWN: &str = "cgroup.subtree_control";
+
 /// How long the kernel may take to let go of a cgroup whose processes are dead.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -67,12 +73,33 @@ pub fn missing(directory: &Path) -> Vec<PathBuf> {
     missing
 }
 
-/// Makes a cgroup.
+/// Makes a cgroup, in which memory and CPU are counted.
 ///
 /// # Errors
 /// The file system's own.
 pub fn make(directory: &Path) -> io::Result<()> {
-    fs::create_dir_all(directory)
+    fs::create_dir_all(directory)?;
+    hand_down_controllers(directory);
+    Ok(())
+}
+
+/// In the unified hierarchy a cgroup has the controllers that its parent hands down, and by itself none does. A parent
+/// that has processes of its own cannot; what is below it is then counted there.
+fn hand_down_controllers(directory: &Path) {
+    let mut parents: Vec<&Path> = directory.ancestors().skip(1).filter(|dir| dir.join(HANDED_DOWN).exists()).collect();
+    parents.reverse();
+    for parent in parents {
+        let read = |file| fs::read_to_string(parent.join(file)).unwrap_or_default();
+        let (all, handed_down) = (read("cgroup.controllers"), read(HANDED_DOWN));
+        let has = |name: &&str| all.split_whitespace().any(|one| one == *name);
+        let new = |name: &&str| handed_down.split_whitespace().all(|one| one != *name);
+        for name in V2_CONTROLLERS.iter().copied().filter(has).filter(new) {
+            // One by one: a controller that cannot be must not keep the others away.
+            if let Err(error) = fs::write(parent.join(HANDED_DOWN), format!("+{name}")) {
+                tracing::debug!(%error, cgroup = %parent.display(), name, "the cgroup does not hand the controller down");
+            }
+        }
+    }
 }
 
 /// Removes a cgroup that this sandbox made. One that others use by now (a parent with siblings in it) stays.
@@ -136,6 +163,24 @@ mod tests {
     fn a_path_that_leaves_the_hierarchy_is_no_path() {
         assert!(directories("../../etc").is_empty());
         assert!(directories("").is_empty());
+    }
+
+    #[test]
+    fn every_parent_hands_down_what_it_has_and_does_not_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, slice) = (dir.path(), dir.path().join("slice"));
+        fs::create_dir(&slice).unwrap();
+        for (parent, has, handed_down) in [(root, "cpuset cpu memory", "memory"), (&slice, "memory hugetlb", "")] {
+            fs::write(parent.join("cgroup.controllers"), has).unwrap();
+            fs::write(parent.join(HANDED_DOWN), handed_down).unwrap();
+        }
+        make(&slice.join("pod")).unwrap();
+        let wrote = |parent: &Path| fs::read_to_string(parent.join(HANDED_DOWN)).unwrap();
+        assert_eq!((wrote(root), wrote(&slice)), ("+cpu".to_owned(), "+memory".to_owned()));
+        assert!(
+            !slice.join("pod").join(HANDED_DOWN).exists(),
+            "the sandbox's own cgroup has processes: it hands nothing down"
+        );
     }
 
     #[test]
