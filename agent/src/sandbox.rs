@@ -1,7 +1,7 @@
 //! The sandbox: which containers and storages there are. All state is behind one lock that is never held over a wait;
 //! there is one thread, so it is never contended.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -54,6 +54,8 @@ struct State {
     storages: Storages,
     seccomp: SeccompCache,
     parking: Parking,
+    /// Paths below the share that no container uses any more.
+    gone: BTreeSet<PathBuf>,
     /// The sandbox's own id: a container of this name is its pause container.
     id: String,
 }
@@ -153,6 +155,7 @@ impl Sandbox {
         let id = std::mem::take(&mut request.container_id);
         check_id(&id)?;
         let _busy = self.reserve(&id)?;
+        self.look_again();
         let mut mounted = Vec::with_capacity(request.storages.len());
         let made = self.make_container(&id, &mut request, &mut mounted).await;
         if made.is_err() {
@@ -333,7 +336,20 @@ impl Sandbox {
         }
         state.parking.forget(id);
         state.containers.remove(id);
+        let used = container.storages().iter().map(String::as_str).chain([container.root()]);
+        state.gone.extend(used.map(PathBuf::from).filter(|path| path.starts_with(GUEST_SHARE)));
+        drop(state);
+        self.look_again();
         Ok(())
+    }
+
+    /// The guest's kernel remembers what it has seen of a share, and for each file that it remembers the host's file server
+    /// holds a descriptor, until somebody looks again and finds that it is gone. The host takes it away after this removal,
+    /// and the kernel believes its memory for a second, so what is still there is looked at next time.
+    fn look_again(&self) {
+        let mut gone = std::mem::take(&mut lock(&self.state).gone);
+        gone.retain(|path| fs::symlink_metadata(path).is_ok());
+        lock(&self.state).gone.append(&mut gone);
     }
 
     /// Ends everything.

@@ -53,6 +53,8 @@ pub struct Container {
     user_namespace: bool,
     /// Mount points that it uses.
     storages: Vec<String>,
+    /// Its root file system in the agent's namespace.
+    root: String,
     oom_kills: AtomicU64,
     paused: AtomicBool,
     removed: AtomicBool,
@@ -103,6 +105,7 @@ impl Container {
                     user_namespace: plan.user_maps.is_some(),
                     defaults: plan.process,
                     storages: parts.storages,
+                    root: plan.root.to_string_lossy().into_owned(),
                     oom_kills: AtomicU64::new(0),
                     paused: AtomicBool::new(false),
                     removed: AtomicBool::new(false),
@@ -251,6 +254,11 @@ impl Container {
     /// The mount points that it uses.
     pub fn storages(&self) -> &[String] {
         &self.storages
+    }
+
+    /// Its root file system in the agent's namespace.
+    pub fn root(&self) -> &str {
+        &self.root
     }
 
     /// A process by its exec id; the first one answers to "" and to the container's id.
