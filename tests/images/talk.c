@@ -5,9 +5,16 @@
  *   talk serve udp :: 7000
  *   talk ask unix /run/x.sock hello
  * A client tries for 20 s, as its server may not be there yet.
+ *
+ * And one end of a measurement, whose other end is there and has the clock: it sends so
+ * many MiB, or reads up to the end, or sends back what it reads.
+ *   talk send tcp 10.88.1.1 7000 64
+ *   talk drain tcp 10.88.1.1 7000
+ *   talk echo tcp 10.88.1.1 7000
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -106,6 +113,42 @@ static int ask(int type, const char *text)
 	return got > 0 && write(1, answer, got) == got ? 0 : 1;
 }
 
+/* Sends all of it. */
+static int put(int to, const char *data, ssize_t size)
+{
+	while (size > 0) {
+		ssize_t sent = send(to, data, size, MSG_NOSIGNAL);
+
+		if (sent < 0)
+			return -1;
+		data += sent;
+		size -= sent;
+	}
+	return 0;
+}
+
+/* Sends MiB, or with none reads to the end and may send it back. */
+static int measure(int type, long mib, int echo)
+{
+	static char data[1 << 18];
+	int on = 1, client = socket(address.ss_family, type, 0);
+	ssize_t got = 0;
+
+	setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+	if (connect(client, (struct sockaddr *)&address, length)) {
+		perror("talk: connect");
+		return 1;
+	}
+	for (long left = mib << 20; left > 0 && got >= 0; left -= sizeof(data))
+		got = put(client, data, sizeof(data));
+	while (mib == 0 && got >= 0 && (got = recv(client, data, sizeof(data), 0)) > 0)
+		if (echo)
+			got = put(client, data, got);
+	if (got < 0)
+		perror("talk");
+	return got < 0;
+}
+
 int main(int argc, char **argv)
 {
 	int type, used;
@@ -116,6 +159,10 @@ int main(int argc, char **argv)
 		return serve(type);
 	if (used && argc == 3 + used && !strcmp(argv[1], "ask"))
 		return ask(type, argv[2 + used]);
-	fprintf(stderr, "usage: talk serve|ask tcp|udp|unix ADDRESS [PORT] [TEXT]\n");
+	if (used && argc == 3 + used && !strcmp(argv[1], "send"))
+		return measure(type, atol(argv[2 + used]), 0);
+	if (used && argc == 2 + used && (!strcmp(argv[1], "drain") || !strcmp(argv[1], "echo")))
+		return measure(type, 0, argv[1][0] == 'e');
+	fprintf(stderr, "usage: talk serve|ask|send|drain|echo tcp|udp|unix ADDRESS [PORT] [TEXT|MIB]\n");
 	return 2;
 }

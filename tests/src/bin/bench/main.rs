@@ -3,6 +3,8 @@
 //! does not exist.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed measurement ends the benchmark")]
 
+mod pods;
+
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -27,9 +29,10 @@ struct Row {
 }
 
 fn main() -> ExitCode {
-    let suite = Suite::new();
+    let suite = Suite::of_pods();
     let envs = [Runtime::Cofferdam, Runtime::Runc].map(|runtime| suite.env(Release::V1_7, runtime, "bench"));
-    let rows = measure(&envs);
+    let mut rows = measure(&envs);
+    rows.extend(pods::measure(&envs));
     drop(envs);
     report(&rows);
     suite.finish(false)
