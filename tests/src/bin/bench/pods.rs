@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cofferdam_tests::pod::{Member, Pod};
-use cofferdam_tests::{Env, PATIENCE};
+use cofferdam_tests::{Env, PATIENCE, eventually};
 use serde_json::json;
 
 use crate::{Row, median, millis};
@@ -106,7 +106,9 @@ fn talk<T>(member: &Member<'_>, host: &TcpListener, mode: &str, measure: impl Fn
     let command = format!("exec talk {mode} tcp {} {} {amount}", address.ip(), address.port());
     thread::scope(|scope| {
         let client = scope.spawn(|| member.sh(&command));
-        let (stream, _) = host.accept().unwrap();
+        host.set_nonblocking(true).unwrap();
+        let (stream, _) = eventually("a connection of the container", PATIENCE, || host.accept().ok());
+        stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
