@@ -1,5 +1,6 @@
 //! What a container's world looks like: namespaces, file system, devices; and what happens when it cannot be made.
 
+use agent_client::POD_PID_PATH;
 use agent_client::protocols::agent::CreateContainerRequest;
 use agent_client::protocols::oci::{LinuxDevice, LinuxIDMapping, LinuxNamespace};
 use ttrpc::Code;
@@ -153,7 +154,6 @@ pub async fn sysctls_and_hostname_are_set(client: &Client<'_>) {
 }
 
 pub async fn containers_can_share_a_pid_namespace(client: &Client<'_>) {
-    client.sleeper("pause").await;
     let join = async |id: &str, args: &[&str]| {
         let request = CreateContainerRequest {
             container_id: id.into(),
@@ -164,24 +164,38 @@ pub async fn containers_can_share_a_pid_namespace(client: &Client<'_>) {
         let streams = client.streams(id, "").await;
         client.rpc.agent.create_container(soon(), &request).await.unwrap();
         client.start(id).await.unwrap();
-        streams
+        let output = streams.finish(b"").await;
+        let status = client.wait(id, "").await.unwrap();
+        client.remove(id).await.unwrap();
+        (output.stdout, status)
     };
-    // The namespace is that of the first container of the sandbox; in a machine that serves many cases, others were.
-    if !client.guest.is_vm {
-        let output = join("sharer", &["sh", "-c", "cat /proc/1/comm; echo $$"]).await.finish(b"").await;
-        let lines: Vec<&str> = output.stdout.lines().collect();
-        assert_eq!(lines[0], "sleep", "{output:?}");
-        assert_ne!(lines[1], "1");
-        client.wait("sharer", "").await.unwrap();
-        client.remove("sharer").await.unwrap();
-        // A background process does not outlive its container's first one.
-        let output = join("leaver", &["sh", "-c", "sleep 1001 & exit 4"]).await.finish(b"").await;
-        assert_eq!((output.stdout.as_str(), client.wait("leaver", "").await.unwrap()), ("", 4));
-        client.remove("leaver").await.unwrap();
-        let left = client.exec_script("pause", "look", "ps").await;
-        assert!(!left.stdout.contains("1001"), "{left:?}");
+    let (seen, _) = join("sharer", &["sh", "-c", "cat /proc/1/comm; echo $$"]).await;
+    let lines: Vec<&str> = seen.lines().collect();
+    assert_eq!(lines[0], "pause", "{seen}");
+    assert_ne!(lines[1], "1");
+    // A background process does not outlive its container's first one.
+    assert_eq!(join("leaver", &["sh", "-c", "sleep 1001 & exit 4"]).await, (String::new(), 4));
+    let (seen, _) = join("looker", &["ps"]).await;
+    assert!(seen.contains("pause") && !seen.contains("1001"), "{seen}");
+}
+
+pub async fn a_container_can_join_the_pid_namespace_of_another(client: &Client<'_>) {
+    client.sleeper("target").await;
+    let mut spec = client.spec(&["cat", "/proc/1/comm"]);
+    for namespace in &mut spec.Linux.mut_or_insert_default().Namespaces {
+        if namespace.Type == "pid" {
+            namespace.Path = format!("{POD_PID_PATH}target");
+        }
     }
-    client.remove("pause").await.unwrap();
+    let streams = client.streams("debugger", "").await;
+    client.create("debugger", spec.clone()).await.unwrap();
+    client.start("debugger").await.unwrap();
+    assert_eq!(streams.finish(b"").await.stdout, "sleep\n");
+    client.wait("debugger", "").await.unwrap();
+    client.remove("debugger").await.unwrap();
+    client.remove("target").await.unwrap();
+    let (_, text) = refusal(client.create("debugger", spec).await);
+    assert!(text.contains("target"), "{text}");
 }
 
 pub async fn a_user_namespace_maps_root_to_somebody(client: &Client<'_>) {

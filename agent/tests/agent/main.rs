@@ -55,6 +55,7 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             the_usual_devices_are_there
             sysctls_and_hostname_are_set
             containers_can_share_a_pid_namespace
+            a_container_can_join_the_pid_namespace_of_another
             a_user_namespace_maps_root_to_somebody
             a_missing_working_directory_is_made;
         Nothing process_cases:

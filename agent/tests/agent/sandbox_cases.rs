@@ -43,7 +43,7 @@ pub async fn calls_that_are_missing_say_so(client: &Client<'_>) {
 }
 
 pub async fn ids_must_be_names(client: &Client<'_>) {
-    for id in ["", "x", "../up", "a/b", ".hidden", "two words"] {
+    for id in ["", "-x", "../up", "a/b", ".hidden", "two words"] {
         let (code, text) = refusal(client.create(id, client.spec(&["true"])).await);
         assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
     }
