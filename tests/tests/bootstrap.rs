@@ -139,6 +139,10 @@ fn start_fails_in_one_line(env: &Env) {
     params.socket_dir = Some(format!("/run/{}", "x".repeat(60)));
     one_line(bundle.run(&["start"], &params.write_to_bytes().unwrap()), &["socket_dir"]);
     assert!(bundle.processes().is_empty() && !bundle.dir.join("address").exists());
+    fs::create_dir(bundle.dir.join("address")).unwrap();
+    one_line(bundle.run(&["start"], &[]), &["address"]);
+    assert!(bundle.processes().is_empty(), "a server without an address");
+    fs::remove_dir(bundle.dir.join("address")).unwrap();
 }
 
 fn plain_address_for_older_daemons(env: &Env) {

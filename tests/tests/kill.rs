@@ -2,6 +2,7 @@
 //! do not notice. `COFFERDAM_KILLS` is the number of rounds, `COFFERDAM_SEED` where the sequence begins.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -124,6 +125,10 @@ fn same_sandbox_again_after_a_killed_delete(env: &Env) {
         task.start("").unwrap();
         procs::named(PARTS[0]).iter().for_each(Proc::kill9);
         eventually("QEMU dies with its shim", PATIENCE, || procs::named(PARTS[1]).is_empty().then_some(()));
+        // The first thread's end is QEMU's; the others hold the socket for a moment longer.
+        let address = std::fs::read_to_string(bundle.dir.join("address")).unwrap();
+        let refused = || UnixStream::connect(address.trim_start_matches("unix://")).is_err().then_some(());
+        eventually("its socket closes", PATIENCE, refused);
     }
     assert_eq!(bundle.delete().exit_status, 137);
     before.wait_gone(CLEAN).unwrap();

@@ -106,8 +106,16 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
     let mut driver = tokio::spawn(driver.run(jobs));
     let mut terminate = signal(SignalKind::terminate()).doing(|| "handle SIGTERM".into())?;
     let mut interrupt = signal(SignalKind::interrupt()).doing(|| "handle SIGINT".into())?;
+    let mut over = false;
     tokio::select! {
         _ = ended.wait_for(|ended| *ended) => {}
+        result = &mut driver => {
+            // It works until it is told to end: without it every call would be refused, and nobody would end the server.
+            over = true;
+            if let Err(error) = result {
+                tracing::error!(%error, "the sandbox's owner has failed");
+            }
+        }
         _ = terminate.recv() => stop(&handle).await,
         _ = interrupt.recv() => stop(&handle).await,
     }
@@ -115,7 +123,7 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
     if let Some(socket) = &args.socket {
         remove(socket);
     }
-    if tokio::time::timeout(END_DEADLINE, &mut driver).await.is_err() {
+    if !over && tokio::time::timeout(END_DEADLINE, &mut driver).await.is_err() {
         tracing::error!("the sandbox did not end in order within {END_DEADLINE:?}");
     }
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;

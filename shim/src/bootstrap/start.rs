@@ -50,6 +50,8 @@ pub fn run(args: &Args) -> Result<()> {
     make_dir(Path::new(STATE_ROOT))?;
     let socket = identity.socket(&dir);
     let address = format!("unix://{}", socket.display());
+    // Before there is a server: a start that fails must leave none.
+    write_address(&bundle, &address)?;
     if let Some(listener) = listen(&socket, &identity.state_dir())? {
         let debug = args.debug || request.debug();
         if let Err(error) = spawn_server(args, &group, debug, &socket, listener) {
@@ -57,7 +59,6 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(error);
         }
     }
-    write_address(&bundle, &address)?;
     let mut stdout = std::io::stdout();
     stdout.write_all(&request.reply(&address)?).and_then(|()| stdout.flush()).doing(|| "print the address".into())
 }

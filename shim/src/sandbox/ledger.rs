@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
 
@@ -48,6 +49,18 @@ pub enum Resource {
     },
 }
 
+impl Resource {
+    /// What it is, for a user.
+    fn kind(&self) -> &'static str {
+        match self {
+            Resource::Server(_) | Resource::Process(_) => "a process",
+            Resource::Cgroup { .. } => "a cgroup",
+            Resource::Redirect(_) => "a network link",
+            Resource::File { .. } => "a file",
+        }
+    }
+}
+
 /// The writing end, held by the server.
 #[derive(Debug)]
 pub struct Ledger {
@@ -77,7 +90,7 @@ impl Ledger {
     /// # Errors
     /// One line; a full disk is the likely reason.
     pub fn record(&self, resource: &Resource) -> Result<()> {
-        let doing = || format!("record {resource:?} in {}", self.dir.join(NAME).display());
+        let doing = || format!("record {} in {}", resource.kind(), self.dir.join(NAME).display());
         let mut line = serde_json::to_vec(resource).map_err(std::io::Error::other).doing(doing)?;
         line.push(b'\n');
         let mut file = self.file.lock().map_err(|_| Error::internal("the ledger's lock is poisoned"))?;
@@ -116,6 +129,9 @@ pub fn undo_own(dir: &Path) -> Result<()> {
 /// `delete` was killed (containerd gives it 5 s) or never ran.
 pub fn sweep(root: &Path, deadline: Duration) {
     let end = Instant::now() + deadline;
+    // The lock of `start`: what is read here must not become a new server's before it is undone. Whoever has it is quick;
+    // the next sweep comes.
+    let Ok(Ok(_lock)) = File::open(root).map(|root| Flock::lock(root, FlockArg::LockExclusiveNonblock)) else { return };
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
         if Instant::now() < end {
             let _ = undo_abandoned(&entry.path()); // the next sweep tries again

@@ -1,5 +1,6 @@
 //! The guest's end of stdio: raw vsock streams where the agent takes them, else the agent's polling calls.
 
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use agent_client::stdio::{ACCEPTED, Channel, Header};
 use agent_client::{AgentClient, STDIO_PORT, Transport, context};
 use futures::future::try_join_all;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
 use crate::error::{Error, Result};
@@ -16,6 +17,9 @@ use crate::sandbox::state::{Io, Key};
 
 /// How long the agent may take to accept a stream.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Before a stream that was refused is dialled again.
+const REDIAL_PAUSE: Duration = Duration::from_millis(20);
 
 /// Asked for at a time by a polling call, in bytes.
 const POLL_SIZE: u32 = 32 * 1024;
@@ -102,7 +106,13 @@ impl GuestIo {
 async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agent_client::Stream> {
     let header = Header { channel, container_id: key.container.clone(), exec_id: key.exec.clone() };
     let connect = async {
-        let mut stream = transport.dial(STDIO_PORT, ACCEPT_DEADLINE).await?;
+        // The agent is there: a refusal is a queue that is full for the moment.
+        let mut stream = loop {
+            match transport.dial(STDIO_PORT, ACCEPT_DEADLINE).await {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => sleep(REDIAL_PAUSE).await,
+                result => break result?,
+            }
+        };
         stream.write_all(header.to_string().as_bytes()).await?;
         match stream.read_u8().await? {
             ACCEPTED => Ok(stream),
