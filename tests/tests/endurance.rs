@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cofferdam_tests::leftovers::Snapshot;
@@ -19,6 +20,9 @@ use serde_json::json;
 const PARTS: [&str; 4] = ["containerd-shim-cofferdam", "qemu-system", "virtiofsd", "vhost-device-vsock"];
 
 const STATE: &str = "/run/cofferdam";
+
+/// Tests here take the state directory of the whole machine away, so one runs at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn main() -> ExitCode {
     Suite::of_pods().run(cases![
@@ -54,6 +58,7 @@ fn insist_on_no_growth(before: &[(String, usize)], kib: u64) {
 }
 
 fn a_thousand_execs_leave_nothing(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let pod = Pod::new(env);
     let container = pod.idle("main");
     let inside =
@@ -70,6 +75,7 @@ fn a_thousand_execs_leave_nothing(env: &Env) {
 }
 
 fn hundreds_of_containers_leave_nothing(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = env.dir.join("volume");
     fs::create_dir_all(&dir).unwrap();
     let pod = Pod::new(env);
@@ -92,6 +98,7 @@ fn hundreds_of_containers_leave_nothing(env: &Env) {
 }
 
 fn greedy_containers_do_not_stop_their_pod(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let pod = Pod::new(env);
     let other = pod.idle("other");
     let limit = json!({"linux": {"resources": {"memory_limit_in_bytes": 64 << 20}}});
@@ -119,6 +126,7 @@ fn greedy_containers_do_not_stop_their_pod(env: &Env) {
 }
 
 fn few_descriptors(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = env.dir.join("bin");
     fs::create_dir_all(&dir).unwrap();
     let wrapper = dir.join("containerd-shim-cofferdam-v2");
@@ -149,6 +157,7 @@ fn few_descriptors(env: &Env) {
 }
 
 fn no_room_for_the_state(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let run = |what: &str| {
         let output = env.run(&[], &["echo", "hello"]);
         eprintln!("{what}: {} {:?} {:?}", output.status, output.text(), output.errors());
@@ -179,6 +188,7 @@ fn no_room_for_the_state(env: &Env) {
 }
 
 fn containerd_crashes_at_any_step(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let env = env.with_own_daemon(None);
     drop(Pod::new(&env));
     let seed = number("COFFERDAM_SEED", 1);
@@ -232,6 +242,7 @@ fn containerd_crashes_at_any_step(env: &Env) {
 
 /// A guest that answers nothing any more, as one whose kernel hangs.
 fn pod_whose_guest_hangs_is_removed(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let before = {
         drop(Pod::new(env)); // CNI makes its bridge
         Snapshot::take()
