@@ -8,7 +8,7 @@ pub mod stdio;
 mod transport;
 
 /// Messages and ttrpc stubs, generated from `protos/`.
-#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::panic)]
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::panic, reason = "generated code")]
 pub mod protocols {
     include!(concat!(env!("OUT_DIR"), "/protocols.rs"));
 }

@@ -3,10 +3,12 @@
 //! begins.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam_tests::command::Running;
 use cofferdam_tests::leftovers::Snapshot;
@@ -130,8 +132,8 @@ fn live(env: &Env, containers: usize, mounts: &[Value], reached: &AtomicUsize) {
         env.crictl(step);
         if number == 0 {
             begin();
-            let forward = Running::start(env.cri().command(["port-forward", &pod.id, ":7000"]), None);
-            std::thread::sleep(Duration::from_millis(200));
+            let forward = Running::start(env.cri().command(["port-forward", &pod.id, "7999:7000"]), None);
+            ask_through(7999);
             env.crictl(&["exec", "--sync", first, "talk", "ask", "tcp", "127.0.0.1", "7000", "hello"]);
             let _ = nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(forward.child.id().cast_signed()),
@@ -141,6 +143,20 @@ fn live(env: &Env, containers: usize, mounts: &[Value], reached: &AtomicUsize) {
         }
     }
     std::mem::forget(pod); // its removal is what is tested
+}
+
+/// A question through a forwarded port; the pod may die at any moment of it.
+fn ask_through(port: u16) {
+    let end = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < end {
+        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        };
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
+        let _ = stream.write_all(b"hello").and_then(|()| stream.read_to_end(&mut Vec::new()));
+        return;
+    }
 }
 
 /// The next pod.

@@ -1,7 +1,7 @@
 //! The QMP connection against a monitor that misbehaves in every way we could think of. Nothing may hang, and nothing
 //! may break but what the misbehaviour itself broke.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};

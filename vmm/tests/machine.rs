@@ -1,8 +1,8 @@
 //! A real QEMU, from start to end: what goes wrong at the start, how its death is told, and how it is stopped.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each test file uses a part of it")]
 mod common;
 
 use std::time::{Duration, Instant};

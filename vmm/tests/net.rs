@@ -1,8 +1,8 @@
 //! Network cards of a real machine on real taps, and the network namespace that QEMU runs in.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each test file uses a part of it")]
 mod common;
 
 use std::fs::{File, OpenOptions};

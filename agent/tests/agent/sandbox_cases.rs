@@ -55,6 +55,24 @@ pub async fn ids_must_be_names(client: &Client<'_>) {
     client.remove("twice").await.unwrap();
 }
 
+/// What a container with the storage at /cache prints until it ends; the container stays.
+async fn run_with_storage(client: &Client<'_>, id: &str, script: &str, storage: &Storage) -> String {
+    let mut spec = client.spec(&["sh", "-c", script]);
+    spec.Mounts.push(mount("/cache", "bind", &storage.mount_point, &["rbind"]));
+    let request = CreateContainerRequest {
+        container_id: id.into(),
+        OCI: Some(spec).into(),
+        storages: vec![storage.clone()],
+        ..Default::default()
+    };
+    let streams = client.streams(id, "").await;
+    client.rpc.agent.create_container(soon(), &request).await.unwrap();
+    client.start(id).await.unwrap();
+    let output = streams.finish(b"").await;
+    client.wait(id, "").await.unwrap();
+    output.stdout
+}
+
 pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client<'_>) {
     let place = "/run/kata-containers/sandbox/ephemeral/cache";
     let storage = Storage {
@@ -65,22 +83,7 @@ pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client
         mount_point: place.into(),
         ..Default::default()
     };
-    let create = async |id: &str, script: &str| {
-        let mut spec = client.spec(&["sh", "-c", script]);
-        spec.Mounts.push(mount("/cache", "bind", place, &["rbind"]));
-        let request = CreateContainerRequest {
-            container_id: id.into(),
-            OCI: Some(spec).into(),
-            storages: vec![storage.clone()],
-            ..Default::default()
-        };
-        let streams = client.streams(id, "").await;
-        client.rpc.agent.create_container(soon(), &request).await.unwrap();
-        client.start(id).await.unwrap();
-        let output = streams.finish(b"").await;
-        client.wait(id, "").await.unwrap();
-        output.stdout
-    };
+    let create = async |id: &str, script: &str| run_with_storage(client, id, script, &storage).await;
     let first =
         create("writer", "echo kept >/cache/file; df -k /cache | tail -n 1 | awk '{print $2}'; stat -c '%a %g' /cache")
             .await;
@@ -104,21 +107,9 @@ pub async fn a_shared_storage_outlives_its_containers(client: &Client<'_>) {
         ..Default::default()
     };
     let run = async |id: &str, script: &str| {
-        let mut spec = client.spec(&["sh", "-c", script]);
-        spec.Mounts.push(mount("/cache", "bind", place, &["rbind"]));
-        let request = CreateContainerRequest {
-            container_id: id.into(),
-            OCI: Some(spec).into(),
-            storages: vec![storage.clone()],
-            ..Default::default()
-        };
-        let streams = client.streams(id, "").await;
-        client.rpc.agent.create_container(soon(), &request).await.unwrap();
-        client.start(id).await.unwrap();
-        let output = streams.finish(b"").await;
-        client.wait(id, "").await.unwrap();
+        let output = run_with_storage(client, id, script, &storage).await;
         client.remove(id).await.unwrap();
-        output.stdout
+        output
     };
     let script = "stat -c %a /cache; echo kept >/cache/file; head -c 100000 /dev/zero 2>/dev/null >/cache/big; \
                   stat -c %s /cache/big; rm /cache/big";
