@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     Suite::of_pods().run(cases![
         Core: container_uses_its_gibibyte, memory_is_raised_and_lowered;
         Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered, update_of_one_limit_keeps_the_others;
-        Ours: machine_has_the_cpus_of_its_containers, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
+        Ours: machine_has_the_cpus_of_its_containers, refused_update_leaves_the_machine_as_it_was, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
             idle_pod_uses_no_cpu;
     ])
 }
@@ -124,6 +124,21 @@ fn machine_has_the_cpus_of_its_containers(env: &Env) {
     let two = pod.run_with("two", &["sleep", "3600"], cpus(1));
     let expected = before.max(2);
     eventually("the CPUs of both", PATIENCE, || (two.sh("nproc") == expected.to_string()).then_some(()));
+}
+
+fn refused_update_leaves_the_machine_as_it_was(env: &Env) {
+    let pod = Pod::new(env);
+    let container = pod.run_with("main", &["sleep", "3600"], memory(128));
+    let total = || container.sh("grep MemTotal /proc/meminfo");
+    let before = total();
+    // Less than the millisecond that the kernel insists on.
+    let flags = ["--memory", &(1024 * MIB).to_string(), "--cpu-quota", "10", "--cpu-period", "100000"];
+    let refused = env.crictl(&[&["update"], &flags[..], &[&container.id]].concat());
+    assert!(refused.status != 0 && refused.errors().contains("cpu.max"), "{}", refused.errors());
+    eventually("the memory is given back", PATIENCE, || (total() == before).then_some(()));
+    // Nor does it come with the next update.
+    update(env, &container, &["--cpu-quota", "80000", "--cpu-period", "100000"]);
+    assert_eq!(total(), before);
 }
 
 fn qemu_and_its_helpers_are_in_the_cgroup_of_the_pod(env: &Env) {

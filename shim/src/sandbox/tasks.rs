@@ -400,23 +400,42 @@ impl Driver {
         answer(reply, result);
     }
 
-    /// `Update`: room is made before a limit is raised, and given back after one is lowered.
+    /// `Update`: room is made before a limit is raised, and given back after one is lowered or refused.
     pub fn update(&mut self, id: String, resources: LinuxResources, reply: Reply<()>) {
-        if let Err(error) = self.state.task(&id) {
-            return answer(reply, Err(error));
-        }
-        let before = self.sizing();
+        let guest = match self.state.task(&id).map(drop).and_then(|()| self.living_guest()) {
+            Ok(guest) => guest,
+            Err(error) => return answer(reply, Err(error)),
+        };
         let is_pod = self.state.stands_in(&id);
-        let need = if is_pod { &mut self.pod.need } else { self.needs.entry(id.clone()).or_default() };
-        *need = need.updated(&resources);
+        let before = self.sizing();
+        let Some(need) = self.need(&id) else {
+            return answer(reply, Err(Error::precondition(format!("{id} is being deleted"))));
+        };
+        let old = *need;
+        *need = old.updated(&resources);
         let after = self.sizing();
-        self.relay(reply, move |guest| async move {
+        let target = id.clone();
+        let work = async move {
             guest.resize(before.max(after)).await?;
-            if !is_pod {
-                process::update(&guest, &id, &resources).await?;
+            let updated = match is_pod {
+                true => Ok(()),
+                false => process::update(&guest, &target, &resources).await,
+            };
+            let resized = guest.resize(if updated.is_ok() { after } else { before }).await;
+            updated.and(resized)
+        };
+        self.begin(work, move |driver, result| {
+            if result.is_err()
+                && let Some(need) = driver.need(&id)
+            {
+                *need = old;
             }
-            guest.resize(after).await
+            answer(reply, result);
         });
+    }
+
+    fn need(&mut self, id: &str) -> Option<&mut Need> {
+        if self.state.stands_in(id) { Some(&mut self.pod.need) } else { self.needs.get_mut(id) }
     }
 
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
