@@ -45,9 +45,11 @@ pub fn detach() -> Step<()> {
         libc::setsid();
         // Until exec this is the agent's memory: no process of the container may look into it.
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
-        // Rust ignores SIGPIPE, nohup SIGHUP, and what is ignored stays ignored over exec.
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-        libc::signal(libc::SIGHUP, libc::SIG_DFL);
+        // Rust ignores SIGPIPE, nohup SIGHUP, a shell SIGINT and SIGQUIT of what it runs in the background, and what is
+        // ignored stays ignored over exec. Two of them cannot be set, which does no harm.
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::signal(signal, libc::SIG_DFL);
+        }
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
