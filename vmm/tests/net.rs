@@ -120,11 +120,12 @@ async fn a_card_that_cannot_be_is_refused_and_leaves_no_descriptor() {
     let held = || std::fs::read_dir(format!("/proc/{}/fd", vm.identity().pid)).unwrap().count();
     let before = held();
     let null = || OwnedFd::from(OpenOptions::new().read(true).write(true).open("/dev/null").unwrap());
-    for _ in 0..5 {
-        let taps = netns.tap("tap0", 2, "10.0.1.1/24");
+    // A name of its own each time: the child of another test, between its fork and its exec, may hold the last one yet.
+    for round in 0..5 {
+        let taps = netns.tap(&format!("tap{round}"), 2, &format!("10.0.{round}.1/24"));
         let good = |count: usize| taps.iter().take(count).map(|tap| tap.try_clone().unwrap()).collect::<Vec<_>>();
         let bad_queue = good(1).into_iter().chain([null()]).collect();
-        let bare = netns.run(|| queue("bare0", libc::IFF_TAP | libc::IFF_NO_PI));
+        let bare = netns.run(|| queue(&format!("bare{round}"), libc::IFF_TAP | libc::IFF_NO_PI));
         for (taps, vhost, wanted) in [
             (Vec::new(), Vec::new(), "a network card of 0 tap queues and 0 of vhost-net"),
             (good(2), vec![null()], "a network card of 2 tap queues and 1 of vhost-net"),
@@ -137,7 +138,7 @@ async fn a_card_that_cannot_be_is_refused_and_leaves_no_descriptor() {
         }
     }
     assert_eq!(held(), before);
-    assert_eq!(vm.attach(card(netns.tap("tap0", 1, "10.0.1.1/24"), 1, None)).await.unwrap().pci_path, "04/00");
+    assert_eq!(vm.attach(card(netns.tap("tap5", 1, "10.0.5.1/24"), 1, None)).await.unwrap().pci_path, "04/00");
 }
 
 #[tokio::test]
