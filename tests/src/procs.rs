@@ -5,11 +5,14 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::daemon::namespace;
+use crate::{PATIENCE, eventually};
 
 /// Name of the environment variable that marks every process a suite starts.
 pub const MARK: &str = "COFFERDAM_SUITE";
@@ -53,9 +56,46 @@ fn state(pid: u32) -> Option<char> {
     stat(pid)?.chars().next()
 }
 
-/// Field 22 of /proc/PID/stat, in clock ticks since boot.
+/// A numbered field of /proc/PID/stat, counted as in proc(5).
+fn field(pid: u32, number: usize) -> Option<u64> {
+    stat(pid)?.split(' ').nth(number - 3)?.parse().ok()
+}
+
+/// In clock ticks since boot.
 pub fn start_time(pid: u32) -> Option<u64> {
-    stat(pid)?.split(' ').nth(19)?.parse().ok()
+    field(pid, 22)
+}
+
+/// The shim that was started for `id`, and what descends from it: QEMU and the helpers.
+pub fn family(id: &str) -> Vec<u32> {
+    let all = ours();
+    let shim = |process: &&Proc| process.program.starts_with("containerd-shim") && process.args.contains(id);
+    let mut family = vec![all.iter().find(shim).expect("the shim of the sandbox").pid];
+    // Children, and their children.
+    for _ in 0..2 {
+        let is_child = |process: &&Proc| {
+            let parent = field(process.pid, 4);
+            !family.contains(&process.pid) && family.iter().any(|pid| Some(u64::from(*pid)) == parent)
+        };
+        let children: Vec<u32> = all.iter().filter(is_child).map(|process| process.pid).collect();
+        family.extend(children);
+    }
+    assert!(family.len() >= 3, "the shim, QEMU and virtiofsd at least: {family:?}");
+    family
+}
+
+/// Waits until these processes use a fiftieth of a CPU at most, all together.
+pub fn come_to_rest(pids: &[u32]) {
+    // There are 100 ticks a second.
+    let ticks = || {
+        let used = |pid: &u32| Some(field(*pid, 14)? + field(*pid, 15)?);
+        pids.iter().filter_map(used).sum::<u64>()
+    };
+    eventually("two seconds in which the processes use a fiftieth of a CPU at most", PATIENCE, || {
+        let before = ticks();
+        sleep(Duration::from_secs(2));
+        (ticks().saturating_sub(before) <= 4).then_some(())
+    });
 }
 
 fn program(pid: u32) -> Option<String> {

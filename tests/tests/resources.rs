@@ -156,47 +156,9 @@ fn qemu_and_its_helpers_are_in_the_cgroup_of_the_pod(env: &Env) {
     }
 }
 
-/// The fields of /proc/PID/stat behind the name; the first is the state.
-fn stat(pid: u32) -> Vec<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-    fields.map(|field| field.parse().unwrap_or(0)).collect()
-}
-
-/// Ticks of CPU time that a pod's shim, its QEMU and their helpers have used; there are 100 a second.
-fn ticks(family: &[u32]) -> u64 {
-    family.iter().map(|pid| stat(*pid)).map(|stat| stat.get(11).unwrap_or(&0) + stat.get(12).unwrap_or(&0)).sum()
-}
-
-fn family(pod: &Pod) -> Vec<u32> {
-    let all = procs::ours();
-    let shim =
-        |process: &&procs::Proc| process.program.starts_with("containerd-shim") && process.args.contains(&pod.id);
-    let mut family = vec![all.iter().find(shim).expect("the pod's shim").pid];
-    // Children, and their children.
-    for _ in 0..2 {
-        let is_child = |process: &&procs::Proc| {
-            let parent = stat(process.pid).get(1).copied().unwrap_or(0);
-            !family.contains(&process.pid) && family.iter().any(|pid| u64::from(*pid) == parent)
-        };
-        let children: Vec<u32> = all.iter().filter(is_child).map(|process| process.pid).collect();
-        family.extend(children);
-    }
-    assert!(family.len() >= 3, "the shim, QEMU and virtiofsd at least: {family:?}");
-    family
-}
-
 fn idle_pod_uses_no_cpu(env: &Env) {
     let pod = Pod::new(env);
     let _container = pod.idle("main");
-    let family = family(&pod);
     // A guest that has just begun still has things to do.
-    let idle = || {
-        let before = ticks(&family);
-        std::thread::sleep(std::time::Duration::from_secs(2));
-        ticks(&family).saturating_sub(before)
-    };
-    eventually("two seconds in which the pod's processes use a fiftieth of a CPU at most", PATIENCE, || {
-        (idle() <= 4).then_some(())
-    });
+    procs::come_to_rest(&procs::family(&pod.id));
 }

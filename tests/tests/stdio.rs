@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use cofferdam_tests::command::{Running, run};
 use cofferdam_tests::pty::Terminal;
-use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually};
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually, procs};
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Core: a_hundred_mib_through_cat, terminal_that_is_resized;
         Once: every_byte_value, output_of_a_process_that_exits_at_once, standard_input_ends, input_written_before_it_is_read,
-            output_after_input_ended, null_io, log_file, log_program, nobody_reads_the_output,
+            input_that_nobody_reads, output_after_input_ended, null_io, log_file, log_program, nobody_reads_the_output,
             a_stopped_reader_blocks_nobody_else, attach_to_a_running_container, terminal_of_an_exec,
             child_that_keeps_the_output_open;
         Long: a_gib_of_output;
@@ -114,6 +114,22 @@ fn input_written_before_it_is_read(env: &Env) {
     input.write_all(b"early").unwrap();
     drop(input);
     assert_eq!(cat.wait(PATIENCE).ok().text(), "early");
+}
+
+fn input_that_nobody_reads(env: &Env) {
+    const AMOUNT: u64 = 2 << 20;
+    let path = env.dir.join("unread");
+    File::create(&path).unwrap().set_len(AMOUNT).unwrap();
+    let container = env.idle();
+    container.exec(&["mkfifo", "/go"]).ok();
+    let script = "dd bs=1 count=1 of=/first 2>/dev/null; read line </go; wc -c";
+    let command = container.exec_command("unread", &[], &["sh", "-c", script]);
+    let reader = Running::start(command, Some(File::open(path).unwrap()));
+    container.wait_for_file("/first");
+    // More is offered than the guest can hold; nobody may keep a CPU busy with that.
+    procs::come_to_rest(&procs::family(&container.id));
+    container.exec(&["sh", "-c", "echo >/go"]).ok();
+    assert_eq!(reader.wait(PATIENCE).ok().text(), (AMOUNT - 1).to_string());
 }
 
 fn output_after_input_ended(env: &Env) {

@@ -142,21 +142,9 @@ fn stream_in(container: &Container, number: usize) -> f64 {
     throughput(Running::start(command, Some(File::open(path).unwrap())).wait(PATIENCE).ok().took)
 }
 
-/// CPU time of a process in clock ticks.
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit_once(") ").map_or(vec![], |(_, rest)| rest.split(' ').collect());
-    [11, 12].iter().filter_map(|field| fields.get(*field)?.parse::<u64>().ok()).sum()
-}
-
 /// MiB of all these processes together, once they have come to rest.
 fn settled_memory(pids: &[u32]) -> f64 {
-    let ticks = || pids.iter().map(|pid| cpu_ticks(*pid)).sum::<u64>();
-    eventually("the processes come to rest", PATIENCE, || {
-        let before = ticks();
-        std::thread::sleep(Duration::from_secs(1));
-        (ticks() - before <= 6).then_some(())
-    });
+    procs::come_to_rest(pids);
     pids.iter().map(|pid| procs::pss_kib(*pid)).sum::<u64>() as f64 / 1024.0
 }
 
