@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use cofferdam_tests::command::{Running, run};
 use cofferdam_tests::procs::{self, MARK, mark};
 use cofferdam_tests::suite::{Release, Runtime, Suite};
-use cofferdam_tests::{Container, Env, PATIENCE, assets, eventually};
+use cofferdam_tests::{Container, Env, PATIENCE, assets};
 use serde_json::json;
 
 /// MiB through a standard stream in one measurement.
