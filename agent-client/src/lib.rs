@@ -73,8 +73,15 @@ pub const POD_PID_PATH: &str = "container:";
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 
-/// Tag of the virtio-fs device that shares container root file systems and volumes.
+/// Tag of the virtio-fs device that shares volumes, and root file systems that the client made itself.
 pub const SHARE_TAG: &str = "kataShared";
 
 /// Where the guest mounts the shared file system.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
+
+/// Tag of the virtio-fs device that shares root file systems which nobody but their container changes: the guest keeps
+/// what it has read of them.
+pub const ROOTFS_TAG: &str = "cofferdamRootfs";
+
+/// Where the guest mounts those root file systems.
+pub const GUEST_ROOTFS: &str = "/run/kata-containers/shared/rootfs";

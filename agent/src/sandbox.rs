@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
-use agent_client::{GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
 
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
@@ -337,7 +338,7 @@ impl Sandbox {
         state.parking.forget(id);
         state.containers.remove(id);
         let used = container.storages().iter().map(String::as_str).chain([container.root()]);
-        state.gone.extend(used.map(PathBuf::from).filter(|path| path.starts_with(GUEST_SHARE)));
+        state.gone.extend(used.filter_map(|path| shared(Path::new(path))).map(PathBuf::from));
         drop(state);
         self.look_again();
         Ok(())
@@ -345,10 +346,10 @@ impl Sandbox {
 
     /// The guest's kernel remembers what it has seen of a share, and for each file that it remembers the host's file server
     /// holds a descriptor, until somebody looks again and finds that it is gone. The host takes it away after this removal,
-    /// and the kernel believes its memory for a second, so what is still there is looked at next time.
+    /// so what is still there is looked at next time.
     fn look_again(&self) {
         let mut gone = std::mem::take(&mut lock(&self.state).gone);
-        gone.retain(|path| fs::symlink_metadata(path).is_ok());
+        gone.retain(|path| is_shared_yet(path));
         lock(&self.state).gone.append(&mut gone);
     }
 
@@ -396,6 +397,21 @@ impl Sandbox {
             return Err(Error::Failed(format!("container {id} is being removed already")));
         }
         Ok(Busy(self, id))
+    }
+}
+
+/// What the host takes away when nobody uses `path` any more, if that is in a share.
+fn shared(path: &Path) -> Option<&Path> {
+    if path.starts_with(GUEST_ROOTFS) { path.parent() } else { path.starts_with(GUEST_SHARE).then_some(path) }
+}
+
+/// The kernel believes its memory of volumes for a second, and that of root file systems for ever: there it asks the host
+/// only before it makes a name. That is as far as this link comes, because `/` is another file system.
+fn is_shared_yet(path: &Path) -> bool {
+    if path.starts_with(GUEST_ROOTFS) {
+        fs::hard_link("/", path).is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
+    } else {
+        fs::symlink_metadata(path).is_ok()
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, cache_dir, installed, names, program};
-use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::process::Identity;
 use vmm::{Block, Device, VirtioFs, Vm, VsockDevice};
 
@@ -21,6 +21,7 @@ async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, Virti
         cache_dir: cache_dir(),
         socket: lab.dir.path().join("fs.sock"),
         shared_dir: shared.into(),
+        cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
     };
     let (virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();

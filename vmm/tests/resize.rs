@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, cache_dir, installed};
-use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::{Device, VirtioFs, Vm, VsockDevice};
 
 /// A guest that sets each CPU online once when it comes, and tells how many it has and how much memory.
@@ -126,6 +126,7 @@ async fn shared_directories_work_in_memory_that_was_added() {
         cache_dir: cache_dir(),
         socket: lab.dir.path().join("fs.sock"),
         shared_dir: shared.path().into(),
+        cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
     };
     let (_virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();

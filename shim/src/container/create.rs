@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateContainerRequest, Device, RemoveContainerRequest, Storage};
-use agent_client::{GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, context};
+use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, context};
 use containerd_shim_protos::types::mount::Mount;
 use oci_spec::runtime::Spec;
 
@@ -18,7 +18,7 @@ use super::shares::Shares;
 use super::to_proto::{self, Place};
 use super::volumes::{self, Volumes};
 use crate::error::{Error, IoContext, Result};
-use crate::sandbox::launch::Guest;
+use crate::sandbox::launch::{Guest, rootfs_dir, share_dir};
 use crate::sandbox::mounts;
 use crate::sandbox::state::{Io, Key};
 use crate::stdio::{GuestIo, HostIo, Pumps};
@@ -56,6 +56,8 @@ pub struct Order {
 #[derive(Debug)]
 pub struct Host {
     dir: PathBuf,
+    /// Where the guest sees the root file system, if it is not on a disk.
+    rootfs: String,
     disk: Option<Disk>,
     volumes: Volumes,
     devices: Devices,
@@ -70,22 +72,25 @@ pub struct Container {
     sockets: Vec<String>,
 }
 
-/// A container's directory under the share: one level, so that an id is never mistaken for something else there.
-fn guest_dir(id: &str) -> String {
-    format!("{GUEST_SHARE}/{id}")
-}
-
 impl Host {
     /// Mounts root file system and volumes where the guest will see them.
     ///
     /// # Errors
     /// One line; nothing stays mounted.
-    pub fn prepare(order: &Order, share: &Path, shares: &Shares) -> Result<Host> {
-        let dir = share.join(&order.id);
+    pub fn prepare(order: &Order, state_dir: &Path, shares: &Shares) -> Result<Host> {
         let devices = devices::sort(&order.spec)?;
+        let (dir, guest_dir) = match rootfs::is_own(&order.rootfs) {
+            // What the guest keeps in its memory has a name that comes only once.
+            true => {
+                let number = shares.number().to_string();
+                (rootfs_dir(state_dir).join(&number), format!("{GUEST_ROOTFS}/{number}"))
+            }
+            false => (share_dir(state_dir).join(&order.id), format!("{GUEST_SHARE}/{}", order.id)),
+        };
         std::fs::create_dir_all(&dir).doing(|| format!("make directory {}", dir.display()))?;
         // From here on the drop of `host` undoes everything.
-        let mut host = Host { dir, disk: rootfs::disk(&order.rootfs), volumes: Volumes::default(), devices };
+        let rootfs = format!("{guest_dir}/rootfs");
+        let mut host = Host { dir, rootfs, disk: rootfs::disk(&order.rootfs), volumes: Volumes::default(), devices };
         if host.disk.is_none() {
             let root = order.spec.root().as_ref().map(|root| order.bundle.join(root.path())).unwrap_or_default();
             rootfs::mount_all(&order.rootfs, &root, &host.dir.join("rootfs"))?;
@@ -135,7 +140,7 @@ impl Container {
             guest.sockets.add(&name, &path);
             self.sockets.push(name);
         }
-        let mut rootfs = format!("{}/rootfs", guest_dir(&order.id));
+        let mut rootfs = std::mem::take(&mut self.host.rootfs);
         if let Some(disk) = self.host.disk.clone() {
             rootfs = format!("/run/kata-containers/sandbox/rootfs/{}", order.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);

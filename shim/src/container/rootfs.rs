@@ -41,6 +41,12 @@ pub fn mount_all(list: &[Mount], root_path: &Path, target: &Path) -> Result<()> 
     Ok(())
 }
 
+/// Whether nobody but the container changes the root file system while it lives: a mount of the snapshotter's that
+/// this process makes, and whose layers the kernel forbids to change below it.
+pub fn is_own(list: &[Mount]) -> bool {
+    matches!(list, [entry] if entry.type_ == "overlay")
+}
+
 /// File systems that the guest's kernel has too.
 const ON_DISK: [&str; 3] = ["ext4", "xfs", "erofs"];
 

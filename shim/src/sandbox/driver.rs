@@ -14,7 +14,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
-use super::launch::{Guest, Plan, launch, share_dir};
+use super::launch::{Guest, Plan, launch, rootfs_dir, share_dir};
 use super::ledger::Ledger;
 use super::mounts;
 use super::process::{self, Announced};
@@ -252,14 +252,15 @@ impl Driver {
     /// The guest, which begins to come up with the first call.
     ///
     /// # Errors
-    /// The directory that it sees cannot be made.
+    /// A directory that it sees cannot be made.
     pub(super) fn guest_for(&mut self, config: Config, blueprint: Blueprint) -> Result<Launching> {
         if let Some(launching) = &self.launching {
             return Ok(launching.clone());
         }
-        let share = share_dir(self.ledger.dir());
-        if !share.is_dir() {
-            mounts::make_shared(&share)?;
+        for shared in [share_dir(self.ledger.dir()), rootfs_dir(self.ledger.dir())] {
+            if !shared.is_dir() {
+                mounts::make_shared(&shared)?;
+            }
         }
         self.config = config;
         let plan = Plan {

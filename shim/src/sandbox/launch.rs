@@ -13,12 +13,13 @@ use agent_client::protocols::agent::{
 };
 use agent_client::{
     AGENT_PORT, AgentClient, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
-    GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, SHARE_TAG, Transport, UDS_PORT, context,
+    GUEST_ROOTFS, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
+    context,
 };
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
-use vmm::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::{Attached, Block, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
 use super::ledger::{Ledger, Resource};
@@ -58,12 +59,12 @@ const QUIT_DEADLINE: Duration = Duration::from_millis(300);
 const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
-const ROOT_PORTS: u8 = 8;
+const ROOT_PORTS: u8 = 9;
 
 /// The same for a pod, whose containers may each have a disk for their root file system, and which may grow.
-const POD_ROOT_PORTS: u8 = 12;
+const POD_ROOT_PORTS: u8 = 13;
 
-/// Queue size of the virtio-fs device.
+/// Queue size of a virtio-fs device.
 const FS_QUEUE_SIZE: u16 = 1024;
 
 /// Context id of a guest behind a user space vsock device: each has a device, and so a number space, of its own.
@@ -111,14 +112,14 @@ pub struct Guest {
     nics: Arc<Nics>,
     /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
     size: Mutex<Sizing>,
-    virtiofsd: Virtiofsd,
+    file_servers: [Virtiofsd; 2],
     vsock_daemon: Option<VsockDaemon>,
 }
 
 impl Guest {
     /// Waits until the machine or a helper that it cannot live without is gone; says which and why.
     pub async fn died(&self) -> String {
-        death(&self.vm, &self.virtiofsd, self.vsock_daemon.as_ref()).await
+        death(&self.vm, &self.file_servers, self.vsock_daemon.as_ref()).await
     }
 
     /// Brings the machine to another size, as far as it goes: a guest keeps what it cannot give back.
@@ -175,14 +176,15 @@ impl Guest {
                 None => Ok(()),
             }
         };
-        let (virtiofsd, daemon) = tokio::join!(self.virtiofsd.stop(QUIT_DEADLINE), daemon);
-        for error in [virtiofsd, daemon].into_iter().filter_map(Result::err) {
+        let [volumes, roots] = self.file_servers.each_ref().map(|server| server.stop(QUIT_DEADLINE));
+        let (volumes, roots, daemon) = tokio::join!(volumes, roots, daemon);
+        for error in [volumes, roots, daemon].into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "a helper did not stop in order");
         }
     }
 }
 
-async fn death(vm: &Vm, virtiofsd: &Virtiofsd, daemon: Option<&VsockDaemon>) -> String {
+async fn death(vm: &Vm, [volumes, roots]: &[Virtiofsd; 2], daemon: Option<&VsockDaemon>) -> String {
     let daemon = async {
         match daemon {
             Some(daemon) => daemon.exited().await,
@@ -191,7 +193,8 @@ async fn death(vm: &Vm, virtiofsd: &Virtiofsd, daemon: Option<&VsockDaemon>) -> 
     };
     let why = tokio::select! {
         death = vm.died() => return death.to_string(),
-        why = virtiofsd.exited() => why,
+        why = volumes.exited() => why,
+        why = roots.exited() => why,
         why = daemon => why,
     };
     // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the reason.
@@ -201,9 +204,15 @@ async fn death(vm: &Vm, virtiofsd: &Virtiofsd, daemon: Option<&VsockDaemon>) -> 
     }
 }
 
-/// Directory below the state directory that the guest sees.
+/// Directory below the state directory that the guest sees: volumes, and root file systems that others may change.
 pub fn share_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("share")
+}
+
+/// Directory below the state directory that the guest sees, and keeps in its memory: root file systems that are a
+/// container's own.
+pub fn rootfs_dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("rootfs")
 }
 
 /// Brings the guest up, with one more try if it does not answer in time.
@@ -244,15 +253,17 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         cgroup_procs,
         netns: Some(nics.netns()),
     };
-    let virtiofsd = VirtiofsdConfig {
-        binary: virtiofsd,
-        cache_dir,
-        socket: ledger.dir().join("virtiofs"),
-        shared_dir: share_dir(ledger.dir()),
+    let shared = [(share_dir(ledger.dir()), FsCache::Auto), (rootfs_dir(ledger.dir()), FsCache::Always)];
+    let file_servers = shared.map(|(shared_dir, cache)| VirtiofsdConfig {
+        binary: virtiofsd.clone(),
+        cache_dir: cache_dir.clone(),
+        socket: shared_dir.with_extension("sock"),
+        shared_dir,
+        cache,
         cgroup_procs: machine.cgroup_procs.clone(),
-    };
+    });
     for attempt in 1..=2 {
-        let boot = boot(plan, &mut machine, &virtiofsd, &nics, ledger);
+        let boot = boot(plan, &mut machine, &file_servers, &nics, ledger);
         match timeout(config.boot_deadline(), boot).await {
             Ok(result) => return result,
             Err(_) => {
@@ -322,7 +333,7 @@ fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
 async fn boot(
     plan: &Plan,
     machine: &mut MachineConfig,
-    virtiofsd: &VirtiofsdConfig,
+    [volumes, roots]: &[VirtiofsdConfig; 2],
     nics: &Arc<Nics>,
     ledger: &Ledger,
 ) -> Result<Guest> {
@@ -350,10 +361,11 @@ async fn boot(
             Some(daemon)
         }
     };
-    let virtiofsd = async {
-        let (virtiofsd, connection) = Virtiofsd::spawn(virtiofsd).await?;
-        ledger.record(&Resource::Process(virtiofsd.identity()))?;
-        Ok::<_, Error>((virtiofsd, connection))
+    let serve = async |config, tag: &str| {
+        let (server, connection) = Virtiofsd::spawn(config).await?;
+        ledger.record(&Resource::Process(server.identity()))?;
+        let device = VirtioFs { tag: tag.to_owned(), connection, queue_size: FS_QUEUE_SIZE };
+        Ok::<_, Error>((server, Device::VirtioFs(device)))
     };
     let vsock = async {
         match (kernel, &daemon) {
@@ -364,12 +376,22 @@ async fn boot(
     };
     let monitor = async { Ok::<_, Error>(starting.connect(START_DEADLINE).await?) };
     let wired = nics.wire(plan.sizing.vcpus, ledger);
-    let ((virtiofsd, connection), vsock, vm, ()) = tokio::try_join!(virtiofsd, vsock, monitor, wired)?;
-    let fs = Device::VirtioFs(VirtioFs { tag: SHARE_TAG.to_owned(), connection, queue_size: FS_QUEUE_SIZE });
-    let (vsock, fs, cards) = tokio::join!(vm.attach(Device::Vsock(vsock)), vm.attach(fs), nics.plug(&vm));
+    let (volumes, roots) = (serve(volumes, SHARE_TAG), serve(roots, ROOTFS_TAG));
+    let ((volumes, volumes_device), (roots, roots_device), vsock, vm, ()) =
+        tokio::try_join!(volumes, roots, vsock, monitor, wired)?;
+    let file_servers = [volumes, roots];
+    let devices = tokio::join!(
+        vm.attach(Device::Vsock(vsock)),
+        vm.attach(volumes_device),
+        vm.attach(roots_device),
+        nics.plug(&vm)
+    );
+    let (vsock, volumes, roots, cards) = devices;
     // QEMU only says that it refuses a device; why, its helper knows.
-    if let Err(error) = fs {
-        return Err(virtiofsd.explain(error).await.into());
+    for (attached, server) in [volumes, roots].into_iter().zip(&file_servers) {
+        if let Err(error) = attached {
+            return Err(server.explain(error).await.into());
+        }
     }
     let vsock = match (vsock, &daemon) {
         (Ok(vsock), _) => vsock,
@@ -378,7 +400,7 @@ async fn boot(
     };
     let cards = cards?;
     vm.cont().await?;
-    let died = death(&vm, &virtiofsd, daemon.as_ref());
+    let died = death(&vm, &file_servers, daemon.as_ref());
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
     let reached = tokio::select! {
         reached = reach_agent(&transport, &ready, &vm, &vsock.id) => reached,
@@ -387,7 +409,7 @@ async fn boot(
     let stream = match reached {
         Ok(stream) => stream,
         // Whatever broke, an end of the machine is the better reason.
-        Err(error) => match timeout(QUIT_DEADLINE, death(&vm, &virtiofsd, daemon.as_ref())).await {
+        Err(error) => match timeout(QUIT_DEADLINE, death(&vm, &file_servers, daemon.as_ref())).await {
             Ok(why) => return Err(ended(why)),
             Err(_) => return Err(error),
         },
@@ -422,7 +444,7 @@ async fn boot(
         _relays: (relay, forwarder),
         nics: nics.clone(),
         size: Mutex::new(plan.sizing),
-        virtiofsd,
+        file_servers,
         vsock_daemon: daemon,
     })
 }
@@ -468,14 +490,14 @@ async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Resul
 }
 
 async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails> {
-    let share = Storage {
+    let shared = [(SHARE_TAG, GUEST_SHARE), (ROOTFS_TAG, GUEST_ROOTFS)].map(|(tag, place)| Storage {
         driver: "virtio-fs".to_owned(),
-        source: SHARE_TAG.to_owned(),
+        source: tag.to_owned(),
         fstype: "virtiofs".to_owned(),
         options: vec!["nodev".to_owned()],
-        mount_point: GUEST_SHARE.to_owned(),
+        mount_point: place.to_owned(),
         ..Default::default()
-    };
+    });
     let shm = plan.shm_bytes.map(|bytes| Storage {
         driver: "ephemeral".to_owned(),
         source: "shm".to_owned(),
@@ -491,7 +513,7 @@ async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails
     let sandbox = CreateSandboxRequest {
         hostname: plan.hostname.clone(),
         sandbox_id: plan.id.clone(),
-        storages: std::iter::once(share).chain(shm).collect(),
+        storages: shared.into_iter().chain(shm).collect(),
         ..Default::default()
     };
     let details = GuestDetailsRequest::default();

@@ -14,7 +14,7 @@ use oci_spec::runtime::{LinuxResources, Process};
 use ttrpc::Code;
 
 use super::driver::{Blueprint, Driver, Pod, Reply, answer};
-use super::launch::{Guest, share_dir};
+use super::launch::Guest;
 use super::pod_api;
 use super::process::{self, Announced, Dialled};
 use super::sizing::Need;
@@ -65,8 +65,7 @@ impl Driver {
         let size = self.sizing();
         let hooks = HostHooks::of(&order.spec, &request.id, &request.bundle);
         self.hooks.insert(request.id.clone(), hooks.clone());
-        let (namespace, share, shares) =
-            (self.identity.namespace.clone(), share_dir(self.ledger.dir()), self.shares.clone());
+        let (namespace, ledger, shares) = (self.identity.namespace.clone(), self.ledger.clone(), self.shares.clone());
         let work = async move {
             if role == Role::Sandbox {
                 let guest = launching.clone().await?;
@@ -78,7 +77,7 @@ impl Driver {
             let host_io = HostIo::open(&order.io, &namespace, &order.id).await?;
             // mount(2) may wait for a slow disk, which must not hold up other requests.
             let host = tokio::task::spawn_blocking(move || {
-                let host = Host::prepare(&order, &share, &shares);
+                let host = Host::prepare(&order, ledger.dir(), &shares);
                 host.map(|host| (order, host))
             });
             let (order, host) = host.await.map_err(|error| Error::internal(error.to_string()))??;

@@ -8,7 +8,7 @@ mod vsock_daemon;
 
 use std::time::Duration;
 
-pub use virtiofsd::{Virtiofsd, VirtiofsdConfig};
+pub use virtiofsd::{FsCache, Virtiofsd, VirtiofsdConfig};
 pub use vsock_daemon::{VsockDaemon, VsockDaemonConfig};
 
 use crate::error::{Error, Result};

@@ -23,6 +23,15 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(5);
 /// How long it may take to notice that QEMU is gone.
 const GOODBYE: Duration = Duration::from_millis(200);
 
+/// How long a guest may believe what it has read of a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FsCache {
+    /// A second, and contents until the file is opened again: for what others change too.
+    Auto,
+    /// For ever: for what nobody else changes. A program's pages stay over its end, so that it starts at once next time.
+    Always,
+}
+
 /// What to serve.
 #[derive(Clone, Debug)]
 pub struct VirtiofsdConfig {
@@ -34,6 +43,8 @@ pub struct VirtiofsdConfig {
     pub socket: PathBuf,
     /// The directory; mounts that come below it later are seen if it is a mount point with shared propagation.
     pub shared_dir: PathBuf,
+    /// What the guest keeps of it.
+    pub cache: FsCache,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
 }
@@ -65,7 +76,7 @@ impl Virtiofsd {
     pub async fn spawn(config: &VirtiofsdConfig) -> Result<(Virtiofsd, OwnedFd)> {
         let flavour = flavour(&config.binary, &config.cache_dir).await?;
         let (listener, connection) = connected(&config.socket)?;
-        let arguments = arguments(flavour, &config.shared_dir, &listener);
+        let arguments = arguments(flavour, config, &listener);
         let child = Child::spawn(Spawn {
             fds: vec![OwnedFd::from(listener)],
             cgroup_procs: config.cgroup_procs.clone(),
@@ -102,13 +113,16 @@ fn connected(path: &Path) -> Result<(UnixListener, UnixStream)> {
     Ok((listener, connection.doing(|| format!("connect to {}", path.display()))?))
 }
 
-fn arguments(flavour: Flavour, shared_dir: &Path, listener: &impl AsRawFd) -> Vec<OsString> {
+fn arguments(flavour: Flavour, config: &VirtiofsdConfig, listener: &impl AsRawFd) -> Vec<OsString> {
+    let cache = match config.cache {
+        FsCache::Auto => "cache=auto",
+        FsCache::Always => "cache=always",
+    };
     let mut arguments: Vec<OsString> = vec![format!("--fd={}", listener.as_raw_fd()).into()];
     match flavour {
         Flavour::Rust => {
-            arguments.extend(["--shared-dir".into(), shared_dir.into()]);
-            // The cache is off the truth by a second at most; a volume that the host changes must change in the guest.
-            let fixed = ["--cache=auto", "--sandbox=namespace", "--inode-file-handles=prefer", "--announce-submounts"];
+            arguments.extend(["--shared-dir".into(), config.shared_dir.clone().into(), format!("--{cache}").into()]);
+            let fixed = ["--sandbox=namespace", "--inode-file-handles=prefer", "--announce-submounts"];
             arguments.extend(fixed.map(Into::into));
             // File capabilities of a container's programs are extended attributes.
             arguments.extend(["--xattr", "--log-level=error"].map(Into::into));
@@ -116,8 +130,8 @@ fn arguments(flavour: Flavour, shared_dir: &Path, listener: &impl AsRawFd) -> Ve
         Flavour::C => {
             // `-o` separates its options by commas and knows no way to write one.
             let mut source = OsString::from("source=");
-            source.push(shared_dir);
-            for option in ["cache=auto", "sandbox=namespace", "announce_submounts", "xattr", "log_level=err"] {
+            source.push(&config.shared_dir);
+            for option in [cache, "sandbox=namespace", "announce_submounts", "xattr", "log_level=err"] {
                 arguments.extend(["-o".into(), option.into()]);
             }
             arguments.extend(["-o".into(), source]);
