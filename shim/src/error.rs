@@ -54,7 +54,25 @@ impl Error {
 
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> ttrpc::Error {
-        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code, error.message.replace('\n', " ")))
+        let mut message = error.message.replace('\n', " ");
+        if let Some(class) = class(error.code).filter(|class| !message.ends_with(class)) {
+            message = format!("{message}: {class}");
+        }
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code, message))
+    }
+}
+
+/// What stands at the end of such an error's message (containerd's errdefs). Clients up to 1.7 put it there, and take it
+/// off before that; those from 2.0 on show what they get, and users and scripts look for it.
+fn class(code: Code) -> Option<&'static str> {
+    match code {
+        Code::INVALID_ARGUMENT => Some("invalid argument"),
+        Code::NOT_FOUND => Some("not found"),
+        Code::ALREADY_EXISTS => Some("already exists"),
+        Code::FAILED_PRECONDITION => Some("failed precondition"),
+        Code::UNAVAILABLE => Some("unavailable"),
+        Code::UNIMPLEMENTED => Some("not implemented"),
+        _ => None,
     }
 }
 
@@ -102,7 +120,17 @@ mod tests {
         let error: ttrpc::Error = Error::not_found("task \"web\" is not there\nany more").into();
         let ttrpc::Error::RpcStatus(status) = error else { panic!("not a status") };
         assert_eq!(status.code(), Code::NOT_FOUND);
-        assert_eq!(status.message(), "task \"web\" is not there any more");
+        assert_eq!(status.message(), "task \"web\" is not there any more: not found");
+    }
+
+    #[test]
+    fn the_class_of_an_error_is_said_once() {
+        let message = |error: Error| match ttrpc::Error::from(error) {
+            ttrpc::Error::RpcStatus(status) => status.message().to_owned(),
+            other => panic!("{other}"),
+        };
+        assert_eq!(message(Error::exists("task web already exists")), "task web already exists");
+        assert_eq!(message(Error::internal("cannot mount /x")), "cannot mount /x");
     }
 
     #[test]
