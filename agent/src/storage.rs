@@ -292,7 +292,8 @@ pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
 pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> {
     let node = |device: &Path| {
         let node = format!("/dev/{}", pci::virtio_child(device, "block")?);
-        Path::new(&node).exists().then_some(node)
+        // The kernel makes the node a moment before there is a disk behind it; until then, opening says ENXIO.
+        fs::File::open(&node).is_ok().then_some(node)
     };
     pci::wait(pci_path, "block device", deadline, node).await
 }
