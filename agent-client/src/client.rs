@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
+use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
+use crate::frames::Watched;
 use crate::protocols::agent_ttrpc::AgentServiceClient;
 use crate::protocols::health_ttrpc::HealthClient;
 use crate::transport::Stream;
@@ -20,11 +23,16 @@ pub struct AgentClient {
 impl AgentClient {
     /// Speaks ttrpc over a stream that is connected to the agent's port.
     pub fn new(stream: Stream) -> AgentClient {
-        let socket = match stream {
-            Stream::Unix(stream) => stream.into(),
-            Stream::Vsock(stream) => stream.into(),
-        };
-        let client = ttrpc::r#async::Client::new(socket);
+        match stream {
+            Stream::Unix(stream) => AgentClient::over(stream),
+            Stream::Vsock(stream) => AgentClient::over(stream),
+        }
+    }
+
+    /// Speaks ttrpc over any connection to an agent. The agent can make it keep no more than one small answer for each
+    /// call: one that breaks this rule (see `frames.rs`) has its connection closed.
+    pub fn over(stream: impl AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static) -> AgentClient {
+        let client = ttrpc::r#async::Client::new(Socket::new(Watched::new(stream)));
         AgentClient { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) }
     }
 }

@@ -4,6 +4,7 @@
 //! what a sandbox should do, and it knows nothing of QEMU or containerd.
 
 mod client;
+mod frames;
 pub mod stdio;
 mod transport;
 
@@ -14,6 +15,7 @@ pub mod protocols {
 }
 
 pub use client::{AgentClient, context};
+pub use frames::MAX_FRAME;
 pub use transport::{Listener, Stream, Transport};
 
 /// Port of the agent's ttrpc server in the guest.
