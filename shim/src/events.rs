@@ -1,8 +1,11 @@
 //! Task events to containerd: one queue for the whole sandbox, in order, retried until containerd takes them.
 //!
 //! The head of the queue blocks the rest, so a daemon that restarts sees events late but never out of order. Memory is
-//! bounded: beyond [`CAPACITY`] the newest are dropped with an error in the log.
+//! bounded, in events and in bytes, for each [`Rank`] by itself: what a guest or a client can make many of (out of memory,
+//! execs) never takes the place of an exit. Beyond the bound the newest are dropped with an error in the log.
 
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{
@@ -14,12 +17,17 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use protobuf::MessageFull;
 use protobuf::well_known_types::any::Any;
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
+use ttrpc::Code;
 
-/// Events that wait while containerd is away.
-const CAPACITY: usize = 4096;
+/// What waits of each rank while containerd is away: events, and their bytes.
+const MAX_EVENTS: usize = 4096;
+const MAX_BYTES: usize = 1 << 20;
+
+/// What an event takes beside its message.
+const OVERHEAD: usize = 256;
 
 /// How long one delivery may take.
 const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
@@ -27,32 +35,118 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
 /// Pause between attempts, doubled up to the last value.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
 
+/// How often an event is sent again to which containerd says something that may mean anything.
+const ATTEMPTS: u32 = 10;
+
+/// Whose place in the queue an event takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rank {
+    /// A container's life: as many as there are containers.
+    Life,
+    /// The exit of an exec.
+    Exec,
+    /// Everything else.
+    Other,
+}
+
 /// An event's message and the topic that goes with it.
 pub trait TaskEvent: MessageFull {
     /// Where containerd's subscribers find it.
     const TOPIC: &'static str;
+
+    /// Its place in the queue.
+    fn rank(&self) -> Rank;
 }
 
 macro_rules! topics {
-    ($($event:ty => $topic:expr),* $(,)?) => { $(impl TaskEvent for $event { const TOPIC: &'static str = $topic; })* };
+    ($($event:ty => $topic:expr, $rank:expr;)*) => { $(impl TaskEvent for $event {
+        const TOPIC: &'static str = $topic;
+
+        fn rank(&self) -> Rank {
+            let rank: fn(&$event) -> Rank = $rank;
+            rank(self)
+        }
+    })* };
 }
 
 topics! {
-    TaskCreate => topics::TASK_CREATE_EVENT_TOPIC,
-    TaskStart => topics::TASK_START_EVENT_TOPIC,
-    TaskExit => topics::TASK_EXIT_EVENT_TOPIC,
-    TaskDelete => topics::TASK_DELETE_EVENT_TOPIC,
-    TaskExecAdded => topics::TASK_EXEC_ADDED_EVENT_TOPIC,
-    TaskExecStarted => topics::TASK_EXEC_STARTED_EVENT_TOPIC,
-    TaskPaused => topics::TASK_PAUSED_EVENT_TOPIC,
-    TaskResumed => topics::TASK_RESUMED_EVENT_TOPIC,
-    TaskOOM => topics::TASK_OOM_EVENT_TOPIC,
+    TaskCreate => topics::TASK_CREATE_EVENT_TOPIC, |_| Rank::Life;
+    TaskStart => topics::TASK_START_EVENT_TOPIC, |_| Rank::Life;
+    TaskExit => topics::TASK_EXIT_EVENT_TOPIC, |exit| if exit.id == exit.container_id { Rank::Life } else { Rank::Exec };
+    TaskDelete => topics::TASK_DELETE_EVENT_TOPIC, |_| Rank::Life;
+    TaskExecAdded => topics::TASK_EXEC_ADDED_EVENT_TOPIC, |_| Rank::Other;
+    TaskExecStarted => topics::TASK_EXEC_STARTED_EVENT_TOPIC, |_| Rank::Other;
+    TaskPaused => topics::TASK_PAUSED_EVENT_TOPIC, |_| Rank::Other;
+    TaskResumed => topics::TASK_RESUMED_EVENT_TOPIC, |_| Rank::Other;
+    TaskOOM => topics::TASK_OOM_EVENT_TOPIC, |_| Rank::Other;
+}
+
+/// What waits for containerd.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    /// Something has come, or nothing will any more.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    events: VecDeque<(Rank, usize, Envelope)>,
+    /// Events and bytes of each rank.
+    used: [(usize, usize); 3],
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there was room.
+    fn push(&self, rank: Rank, envelope: Envelope) -> bool {
+        let mut waiting = self.lock();
+        let size = OVERHEAD + envelope.event.value.len();
+        let (events, bytes) = &mut waiting.used[rank as usize];
+        if *events >= MAX_EVENTS || *bytes + size > MAX_BYTES {
+            return false;
+        }
+        *events += 1;
+        *bytes += size;
+        waiting.events.push_back((rank, size, envelope));
+        drop(waiting);
+        self.changed.notify_one();
+        true
+    }
+
+    /// The next one; none once the queue is closed and empty.
+    async fn pop(&self) -> Option<Envelope> {
+        loop {
+            {
+                let mut waiting = self.lock();
+                if let Some((rank, size, envelope)) = waiting.events.pop_front() {
+                    let (events, bytes) = &mut waiting.used[rank as usize];
+                    *events -= 1;
+                    *bytes -= size;
+                    return Some(envelope);
+                }
+                if waiting.closed {
+                    return None;
+                }
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_one();
+    }
 }
 
 /// The sending end of the queue.
 pub struct Publisher {
     namespace: String,
-    queue: Option<mpsc::Sender<Envelope>>,
+    queue: Option<Arc<Queue>>,
     worker: Option<JoinHandle<()>>,
 }
 
@@ -62,9 +156,9 @@ impl Publisher {
         if address.is_empty() {
             return Publisher { namespace: namespace.to_owned(), queue: None, worker: None };
         }
-        let (queue, events) = mpsc::channel(CAPACITY);
+        let queue = Arc::new(Queue::default());
         let address = if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
-        let worker = tokio::spawn(deliver(address, events));
+        let worker = tokio::spawn(deliver(address, queue.clone()));
         Publisher { namespace: namespace.to_owned(), queue: Some(queue), worker: Some(worker) }
     }
 
@@ -84,14 +178,16 @@ impl Publisher {
             event: Some(Any { type_url, value, ..Default::default() }).into(),
             ..Default::default()
         };
-        if queue.try_send(envelope).is_err() {
-            tracing::error!(topic = E::TOPIC, "event dropped: {CAPACITY} are waiting for containerd already");
+        if !queue.push(event.rank(), envelope) {
+            tracing::error!(topic = E::TOPIC, "event dropped: too many are waiting for containerd already");
         }
     }
 
     /// Closes the queue and waits for its last events, at most `deadline`.
     pub async fn flush(&mut self, deadline: Duration) {
-        self.queue = None;
+        if let Some(queue) = self.queue.take() {
+            queue.close();
+        }
         if let Some(worker) = self.worker.take()
             && timeout(deadline, worker).await.is_err()
         {
@@ -100,18 +196,50 @@ impl Publisher {
     }
 }
 
-async fn deliver(address: String, mut events: mpsc::Receiver<Envelope>) {
+/// What to do about a delivery that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// containerd is away: the event stays the first of the queue.
+    Wait,
+    /// It would fail again for ever, and block the rest.
+    Drop,
+}
+
+/// Decides by the error and the number of times that this event was sent.
+fn next(error: &ttrpc::Error, attempts: u32) -> Next {
+    match error {
+        ttrpc::Error::RpcStatus(status) => match status.code() {
+            Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED => Next::Wait,
+            // A daemon on its way down says this too.
+            Code::UNKNOWN | Code::INTERNAL | Code::ABORTED | Code::RESOURCE_EXHAUSTED if attempts < ATTEMPTS => {
+                Next::Wait
+            }
+            _ => Next::Drop,
+        },
+        // The client's own words: those of the first two kinds are about the connection, all others about the message
+        // (it is too long, say).
+        ttrpc::Error::Others(words)
+            if words.starts_with("Socket::connect error") || words == "Request deadline elapsed" =>
+        {
+            Next::Wait
+        }
+        ttrpc::Error::Others(_) => Next::Drop,
+        _ => Next::Wait,
+    }
+}
+
+async fn deliver(address: String, queue: Arc<Queue>) {
     let mut client = None;
-    while let Some(envelope) = events.recv().await {
+    while let Some(envelope) = queue.pop().await {
         let request = ForwardRequest { envelope: Some(envelope).into(), ..Default::default() };
         let mut pause = BACKOFF.0;
+        let mut attempts = 0;
         while let Err(error) = forward(&mut client, &address, &request).await {
+            attempts += 1;
             client = None;
-            // containerd itself refuses what it cannot take (a bad topic, say): trying again would block the rest.
-            if let ttrpc::Error::RpcStatus(status) = &error
-                && status.code() == ttrpc::Code::INVALID_ARGUMENT
-            {
-                tracing::error!(%error, "containerd refused an event");
+            if next(&error, attempts) == Next::Drop {
+                let topic = &request.envelope.topic;
+                tracing::error!(%error, topic, "event dropped: containerd does not take it");
                 break;
             }
             tracing::debug!(%error, "containerd is away, events wait");
@@ -131,12 +259,131 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, request: &For
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
+    use async_trait::async_trait;
+    use protobuf::Message;
+    use tokio::net::UnixListener;
+    use tokio::sync::mpsc;
+    use ttrpc::r#async::{MethodHandler, Server, Service, TtrpcContext};
+    use ttrpc::proto::{Request, Response};
+
     use super::*;
+
+    fn exit(container: &str, id: &str) -> TaskExit {
+        TaskExit { container_id: container.into(), id: id.into(), ..Default::default() }
+    }
+
+    fn oom(container: &str) -> TaskOOM {
+        TaskOOM { container_id: container.into(), ..Default::default() }
+    }
+
+    /// A containerd that takes events.
+    struct Daemon(mpsc::UnboundedSender<Envelope>);
+
+    #[async_trait]
+    impl MethodHandler for Daemon {
+        async fn handler(&self, _: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+            let envelope = ForwardRequest::parse_from_bytes(&request.payload).unwrap().envelope.unwrap();
+            if envelope.topic == TaskPaused::TOPIC {
+                return Ok(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INVALID_ARGUMENT, "no such topic")).into());
+            }
+            self.0.send(envelope).unwrap();
+            Ok(Response::default())
+        }
+    }
+
+    async fn daemon(path: &std::path::Path) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+        let (sender, received) = mpsc::unbounded_channel();
+        let method: Box<dyn MethodHandler + Send + Sync> = Box::new(Daemon(sender));
+        let methods = HashMap::from([("Forward".to_owned(), method)]);
+        let service = Service { methods, streams: HashMap::new() };
+        let services = HashMap::from([("containerd.services.events.ttrpc.v1.Events".to_owned(), service)]);
+        let listener = UnixListener::bind(path).unwrap();
+        let mut server = Server::new().add_listener(listener.into()).register_service(services);
+        server.start().await.unwrap();
+        (server, received)
+    }
+
+    fn topics(received: &mut mpsc::UnboundedReceiver<Envelope>) -> Vec<String> {
+        std::iter::from_fn(|| received.try_recv().ok()).map(|envelope| envelope.topic).collect()
+    }
 
     #[test]
     fn subscribers_find_events_by_bare_names() {
         assert_eq!(TaskExit::descriptor().full_name(), "containerd.events.TaskExit");
         assert_eq!(TaskOOM::descriptor().full_name(), "containerd.events.TaskOOM");
         assert_eq!(TaskExecStarted::TOPIC, "/tasks/exec-started");
+    }
+
+    #[tokio::test]
+    async fn an_event_that_cannot_be_delivered_does_not_block_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (_server, mut received) = daemon(&path).await;
+        // Larger than any frame of the protocol; the queue itself would not take it.
+        let queue = Arc::new(Queue::default());
+        let large = Any { value: vec![b'A'; 5 << 20], ..Default::default() };
+        let envelope = Envelope { event: Some(large).into(), topic: "/large".into(), ..Default::default() };
+        queue.lock().events.push_back((Rank::Other, 0, envelope));
+        queue.lock().used[Rank::Other as usize].0 = 1;
+        let worker = tokio::spawn(deliver(format!("unix://{}", path.display()), queue.clone()));
+        let mut publisher = Publisher { namespace: "n".into(), queue: Some(queue), worker: Some(worker) };
+        publisher.publish(&TaskPaused::default());
+        publisher.publish(&exit("web", "web"));
+        publisher.flush(Duration::from_secs(10)).await;
+        assert_eq!(topics(&mut received), [TaskExit::TOPIC]);
+    }
+
+    #[tokio::test]
+    async fn events_wait_for_a_daemon_that_is_away_and_keep_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let mut publisher = Publisher::start(path.to_str().unwrap(), "n");
+        publisher.publish(&oom("web"));
+        publisher.publish(&exit("web", "web"));
+        publisher.publish(&TaskDelete::default());
+        tokio::time::sleep(BACKOFF.0 / 2).await;
+        let (_server, mut received) = daemon(&path).await;
+        publisher.flush(Duration::from_secs(10)).await;
+        assert_eq!(topics(&mut received), [TaskOOM::TOPIC, TaskExit::TOPIC, TaskDelete::TOPIC]);
+    }
+
+    #[tokio::test]
+    async fn a_flood_takes_a_bounded_place_and_never_that_of_an_exit() {
+        let queue = Arc::new(Queue::default());
+        let publisher = Publisher { namespace: "n".into(), queue: Some(queue.clone()), worker: None };
+        let long = "a".repeat(100_000);
+        for number in 0..20_000 {
+            publisher.publish(&oom("web"));
+            publisher.publish(&oom(&long));
+            publisher.publish(&exit("web", &format!("e{number}")));
+        }
+        let bytes: usize = queue.lock().events.iter().map(|(_, size, _)| size).sum();
+        assert!(bytes <= 3 * MAX_BYTES, "{bytes}");
+        publisher.publish(&exit("web", "web"));
+        queue.close();
+        let mut last = None;
+        while let Some(envelope) = queue.pop().await {
+            last = Some(envelope);
+        }
+        let last = TaskExit::parse_from_bytes(&last.unwrap().event.value).unwrap();
+        assert_eq!((last.container_id, last.id), ("web".to_owned(), "web".to_owned()));
+        assert_eq!(queue.lock().used, [(0, 0); 3]);
+    }
+
+    #[test]
+    fn only_what_may_pass_is_sent_again() {
+        let said = |code| ttrpc::Error::RpcStatus(ttrpc::get_status(code, "x"));
+        let words = |text: &str| ttrpc::Error::Others(text.to_owned());
+        for error in [said(Code::UNAVAILABLE), words("Socket::connect error x"), words("Request deadline elapsed")] {
+            assert_eq!(next(&error, 1_000_000), Next::Wait, "{error}");
+        }
+        assert_eq!(next(&ttrpc::Error::Socket("reset".into()), 1_000_000), Next::Wait);
+        for error in [said(Code::INVALID_ARGUMENT), said(Code::UNIMPLEMENTED), words("message length 4194400 exceed")] {
+            assert_eq!(next(&error, 1), Next::Drop, "{error}");
+        }
+        assert_eq!(next(&said(Code::UNKNOWN), 1), Next::Wait);
+        assert_eq!(next(&said(Code::UNKNOWN), ATTEMPTS), Next::Drop);
     }
 }

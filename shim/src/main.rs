@@ -11,6 +11,7 @@ mod container;
 mod cri;
 mod error;
 mod events;
+mod from_guest;
 mod identity;
 mod info;
 mod logging;

@@ -2,19 +2,21 @@
 //!
 //! A type of the other version, or none, breaks the statistics of the whole node, so there are only these two.
 
-use agent_client::protocols::agent::{BlkioStatsEntry, CgroupStats};
+use std::collections::BTreeMap;
+
 use containerd_shim_protos::cgroups::metrics as v1;
 use containerd_shim_protos::cgroups_v2::metrics as v2;
 use protobuf::MessageFull;
 use protobuf::well_known_types::any::Any;
 
 use crate::error::{Error, Result};
+use crate::from_guest::{IoEntry, Limited, Op, Stats};
 
 /// Packs the statistics for a host with the unified hierarchy (`v2`) or without.
 ///
 /// # Errors
 /// protobuf's own.
-pub fn pack(stats: &CgroupStats, host_is_v2: bool) -> Result<Any> {
+pub fn pack(stats: &Stats, host_is_v2: bool) -> Result<Any> {
     if host_is_v2 { any(&unified(stats)) } else { any(&legacy(stats)) }
 }
 
@@ -28,28 +30,18 @@ fn limit(value: u64) -> u64 {
     if value == 0 { u64::MAX } else { value }
 }
 
-/// Keys of `MemoryStats.stats`: the guest has cgroup v2 only, so they are those of memory.stat and memory.events.
-fn stat(stats: &CgroupStats, key: &str) -> u64 {
-    stats.memory_stats.stats.get(key).copied().unwrap_or_default()
-}
-
-fn unified(stats: &CgroupStats) -> v2::Metrics {
-    let (cpu, memory) = (&stats.cpu_stats, &stats.memory_stats);
-    let stat = |key| stat(stats, key);
+fn unified(stats: &Stats) -> v2::Metrics {
+    let stat = |key| stats.memory_stat(key);
+    let (periods, throttled, throttled_time) = stats.throttling;
     v2::Metrics {
-        pids: Some(v2::PidsStat {
-            current: stats.pids_stats.current,
-            limit: stats.pids_stats.limit,
-            ..Default::default()
-        })
-        .into(),
+        pids: Some(v2::PidsStat { current: stats.pids.0, limit: stats.pids.1, ..Default::default() }).into(),
         cpu: Some(v2::CPUStat {
-            usage_usec: cpu.cpu_usage.total_usage / 1000,
-            user_usec: cpu.cpu_usage.usage_in_usermode / 1000,
-            system_usec: cpu.cpu_usage.usage_in_kernelmode / 1000,
-            nr_periods: cpu.throttling_data.periods,
-            nr_throttled: cpu.throttling_data.throttled_periods,
-            throttled_usec: cpu.throttling_data.throttled_time / 1000,
+            usage_usec: stats.cpu_total / 1000,
+            user_usec: stats.cpu_user / 1000,
+            system_usec: stats.cpu_kernel / 1000,
+            nr_periods: periods,
+            nr_throttled: throttled,
+            throttled_usec: throttled_time / 1000,
             ..Default::default()
         })
         .into(),
@@ -78,11 +70,11 @@ fn unified(stats: &CgroupStats) -> v2::Metrics {
             pgsteal: stat("pgsteal"),
             pgactivate: stat("pgactivate"),
             pgdeactivate: stat("pgdeactivate"),
-            usage: memory.usage.usage,
-            usage_limit: limit(memory.usage.limit),
-            max_usage: memory.usage.max_usage,
-            swap_usage: memory.swap_usage.usage,
-            swap_limit: limit(memory.swap_usage.limit),
+            usage: stats.memory.usage,
+            usage_limit: limit(stats.memory.limit),
+            max_usage: stats.memory.max_usage,
+            swap_usage: stats.swap.usage,
+            swap_limit: limit(stats.swap.limit),
             ..Default::default()
         })
         .into(),
@@ -94,32 +86,28 @@ fn unified(stats: &CgroupStats) -> v2::Metrics {
 }
 
 /// One entry a device: v2 has reads and writes side by side where the agent sends one line for each.
-fn io_entries(stats: &CgroupStats) -> Vec<v2::IOEntry> {
-    let mut entries: Vec<v2::IOEntry> = Vec::new();
-    let mut add = |from: &BlkioStatsEntry, bytes: bool| {
-        let index = entries.iter().position(|entry| (entry.major, entry.minor) == (from.major, from.minor));
-        let index = index.unwrap_or_else(|| {
-            entries.push(v2::IOEntry { major: from.major, minor: from.minor, ..Default::default() });
-            entries.len() - 1
-        });
-        let entry = &mut entries[index];
-        match (from.op.to_ascii_lowercase().as_str(), bytes) {
-            ("read", true) => entry.rbytes = from.value,
-            ("write", true) => entry.wbytes = from.value,
-            ("read", false) => entry.rios = from.value,
-            ("write", false) => entry.wios = from.value,
-            _ => {}
+fn io_entries(stats: &Stats) -> Vec<v2::IOEntry> {
+    let mut devices: BTreeMap<(u64, u64), v2::IOEntry> = BTreeMap::new();
+    for (list, is_bytes) in [(&stats.io_bytes, true), (&stats.io_requests, false)] {
+        for IoEntry { major, minor, op, value } in list.iter().copied() {
+            let new = || v2::IOEntry { major, minor, ..Default::default() };
+            let entry = devices.entry((major, minor)).or_insert_with(new);
+            match (op, is_bytes) {
+                (Op::Read, true) => entry.rbytes = value,
+                (Op::Write, true) => entry.wbytes = value,
+                (Op::Read, false) => entry.rios = value,
+                (Op::Write, false) => entry.wios = value,
+                (Op::Sync | Op::Async | Op::Discard | Op::Total, _) => {}
+            }
         }
-    };
-    stats.blkio_stats.io_service_bytes_recursive.iter().for_each(|entry| add(entry, true));
-    stats.blkio_stats.io_serviced_recursive.iter().for_each(|entry| add(entry, false));
-    entries
+    }
+    devices.into_values().collect()
 }
 
-fn legacy(stats: &CgroupStats) -> v1::Metrics {
-    let (cpu, memory) = (&stats.cpu_stats, &stats.memory_stats);
-    let stat = |key| stat(stats, key);
-    let entry = |from: &agent_client::protocols::agent::MemoryData| {
+fn legacy(stats: &Stats) -> v1::Metrics {
+    let stat = |key| stats.memory_stat(key);
+    let (periods, throttled_periods, throttled_time) = stats.throttling;
+    let entry = |from: &Limited| {
         Some(v1::MemoryEntry {
             limit: limit(from.limit),
             usage: from.usage,
@@ -129,9 +117,9 @@ fn legacy(stats: &CgroupStats) -> v1::Metrics {
         })
         .into()
     };
-    let blkio = |entries: &[BlkioStatsEntry]| {
-        let convert = |from: &BlkioStatsEntry| v1::BlkIOEntry {
-            op: from.op.clone(),
+    let blkio = |entries: &[IoEntry]| {
+        let convert = |from: &IoEntry| v1::BlkIOEntry {
+            op: from.op.name().to_owned(),
             major: from.major,
             minor: from.minor,
             value: from.value,
@@ -140,28 +128,17 @@ fn legacy(stats: &CgroupStats) -> v1::Metrics {
         entries.iter().map(convert).collect()
     };
     v1::Metrics {
-        pids: Some(v1::PidsStat {
-            current: stats.pids_stats.current,
-            limit: stats.pids_stats.limit,
-            ..Default::default()
-        })
-        .into(),
+        pids: Some(v1::PidsStat { current: stats.pids.0, limit: stats.pids.1, ..Default::default() }).into(),
         cpu: Some(v1::CPUStat {
             usage: Some(v1::CPUUsage {
-                total: cpu.cpu_usage.total_usage,
-                kernel: cpu.cpu_usage.usage_in_kernelmode,
-                user: cpu.cpu_usage.usage_in_usermode,
-                per_cpu: cpu.cpu_usage.percpu_usage.clone(),
+                total: stats.cpu_total,
+                kernel: stats.cpu_kernel,
+                user: stats.cpu_user,
+                per_cpu: stats.cpus.clone(),
                 ..Default::default()
             })
             .into(),
-            throttling: Some(v1::Throttle {
-                periods: cpu.throttling_data.periods,
-                throttled_periods: cpu.throttling_data.throttled_periods,
-                throttled_time: cpu.throttling_data.throttled_time,
-                ..Default::default()
-            })
-            .into(),
+            throttling: Some(v1::Throttle { periods, throttled_periods, throttled_time, ..Default::default() }).into(),
             ..Default::default()
         })
         .into(),
@@ -178,8 +155,8 @@ fn legacy(stats: &CgroupStats) -> v1::Metrics {
             inactive_file: stat("inactive_file"),
             active_file: stat("active_file"),
             unevictable: stat("unevictable"),
-            hierarchical_memory_limit: limit(memory.usage.limit),
-            hierarchical_swap_limit: limit(memory.swap_usage.limit),
+            hierarchical_memory_limit: limit(stats.memory.limit),
+            hierarchical_swap_limit: limit(stats.swap.limit),
             total_cache: stat("file"),
             total_rss: stat("anon"),
             total_mapped_file: stat("file_mapped"),
@@ -192,15 +169,15 @@ fn legacy(stats: &CgroupStats) -> v1::Metrics {
             total_inactive_file: stat("inactive_file"),
             total_active_file: stat("active_file"),
             total_unevictable: stat("unevictable"),
-            usage: entry(&memory.usage),
-            swap: entry(&memory.swap_usage),
-            kernel: entry(&memory.kernel_usage),
+            usage: entry(&stats.memory),
+            swap: entry(&stats.swap),
+            kernel: entry(&stats.kernel),
             ..Default::default()
         })
         .into(),
         blkio: Some(v1::BlkIOStat {
-            io_service_bytes_recursive: blkio(&stats.blkio_stats.io_service_bytes_recursive),
-            io_serviced_recursive: blkio(&stats.blkio_stats.io_serviced_recursive),
+            io_service_bytes_recursive: blkio(&stats.io_bytes),
+            io_serviced_recursive: blkio(&stats.io_requests),
             ..Default::default()
         })
         .into(),
@@ -211,15 +188,15 @@ fn legacy(stats: &CgroupStats) -> v1::Metrics {
 
 #[cfg(test)]
 mod tests {
-    use agent_client::protocols::agent::{BlkioStats, CpuStats, CpuUsage, MemoryStats};
+    use agent_client::protocols::agent::{BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, MemoryStats};
     use protobuf::Message;
 
     use super::*;
 
-    fn sample() -> CgroupStats {
+    fn sample() -> Stats {
         let usage = CpuUsage { total_usage: 5_000_000, ..Default::default() };
         let io = |op: &str, value| BlkioStatsEntry { major: 8, op: op.into(), value, ..Default::default() };
-        CgroupStats {
+        Stats::of(&CgroupStats {
             cpu_stats: Some(CpuStats { cpu_usage: Some(usage).into(), ..Default::default() }).into(),
             memory_stats: Some(MemoryStats {
                 stats: [("oom_kill".to_owned(), 1), ("anon".to_owned(), 4096)].into(),
@@ -233,7 +210,7 @@ mod tests {
             })
             .into(),
             ..Default::default()
-        }
+        })
     }
 
     #[test]

@@ -84,6 +84,9 @@ pub struct Config {
     /// How long a guest may take from power-on to an answering agent.
     #[serde(deserialize_with = "whole::<1, 3600, _, _>")]
     pub boot_timeout_seconds: u64,
+    /// How long a container may take to end after a SIGKILL, before its virtual machine is ended.
+    #[serde(deserialize_with = "whole::<1, 3600, _, _>")]
+    pub kill_timeout_seconds: u64,
     /// Guest console and agent log to `console.log` in the sandbox's state directory.
     pub debug: bool,
     /// Keys that annotations may set, see [`Config::annotated`].
@@ -105,6 +108,7 @@ impl Default for Config {
             memory_mib: 512,
             vcpus: 1,
             boot_timeout_seconds: 30,
+            kill_timeout_seconds: 10,
             debug: false,
             enable_annotations: Vec::new(),
         }
@@ -127,6 +131,11 @@ impl Config {
     /// How long a guest may take from power-on to an answering agent.
     pub fn boot_deadline(&self) -> Duration {
         Duration::from_secs(self.boot_timeout_seconds)
+    }
+
+    /// How long a container may take to end after a SIGKILL.
+    pub fn kill_timeout(&self) -> Duration {
+        Duration::from_secs(self.kill_timeout_seconds)
     }
 }
 

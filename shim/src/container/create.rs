@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateContainerRequest, Device, RemoveContainerRequest, Storage};
-use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, context};
+use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
 use containerd_shim_protos::types::mount::Mount;
+use futures::future::join_all;
 use oci_spec::runtime::Spec;
+use tokio::time::{Instant, sleep, timeout};
+use ttrpc::Code;
 
 use super::devices::{self, Devices};
 use super::pod::PidNamespace;
@@ -18,6 +21,7 @@ use super::shares::Shares;
 use super::to_proto::{self, Place};
 use super::volumes::{self, Volumes};
 use crate::error::{Error, IoContext, Result};
+use crate::sandbox::ending::RELEASE_DEADLINE;
 use crate::sandbox::launch::{Guest, rootfs_dir, share_dir};
 use crate::sandbox::mounts;
 use crate::sandbox::state::{Io, Key};
@@ -26,11 +30,12 @@ use crate::stdio::{GuestIo, HostIo, Pumps};
 /// How long the guest may take to make a container.
 const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long the guest may take to remove one.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(10);
+/// Before the guest is asked once more to remove one: an exec of it may be on its way.
+const REMOVE_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long the guest may take to let go of a disk.
+/// How long the guest may take to let go of a disk, and how little it has when time is short.
 const DETACH_DEADLINE: Duration = Duration::from_secs(5);
+const LEAST_TO_DETACH: Duration = Duration::from_millis(500);
 
 /// What a client wants to have made.
 pub struct Order {
@@ -118,8 +123,8 @@ pub async fn in_guest(guest: &Arc<Guest>, order: &Order, host: Host, host_io: Ho
     match container.make(guest, order).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
-            container.unplug(guest).await;
-            container.release().await;
+            container.unplug(guest, Instant::now() + DETACH_DEADLINE).await;
+            release(vec![container]).await;
             Err(error)
         }
     }
@@ -172,8 +177,8 @@ impl Container {
             true => Some(GuestIo::raw(&guest.transport, &key, &order.io).await?),
             false => None,
         };
-        let created = guest.agent.agent.create_container(context(Some(CREATE_DEADLINE)), &request).await;
-        created.map_err(|error| Error::from(error).context("cannot create the container"))?;
+        let created = guest.agent.create_container(&request, CREATE_DEADLINE).await;
+        created.map_err(|error| error.context("cannot create the container"))?;
         Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &order.io)))
     }
 
@@ -205,30 +210,62 @@ impl Container {
         Ok(devices)
     }
 
-    /// Removes the container from the guest, where there still is one, and from the host.
-    pub async fn remove(mut self, guest: Option<Arc<Guest>>, id: &str) {
+    /// Removes the container from the guest, where there still is one, and from the host. The guest has time until `by`.
+    ///
+    /// # Errors
+    /// The guest may still have it, and what it uses of the host.
+    pub async fn remove(mut self, guest: Option<Arc<Guest>>, id: &str, by: Instant) -> Result<()> {
+        let mut removed = Ok(());
         if let Some(guest) = guest {
-            let request = RemoveContainerRequest { container_id: id.to_owned(), ..Default::default() };
-            if let Err(error) = guest.agent.agent.remove_container(context(Some(REMOVE_DEADLINE)), &request).await {
-                tracing::warn!(%error, id, "the guest did not remove the container");
+            removed = remove_in_guest(&guest, id, by).await;
+            if removed.is_ok() {
+                self.unplug(&guest, by).await;
             }
-            self.unplug(&guest).await;
         }
-        self.release().await;
+        release(vec![self]).await;
+        removed
     }
 
-    async fn unplug(&mut self, guest: &Guest) {
+    async fn unplug(&mut self, guest: &Guest, by: Instant) {
         self.sockets.drain(..).for_each(|name| guest.sockets.remove(&name));
-        for id in self.plugged.drain(..) {
-            if let Err(error) = guest.vm.detach(&id, DETACH_DEADLINE).await {
-                tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");
-            }
+        let time = by.saturating_duration_since(Instant::now()).clamp(LEAST_TO_DETACH, DETACH_DEADLINE);
+        let detached = self.plugged.drain(..).map(|id| async move { guest.vm.detach(&id, time).await });
+        for error in join_all(detached).await.into_iter().filter_map(std::result::Result::err) {
+            tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");
         }
     }
+}
 
-    /// umount(2) may wait for a slow disk, which must not hold up other requests.
-    async fn release(self) {
-        let _ = tokio::task::spawn_blocking(move || drop(self.host)).await;
+async fn remove_in_guest(guest: &Guest, id: &str, by: Instant) -> Result<()> {
+    let request = RemoveContainerRequest { container_id: id.to_owned(), ..Default::default() };
+    let asking = async {
+        loop {
+            let left = by.saturating_duration_since(Instant::now()).max(REMOVE_PAUSE);
+            match guest.agent.remove_container(&request, left).await {
+                Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
+                Err(error) if Instant::now() + REMOVE_PAUSE < by => {
+                    tracing::debug!(%error, id, "the guest is asked again to remove the container");
+                    sleep(REMOVE_PAUSE).await;
+                }
+                result => return result,
+            }
+        }
+    };
+    tokio::select! {
+        result = asking => result.map_err(|error| {
+            error.context(format!("the guest did not remove the container {id}, so the virtual machine was ended"))
+        }),
+        // That is the end of the machine anyway.
+        _ = guest.agent.failed() => Ok(()),
+    }
+}
+
+/// Gives up containers' parts of the host. umount(2) may wait for a slow disk, which must not hold up other requests, and
+/// for one that is gone for ever, which must not hold up this one.
+pub async fn release(containers: Vec<Container>) {
+    let released = tokio::task::spawn_blocking(move || drop(containers));
+    if timeout(RELEASE_DEADLINE, released).await.is_err() {
+        tracing::warn!("a storage on the host hangs: a container's mounts stay until it lets go of them");
     }
 }
 

@@ -12,8 +12,9 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
+use super::ending;
 use super::launch::{Guest, Plan, launch, rootfs_dir, share_dir};
 use super::ledger::Ledger;
 use super::mounts;
@@ -21,13 +22,14 @@ use super::process::{self, Announced};
 use super::sizing::{Need, Sizing};
 use super::state::{Key, State};
 use crate::config::Config;
-use crate::container::create::Container;
+use crate::container::create::{self, Container};
 use crate::container::exit_file::{self, Exit};
 use crate::container::hooks::HostHooks;
 use crate::container::shares::Shares;
 use crate::container::volumes::tmpfs_size;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
+use crate::from_guest::{Bucket, text, watch_oom};
 use crate::identity::SandboxIdentity;
 use crate::stdio::Pumps;
 
@@ -37,8 +39,9 @@ const HELD_DEADLINE: Duration = Duration::from_secs(2);
 /// containerd may be away when the last events are made; `delete` makes up for what it misses.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long the other notices of a machine's death may take to tell the better reason.
-const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
+/// How often a guest's talk of containers that are not there comes into the log, and how much of their names.
+const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
+const STRANGERS_NAME: usize = 80;
 
 type Job = Box<dyn FnOnce(&mut Driver) + Send>;
 type Launching = Shared<BoxFuture<'static, Result<Arc<Guest>>>>;
@@ -161,6 +164,9 @@ pub struct Driver {
     pub(super) sizes: HashMap<Key, (u32, u32)>,
     pub(super) stdin_closed: Vec<Key>,
     pub(super) waiters: HashMap<Key, Vec<Reply<Exit>>>,
+    /// When each container got its first SIGKILL.
+    pub(super) killed: HashMap<String, Instant>,
+    strangers: Bucket,
     pub(super) ended: bool,
 }
 
@@ -194,6 +200,8 @@ impl Driver {
             sizes: HashMap::new(),
             stdin_closed: Vec::new(),
             waiters: HashMap::new(),
+            killed: HashMap::new(),
+            strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
         };
         (driver, handle, jobs)
@@ -212,7 +220,7 @@ impl Driver {
         if let Some(guest) = self.guest.take() {
             guest.stop().await;
         }
-        self.containers.clear();
+        create::release(self.containers.into_values().collect()).await;
         self.events.flush(FLUSH_DEADLINE).await;
     }
 
@@ -288,7 +296,9 @@ impl Driver {
         match result {
             Ok(guest) => {
                 self.guest = Some(guest.clone());
-                self.watch_oom(guest.clone());
+                let handle = self.handle.clone();
+                let tell = move |container: String| handle.tell(move |driver| driver.out_of_memory(&container));
+                tokio::spawn(watch_oom(guest.agent.clone(), tell));
                 self.begin(async move { guest.died().await }, |driver, reason| driver.vm_died(&reason));
             }
             Err(error) => {
@@ -298,19 +308,32 @@ impl Driver {
         }
     }
 
-    fn watch_oom(&self, guest: Arc<Guest>) {
-        let watched = guest.clone();
-        self.begin(async move { process::oom(&watched).await }, move |driver, container| match container {
-            Some(container_id) => {
-                driver.events.publish(&TaskOOM { container_id, ..Default::default() });
-                driver.watch_oom(guest);
+    /// A container ran out of memory, as somebody says who may be wrong.
+    fn out_of_memory(&mut self, container: &str) {
+        match self.state.out_of_memory(container) {
+            Ok(true) => {
+                self.events.publish(&TaskOOM { container_id: container.to_owned(), ..Default::default() });
             }
-            None => {
-                // The connection to the agent has ended. Usually because the machine has, and QEMU's own death is
-                // the better reason to give.
-                driver.begin(sleep(AGENT_LOST_GRACE), |driver, ()| {
-                    driver.vm_died("the connection to the guest agent was lost");
-                });
+            Ok(false) => {}
+            Err(_) if self.strangers.take() => {
+                let container = text(container, STRANGERS_NAME);
+                tracing::warn!(container, "the guest says that a container ran out of memory which it does not have");
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// A SIGKILL is sent to all of a container's processes. From the first one on they have a certain time to end.
+    pub(super) fn begin_to_end(&mut self, id: &str) {
+        if self.killed.contains_key(id) {
+            return;
+        }
+        let (id, at) = (id.to_owned(), Instant::now());
+        self.killed.insert(id.clone(), at);
+        self.begin(sleep(self.config.kill_timeout()), move |driver, ()| {
+            // Another one may have the name by now.
+            if driver.killed.get(&id) == Some(&at) && driver.state.is_unfinished(&id) {
+                driver.vm_died(&ending::overdue(&id, driver.config.kill_timeout()));
             }
         });
     }
@@ -330,7 +353,7 @@ impl Driver {
     pub(super) fn watch_exit(&self, guest: Arc<Guest>, key: Key) {
         let watched = key.clone();
         self.begin(async move { process::wait(&guest, &watched).await }, move |driver, status| {
-            // Without a status the connection has ended, and with it the machine: `vm_died` comes.
+            // Without a status the agent has failed, and with it the machine: `vm_died` comes.
             if let Some(status) = status {
                 driver.exited(&key, status);
             }
@@ -402,6 +425,9 @@ impl Driver {
         self.announced.retain(|other, _| !gone(other));
         self.sizes.retain(|other, _| !gone(other));
         self.stdin_closed.retain(|other| !gone(other));
+        if key.is_init() {
+            self.killed.remove(&key.container);
+        }
         self.announce(Vec::new());
     }
 }

@@ -5,16 +5,14 @@
 //! (PR_SET_PDEATHSIG), because nobody else could take them over.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
-    AgentDetails, CreateSandboxRequest, GuestDetailsRequest, OnlineCPUMemRequest, Storage,
-};
+use agent_client::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
 use agent_client::{
-    AGENT_PORT, AgentClient, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
-    GUEST_ROOTFS, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
-    context,
+    AGENT_PORT, AgentClient, GUEST_ROOTFS, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, ROOTFS_TAG, SHARE_TAG,
+    Transport, UDS_PORT,
 };
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
@@ -29,6 +27,7 @@ use crate::cgroup;
 use crate::config::{Accelerator, Config, VsockDevice as VsockChoice, find_file, find_program};
 use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
+use crate::from_guest::{Agent, Fault, Features};
 use crate::identity::STATE_ROOT;
 use crate::network::Forwarder;
 use crate::relay::Relay;
@@ -51,6 +50,9 @@ const DIAL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// An agent that has not said that it is ready this long after the guest got its vsock driver never will.
 const NOTICE_GRACE: Duration = Duration::from_secs(1);
+
+/// How long the other notices of a machine's death may take to tell the better reason.
+const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
 
 /// QEMU's own orderly end, before it is killed.
 const QUIT_DEADLINE: Duration = Duration::from_millis(300);
@@ -93,7 +95,7 @@ pub struct Guest {
     /// The virtual machine.
     pub vm: Vm,
     /// The agent.
-    pub agent: AgentClient,
+    pub agent: Agent,
     /// The way to the guest.
     pub transport: Transport,
     /// Whether stdio goes over streams of its own.
@@ -117,9 +119,19 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Waits until the machine or a helper that it cannot live without is gone; says which and why.
+    /// Waits until the machine, a helper that it cannot live without, or an agent that makes sense is gone; says which
+    /// and why. The machine may still run.
     pub async fn died(&self) -> String {
-        death(&self.vm, &self.file_servers, self.vsock_daemon.as_ref()).await
+        let mut death = pin!(death(&self.vm, &self.file_servers, self.vsock_daemon.as_ref()));
+        let fault = tokio::select! {
+            why = &mut death => return why,
+            fault = self.agent.failed() => fault,
+        };
+        match fault {
+            Fault::Garbled(why) => why,
+            // Usually because the machine has ended, and QEMU's own death is the better reason to give.
+            Fault::Lost(why) => timeout(AGENT_LOST_GRACE, death).await.unwrap_or(why),
+        }
     }
 
     /// Brings the machine to another size, as far as it goes: a guest keeps what it cannot give back.
@@ -140,7 +152,7 @@ impl Guest {
             let request = OnlineCPUMemRequest { nb_cpus: got.saturating_sub(size.vcpus), ..Default::default() };
             size.vcpus = got;
             if request.nb_cpus > 0 {
-                self.agent.agent.online_cpu_mem(context(Some(RESIZE_DEADLINE)), &request).await?;
+                self.agent.online_cpu_mem(&request, RESIZE_DEADLINE).await?;
             }
         }
         Ok(())
@@ -414,31 +426,29 @@ async fn boot(
             Err(_) => return Err(error),
         },
     };
-    let agent = AgentClient::new(stream);
+    let agent = Agent::new(AgentClient::new(stream));
     nics.set_up(&agent, &cards).await?;
-    let details = create_sandbox(&agent, plan).await?;
-    let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
-    let raw_stdio = has(FEATURE_RAW_STDIO);
+    let features = create_sandbox(&agent, plan).await?;
     let sockets = Sockets::default();
     let (mut relay, mut sockets_port, mut forwarder) = (None, None, None);
-    if has(FEATURE_UDS) {
+    if features.uds {
         let doing = || "listen for the guest's connections to unix sockets".to_owned();
         let listener = transport.listen(UDS_PORT).doing(doing)?;
         sockets_port = Some(listener.port(UDS_PORT).doing(doing)?);
         relay = Some(uds::serve(listener, sockets.clone()));
     }
-    if has(FEATURE_PORT_FORWARD) && plan.netns.is_some() {
+    if features.port_forward && plan.netns.is_some() {
         forwarder = nics.forward(&transport).await;
     }
-    tracing::info!(version = details.version, raw_stdio, "guest agent");
+    tracing::info!(version = features.version, raw_stdio = features.raw_stdio, "guest agent");
     Ok(Guest {
         vm,
         agent,
         transport,
-        raw_stdio,
-        seccomp: details.supports_seccomp,
-        signal_all: has(FEATURE_SIGNAL_ALL),
-        pod: has(FEATURE_POD),
+        raw_stdio: features.raw_stdio,
+        seccomp: features.seccomp,
+        signal_all: features.signal_all,
+        pod: features.pod,
         sockets,
         sockets_port,
         _relays: (relay, forwarder),
@@ -489,7 +499,7 @@ async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Resul
     }
 }
 
-async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails> {
+async fn create_sandbox(agent: &Agent, plan: &Plan) -> Result<Features> {
     let shared = [(SHARE_TAG, GUEST_SHARE), (ROOTFS_TAG, GUEST_ROOTFS)].map(|(tag, place)| Storage {
         driver: "virtio-fs".to_owned(),
         source: tag.to_owned(),
@@ -516,13 +526,8 @@ async fn create_sandbox(agent: &AgentClient, plan: &Plan) -> Result<AgentDetails
         storages: shared.into_iter().chain(shm).collect(),
         ..Default::default()
     };
-    let details = GuestDetailsRequest::default();
-    let (created, details) = tokio::join!(
-        agent.agent.create_sandbox(context(Some(CALL_DEADLINE)), &sandbox),
-        agent.agent.get_guest_details(context(Some(CALL_DEADLINE)), &details),
-    );
-    created.map_err(|error| Error::from(error).context("the guest agent cannot set up the sandbox"))?;
-    let mut details =
-        details.map_err(|error| Error::from(error).context("the guest agent does not say what it can do"))?;
-    Ok(details.agent_details.take().unwrap_or_default())
+    let (created, features) =
+        tokio::join!(agent.create_sandbox(&sandbox, CALL_DEADLINE), agent.features(CALL_DEADLINE));
+    created.map_err(|error| error.context("the guest agent cannot set up the sandbox"))?;
+    features.map_err(|error| error.context("the guest agent does not say what it can do"))
 }

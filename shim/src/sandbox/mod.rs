@@ -2,6 +2,7 @@
 //! comes up (`launch`) and how everything it left on the host is undone (`ledger`).
 
 pub mod driver;
+pub mod ending;
 pub mod launch;
 pub mod ledger;
 pub mod mounts;

@@ -6,15 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_client::Transport;
 use agent_client::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
-use agent_client::{AgentClient, Transport, context};
 use tokio::sync::Mutex;
 use vmm::{Device, Net, Vm};
 
 use super::ledger::{Ledger, Resource};
 use crate::error::{Error, IoContext, Result};
+use crate::from_guest::Agent;
 use crate::network::{Endpoint, Forwarder, Netns, Network};
 
 /// How long the agent may take for one of its network calls: a card may have to appear first.
@@ -94,29 +95,28 @@ impl Nics {
     ///
     /// # Errors
     /// The agent's own words.
-    pub async fn set_up(&self, agent: &AgentClient, paths: &[String]) -> Result<()> {
+    pub async fn set_up(&self, agent: &Agent, paths: &[String]) -> Result<()> {
         let mut state = self.state.lock().await;
         if state.wired.is_empty() {
             return Ok(());
         }
-        let call = || context(Some(CALL_DEADLINE));
         for (endpoint, path) in state.wired.iter().zip(paths) {
             let interface = Some(endpoint.interface(path)).into();
             let request = UpdateInterfaceRequest { interface, ..Default::default() };
-            let done = agent.agent.update_interface(call(), &request).await;
-            done.map_err(|error| Error::from(error).context(format!("the guest cannot set up {}", endpoint.name)))?;
+            let done = agent.update_interface(&request, CALL_DEADLINE).await;
+            done.map_err(|error| error.context(format!("the guest cannot set up {}", endpoint.name)))?;
         }
         let routes = Routes { Routes: state.network.routes().await?, ..Default::default() };
         if !routes.Routes.is_empty() {
             let request = UpdateRoutesRequest { routes: Some(routes).into(), ..Default::default() };
-            let done = agent.agent.update_routes(call(), &request).await;
-            done.map_err(|error| Error::from(error).context("the guest cannot set up the pod's routes"))?;
+            let done = agent.update_routes(&request, CALL_DEADLINE).await;
+            done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
         let neighbours = ARPNeighbors { ARPNeighbors: state.network.neighbours().await?, ..Default::default() };
         if !neighbours.ARPNeighbors.is_empty() {
             let request = AddARPNeighborsRequest { neighbors: Some(neighbours).into(), ..Default::default() };
-            let done = agent.agent.add_arp_neighbors(call(), &request).await;
-            done.map_err(|error| Error::from(error).context("the guest cannot set up the pod's neighbours"))?;
+            let done = agent.add_arp_neighbors(&request, CALL_DEADLINE).await;
+            done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();
         Ok(())

@@ -7,7 +7,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use agent_client::protocols::agent::CgroupStats;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
@@ -20,6 +19,7 @@ use super::state::{Io, Key, Status};
 use crate::config::Config;
 use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
+use crate::from_guest::Stats;
 
 /// As containerd's CRI makes it for a pod.
 const SHM_BYTES: u64 = 64 << 20;
@@ -102,12 +102,14 @@ impl Driver {
     }
 
     /// `SandboxMetrics`: what all containers together use.
-    pub fn sandbox_stats(&self, reply: Reply<CgroupStats>) {
+    pub fn sandbox_stats(&self, reply: Reply<Stats>) {
         let ids: Vec<String> = self.containers.keys().cloned().collect();
         self.relay(reply, |guest| async move {
             let stats = join_all(ids.iter().map(|id| process::stats(&guest, id))).await;
             // One that ends meanwhile has nothing to add.
-            Ok(stats.into_iter().flatten().fold(CgroupStats::default(), |sum, one| add(sum, &one)))
+            let mut sum = Stats::default();
+            stats.into_iter().flatten().for_each(|one| sum.add(&one));
+            Ok(sum)
         });
     }
 }
@@ -122,21 +124,6 @@ pub struct SandboxStatus {
     pub created_at: SystemTime,
     /// How the virtual machine is.
     pub machine: String,
-}
-
-fn add(mut sum: CgroupStats, one: &CgroupStats) -> CgroupStats {
-    let (to, from) =
-        (sum.cpu_stats.mut_or_insert_default().cpu_usage.mut_or_insert_default(), &one.cpu_stats.cpu_usage);
-    to.total_usage += from.total_usage;
-    to.usage_in_kernelmode += from.usage_in_kernelmode;
-    to.usage_in_usermode += from.usage_in_usermode;
-    let to = sum.memory_stats.mut_or_insert_default();
-    to.usage.mut_or_insert_default().usage += one.memory_stats.usage.usage;
-    for (key, value) in &one.memory_stats.stats {
-        *to.stats.entry(key.clone()).or_default() += value;
-    }
-    sum.pids_stats.mut_or_insert_default().current += one.pids_stats.current;
-    sum
 }
 
 fn pod_config(request: &CreateSandboxRequest) -> Result<PodSandboxConfig> {

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use agent_client::ALL_PROCESSES;
 use agent_client::protocols::agent::{
-    CgroupStats, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ResumeContainerRequest,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
-    WaitProcessRequest,
+    ExecProcessRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
 };
-use agent_client::{ALL_PROCESSES, context};
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::task::JoinHandle;
 use ttrpc::Code;
@@ -16,7 +15,8 @@ use ttrpc::Code;
 use super::launch::Guest;
 use super::state::{Io, Key};
 use crate::container::to_proto;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::from_guest::Stats;
 use crate::stdio::{GuestIo, HostIo, Pumps};
 
 /// Starting a process: it includes the guest's reading of the program from the image.
@@ -31,17 +31,13 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// containerd's collector waits 2 s for the statistics of one shim.
 const STATS_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Exit status of a process that the guest has lost track of, as containerd's "unknown".
-const UNKNOWN_STATUS: u32 = 255;
-
 /// Lets a container's init run.
 ///
 /// # Errors
 /// The agent's own words.
 pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
     let request = StartContainerRequest { container_id: id.to_owned(), ..Default::default() };
-    guest.agent.agent.start_container(context(Some(START_DEADLINE)), &request).await?;
-    Ok(())
+    guest.agent.start_container(&request, START_DEADLINE).await
 }
 
 /// The streams of an exec that is announced, being connected while its client gets around to starting it.
@@ -103,30 +99,23 @@ pub async fn start_exec(guest: &Guest, key: &Key, exec: Announced, io: &Io, name
         process: Some(to_proto::process(&process)).into(),
         ..Default::default()
     };
-    guest.agent.agent.exec_process(context(Some(START_DEADLINE)), &request).await?;
+    guest.agent.exec_process(&request, START_DEADLINE).await?;
     let guest_io = raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, key, io));
     Ok(Pumps::start(host_io, guest_io))
 }
 
-/// Waits for the end of a process: its status, or `None` if the connection to the guest ended first.
+/// Waits for the end of a process: its status, or `None` if the agent failed first, and with it the machine.
 pub async fn wait(guest: &Guest, key: &Key) -> Option<u32> {
     let request =
         WaitProcessRequest { container_id: key.container.clone(), exec_id: key.exec.clone(), ..Default::default() };
-    match guest.agent.agent.wait_process(context(None), &request).await {
-        Ok(response) => Some(response.status.cast_unsigned()),
-        Err(ttrpc::Error::RpcStatus(status)) => {
-            tracing::warn!(message = status.message(), %key, "the guest does not know how the process ended");
-            Some(UNKNOWN_STATUS)
-        }
-        Err(_) => None,
-    }
+    guest.agent.wait_process(&request).await
 }
 
 /// Sends a signal, with `all` to every process of the container; SIGKILL to init is for all of them anyway.
 ///
 /// # Errors
 /// `NOT_FOUND` if it is gone already.
-pub async fn signal(guest: &Guest, key: &Key, signal: u32, all: bool) -> Result<()> {
+pub async fn signal(guest: &Guest, key: &Key, signal: u32, all: bool, deadline: Duration) -> Result<()> {
     let exec_id = if all && guest.signal_all { ALL_PROCESSES } else { &key.exec };
     let request = SignalProcessRequest {
         container_id: key.container.clone(),
@@ -134,8 +123,7 @@ pub async fn signal(guest: &Guest, key: &Key, signal: u32, all: bool) -> Result<
         signal,
         ..Default::default()
     };
-    guest.agent.agent.signal_process(context(Some(CALL_DEADLINE)), &request).await?;
-    Ok(())
+    guest.agent.signal_process(&request, deadline).await
 }
 
 /// Sets the size of a process's terminal, in characters.
@@ -150,10 +138,10 @@ pub async fn resize(guest: &Guest, key: &Key, width: u32, height: u32) -> Result
         column: width,
         ..Default::default()
     };
-    match guest.agent.agent.tty_win_resize(context(Some(CALL_DEADLINE)), &request).await {
+    match guest.agent.tty_win_resize(&request, CALL_DEADLINE).await {
         // There is no terminal, or nobody before it any more.
-        Err(ttrpc::Error::RpcStatus(status)) if matches!(status.code(), Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
-        other => other.map(drop).map_err(Error::from),
+        Err(error) if matches!(error.code, Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
+        other => other,
     }
 }
 
@@ -163,25 +151,22 @@ pub async fn resize(guest: &Guest, key: &Key, width: u32, height: u32) -> Result
 /// The agent's own words.
 pub async fn set_paused(guest: &Guest, id: &str, paused: bool) -> Result<()> {
     let id = id.to_owned();
-    let call = context(Some(CALL_DEADLINE));
     if paused {
         let request = PauseContainerRequest { container_id: id, ..Default::default() };
-        guest.agent.agent.pause_container(call, &request).await?;
+        guest.agent.pause_container(&request, CALL_DEADLINE).await
     } else {
         let request = ResumeContainerRequest { container_id: id, ..Default::default() };
-        guest.agent.agent.resume_container(call, &request).await?;
+        guest.agent.resume_container(&request, CALL_DEADLINE).await
     }
-    Ok(())
 }
 
 /// A container's statistics.
 ///
 /// # Errors
 /// The agent's own words.
-pub async fn stats(guest: &Guest, id: &str) -> Result<CgroupStats> {
+pub async fn stats(guest: &Guest, id: &str) -> Result<Stats> {
     let request = StatsContainerRequest { container_id: id.to_owned(), ..Default::default() };
-    let mut response = guest.agent.agent.stats_container(context(Some(STATS_DEADLINE)), &request).await?;
-    Ok(response.cgroup_stats.take().unwrap_or_default())
+    guest.agent.stats(&request, STATS_DEADLINE).await
 }
 
 /// Changes a container's limits; what is not named stays.
@@ -194,20 +179,5 @@ pub async fn update(guest: &Guest, id: &str, resources: &LinuxResources) -> Resu
         resources: Some(to_proto::resources(resources)).into(),
         ..Default::default()
     };
-    guest.agent.agent.update_container(context(Some(CALL_DEADLINE)), &request).await?;
-    Ok(())
-}
-
-/// The next container that ran out of memory; `None` once the connection to the guest has ended.
-pub async fn oom(guest: &Arc<Guest>) -> Option<String> {
-    loop {
-        match guest.agent.agent.get_oom_event(context(None), &GetOOMEventRequest::default()).await {
-            Ok(event) => return Some(event.container_id),
-            Err(ttrpc::Error::RpcStatus(status)) => {
-                tracing::debug!(message = status.message(), "no OOM event");
-                tokio::time::sleep(CALL_DEADLINE).await;
-            }
-            Err(_) => return None,
-        }
-    }
+    guest.agent.update_container(&request, CALL_DEADLINE).await
 }

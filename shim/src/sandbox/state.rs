@@ -110,6 +110,8 @@ pub struct Task {
     pub stands_in: bool,
     /// Init's exit, while execs are still on their way out.
     held: Option<Exit>,
+    /// It has been told that this container ran out of memory: once is enough.
+    oom_told: bool,
 }
 
 /// What `State` answers.
@@ -205,6 +207,7 @@ impl State {
             paused: false,
             stands_in: false,
             held: None,
+            oom_told: false,
         };
         self.tasks.insert(id.to_owned(), task);
         Ok(())
@@ -397,6 +400,26 @@ impl State {
             Stage::Created if !key.is_init() => Err(Error::precondition(format!("{key} is not started"))),
             Stage::Created | Stage::Starting { .. } | Stage::Running => Ok(()),
         }
+    }
+
+    /// Whether a container's init could still be made to end: it is there and has not.
+    pub fn is_unfinished(&self, id: &str) -> bool {
+        self.tasks.get(id).is_some_and(|task| {
+            task.held.is_none()
+                && matches!(task.init.stage, Stage::Created | Stage::Starting { early: None } | Stage::Running)
+        })
+    }
+
+    /// A container ran out of memory. Whether the world is to be told: once in its life.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`: no container of this sandbox, or none in the guest.
+    pub fn out_of_memory(&mut self, id: &str) -> Result<bool> {
+        let task = self.task_mut(id)?;
+        if task.stands_in {
+            return Err(Error::not_found(format!("task {id} is not in the guest")));
+        }
+        Ok(!std::mem::replace(&mut task.oom_told, true))
     }
 
     /// A process is about to be deleted. Returns what the answer will say.

@@ -230,3 +230,42 @@ fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
     assert_eq!(code(state.may_pause("pod", true)), Code::FAILED_PRECONDITION);
     assert_eq!(state.exited(&init, exit(137)).len(), 1);
 }
+
+#[test]
+fn out_of_memory_is_told_once_and_only_of_what_is_there() {
+    let mut state = running();
+    assert_eq!(state.out_of_memory("web"), Ok(true));
+    assert_eq!(state.out_of_memory("web"), Ok(false));
+    for other in ["", "we", "web ", "another-pods"] {
+        assert_eq!(code(state.out_of_memory(other)), Code::NOT_FOUND);
+    }
+    state.exited(&init(), exit(137));
+    assert_eq!(state.out_of_memory("web"), Ok(false));
+    state.delete(&init()).unwrap();
+    state.deleted(&init());
+    assert_eq!(code(state.out_of_memory("web")), Code::NOT_FOUND);
+    state.create("web", "/b", Io::default()).unwrap();
+    assert_eq!(state.out_of_memory("web"), Ok(true), "a new container of the same name");
+    state.created("web", VM, true);
+    assert_eq!(code(state.out_of_memory("web")), Code::NOT_FOUND, "a pod's sandbox has no memory of its own");
+}
+
+#[test]
+fn only_what_has_not_ended_can_be_late_with_its_end() {
+    let mut state = State::default();
+    assert!(!state.is_unfinished("web"));
+    state.create("web", "/b", Io::default()).unwrap();
+    assert!(!state.is_unfinished("web"), "nothing of it is in the guest");
+    assert!(created().is_unfinished("web") && running().is_unfinished("web"));
+    let mut state = created();
+    state.start(&init()).unwrap();
+    assert!(state.is_unfinished("web"));
+    state.exited(&init(), exit(137));
+    assert!(!state.is_unfinished("web"), "its exit waits for the answer to the start");
+    let mut state = running_with_exec();
+    state.exited(&init(), exit(137));
+    assert!(!state.is_unfinished("web"), "its exit waits for an exec");
+    let mut state = created();
+    state.delete(&init()).unwrap();
+    assert!(!state.is_unfinished("web"));
+}

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use agent_client::protocols::agent::CgroupStats;
 use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
 use oci_spec::runtime::{LinuxResources, Process};
-use ttrpc::Code;
+use tokio::time::Instant;
 
 use super::driver::{Blueprint, Driver, Pod, Reply, answer};
+use super::ending::{self, DeleteBy};
 use super::launch::Guest;
 use super::pod_api;
 use super::process::{self, Announced, Dialled};
@@ -26,6 +26,7 @@ use crate::container::hooks::{HostHooks, Moment};
 use crate::container::pod::{self, Role};
 use crate::container::spec;
 use crate::error::{Error, Result};
+use crate::from_guest::Stats;
 use crate::stdio::{HostIo, Pumps};
 
 /// Signals that end no process unless it has a handler: none for a sandbox that stands in for one.
@@ -266,13 +267,19 @@ impl Driver {
         let guest = self.living_guest().ok().filter(|_| key.is_init());
         let container = if key.is_init() { self.containers.remove(&key.container) } else { None };
         let id = key.container.clone();
+        let by = DeleteBy::from(Instant::now(), self.killed.get(&id).copied());
         let work = async move {
-            futures::future::join_all(pumps.into_iter().map(Pumps::drain)).await;
-            if let Some(container) = container {
-                container.remove(guest, &id).await;
+            futures::future::join_all(pumps.into_iter().map(|pumps| pumps.drain(by.drained))).await;
+            match container {
+                Some(container) => container.remove(guest, &id, by.removed).await,
+                None => Ok(()),
             }
         };
-        self.begin(work, move |driver, ()| {
+        self.begin(work, move |driver, removed| {
+            if let Err(error) = removed {
+                // Nobody would hear of its processes any more, and they would keep what they have.
+                driver.vm_died(&error.message);
+            }
             driver.forget(&key);
             if key.is_init() {
                 driver.give_back(&key.container);
@@ -330,14 +337,20 @@ impl Driver {
             Err(error) => return answer(reply, Err(error)),
         };
         let is_last_resort = signal == libc::SIGKILL.cast_unsigned() && (all || key.is_init());
-        self.begin(async move { process::signal(&guest, &key, signal, all).await }, move |driver, result| {
+        if is_last_resort {
+            self.begin_to_end(&key.container);
+        }
+        let deadline = ending::signal_deadline(self.config.kill_timeout());
+        let work = async move { process::signal(&guest, &key, signal, all, deadline).await };
+        self.begin(work, move |driver, result| {
             // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is what can be killed.
-            let is_silent = matches!(&result, Err(error) if error.code == Code::UNAVAILABLE);
-            if is_last_resort && is_silent {
-                driver.vm_died("the guest agent did not answer a SIGKILL");
-                return answer(reply, Ok(()));
+            match ending::refuses_to_kill(&result).filter(|_| is_last_resort) {
+                Some(reason) => {
+                    driver.vm_died(&reason);
+                    answer(reply, Ok(()));
+                }
+                None => answer(reply, result),
             }
-            answer(reply, result);
         });
     }
 
@@ -438,13 +451,13 @@ impl Driver {
     }
 
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
-    pub fn stats(&mut self, id: String, reply: Reply<CgroupStats>) {
+    pub fn stats(&mut self, id: String, reply: Reply<Stats>) {
         if let Err(error) = self.state.task(&id) {
             return answer(reply, Err(error));
         }
         if self.state.stands_in(&id) {
             // What the machine itself uses is in the pod's cgroup on the host.
-            return answer(reply, Ok(CgroupStats::default()));
+            return answer(reply, Ok(Stats::default()));
         }
         self.relay(reply, |guest| async move { process::stats(&guest, &id).await });
     }

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use agent_client::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
 use agent_client::stdio::{ACCEPTED, Channel, Header};
-use agent_client::{AgentClient, STDIO_PORT, Transport, context};
+use agent_client::{STDIO_PORT, Transport};
 use futures::future::try_join_all;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
 use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
 use crate::error::{Error, Result};
+use crate::from_guest::Agent;
 use crate::sandbox::state::{Io, Key};
 
 /// How long the agent may take to accept a stream.
@@ -80,7 +81,7 @@ impl GuestIo {
     /// Serves the channels by calls to an agent that has no raw streams. To be used once the process exists. What the
     /// client does not want is read all the same, and an input that it does not have ends at once: a process must not
     /// wait for nobody.
-    pub fn polled(agent: &AgentClient, key: &Key, io: &Io) -> GuestIo {
+    pub fn polled(agent: &Agent, key: &Key, io: &Io) -> GuestIo {
         let wanted = channels(io);
         let mut guest = GuestIo::default();
         let (ours, theirs) = duplex(BUFFER);
@@ -131,27 +132,27 @@ async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agen
 }
 
 /// An agent's end of output is empty data, or an error with older ones.
-async fn read_loop(agent: AgentClient, key: Key, channel: Channel, mut to: impl AsyncWrite + Unpin) {
+async fn read_loop(agent: Agent, key: Key, channel: Channel, mut to: impl AsyncWrite + Unpin) {
     let request =
         ReadStreamRequest { container_id: key.container, exec_id: key.exec, len: POLL_SIZE, ..Default::default() };
     loop {
-        let response = match channel {
-            Channel::Stderr => agent.agent.read_stderr(context(None), &request).await,
-            _ => agent.agent.read_stdout(context(None), &request).await,
-        };
-        match response {
-            Ok(response) if !response.data.is_empty() => {
-                if to.write_all(&response.data).await.is_err() {
+        match agent.read(channel, &request).await {
+            Ok(Some(data)) => {
+                if to.write_all(&data).await.is_err() {
                     return;
                 }
             }
-            _ => return,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!(%error, "output ends");
+                return;
+            }
         }
     }
 }
 
 /// Empty data closes the process's input, in order behind what was written.
-async fn write_loop(agent: AgentClient, key: Key, mut from: DuplexStream) {
+async fn write_loop(agent: Agent, key: Key, mut from: DuplexStream) {
     let mut buffer = vec![0; POLL_SIZE as usize];
     loop {
         let length = from.read(&mut buffer).await.unwrap_or_default();
@@ -161,7 +162,7 @@ async fn write_loop(agent: AgentClient, key: Key, mut from: DuplexStream) {
             data: buffer[..length].to_vec(),
             ..Default::default()
         };
-        if agent.agent.write_stdin(context(None), &request).await.is_err() || length == 0 {
+        if agent.write(&request).await.is_err() || length == 0 {
             return;
         }
     }

@@ -20,9 +20,6 @@ pub use host::HostIo;
 /// Copied at a time, in bytes.
 const BUFFER: usize = 64 * 1024;
 
-/// How long a deleted process's output may take to be read, in all.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
-
 /// Output that nobody has taken for this long is given up when its process is deleted.
 const DRAIN_IDLE: Duration = Duration::from_secs(2);
 
@@ -62,12 +59,11 @@ impl Pumps {
         self.close_stdin.close();
     }
 
-    /// Waits until all output is read, as long as somebody reads it, then closes everything.
-    pub async fn drain(mut self) {
+    /// Waits until all output is read, as long as somebody reads it and no longer than `end`, then closes everything.
+    pub async fn drain(mut self, end: Instant) {
         if let Some(stdin) = self.stdin.take() {
             stdin.abort();
         }
-        let end = Instant::now() + DRAIN_DEADLINE;
         for output in &mut self.outputs {
             loop {
                 self.progress.mark_unchanged();
@@ -153,7 +149,7 @@ mod tests {
         let pumps = pumps(tokio::spawn(copy_output(guest, to_reader, moved)), progress);
         process.write_all(b"more than fits").await.unwrap();
         let start = Instant::now();
-        pumps.drain().await;
+        pumps.drain(start + DRAIN_IDLE * 5).await;
         assert!(start.elapsed() <= DRAIN_IDLE * 2);
     }
 
@@ -170,7 +166,7 @@ mod tests {
             reader.read_to_string(&mut text).await.unwrap();
             text
         });
-        pumps.drain().await;
+        pumps.drain(Instant::now() + DRAIN_IDLE).await;
         assert_eq!(read.await.unwrap(), "slow");
     }
 }

@@ -1,0 +1,127 @@
+//! Everything that the guest says, and what of it may be said.
+//!
+//! The guest is whoever broke into it. Each value that the agent answers comes through here before anything else of the
+//! shim sees it: [`Agent`] is the only holder of the client, and gives known features, statuses of 0 to 255, short texts
+//! without control characters, lists of a known length, containers of this sandbox. What cannot be understood is no
+//! answer: it ends the machine, with a reason.
+//!
+//! Sizes are bounded below that already: no answer is larger than [`agent_client::MAX_FRAME`], and there is one for each
+//! question.
+
+mod agent;
+mod oom;
+mod stats;
+
+use agent_client::protocols::agent::AgentDetails;
+use agent_client::{FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS};
+use ttrpc::Code;
+
+use crate::error::Error;
+
+pub use agent::{Agent, Fault};
+pub use oom::{Bucket, watch_oom};
+pub use stats::{IoEntry, Limited, Op, Stats};
+
+/// The longest text of an agent's that goes on to a user or into a log, in bytes.
+pub const MAX_TEXT: usize = 1024;
+
+/// The longest version that an agent can have, in bytes.
+const MAX_VERSION: usize = 64;
+
+/// Exit status of a process whose end is not known, as containerd's "unknown".
+pub const UNKNOWN_STATUS: u32 = 255;
+
+/// What an agent can do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Its version, for the log.
+    pub version: String,
+    /// It applies seccomp profiles.
+    pub seccomp: bool,
+    /// See [`FEATURE_RAW_STDIO`].
+    pub raw_stdio: bool,
+    /// See [`FEATURE_SIGNAL_ALL`].
+    pub signal_all: bool,
+    /// See [`FEATURE_PORT_FORWARD`].
+    pub port_forward: bool,
+    /// See [`FEATURE_UDS`].
+    pub uds: bool,
+    /// See [`FEATURE_POD`].
+    pub pod: bool,
+}
+
+impl Features {
+    fn of(details: &AgentDetails) -> Features {
+        let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
+        Features {
+            version: text(&details.version, MAX_VERSION),
+            seccomp: details.supports_seccomp,
+            raw_stdio: has(FEATURE_RAW_STDIO),
+            signal_all: has(FEATURE_SIGNAL_ALL),
+            port_forward: has(FEATURE_PORT_FORWARD),
+            uds: has(FEATURE_UDS),
+            pod: has(FEATURE_POD),
+        }
+    }
+}
+
+/// A text of the guest's as one line of at most `max` bytes: each run of control characters (those that change the
+/// direction of a text are among them) and white space is a blank.
+pub fn text(raw: &str, max: usize) -> String {
+    let mut line = String::new();
+    for word in raw.split(|c: char| c.is_control() || c.is_whitespace() || is_format(c)).filter(|word| !word.is_empty())
+    {
+        let blank = usize::from(!line.is_empty());
+        let room = max.saturating_sub(line.len() + blank);
+        let end = word.floor_char_boundary(room);
+        if end == 0 {
+            break;
+        }
+        line.extend([" "].iter().take(blank).copied().chain([&word[..end]]));
+        if end < word.len() {
+            break;
+        }
+    }
+    line
+}
+
+/// Characters that are not seen and change how others are.
+fn is_format(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+        | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+}
+
+/// An exit status as a process has one.
+fn exit_status(raw: i32) -> u32 {
+    u8::try_from(raw).map_or(UNKNOWN_STATUS, u32::from)
+}
+
+/// What a failed call to the agent means: what its caller is told, and, if it is the end of the agent, how.
+fn judge(method: &str, error: ttrpc::Error) -> (Error, Option<Fault>) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            // An error that says that there is none is none that a client could act on.
+            let code = Some(status.code()).filter(|code| *code != Code::OK).unwrap_or(Code::UNKNOWN);
+            (Error { code, message: text(status.message(), MAX_TEXT) }, None)
+        }
+        // The client's own words at a call's deadline; the connection is as good as before.
+        ttrpc::Error::Others(words) if words == "Request deadline elapsed" => {
+            (Error::deadline(format!("the guest agent did not answer {method} in time")), None)
+        }
+        // The client's words for bytes that do not decode; what it cannot send has others.
+        ttrpc::Error::Others(words) if words.starts_with("Unpack ") || words.starts_with("Receiver ") => {
+            let reason = format!("the guest agent's answer to {method} is not understood: {}", text(&words, MAX_TEXT));
+            (Error::unavailable(&reason), Some(Fault::Garbled(reason)))
+        }
+        ttrpc::Error::Others(words) => {
+            (Error::internal(format!("cannot ask the guest agent for {method}: {}", text(&words, MAX_TEXT))), None)
+        }
+        other => {
+            let reason = format!("the connection to the guest agent was lost: {}", text(&other.to_string(), MAX_TEXT));
+            (Error::unavailable(&reason), Some(Fault::Lost(reason)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
