@@ -40,6 +40,11 @@ impl Proc {
         let _ = kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL);
     }
 
+    /// Stops it with SIGSTOP: it is there and does nothing.
+    pub fn stop(&self) {
+        kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGSTOP).unwrap();
+    }
+
     /// Whether it still runs; a zombie does not.
     pub fn is_alive(&self) -> bool {
         state(self.pid).is_some_and(|state| state != 'Z' && state != 'X')

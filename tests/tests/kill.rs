@@ -21,7 +21,9 @@ const CLEAN: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     Suite::new().run(cases![Ours: at_random_moments, every_order_and_then_delete, one_part_of_a_running_container,
-        next_sandbox_takes_what_a_killed_delete_left, same_sandbox_again_after_a_killed_delete])
+        next_sandbox_takes_what_a_killed_delete_left, same_sandbox_again_after_a_killed_delete,
+        sigkill_of_what_hangs_in_a_file_server, removal_of_what_hangs_in_a_file_server,
+        sigkill_of_what_hangs_in_a_stopped_machine])
 }
 
 /// These tests compare the whole machine before and after: one at a time.
@@ -132,4 +134,69 @@ fn same_sandbox_again_after_a_killed_delete(env: &Env) {
     }
     assert_eq!(bundle.delete().exit_status, 137);
     before.wait_gone(CLEAN).unwrap();
+}
+
+/// How long a container may take to be killed and removed, whatever hangs.
+const KILLED: Duration = Duration::from_secs(15);
+
+/// Every process of both file servers, the one that serves too.
+fn stop_file_servers() {
+    let servers = procs::named("virtiofsd");
+    assert!(servers.len() >= 2, "{servers:?}");
+    servers.iter().for_each(Proc::stop);
+}
+
+/// A container whose processes always want something of a file server.
+fn busy(env: &Env) -> Container<'_> {
+    let container = env.detached(&["--null-io"], &["sh", "-c", "touch /up; while :; do ls /$RANDOM$RANDOM; done"]);
+    container.wait_for_file("/up");
+    container
+}
+
+fn sigkill_of_what_hangs_in_a_file_server(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let before = Snapshot::take();
+    {
+        let container = busy(env);
+        stop_file_servers();
+        // Nothing says that a request of the guest's is on its way; one every few milliseconds is.
+        std::thread::sleep(Duration::from_secs(1));
+        let began = Instant::now();
+        container.kill("9", &[]).ok();
+        assert_eq!(container.finish(), 137);
+        assert!(began.elapsed() < KILLED, "killed and removed after {:?}", began.elapsed());
+        assert!(env.daemon.log_about(&container.id).contains("of a SIGKILL, so the virtual machine was ended"));
+    }
+    before.wait_gone(Duration::from_secs(5)).unwrap();
+}
+
+fn removal_of_what_hangs_in_a_file_server(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let before = Snapshot::take();
+    {
+        // Its process can be killed, and looks at no file: only what removes it does.
+        let container = env.idle();
+        stop_file_servers();
+        let began = Instant::now();
+        env.ctr(&["tasks", "rm", "-f", &container.id]).ok();
+        assert!(began.elapsed() < KILLED, "removed after {:?}", began.elapsed());
+    }
+    before.wait_gone(Duration::from_secs(5)).unwrap();
+}
+
+fn sigkill_of_what_hangs_in_a_stopped_machine(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let before = Snapshot::take();
+    {
+        // An agent that takes everything and answers nothing.
+        let container = env.idle();
+        procs::named("qemu-system").iter().for_each(Proc::stop);
+        let began = Instant::now();
+        container.kill("9", &["--all"]).ok();
+        assert_eq!(container.finish(), 137);
+        assert!(began.elapsed() < KILLED, "killed and removed after {:?}", began.elapsed());
+        let log = env.daemon.log_about(&container.id);
+        assert!(log.contains("the guest did not obey a SIGKILL"), "{log}");
+    }
+    before.wait_gone(Duration::from_secs(5)).unwrap();
 }

@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,7 @@ const CLEAN: Duration = Duration::from_secs(10);
 const STEPS: u64 = 10;
 
 fn main() -> ExitCode {
-    Suite::of_pods().run(cases![Ours: at_any_step])
+    Suite::of_pods().run(cases![Ours: at_any_step, what_hangs_in_a_file_server])
 }
 
 /// What a round does, all of it by its seed.
@@ -53,6 +54,7 @@ impl Round {
 }
 
 fn at_any_step(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let socket = env.dir.join("host.sock");
     let _listener = UnixListener::bind(&socket).unwrap();
     let mounts: Vec<Value> = ["hostpath", "volumes/kubernetes.io~empty-dir/shared"]
@@ -94,6 +96,31 @@ fn at_any_step(env: &Env) {
             works(env);
         }
     }
+}
+
+/// These tests compare the whole machine before and after: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// A pod of which one container hangs in a request to a file server is stopped and removed all the same.
+fn what_hangs_in_a_file_server(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // CNI makes the bridge for the first pod, and keeps it.
+    works(env);
+    let before = Snapshot::take();
+    {
+        let pod = Pod::new(env);
+        pod.idle("good");
+        let busy = pod.run("busy", &["sh", "-c", "touch /up; while :; do ls /$RANDOM$RANDOM; done"]);
+        busy.wait_until("test -e /up");
+        procs::named("virtiofsd").iter().for_each(Proc::stop);
+        std::thread::sleep(Duration::from_secs(1));
+        let began = Instant::now();
+        pod.stop();
+        pod.remove(&[]);
+        assert!(began.elapsed() < Duration::from_secs(15), "stopped and removed after {:?}", began.elapsed());
+        std::mem::forget(pod);
+    }
+    before.wait_gone(CLEAN).unwrap();
 }
 
 /// A pod's life, step by step; any step may fail. `reached` counts those that have begun.

@@ -70,6 +70,7 @@ fn a_mistake_names_file_line_key_and_what_was_expected() {
         ("#\nmemory_mib = 3", "/etc/c.toml line 2: memory_mib: must be a whole number from 64 to"),
         ("vcpus = 0", "line 1: vcpus: must be"),
         ("boot_timeout_seconds = 0", "line 1: boot_timeout_seconds: must be"),
+        ("kill_timeout_seconds = 0", "line 1: kill_timeout_seconds: must be a whole number from 1 to 3600"),
         ("debug = 1", "line 1: debug: invalid type: integer `1`, expected a boolean"),
         ("kernel_params = \"quiet\"", "line 1: kernel_params: must be a list of words"),
         ("kernel_params = [\"a\\u0000\"]", "line 1: kernel_params: must be a list of words"),
@@ -198,6 +199,7 @@ fn an_annotation_with_a_wrong_value_or_key_is_an_error() {
             "annotation io.cofferdam.qemu sets nothing that annotations can set: they can set kernel_p",
         ),
         ("enable_annotations", "['qemu']", "io.cofferdam.enable_annotations sets nothing"),
+        ("kill_timeout_seconds", "3600", "io.cofferdam.kill_timeout_seconds sets nothing"),
         ("", "1", "annotation io.cofferdam. sets nothing"),
         ("a\nb", "1", "annotation io.cofferdam.a b sets nothing"),
     ] {

@@ -440,3 +440,7 @@ fn host_name() -> Option<String> {
 pub fn answer<T>(reply: Reply<T>, result: Result<T>) {
     let _ = reply.send(result);
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;
