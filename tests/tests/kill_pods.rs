@@ -116,7 +116,8 @@ fn what_hangs_in_a_file_server(env: &Env) {
         std::thread::sleep(Duration::from_secs(1));
         let began = Instant::now();
         pod.stop();
-        pod.remove(&[]);
+        // containerd may not have noted yet that the sandbox is stopped.
+        eventually("the pod is removed", PATIENCE, || (env.crictl(&["rmp", &pod.id]).status == 0).then_some(()));
         assert!(began.elapsed() < Duration::from_secs(15), "stopped and removed after {:?}", began.elapsed());
         std::mem::forget(pod);
     }

@@ -385,7 +385,10 @@ impl State {
     /// There is no virtual machine any more. Returns the exits to tell the world, in order; the first reason stays.
     pub fn vm_died(&mut self, reason: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
         self.dead.get_or_insert_with(|| reason.to_owned());
-        let ids: Vec<String> = self.tasks.keys().cloned().collect();
+        let mut ids: Vec<String> = self.tasks.keys().cloned().collect();
+        // A pod's sandbox comes last, as its containers cannot outlive it: what is deleted with it, containerd takes for the
+        // end of the shim.
+        ids.sort_by_key(|id| self.stands_in(id));
         ids.iter().flat_map(|id| self.kill_task(id, at)).collect()
     }
 

@@ -269,3 +269,15 @@ fn only_what_has_not_ended_can_be_late_with_its_end() {
     state.delete(&init()).unwrap();
     assert!(!state.is_unfinished("web"));
 }
+
+#[test]
+fn a_pods_sandbox_dies_after_its_containers() {
+    let mut state = running_with_exec();
+    for (id, stands_in) in [("a-pod", true), ("z", false)] {
+        state.create(id, "/b", Io::default()).unwrap();
+        state.created(id, VM, stands_in);
+    }
+    let exits = state.vm_died("QEMU was killed", SystemTime::now());
+    let told: Vec<_> = exits.iter().map(|(key, _)| (key.container.as_str(), key.exec.as_str())).collect();
+    assert_eq!(told, [("web", "e"), ("web", ""), ("z", ""), ("a-pod", "")]);
+}
