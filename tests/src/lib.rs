@@ -16,6 +16,7 @@ pub mod pod;
 pub mod procs;
 pub mod pty;
 pub mod random;
+pub mod storage;
 pub mod suite;
 pub mod task;
 

@@ -12,6 +12,7 @@ use cofferdam_tests::command::Running;
 use cofferdam_tests::leftovers::Snapshot;
 use cofferdam_tests::procs::{self, Proc};
 use cofferdam_tests::random::{Random, number};
+use cofferdam_tests::storage::Storage;
 use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually};
 
 const PARTS: [&str; 4] = ["containerd-shim-cofferdam", "qemu-system", "virtiofsd", "vhost-device-vsock"];
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
     Suite::new().run(cases![Ours: at_random_moments, every_order_and_then_delete, one_part_of_a_running_container,
         next_sandbox_takes_what_a_killed_delete_left, same_sandbox_again_after_a_killed_delete,
         sigkill_of_what_hangs_in_a_file_server, removal_of_what_hangs_in_a_file_server,
-        sigkill_of_what_hangs_in_a_stopped_machine])
+        sigkill_of_what_hangs_in_a_stopped_machine, sigkill_of_what_hangs_in_a_dead_storage])
 }
 
 /// These tests compare the whole machine before and after: one at a time.
@@ -197,6 +198,25 @@ fn sigkill_of_what_hangs_in_a_stopped_machine(env: &Env) {
         assert!(began.elapsed() < KILLED, "killed and removed after {:?}", began.elapsed());
         let log = env.daemon.log_about(&container.id);
         assert!(log.contains("the guest did not obey a SIGKILL"), "{log}");
+    }
+    before.wait_gone(Duration::from_secs(5)).unwrap();
+}
+
+fn sigkill_of_what_hangs_in_a_dead_storage(env: &Env) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut storage = Storage::mount(&env.dir.join("storage"));
+    let before = Snapshot::take();
+    {
+        let volume = format!("type=bind,src={},dst=/mnt,options=rbind:rw", storage.path.display());
+        let command = "test -d /mnt && touch /up; while :; do ls /mnt/$RANDOM$RANDOM; done";
+        let container = env.detached(&["--null-io", "--mount", &volume], &["sh", "-c", command]);
+        container.wait_for_file("/up");
+        storage.die();
+        std::thread::sleep(Duration::from_secs(1));
+        let began = Instant::now();
+        container.kill("9", &[]).ok();
+        assert_eq!(container.finish(), 137);
+        assert!(began.elapsed() < KILLED, "killed and removed after {:?}", began.elapsed());
     }
     before.wait_gone(Duration::from_secs(5)).unwrap();
 }
