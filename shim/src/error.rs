@@ -83,6 +83,38 @@ impl From<vmm::Error> for Error {
     }
 }
 
+/// Why a ttrpc call of ours failed. The client has one variant for most reasons and tells them apart in words only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The server answered with an error.
+    Answered,
+    /// No answer came in time; the connection is as good as before.
+    Late,
+    /// The request cannot be sent: it is too long, say. The connection is as good as before.
+    Unsendable,
+    /// The answer does not decode.
+    Garbled,
+    /// There is no connection, or none any more.
+    Lost,
+}
+
+impl Failure {
+    /// By the client's error.
+    pub fn of(error: &ttrpc::Error) -> Failure {
+        match error {
+            ttrpc::Error::RpcStatus(_) => Failure::Answered,
+            ttrpc::Error::Others(words) if words == "Request deadline elapsed" => Failure::Late,
+            ttrpc::Error::Others(words) if words.starts_with("message length ") || words.starts_with("Encoding ") => {
+                Failure::Unsendable
+            }
+            ttrpc::Error::Others(words) if words.starts_with("Unpack ") || words.starts_with("Receiver got ") => {
+                Failure::Garbled
+            }
+            _ => Failure::Lost,
+        }
+    }
+}
+
 /// Turns a system error into an internal one, with what was being done in front.
 pub trait IoContext<T> {
     /// `doing` reads like "make directory /run/cofferdam".

@@ -22,6 +22,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use ttrpc::Code;
 
+use crate::error::Failure;
+
 /// What waits of each rank while containerd is away: events, and their bytes.
 const MAX_EVENTS: usize = 4096;
 const MAX_BYTES: usize = 1 << 20;
@@ -35,7 +37,7 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
 /// Pause between attempts, doubled up to the last value.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
 
-/// How often an event is sent again to which containerd says something that may mean anything.
+/// How often an event is sent to which containerd says something that may mean anything.
 const ATTEMPTS: u32 = 10;
 
 /// Whose place in the queue an event takes.
@@ -205,26 +207,20 @@ enum Next {
     Drop,
 }
 
-/// Decides by the error and the number of times that this event was sent.
-fn next(error: &ttrpc::Error, attempts: u32) -> Next {
-    match error {
-        ttrpc::Error::RpcStatus(status) => match status.code() {
+/// Decides by the error and the number of times that containerd answered this event with one.
+fn next(error: &ttrpc::Error, answers: u32) -> Next {
+    match (Failure::of(error), error) {
+        (_, ttrpc::Error::RpcStatus(status)) => match status.code() {
             Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED => Next::Wait,
             // A daemon on its way down says this too.
-            Code::UNKNOWN | Code::INTERNAL | Code::ABORTED | Code::RESOURCE_EXHAUSTED if attempts < ATTEMPTS => {
+            Code::UNKNOWN | Code::INTERNAL | Code::ABORTED | Code::RESOURCE_EXHAUSTED if answers < ATTEMPTS => {
                 Next::Wait
             }
             _ => Next::Drop,
         },
-        // The client's own words: those of the first two kinds are about the connection, all others about the message
-        // (it is too long, say).
-        ttrpc::Error::Others(words)
-            if words.starts_with("Socket::connect error") || words == "Request deadline elapsed" =>
-        {
-            Next::Wait
-        }
-        ttrpc::Error::Others(_) => Next::Drop,
-        _ => Next::Wait,
+        // It is too long, say. And an answer that does not decode is one.
+        (Failure::Unsendable | Failure::Garbled, _) => Next::Drop,
+        (Failure::Late | Failure::Lost | Failure::Answered, _) => Next::Wait,
     }
 }
 
@@ -233,11 +229,11 @@ async fn deliver(address: String, queue: Arc<Queue>) {
     while let Some(envelope) = queue.pop().await {
         let request = ForwardRequest { envelope: Some(envelope).into(), ..Default::default() };
         let mut pause = BACKOFF.0;
-        let mut attempts = 0;
+        let mut answers = 0;
         while let Err(error) = forward(&mut client, &address, &request).await {
-            attempts += 1;
+            answers += u32::from(Failure::of(&error) == Failure::Answered);
             client = None;
-            if next(&error, attempts) == Next::Drop {
+            if next(&error, answers) == Next::Drop {
                 let topic = &request.envelope.topic;
                 tracing::error!(%error, topic, "event dropped: containerd does not take it");
                 break;
@@ -350,6 +346,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_daemon_that_went_away_gets_what_came_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (mut server, mut received) = daemon(&path).await;
+        let mut publisher = Publisher::start(path.to_str().unwrap(), "n");
+        publisher.publish(&TaskCreate::default());
+        assert_eq!(received.recv().await.unwrap().topic, TaskCreate::TOPIC);
+        server.disconnect().await;
+        drop(server);
+        std::fs::remove_file(&path).unwrap();
+        // The connection is known to have ended, or not yet.
+        publisher.publish(&oom("web"));
+        tokio::time::sleep(BACKOFF.0).await;
+        publisher.publish(&exit("web", "web"));
+        let (_server, mut received) = daemon(&path).await;
+        publisher.flush(Duration::from_secs(10)).await;
+        assert_eq!(topics(&mut received), [TaskOOM::TOPIC, TaskExit::TOPIC]);
+    }
+
+    #[tokio::test]
     async fn a_flood_takes_a_bounded_place_and_never_that_of_an_exit() {
         let queue = Arc::new(Queue::default());
         let publisher = Publisher { namespace: "n".into(), queue: Some(queue.clone()), worker: None };
@@ -376,7 +392,9 @@ mod tests {
     fn only_what_may_pass_is_sent_again() {
         let said = |code| ttrpc::Error::RpcStatus(ttrpc::get_status(code, "x"));
         let words = |text: &str| ttrpc::Error::Others(text.to_owned());
-        for error in [said(Code::UNAVAILABLE), words("Socket::connect error x"), words("Request deadline elapsed")] {
+        let away =
+            ["Socket::connect error x", "Request deadline elapsed", "send to wire channel failed: channel closed"];
+        for error in away.map(words).into_iter().chain([said(Code::UNAVAILABLE)]) {
             assert_eq!(next(&error, 1_000_000), Next::Wait, "{error}");
         }
         assert_eq!(next(&ttrpc::Error::Socket("reset".into()), 1_000_000), Next::Wait);

@@ -104,7 +104,7 @@ impl Agent {
 
     fn judged<T>(&self, method: &str, answer: ttrpc::Result<T>) -> Result<T> {
         answer.map_err(|error| {
-            let (error, fault) = judge(method, error);
+            let (error, fault) = judge(method, &error);
             fault.into_iter().for_each(|fault| self.fail(fault));
             error
         })

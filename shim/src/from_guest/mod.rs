@@ -16,7 +16,7 @@ use agent_client::protocols::agent::AgentDetails;
 use agent_client::{FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS};
 use ttrpc::Code;
 
-use crate::error::Error;
+use crate::error::{Error, Failure};
 
 pub use agent::{Agent, Fault};
 pub use oom::{Bucket, watch_oom};
@@ -97,27 +97,24 @@ fn exit_status(raw: i32) -> u32 {
 }
 
 /// What a failed call to the agent means: what its caller is told, and, if it is the end of the agent, how.
-fn judge(method: &str, error: ttrpc::Error) -> (Error, Option<Fault>) {
-    match error {
-        ttrpc::Error::RpcStatus(status) => {
+fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>) {
+    let words = || text(&error.to_string(), MAX_TEXT);
+    match (Failure::of(error), error) {
+        (_, ttrpc::Error::RpcStatus(status)) => {
             // An error that says that there is none is none that a client could act on.
             let code = Some(status.code()).filter(|code| *code != Code::OK).unwrap_or(Code::UNKNOWN);
             (Error { code, message: text(status.message(), MAX_TEXT) }, None)
         }
-        // The client's own words at a call's deadline; the connection is as good as before.
-        ttrpc::Error::Others(words) if words == "Request deadline elapsed" => {
-            (Error::deadline(format!("the guest agent did not answer {method} in time")), None)
+        (Failure::Late, _) => (Error::deadline(format!("the guest agent did not answer {method} in time")), None),
+        (Failure::Unsendable, _) => {
+            (Error::internal(format!("cannot ask the guest agent for {method}: {}", words())), None)
         }
-        // The client's words for bytes that do not decode; what it cannot send has others.
-        ttrpc::Error::Others(words) if words.starts_with("Unpack ") || words.starts_with("Receiver ") => {
-            let reason = format!("the guest agent's answer to {method} is not understood: {}", text(&words, MAX_TEXT));
+        (Failure::Garbled, _) => {
+            let reason = format!("the guest agent's answer to {method} is not understood: {}", words());
             (Error::unavailable(&reason), Some(Fault::Garbled(reason)))
         }
-        ttrpc::Error::Others(words) => {
-            (Error::internal(format!("cannot ask the guest agent for {method}: {}", text(&words, MAX_TEXT))), None)
-        }
-        other => {
-            let reason = format!("the connection to the guest agent was lost: {}", text(&other.to_string(), MAX_TEXT));
+        (Failure::Lost | Failure::Answered, _) => {
+            let reason = format!("the connection to the guest agent was lost: {}", words());
             (Error::unavailable(&reason), Some(Fault::Lost(reason)))
         }
     }

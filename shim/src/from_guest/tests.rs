@@ -118,6 +118,20 @@ async fn a_closed_connection_is_an_end_and_not_garbage() {
     drop(theirs);
     assert_eq!(wait(agent.clone()).await, None);
     assert!(matches!(agent.failed().await, Fault::Lost(_)));
+    // What asks later finds the client's end of it, which says it in other words.
+    let (theirs, agent) = connected();
+    drop(theirs);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(signal(agent.clone()).await.unwrap_err().code, Code::UNAVAILABLE);
+    timeout(DEADLINE, watch_oom(agent.clone(), drop)).await.unwrap();
+    assert!(matches!(agent.failed().await, Fault::Lost(_)));
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_long_is_no_fault_of_the_agents() {
+    let long = SignalProcessRequest { container_id: "a".repeat(5 << 20), ..Default::default() };
+    let (result, fault) = said(response(Vec::new()), async |agent| agent.signal_process(&long, DEADLINE).await).await;
+    assert_eq!((result.unwrap_err().code, fault), (Code::INTERNAL, None));
 }
 
 #[tokio::test(start_paused = true)]
