@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use cofferdam_tests::pod::{Pod, one_line};
+use cofferdam_tests::procs::{self, Proc};
 use cofferdam_tests::suite::Release;
 use cofferdam_tests::{Env, PATIENCE, Suite, cases, eventually};
 use nix::sys::signal::Signal;
@@ -14,7 +16,7 @@ fn main() -> ExitCode {
         &[Release::V2_1],
         cases![
             Ours: the_guest_makes_the_pods_files, containers_come_and_go, the_pod_outlives_containerd,
-                a_dead_machine_makes_the_pod_not_ready, host_namespaces_are_refused;
+                a_dead_machine_makes_the_pod_not_ready, host_namespaces_are_refused, a_hung_machine_keeps_no_pod;
         ],
     )
 }
@@ -74,4 +76,18 @@ fn host_namespaces_are_refused(env: &Env) {
     let (pod, output) = Pod::try_without_task(env, patch);
     assert!(one_line(&output).contains("hostIPC"), "{}", output.errors());
     drop(pod);
+}
+
+fn a_hung_machine_keeps_no_pod(env: &Env) {
+    let pod = Pod::without_task(env, json!({}));
+    pod.idle("main");
+    let family = procs::family(&pod.id);
+    let qemu: Vec<Proc> = procs::named("qemu").into_iter().filter(|proc| family.contains(&proc.pid)).collect();
+    assert_eq!(qemu.len(), 1);
+    qemu.iter().for_each(Proc::stop);
+    let began = Instant::now();
+    pod.stop();
+    eventually("the pod is removed", PATIENCE, || (env.crictl(&["rmp", &pod.id]).status == 0).then_some(()));
+    assert!(began.elapsed() < Duration::from_secs(15), "stopped and removed after {:?}", began.elapsed());
+    std::mem::forget(pod);
 }
