@@ -8,6 +8,8 @@
 //! virtual machine should, and inside a tokio runtime.
 
 mod cache;
+mod confine;
+mod console;
 mod devices;
 mod error;
 pub mod helpers;
@@ -16,6 +18,7 @@ mod qemu;
 pub mod qmp;
 mod vm;
 
+pub use confine::Confinement;
 pub use devices::block::Block;
 pub use devices::net::Net;
 pub use devices::virtiofs::VirtioFs;

@@ -3,21 +3,17 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use launcher::{Jail, Started};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, Interest};
@@ -151,7 +147,7 @@ impl fmt::Display for Exit {
     }
 }
 
-/// What to start. Environment and working directory are not the caller's: PATH only, and `/`.
+/// What to start. Environment and working directory are not the caller's: none, and `/`.
 #[derive(Debug)]
 pub struct Spawn {
     /// Path of the program; not looked up in PATH.
@@ -164,14 +160,27 @@ pub struct Spawn {
     pub stdout: Option<OwnedFd>,
     /// `cgroup.procs` files it is written to before it runs (one for cgroup v2, several for v1).
     pub cgroup_procs: Vec<PathBuf>,
-    /// The network namespace that it runs in; the caller's if none.
+    /// The network namespace that it runs in; without one the caller's, or with a jail an empty one.
     pub netns: Option<Arc<OwnedFd>>,
+    /// How gladly the kernel kills it when memory runs out; the caller's own score if none.
+    pub oom_score_adj: Option<i32>,
+    /// What it is confined to.
+    pub jail: Option<Jail>,
 }
 
 impl Spawn {
-    /// A program that inherits nothing and stays in the caller's cgroup and network namespace.
+    /// A program that inherits nothing and is not confined.
     pub fn new(program: impl Into<PathBuf>, args: Vec<OsString>) -> Spawn {
-        Spawn { program: program.into(), args, fds: Vec::new(), stdout: None, cgroup_procs: Vec::new(), netns: None }
+        Spawn {
+            program: program.into(),
+            args,
+            fds: Vec::new(),
+            stdout: None,
+            cgroup_procs: Vec::new(),
+            netns: None,
+            oom_score_adj: None,
+            jail: None,
+        }
     }
 }
 
@@ -194,51 +203,40 @@ impl Child {
     /// thread does. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// A cgroup that is not there, a program that cannot be executed.
+    /// A cgroup or program that is not there. What else keeps it from running is in its last words.
     pub fn spawn(spawn: Spawn) -> Result<Child> {
-        let doing = || {
-            let place = if spawn.netns.is_some() { " in its network namespace" } else { "" };
-            format!("start {}{place}", spawn.program.display())
-        };
-        let cgroups = spawn
-            .cgroup_procs
-            .iter()
-            .map(|path| OpenOptions::new().write(true).open(path).doing(|| format!("open {}", path.display())))
-            .collect::<Result<Vec<File>>>()?;
-        let inherited: Vec<RawFd> = spawn.fds.iter().map(AsRawFd::as_raw_fd).collect();
-        if inherited.iter().any(|fd| *fd <= 2) {
-            return Err(Error::Unsupported("descriptors 0 to 2 must be open before anything is started".into()));
-        }
-        let netns = spawn.netns.clone();
-        let parent = Pid::this();
-        let mut command = Command::new(&spawn.program);
-        command.args(&spawn.args).env_clear().current_dir("/");
-        if let Some(path) = std::env::var_os("PATH") {
-            command.env("PATH", path);
-        }
-        command.stdin(Stdio::null()).stdout(spawn.stdout.map_or_else(Stdio::null, Stdio::from)).stderr(Stdio::piped());
-        // SAFETY: runs between fork and exec in a process with one thread, and only makes system calls.
-        unsafe { command.pre_exec(move || before_exec(parent, &cgroups, netns.as_deref(), &inherited)) };
-        let mut child = command.spawn().doing(doing)?;
-
-        let pid = child.id() as i32;
-        let started = pidfd_open(pid).and_then(|pidfd| {
-            let stderr = child.stderr.take().ok_or_else(|| io::Error::other("no stderr"))?;
+        let program = spawn.program.clone();
+        let doing = || format!("start {}", program.display());
+        let (stderr, theirs) = io::pipe().doing(doing)?;
+        let started = launcher::spawn(launcher::Launch {
+            program: spawn.program,
+            args: spawn.args,
+            fds: spawn.fds,
+            stdout: spawn.stdout,
+            stderr: theirs.into(),
+            cgroup_procs: spawn.cgroup_procs,
+            netns: spawn.netns,
+            oom_score_adj: spawn.oom_score_adj,
+            jail: spawn.jail,
+        });
+        let Started { pid, pidfd } = started.doing(doing)?;
+        let watched = pidfd.try_clone().and_then(|pidfd| {
             let stderr = pipe::Receiver::from_owned_fd(stderr.into())?;
             // SAFETY: an OwnedFd always gives the same descriptor, which stays open until it is dropped with the AsyncFd.
             let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
             Ok((pidfd, stderr, Identity::of(pid)?))
         });
-        let (pidfd, stderr, identity) = match started {
-            Ok(started) => started,
+        let (pidfd, stderr, identity) = match watched {
+            Ok(watched) => watched,
             Err(error) => {
                 // Nobody would watch it, so it must not live.
-                let _ = child.kill().and_then(|()| child.wait());
+                let _ = pidfd_kill(&pidfd);
+                let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED);
                 return Err(error).doing(doing);
             }
         };
         let (sender, exit) = watch::channel(None);
-        let process = Arc::new(Process { identity, program: spawn.program, pidfd, exit, tail: Mutex::default() });
+        let process = Arc::new(Process { identity, program, pidfd, exit, tail: Mutex::default() });
         tokio::spawn(watch_over(process.clone(), stderr, sender));
         Ok(Child(process))
     }
@@ -344,30 +342,6 @@ pub(crate) async fn stdout_of(program: &Path, args: &[&str], timeout: Duration) 
     let mut text = vec![0; 64 << 10];
     let count = nix::unistd::read(&output, &mut text).doing(doing)?;
     Ok(String::from_utf8_lossy(&text[..count]).into_owned())
-}
-
-/// In the child, after fork: only system calls, no allocation.
-fn before_exec(parent: Pid, cgroups: &[File], netns: Option<&OwnedFd>, inherited: &[RawFd]) -> io::Result<()> {
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-    // A parent that died before the line above sends no signal any more.
-    if nix::unistd::getppid() != parent {
-        return Err(Errno::ESRCH.into());
-    }
-    for cgroup in cgroups {
-        nix::unistd::write(cgroup, b"0")?;
-    }
-    if let Some(netns) = netns {
-        nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
-    }
-    // Descriptors of this crate close by themselves; those that came to this process from its own parent may not.
-    // Older kernels than 5.11 do not know the flag: then what we opened is all that is taken care of.
-    // SAFETY: integers only; it marks descriptors and closes none.
-    let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    for fd in inherited {
-        // SAFETY: fcntl on a number; the descriptor stays open until exec because the parent's `Spawn` owns it.
-        Errno::result(unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) })?;
-    }
-    Ok(())
 }
 
 /// Reads stderr while the process lives, reaps it, and tells how it ended.

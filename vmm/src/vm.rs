@@ -4,8 +4,10 @@ mod resize;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,10 +16,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use self::resize::Limits;
+use crate::confine::{INITRAMFS, KERNEL};
+use crate::console::{self, Console};
 use crate::devices::{self, Attached, Device, Plug, Undo};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Exit, Identity, Process, Spawn};
-use crate::qemu::{FIRST_PORT_SLOT, MachineConfig, arguments, port_bus};
+use crate::qemu::{FIRST_PORT_SLOT, Inherited, MachineConfig, arguments, port_bus};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{Cont, DeviceDel, QueryVirtioStatus, Quit};
 
@@ -34,6 +38,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub struct Starting {
     child: Child,
+    console: Option<Console>,
     socket: UnixStream,
     ports: u8,
     virtio_status: bool,
@@ -44,6 +49,7 @@ pub struct Starting {
 #[derive(Debug)]
 pub struct Vm {
     child: Child,
+    _console: Option<Console>,
     qmp: Qmp,
     virtio_status: bool,
     limits: Limits,
@@ -93,13 +99,28 @@ impl Vm {
     ///
     /// # Errors
     /// The binary cannot be executed, a cgroup is not there, or the configuration asks for what cannot be.
-    pub fn spawn(config: &MachineConfig) -> Result<Starting> {
+    pub async fn spawn(config: &MachineConfig) -> Result<Starting> {
         let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
-        let arguments = arguments(config, &theirs)?;
+        let (console, shown) = match &config.console {
+            Some(file) => console::keep(file)?,
+            None => (None, None),
+        };
+        let (kernel, initramfs) = match config.confinement {
+            Some(_) => (Path::new(KERNEL), config.initramfs.is_some().then_some(Path::new(INITRAMFS))),
+            None => (config.kernel.as_path(), config.initramfs.as_deref()),
+        };
+        let inherited = Inherited {
+            monitor: theirs.as_raw_fd(),
+            console: console.as_ref().map(AsRawFd::as_raw_fd),
+            kernel,
+            initramfs,
+        };
+        let arguments = arguments(config, &inherited)?;
         let child = Child::spawn(Spawn {
-            fds: vec![OwnedFd::from(theirs)],
+            fds: [Some(OwnedFd::from(theirs)), console].into_iter().flatten().collect(),
             cgroup_procs: config.cgroup_procs.clone(),
             netns: config.netns.clone(),
+            jail: jail(config).await?,
             ..Spawn::new(&config.qemu, arguments)
         })?;
         let virtio_status = config.capabilities.virtio_status;
@@ -110,7 +131,7 @@ impl Vm {
             max_memory_mib: config.max_memory_mib,
             vcpus_can_go: config.accel.kvm,
         };
-        Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status, limits })
+        Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status, limits, console: shown })
     }
 
     /// Who QEMU is.
@@ -307,9 +328,30 @@ impl Starting {
         tokio::spawn(watch_over(self.child.process().clone(), qmp.closing(), qmp.last_word(), sender));
         let free = (0..self.ports).rev().collect();
         let devices = Mutex::new(Devices { free, ..Devices::default() });
-        let Starting { child, virtio_status, limits, .. } = self;
-        Ok(Vm { child, qmp, virtio_status, limits, devices, resizing: tokio::sync::Mutex::default(), death })
+        let Starting { child, virtio_status, limits, console, .. } = self;
+        Ok(Vm {
+            child,
+            _console: console,
+            qmp,
+            virtio_status,
+            limits,
+            devices,
+            resizing: tokio::sync::Mutex::default(),
+            death,
+        })
     }
+}
+
+/// QEMU's jail; the guest's kernel and initramfs are in it as they are now, whatever becomes of their paths.
+async fn jail(config: &MachineConfig) -> Result<Option<launcher::Jail>> {
+    let Some(confinement) = &config.confinement else { return Ok(None) };
+    let mut boot: Vec<_> = config.capabilities.data_dirs.iter().cloned().map(launcher::Entry::ReadOnly).collect();
+    for (path, to) in [(Some(&config.kernel), KERNEL), (config.initramfs.as_ref(), INITRAMFS)] {
+        let Some(path) = path else { continue };
+        let file = File::open(path).doing(|| format!("open {}", path.display()))?;
+        boot.push(launcher::Entry::Descriptor { file: Arc::new(file.into()), to: to.into() });
+    }
+    confinement.qemu(&config.qemu, &config.cache_dir, config.accel.kvm, boot).await.map(Some)
 }
 
 /// Waits for what comes first, the end of the process or of its monitor, and makes sure of the other.

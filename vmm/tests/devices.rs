@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, cache_dir, installed, names, program};
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::process::Identity;
 use vmm::{Block, Device, VirtioFs, Vm, VsockDevice};
 
 async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, VirtioFs) {
@@ -23,19 +22,23 @@ async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, Virti
         shared_dir: shared.into(),
         cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
+        confinement: lab.config.confinement.clone(),
     };
     let (virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();
     (virtiofsd, VirtioFs { tag: "share".into(), connection, queue_size: 1024 })
 }
 
-fn vsock_daemon(lab: &Lab) -> VsockDaemon {
+async fn vsock_daemon(lab: &Lab) -> VsockDaemon {
     VsockDaemon::spawn(&VsockDaemonConfig {
         binary: installed("libexec/cofferdam/vhost-device-vsock"),
-        socket: lab.dir.path().join("vsock.sock"),
-        uds_path: lab.dir.path().join("vm.vsock"),
+        cache_dir: cache_dir(),
+        dir: lab.sockets(),
+        name: "vm".into(),
         guest_cid: 3,
         cgroup_procs: Vec::new(),
+        confinement: lab.config.confinement.clone(),
     })
+    .await
     .unwrap()
 }
 
@@ -63,9 +66,9 @@ async fn a_guest_finds_what_was_attached_before_it_ran() {
     let lab = Lab::new("mount -t virtiofs share /mnt && cat /mnt/file && echo from guest >/mnt/answer").await;
     let shared = tempfile::tempdir().unwrap();
     std::fs::write(shared.path().join("file"), "from host\n").unwrap();
-    let daemon = vsock_daemon(&lab);
+    let daemon = vsock_daemon(&lab).await;
     let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let attach_vsock = async {
         let connection = daemon.connect(SOON).await.unwrap();
         vm.attach(Device::Vsock(VsockDevice::User { connection })).await.unwrap()
@@ -87,20 +90,20 @@ async fn a_guest_finds_what_was_attached_before_it_ran() {
 }
 
 #[tokio::test]
-async fn the_c_virtiofsd_serves_too() {
-    let binary = Path::new("/usr/lib/qemu/virtiofsd");
-    if !binary.exists() {
-        eprintln!("only QEMU up to 7.2 brings it, and this one does not");
-        return;
-    }
-    let lab = Lab::new("mount -t virtiofs share /mnt && cat /mnt/file").await;
-    let shared = tempfile::tempdir().unwrap();
-    std::fs::write(shared.path().join("file"), "from host\n").unwrap();
-    let (_virtiofsd, fs) = virtiofsd(&lab, binary, shared.path()).await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
-    vm.attach(Device::VirtioFs(fs)).await.unwrap();
-    vm.cont().await.unwrap();
-    lab.prints("from host").await;
+async fn the_c_virtiofsd_is_refused() {
+    let lab = Lab::new("").await;
+    let binary = program(lab.dir.path(), "virtiofsd", "echo virtiofsd version 7.2.22; echo Copyright");
+    let config = VirtiofsdConfig {
+        binary,
+        cache_dir: lab.dir.path().join("cache"),
+        socket: lab.dir.path().join("fs.sock"),
+        shared_dir: lab.dir.path().into(),
+        cache: FsCache::Auto,
+        cgroup_procs: Vec::new(),
+        confinement: None,
+    };
+    let error = Virtiofsd::spawn(&config).await.map(drop).unwrap_err().to_string();
+    assert!(error.ends_with("is not maintained: install virtiofsd 1.10 or later"), "{error}");
 }
 
 #[tokio::test]
@@ -109,7 +112,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
     let lab = Lab::new(script).await;
     let mut image = tempfile::NamedTempFile::new().unwrap();
     image.write_all(&[7; 1 << 20]).unwrap();
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     vm.cont().await.unwrap();
     lab.prints("round").await;
     for _ in 0..2 {
@@ -129,7 +132,7 @@ async fn a_guest_that_does_not_answer_keeps_its_device_and_a_deadline_says_so() 
     let lab = Lab::new("").await;
     let image = empty_image();
     // Its CPUs never run, so it cannot let go of anything.
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let disk = vm.attach(block(image.path())).await.unwrap();
     let error = vm.detach(&disk.id, Duration::from_millis(100)).await.unwrap_err().to_string();
     assert_eq!(error, "the guest to let go of blk1 took longer than 100ms");
@@ -139,11 +142,11 @@ async fn a_guest_that_does_not_answer_keeps_its_device_and_a_deadline_says_so() 
 async fn a_device_that_fails_leaves_nothing_and_takes_no_port() {
     let lab = Lab::new("").await;
     let image = empty_image();
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     assert_eq!(vm.attach(block(image.path())).await.unwrap().pci_path, "04/00");
     for _ in 0..10 {
         let error = vm.attach(block(Path::new("/no/disk"))).await.unwrap_err().to_string();
-        assert!(error.starts_with("cannot use the disk /no/disk: "), "{error}");
+        assert!(error.starts_with("cannot open the disk /no/disk: "), "{error}");
         // The same file for a second writer fails at the last step, when the block node is made already.
         let error = vm.attach(block(image.path())).await.unwrap_err().to_string();
         assert!(error.starts_with("QEMU refused device_add: "), "{error}");
@@ -169,18 +172,20 @@ async fn a_helper_that_dies_says_why() {
     let binary = program(lab.dir.path(), "vsockd", "echo >&2 'bad socket'; exit 4");
     let config = VsockDaemonConfig {
         binary,
-        socket: lab.dir.path().join("v.sock"),
-        uds_path: lab.dir.path().join("v"),
+        cache_dir: cache_dir(),
+        dir: lab.sockets(),
+        name: "vm".into(),
         guest_cid: 3,
         cgroup_procs: Vec::new(),
+        confinement: None,
     };
-    let daemon = VsockDaemon::spawn(&config).unwrap();
+    let daemon = VsockDaemon::spawn(&config).await.unwrap();
     let error = daemon.connect(SOON).await.unwrap_err().to_string();
     assert!(error.ends_with("vsockd exited with status 4: bad socket"), "{error}");
     let sleeps = program(lab.dir.path(), "sleeps", "exec sleep 1000");
-    let daemon = VsockDaemon::spawn(&VsockDaemonConfig { binary: sleeps, ..config }).unwrap();
+    let daemon = VsockDaemon::spawn(&VsockDaemonConfig { binary: sleeps, ..config }).await.unwrap();
     let error = daemon.connect(Duration::from_millis(50)).await.unwrap_err().to_string();
-    assert!(error.starts_with("the socket ") && error.ends_with("v.sock took longer than 50ms"), "{error}");
+    assert!(error.starts_with("the socket ") && error.ends_with("device took longer than 50ms"), "{error}");
 }
 
 #[tokio::test]
@@ -188,21 +193,14 @@ async fn a_virtiofsd_that_cannot_serve_says_why() {
     let lab = Lab::new("").await;
     let binary = installed("libexec/cofferdam/virtiofsd");
     let (virtiofsd, fs) = virtiofsd(&lab, &binary, Path::new("/no/such/directory")).await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let error = vm.attach(Device::VirtioFs(fs)).await.unwrap_err();
     let error = virtiofsd.explain(error).await.to_string();
-    assert!(error.contains("virtiofsd exited with status 1: "), "{error}");
+    assert!(error.contains("exited with status 126: launcher: cannot take /no/such/directory: "), "{error}");
     // One that lives has nothing to add.
     let shared = tempfile::tempdir().unwrap();
     let (lives, _connection) = self::virtiofsd(&lab, &binary, shared.path()).await;
     assert_eq!(lives.explain(vmm::Error::Unsupported("no".into())).await.to_string(), "no");
-}
-
-/// The process that serves is the child of the one that was started, in a pid namespace of its own.
-fn serving(virtiofsd: &Virtiofsd) -> Identity {
-    let pid = virtiofsd.identity().pid;
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    Identity::of(children.trim().parse().unwrap()).unwrap()
 }
 
 #[tokio::test]
@@ -211,9 +209,9 @@ async fn a_stopped_virtiofsd_is_gone_as_a_whole() {
         let lab = Lab::new("").await;
         let shared = tempfile::tempdir().unwrap();
         let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-        let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+        let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
         vm.attach(Device::VirtioFs(fs)).await.unwrap();
-        let serving = serving(&virtiofsd);
+        let serving = virtiofsd.identity();
         assert!(serving.is_alive());
         if stop_qemu_first {
             vm.stop(SOON).await.unwrap();
@@ -223,20 +221,6 @@ async fn a_stopped_virtiofsd_is_gone_as_a_whole() {
         assert!(!serving.is_alive() && !virtiofsd.identity().is_alive());
         assert!(!names(lab.dir.path()).contains(&"fs.sock".to_owned()));
     }
-}
-
-#[tokio::test]
-async fn a_virtiofsd_that_is_killed_by_others_ends_with_its_machine() {
-    let lab = Lab::new("").await;
-    let shared = tempfile::tempdir().unwrap();
-    let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
-    vm.attach(Device::VirtioFs(fs)).await.unwrap();
-    let serving = serving(&virtiofsd);
-    virtiofsd.identity().kill_and_wait(SOON).unwrap();
-    assert!(virtiofsd.exited().await.contains("was killed by signal 9"));
-    vm.stop(SOON).await.unwrap();
-    until_true("a process of virtiofsd is left", || async { !serving.is_alive() }).await;
 }
 
 /// The shim's way: a mount namespace of its own, in which the shared directory propagates its mounts.
@@ -259,7 +243,7 @@ fn mounts_made_later_reach_the_guest() {
         runtime.block_on(async {
             let lab = Lab::new(script).await;
             let (_virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-            let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+            let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
             vm.attach(Device::VirtioFs(fs)).await.unwrap();
             vm.cont().await.unwrap();
             lab.prints("guest is up").await;

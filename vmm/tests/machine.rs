@@ -14,7 +14,7 @@ use vmm::{MachineConfig, Vm};
 #[tokio::test]
 async fn a_machine_starts_and_quits_and_may_be_stopped_twice() {
     let lab = Lab::new("").await;
-    let starting = Vm::spawn(&lab.config).unwrap();
+    let starting = Vm::spawn(&lab.config).await.unwrap();
     let identity = starting.identity();
     assert!(identity.is_alive());
     let vm = starting.connect(SOON).await.unwrap();
@@ -29,7 +29,7 @@ async fn a_machine_starts_and_quits_and_may_be_stopped_twice() {
 #[tokio::test]
 async fn a_machine_that_hangs_is_killed() {
     let lab = Lab::new("").await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     // SAFETY: signals a process that this test started and that nobody has reaped.
     unsafe { libc::kill(vm.identity().pid, libc::SIGSTOP) };
     let began = Instant::now();
@@ -41,7 +41,7 @@ async fn a_machine_that_hangs_is_killed() {
 #[tokio::test]
 async fn a_killed_machine_is_noticed_by_all_and_by_every_command() {
     let lab = Lab::new("").await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     vm.identity().kill_and_wait(SOON).unwrap();
     let began = Instant::now();
     let (first, second, error) = tokio::join!(vm.died(), vm.died(), vm.cont());
@@ -74,20 +74,20 @@ async fn what_is_wrong_at_the_start_is_said_in_qemus_words() {
             "was killed by signal 11 (SIGSEGV)",
         ),
     ] {
-        let error = Vm::spawn(&config).unwrap().connect(SOON).await.unwrap_err().to_string();
+        let error = Vm::spawn(&config).await.unwrap().connect(SOON).await.unwrap_err().to_string();
         assert!(error.contains(wanted) && !error.contains('\n'), "{wanted}: {error}");
     }
     let config = MachineConfig { vcpus: 100_000, max_vcpus: 100_000, ..lab.config.clone() };
-    assert!(Vm::spawn(&config).unwrap_err().to_string().starts_with("100000 to 100000 CPUs: "));
+    assert!(Vm::spawn(&config).await.unwrap_err().to_string().starts_with("100000 to 100000 CPUs: "));
     let config = MachineConfig { qemu: "/no/qemu".into(), ..lab.config.clone() };
-    assert!(Vm::spawn(&config).unwrap_err().to_string().starts_with("cannot start /no/qemu: "));
+    assert!(Vm::spawn(&config).await.unwrap_err().to_string().starts_with("cannot start /no/qemu: "));
 }
 
 #[tokio::test]
 async fn one_that_never_answers_is_given_up_and_killed() {
     let lab = Lab::new("").await;
     let config = MachineConfig { qemu: program(lab.dir.path(), "sleeps", "exec sleep 1000"), ..lab.config.clone() };
-    let starting = Vm::spawn(&config).unwrap();
+    let starting = Vm::spawn(&config).await.unwrap();
     let identity = starting.identity();
     let error = starting.connect(Duration::from_millis(100)).await.unwrap_err().to_string();
     assert_eq!(error, "QEMU's greeting took longer than 100ms");
@@ -105,7 +105,7 @@ async fn a_guest_that_powers_off_or_panics_says_so() {
         ("exit 1", "the guest rebooted (its kernel panicked"),
     ] {
         let lab = Lab::new(script).await;
-        let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+        let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
         vm.cont().await.unwrap();
         let death = tokio::time::timeout(SOON, vm.died()).await.expect("the end of the guest").to_string();
         assert!(death.contains(wanted), "{script}: {death}\n{}", lab.console());
@@ -119,7 +119,7 @@ async fn qemu_enters_its_cgroup_before_it_runs() {
     let procs = lab.dir.path().join("cgroup.procs");
     std::fs::write(&procs, "").unwrap();
     let config = MachineConfig { cgroup_procs: vec![procs.clone()], ..lab.config.clone() };
-    let vm = Vm::spawn(&config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&config).await.unwrap().connect(SOON).await.unwrap();
     assert_eq!(std::fs::read_to_string(&procs).unwrap(), "0");
     vm.stop(SOON).await.unwrap();
 }

@@ -91,7 +91,7 @@ async fn packets_pass_through_cards_plugged_before_the_guest_runs_and_after() {
     let mut lab = Lab::new(PINGS).await;
     // A guest uses no more queues than it has CPUs.
     (lab.config.vcpus, lab.config.max_vcpus) = (2, 2);
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let first = vm.attach(card(netns.tap("tap11", 1, "10.0.11.1/24"), 0x11, Some(1400))).await.unwrap();
     assert_eq!((first.id.as_str(), first.pci_path.as_str()), ("net1", "04/00"));
     vm.cont().await.unwrap();
@@ -116,7 +116,7 @@ async fn packets_pass_through_cards_plugged_before_the_guest_runs_and_after() {
 async fn a_card_that_cannot_be_is_refused_and_leaves_no_descriptor() {
     let netns = Netns::new();
     let lab = Lab::new("").await;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let held = || std::fs::read_dir(format!("/proc/{}/fd", vm.identity().pid)).unwrap().count();
     let before = held();
     let null = || OwnedFd::from(OpenOptions::new().read(true).write(true).open("/dev/null").unwrap());
@@ -147,12 +147,12 @@ async fn qemu_runs_in_the_network_namespace_it_was_given() {
     let lab = Lab::new("").await;
     let inode = netns.inode();
     let config = MachineConfig { netns: Some(Arc::new(netns.0)), ..lab.config.clone() };
-    let vm = Vm::spawn(&config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&config).await.unwrap().connect(SOON).await.unwrap();
     let of = |path: String| std::fs::metadata(path).unwrap().ino();
     assert_eq!(of(format!("/proc/{}/ns/net", vm.identity().pid)), inode);
     assert_ne!(of("/proc/thread-self/ns/net".into()), inode, "the caller stays where it was");
     vm.stop(SOON).await.unwrap();
     let config = MachineConfig { netns: Some(Arc::new(File::open("/dev/null").unwrap().into())), ..lab.config.clone() };
-    let error = Vm::spawn(&config).unwrap_err().to_string();
+    let error = Vm::spawn(&config).await.unwrap_err().to_string();
     assert!(error.ends_with("in its network namespace: Invalid argument (os error 22)"), "{error}");
 }

@@ -6,6 +6,7 @@
 mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -40,7 +41,7 @@ async fn tells(lab: &Lab, what: &str, wanted: impl Fn((u64, u64)) -> bool) {
 async fn cpus_come_and_go_while_the_guest_runs() {
     let mut lab = Lab::new(TELLS).await;
     lab.config.max_vcpus = 3;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     assert_eq!(vm.resize_vcpus(0, SOON).await.unwrap(), 1);
     vm.cont().await.unwrap();
     tells(&lab, "one CPU", |(cpus, _)| cpus == 1).await;
@@ -62,7 +63,7 @@ async fn cpus_come_and_go_while_the_guest_runs() {
 async fn cpus_that_come_before_the_guest_runs_are_there() {
     let mut lab = Lab::new(TELLS).await;
     lab.config.max_vcpus = 2;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     assert_eq!(vm.resize_vcpus(2, SOON).await.unwrap(), 2);
     vm.cont().await.unwrap();
     tells(&lab, "two CPUs", |(cpus, _)| cpus == 2).await;
@@ -72,7 +73,7 @@ async fn cpus_that_come_before_the_guest_runs_are_there() {
 async fn memory_comes_and_goes_while_the_guest_runs() {
     let mut lab = Lab::new(TELLS).await;
     lab.config.max_memory_mib = 1280;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     vm.cont().await.unwrap();
     tells(&lab, "a running guest", |(_, mib)| mib > 0).await;
     let (_, boot) = told(&lab);
@@ -93,10 +94,10 @@ async fn memory_comes_and_goes_while_the_guest_runs() {
 async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
     let mut lab = Lab::new("").await;
     lab.config.max_memory_mib = 512;
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     assert_eq!(vm.resize_memory(512, Duration::from_millis(100)).await.unwrap(), 256);
     lab.config.root_ports = 1;
-    let full = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let full = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
     let disk = vmm::Block { path: image.path().into(), read_only: false, direct: false, serial: None };
@@ -128,9 +129,10 @@ async fn shared_directories_work_in_memory_that_was_added() {
         shared_dir: shared.path().into(),
         cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
+        confinement: lab.config.confinement.clone(),
     };
     let (_virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     vm.attach(Device::VirtioFs(VirtioFs { tag: "share".into(), connection, queue_size: 1024 })).await.unwrap();
     vm.cont().await.unwrap();
     lab.prints("guest is up").await;
@@ -162,17 +164,23 @@ async fn the_agent_is_reached_after_memory_was_added_and_taken_away() {
     lab.config.initramfs = Some(installed("share/cofferdam/initramfs.cpio"));
     lab.config.kernel_params = vec![format!("cofferdam.ready_port={READY_PORT}")];
     lab.config.max_memory_mib = 1280;
-    let uds_path = lab.dir.path().join("vm.vsock");
-    let ready = UnixListener::bind(lab.dir.path().join(format!("vm.vsock_{READY_PORT}"))).unwrap();
+    let uds_path = lab.sockets().join("vm");
+    let ready = UnixListener::bind(lab.sockets().join(format!("vm_{READY_PORT}"))).unwrap();
+    // The daemon is not root.
+    std::fs::set_permissions(lab.sockets().join(format!("vm_{READY_PORT}")), std::fs::Permissions::from_mode(0o666))
+        .unwrap();
     let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
         binary: installed("libexec/cofferdam/vhost-device-vsock"),
-        socket: lab.dir.path().join("vsock.sock"),
-        uds_path: uds_path.clone(),
+        cache_dir: cache_dir(),
+        dir: lab.sockets(),
+        name: "vm".into(),
         guest_cid: 3,
         cgroup_procs: Vec::new(),
+        confinement: lab.config.confinement.clone(),
     })
+    .await
     .unwrap();
-    let vm = Vm::spawn(&lab.config).unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
     let connection = daemon.connect(SOON).await.unwrap();
     vm.attach(Device::Vsock(VsockDevice::User { connection })).await.unwrap();
     vm.cont().await.unwrap();

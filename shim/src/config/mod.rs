@@ -10,6 +10,7 @@ mod programs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use launcher::UidRange;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml::Value;
@@ -19,6 +20,10 @@ use annotations::SETTABLE;
 use layers::Layers;
 
 pub use programs::{find_file, find_program};
+
+/// A range that systemd, distributions and container tools leave alone (systemd's docs/UIDS-GIDS).
+const FIRST_UID: u32 = 1_900_000_000;
+const UIDS: u32 = 65_536;
 
 /// Where an administrator's configuration is.
 const DEFAULT_PATH: &str = "/etc/cofferdam/cofferdam.toml";
@@ -49,6 +54,21 @@ pub enum VsockDevice {
     VhostUser,
 }
 
+/// What keeps a QEMU or helper that was taken over from the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConfinementLevel {
+    /// All layers, or the sandbox does not start.
+    #[default]
+    Full,
+    /// The file server of volumes is in the host's user namespace.
+    NoUserNamespace,
+    /// No filter of system calls.
+    NoSeccomp,
+    /// None: everything runs as root, and sees the host's files.
+    None,
+}
+
 /// `cofferdam.toml`; `configs/cofferdam.toml` explains every key.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -75,6 +95,11 @@ pub struct Config {
     pub accelerator: Accelerator,
     /// How the guest is reached.
     pub vsock: VsockDevice,
+    /// How QEMU and the helpers are confined.
+    pub confinement: ConfinementLevel,
+    /// First and last of the user ids (and group ids) that sandboxes run as.
+    #[serde(deserialize_with = "uid_range")]
+    pub uid_range: UidRange,
     /// Memory in MiB of a machine with a container that has no limit; limits are added to it.
     #[serde(deserialize_with = "whole::<64, 16_777_216, _, _>")]
     pub memory_mib: u64,
@@ -105,6 +130,8 @@ impl Default for Config {
             vhost_device_vsock: programs::helper("vhost-device-vsock", &[]),
             accelerator: Accelerator::Auto,
             vsock: VsockDevice::Auto,
+            confinement: ConfinementLevel::Full,
+            uid_range: UidRange { first: FIRST_UID, count: UIDS },
             memory_mib: 512,
             vcpus: 1,
             boot_timeout_seconds: 30,
@@ -148,6 +175,21 @@ fn whole<'de, const MIN: i64, const MAX: i64, T: TryFrom<i64>, D: Deserializer<'
     number
         .and_then(|number| T::try_from(number).ok())
         .ok_or_else(|| D::Error::custom(format!("must be a whole number from {MIN} to {MAX}, not {value}")))
+}
+
+/// `[first, last]`; never root or an id that means none.
+fn uid_range<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<UidRange, D::Error> {
+    let value = Value::deserialize(from)?;
+    let ends = value.as_array().map(Vec::as_slice).and_then(|ends| match ends {
+        [first, last] => Some((first.as_integer()?, last.as_integer()?)),
+        _ => None,
+    });
+    let range = ends.filter(|(first, last)| *first >= 1 && last >= first && *last < i64::from(u32::MAX));
+    let range =
+        range.and_then(|(first, last)| Some((u32::try_from(first).ok()?, u32::try_from(last - first + 1).ok()?)));
+    range.map(|(first, count)| UidRange { first, count }).ok_or_else(|| {
+        D::Error::custom(format!("must be two user ids such as [{FIRST_UID}, {}], not {value}", FIRST_UID + UIDS - 1))
+    })
 }
 
 /// A program: an absolute path, or a name to look up in PATH. The shim's working directory is a container's bundle,

@@ -4,6 +4,8 @@
 //! dropped or fails, so there is nothing to roll back by hand. QEMU and the helpers also die with the shim
 //! (PR_SET_PDEATHSIG), because nobody else could take them over.
 
+use std::fs::{DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -14,17 +16,18 @@ use agent_client::{
     AGENT_PORT, AgentClient, GUEST_ROOTFS, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, ROOTFS_TAG, SHARE_TAG,
     Transport, UDS_PORT,
 };
+use launcher::UidLease;
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::{Attached, Block, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
+use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
 use super::ledger::{Ledger, Resource};
 use super::nics::Nics;
 use super::sizing::{Sizing, host_cpus, host_memory_mib};
 use crate::cgroup;
-use crate::config::{Accelerator, Config, VsockDevice as VsockChoice, find_file, find_program};
+use crate::config::{Accelerator, Config, ConfinementLevel, VsockDevice as VsockChoice, find_file, find_program};
 use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features};
@@ -72,6 +75,10 @@ const FS_QUEUE_SIZE: u16 = 1024;
 /// Context id of a guest behind a user space vsock device: each has a device, and so a number space, of its own.
 const HYBRID_CID: u32 = 3;
 
+/// Directory of vhost-device-vsock's sockets below the state directory, and the name of the host's side there.
+const SOCKETS: &str = "vsock";
+const SOCKET_NAME: &str = "vm";
+
 /// What a launch needs to know.
 pub struct Plan {
     /// The configuration.
@@ -116,6 +123,8 @@ pub struct Guest {
     size: Mutex<Sizing>,
     file_servers: [Virtiofsd; 2],
     vsock_daemon: Option<VsockDaemon>,
+    /// The user id of its processes, which nobody else gets while they live.
+    _uid: Option<UidLease>,
 }
 
 impl Guest {
@@ -248,6 +257,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     };
     let accel = accel.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
+    let (lease, confinement) = confinement(config, ledger.dir())?;
     let mut machine = MachineConfig {
         capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,
         qemu,
@@ -264,6 +274,8 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs,
         netns: Some(nics.netns()),
+        confinement,
+        cache_dir: cache_dir.clone(),
     };
     let shared = [(share_dir(ledger.dir()), FsCache::Auto), (rootfs_dir(ledger.dir()), FsCache::Always)];
     let file_servers = shared.map(|(shared_dir, cache)| VirtiofsdConfig {
@@ -273,11 +285,12 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         shared_dir,
         cache,
         cgroup_procs: machine.cgroup_procs.clone(),
+        confinement: machine.confinement.clone(),
     });
     for attempt in 1..=2 {
         let boot = boot(plan, &mut machine, &file_servers, &nics, ledger);
         match timeout(config.boot_deadline(), boot).await {
-            Ok(result) => return result,
+            Ok(result) => return result.map(|guest| Guest { _uid: lease, ..guest }),
             Err(_) => {
                 let console = last_lines(machine.console.as_deref());
                 tracing::warn!(attempt, deadline = ?config.boot_deadline(), console, "the guest did not answer");
@@ -290,6 +303,33 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         config.boot_timeout_seconds,
         config.initramfs.display()
     )))
+}
+
+/// What the sandbox's processes are confined to, as configured; and the user id that is theirs.
+fn confinement(config: &Config, state_dir: &Path) -> Result<(Option<UidLease>, Option<Confinement>)> {
+    let level = config.confinement;
+    if level != ConfinementLevel::Full {
+        tracing::warn!(?level, "QEMU and the helpers are confined less than they could be");
+    }
+    if level == ConfinementLevel::None {
+        return Ok((None, None));
+    }
+    let lease = config.uid_range.lease(&Path::new(STATE_ROOT).join("uids"));
+    let lease = lease.doing(|| "get a user id for the sandbox (uid_range in the configuration)".into())?;
+    let mount_point = state_dir.join("jail");
+    std::fs::create_dir_all(&mount_point).doing(|| format!("make directory {}", mount_point.display()))?;
+    let user_namespace = match level {
+        ConfinementLevel::NoUserNamespace => None,
+        _ => Some(Arc::new(launcher::user_namespace().doing(|| {
+            "make a user namespace for virtiofsd (allow them, sysctl user.max_user_namespaces, or set confinement = \
+             \"no-user-namespace\" in the configuration)"
+                .into()
+        })?)),
+    };
+    let seccomp = level != ConfinementLevel::NoSeccomp;
+    tracing::info!(?level, uid = lease.uid, "confinement");
+    let confinement = Confinement { mount_point, uid: lease.uid, user_namespace, seccomp };
+    Ok((Some(lease), Some(confinement)))
 }
 
 /// The end of the guest's console, as far as it fits a line of the log.
@@ -334,12 +374,27 @@ fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
     };
     let transport = match &kernel {
         Some(kernel) => Transport::Vsock { cid: kernel.cid },
-        None => Transport::Hybrid { path: dir.join("vsock") },
+        None => Transport::Hybrid { path: dir.join(SOCKETS).join(SOCKET_NAME) },
     };
+    if kernel.is_none() {
+        let dir = dir.join(SOCKETS);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+        made.doing(|| format!("make directory {}", dir.display()))?;
+    }
     let doing = || "listen for the guest's ready notice".to_owned();
-    let ready = transport.listen(READY_PORT).doing(doing)?;
+    let ready = listen(&transport, READY_PORT).doing(doing)?;
     let port = ready.port(READY_PORT).doing(doing)?;
     Ok(Address { transport, ready, port, kernel })
+}
+
+/// Listens for what the guest dials. A vsock daemon that is not root must be able to reach the socket; only it and root
+/// can enter the directory.
+fn listen(transport: &Transport, port: u32) -> std::io::Result<Listener> {
+    let listener = transport.listen(port)?;
+    if let (Transport::Hybrid { .. }, Listener::Unix { path, .. }) = (transport, &listener) {
+        std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
+    }
+    Ok(listener)
 }
 
 async fn boot(
@@ -357,18 +412,21 @@ async fn boot(
     if config.debug {
         machine.kernel_params.push("agent.log=debug".to_owned());
     }
-    let starting = Vm::spawn(machine)?;
+    let starting = Vm::spawn(machine).await?;
     ledger.record(&Resource::Process(starting.identity()))?;
     let daemon = match &kernel {
         Some(_) => None,
         None => {
             let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
                 binary: find_program(&config.vhost_device_vsock, "vhost_device_vsock")?,
-                socket: dir.join("vsock-user"),
-                uds_path: dir.join("vsock"),
+                cache_dir: machine.cache_dir.clone(),
+                dir: dir.join(SOCKETS),
+                name: SOCKET_NAME.to_owned(),
                 guest_cid: HYBRID_CID,
                 cgroup_procs: machine.cgroup_procs.clone(),
-            })?;
+                confinement: machine.confinement.clone(),
+            })
+            .await?;
             ledger.record(&Resource::Process(daemon.identity()))?;
             Some(daemon)
         }
@@ -433,7 +491,7 @@ async fn boot(
     let (mut relay, mut sockets_port, mut forwarder) = (None, None, None);
     if features.uds {
         let doing = || "listen for the guest's connections to unix sockets".to_owned();
-        let listener = transport.listen(UDS_PORT).doing(doing)?;
+        let listener = listen(&transport, UDS_PORT).doing(doing)?;
         sockets_port = Some(listener.port(UDS_PORT).doing(doing)?);
         relay = Some(uds::serve(listener, sockets.clone()));
     }
@@ -456,6 +514,7 @@ async fn boot(
         size: Mutex::new(plan.sizing),
         file_servers,
         vsock_daemon: daemon,
+        _uid: None,
     })
 }
 

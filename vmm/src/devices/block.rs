@@ -1,5 +1,6 @@
 //! A disk (virtio-blk) on a raw image file or a block device of the host.
 
+use std::fs::OpenOptions;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
@@ -25,16 +26,18 @@ pub struct Block {
 impl Block {
     pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
         let shown = self.path.display();
-        let kind = std::fs::metadata(&self.path).doing(|| format!("use the disk {shown}"))?.file_type();
+        // Opened once, here: what is looked at is what QEMU gets, which could not open it by itself.
+        let file = OpenOptions::new().read(true).write(!self.read_only).open(&self.path);
+        let file = file.doing(|| format!("open the disk {shown}"))?;
+        let kind = file.metadata().doing(|| format!("use the disk {shown}"))?.file_type();
         let driver = if kind.is_block_device() { "host_device" } else { "file" };
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::Unsupported(format!("{shown} is neither a file nor a block device")));
         }
-        let Some(path) = self.path.to_str() else {
-            return Err(Error::Unsupported(format!("the path {shown} is not UTF-8, which QEMU needs")));
-        };
+        let set = plug.qmp.add_fd(file.into()).await?;
+        plug.undo.push(Undo::RemoveFdSet(set));
         let node = format!("{}-raw", plug.id);
-        let file = json!({"driver": driver, "filename": path, "aio": "threads"});
+        let file = json!({"driver": driver, "filename": format!("/dev/fdset/{set}"), "aio": "threads"});
         let node_arguments = json!({"driver": "raw", "node-name": node, "read-only": self.read_only, "file": file,
             "discard": "unmap", "cache": {"direct": self.direct}});
         let Value::Object(node_arguments) = node_arguments else { return Ok(()) };

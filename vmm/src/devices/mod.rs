@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{
-    BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, NetdevDel, ObjectDel, QomList, connected_socket,
+    BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, NetdevDel, ObjectDel, QomList, RemoveFd, connected_socket,
 };
 
 /// A device to attach.
@@ -67,6 +67,7 @@ impl Device {
 #[derive(Debug)]
 pub(crate) enum Undo {
     CloseFd(String),
+    RemoveFdSet(u64),
     RemoveChardev(String),
     RemoveBlockNode(String),
     RemoveNetdev(String),
@@ -128,6 +129,7 @@ pub(crate) async fn undo(qmp: &Qmp, steps: Vec<Undo>) {
                 Err(Error::Refused { .. }) => Ok(()),
                 done => done,
             },
+            Undo::RemoveFdSet(fdset_id) => qmp.execute(&RemoveFd { fdset_id: *fdset_id }).await.map(drop),
             Undo::RemoveChardev(id) => qmp.execute(&ChardevRemove { id: id.clone() }).await.map(drop),
             Undo::RemoveBlockNode(node_name) => {
                 qmp.execute(&BlockdevDel { node_name: node_name.clone() }).await.map(drop)

@@ -1,4 +1,5 @@
-//! virtiofsd, which serves a shared directory: the Rust one (1.x), or the C one that came with QEMU up to 7.2.
+//! virtiofsd, which serves a shared directory: the Rust one (1.x). The C one that came with QEMU up to 7.2 has had no
+//! upstream since 2022, and is refused.
 //!
 //! It inherits a listening socket that we are connected to already, so there is nothing to wait for, and no path to
 //! find it by: whoever comes later finds no socket.
@@ -10,10 +11,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::Helper;
 use crate::cache::FileKey;
+use crate::confine::{Confinement, SHARED};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Identity, Spawn, stdout_of};
 
@@ -47,6 +47,15 @@ pub struct VirtiofsdConfig {
     pub cache: FsCache,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
+    /// What it is confined to; by itself to its own namespaces if none.
+    pub confinement: Option<Confinement>,
+}
+
+impl VirtiofsdConfig {
+    /// Whether device nodes can be made: in what is a container's own, not in what the host uses too.
+    fn makes_nodes(&self) -> bool {
+        self.cache == FsCache::Always
+    }
 }
 
 /// A running virtiofsd. Dropping it kills it.
@@ -61,12 +70,6 @@ impl Deref for Virtiofsd {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-enum Flavour {
-    Rust,
-    C,
-}
-
 impl Virtiofsd {
     /// Starts it, and returns with it the connection for [`crate::VirtioFs`]. That it serves is seen when the device is
     /// attached, which waits for it; if that fails, [`Helper::explain`] knows more.
@@ -74,12 +77,21 @@ impl Virtiofsd {
     /// # Errors
     /// The binary is missing or no virtiofsd, or the socket cannot be made.
     pub async fn spawn(config: &VirtiofsdConfig) -> Result<(Virtiofsd, OwnedFd)> {
-        let flavour = flavour(&config.binary, &config.cache_dir).await?;
+        check_version(&config.binary, &config.cache_dir).await?;
+        let nodes = config.makes_nodes();
+        let jail = match &config.confinement {
+            Some(confinement) => {
+                let jail = confinement.file_server(&config.binary, &config.cache_dir, &config.shared_dir, nodes);
+                Some(jail.await?)
+            }
+            None => None,
+        };
         let (listener, connection) = connected(&config.socket)?;
-        let arguments = arguments(flavour, config, &listener);
+        let arguments = arguments(config, &listener);
         let child = Child::spawn(Spawn {
             fds: vec![OwnedFd::from(listener)],
             cgroup_procs: config.cgroup_procs.clone(),
+            jail,
             ..Spawn::new(&config.binary, arguments)
         })?;
         Ok((Virtiofsd(Helper { child }), connection.into()))
@@ -113,60 +125,47 @@ fn connected(path: &Path) -> Result<(UnixListener, UnixStream)> {
     Ok((listener, connection.doing(|| format!("connect to {}", path.display()))?))
 }
 
-fn arguments(flavour: Flavour, config: &VirtiofsdConfig, listener: &impl AsRawFd) -> Vec<OsString> {
+fn arguments(config: &VirtiofsdConfig, listener: &impl AsRawFd) -> Vec<OsString> {
     let cache = match config.cache {
-        FsCache::Auto => "cache=auto",
-        FsCache::Always => "cache=always",
+        FsCache::Auto => "--cache=auto",
+        FsCache::Always => "--cache=always",
+    };
+    // A file handle opens any file of a file system, so it takes a capability that a confined one does not have.
+    let (dir, sandbox, handles) = match config.confinement {
+        Some(_) => (Path::new(SHARED), "--sandbox=none", "--inode-file-handles=never"),
+        None => (config.shared_dir.as_path(), "--sandbox=namespace", "--inode-file-handles=prefer"),
     };
     let mut arguments: Vec<OsString> = vec![format!("--fd={}", listener.as_raw_fd()).into()];
-    match flavour {
-        Flavour::Rust => {
-            arguments.extend(["--shared-dir".into(), config.shared_dir.clone().into(), format!("--{cache}").into()]);
-            let fixed = ["--sandbox=namespace", "--inode-file-handles=prefer", "--announce-submounts"];
-            arguments.extend(fixed.map(Into::into));
-            // File capabilities of a container's programs are extended attributes.
-            arguments.extend(["--xattr", "--log-level=error"].map(Into::into));
-        }
-        Flavour::C => {
-            // `-o` separates its options by commas and knows no way to write one.
-            let mut source = OsString::from("source=");
-            source.push(&config.shared_dir);
-            for option in [cache, "sandbox=namespace", "announce_submounts", "xattr", "log_level=err"] {
-                arguments.extend(["-o".into(), option.into()]);
-            }
-            arguments.extend(["-o".into(), source]);
-            // It insists on a million descriptors otherwise, which only CAP_SYS_RESOURCE can have.
-            arguments.push("--rlimit-nofile=0".into());
-        }
+    arguments.extend(["--shared-dir".into(), dir.into()]);
+    // File capabilities of a container's programs are extended attributes.
+    let fixed = [cache, sandbox, handles, "--announce-submounts", "--xattr", "--log-level=error"];
+    arguments.extend(fixed.map(Into::into));
+    if config.confinement.is_some() && !config.makes_nodes() {
+        // It insists on what it thinks that it needs.
+        arguments.push("--modcaps=-mknod".into());
     }
     arguments
 }
 
-/// Which virtiofsd a binary is: asked once, then from the cache.
-async fn flavour(binary: &Path, cache_dir: &Path) -> Result<Flavour> {
+/// Whether the binary is a virtiofsd that can be used: asked once, then from the cache.
+async fn check_version(binary: &Path, cache_dir: &Path) -> Result<()> {
     let key = FileKey::of(binary)?;
-    if let Some(known) = key.load(cache_dir, "virtiofsd") {
-        return Ok(known);
+    if key.load::<String>(cache_dir, "virtiofsd").is_some() {
+        return Ok(());
     }
     let said = stdout_of(binary, &["--version"], VERSION_DEADLINE).await?;
-    let Some(found) = flavour_by_version(&said) else {
-        let said = said.lines().next().unwrap_or_default();
-        return Err(Error::Unsupported(format!("{} is no virtiofsd: its version is {said:?}", binary.display())));
-    };
-    key.store(cache_dir, "virtiofsd", &found);
-    Ok(found)
-}
-
-/// `virtiofsd 1.14.0`, or `virtiofsd version 7.2.22 (Debian …)`.
-fn flavour_by_version(said: &str) -> Option<Flavour> {
+    let said = said.lines().next().unwrap_or_default();
     let mut words = said.split_ascii_whitespace();
-    if words.next() != Some("virtiofsd") {
-        return None;
-    }
-    match words.next()? {
-        "version" => Some(Flavour::C),
-        number if number.starts_with(|c: char| c.is_ascii_digit()) => Some(Flavour::Rust),
-        _ => None,
+    match (words.next(), words.next()) {
+        (Some("virtiofsd"), Some(number)) if number.starts_with(|c: char| c.is_ascii_digit()) => {
+            key.store(cache_dir, "virtiofsd", &number);
+            Ok(())
+        }
+        (Some("virtiofsd"), Some("version")) => Err(Error::Unsupported(format!(
+            "{} is the virtiofsd of old QEMU, which is not maintained: install virtiofsd 1.10 or later",
+            binary.display()
+        ))),
+        _ => Err(Error::Unsupported(format!("{} is no virtiofsd: its version is {said:?}", binary.display()))),
     }
 }
 
@@ -174,20 +173,12 @@ fn flavour_by_version(said: &str) -> Option<Flavour> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn both_kinds_are_told_apart_by_their_version() {
-        assert_eq!(flavour_by_version("virtiofsd 1.14.0\n"), Some(Flavour::Rust));
-        assert_eq!(flavour_by_version("virtiofsd version 7.2.22 (Debian 1:7.2)\nCopyright"), Some(Flavour::C));
-        assert_eq!(flavour_by_version("sleep (GNU coreutils) 9.1"), None);
-        assert_eq!(flavour_by_version(""), None);
-    }
-
     #[tokio::test]
     async fn what_is_no_virtiofsd_is_named() {
         let cache = tempfile::tempdir().unwrap();
-        let error = flavour(Path::new("/bin/true"), cache.path()).await.unwrap_err().to_string();
+        let error = check_version(Path::new("/bin/true"), cache.path()).await.unwrap_err().to_string();
         assert_eq!(error, "/bin/true is no virtiofsd: its version is \"true (GNU coreutils) 9.1\"");
-        let error = flavour(Path::new("/no/virtiofsd"), cache.path()).await.unwrap_err().to_string();
+        let error = check_version(Path::new("/no/virtiofsd"), cache.path()).await.unwrap_err().to_string();
         assert!(error.starts_with("cannot use /no/virtiofsd: "), "{error}");
     }
 

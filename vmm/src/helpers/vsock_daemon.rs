@@ -1,42 +1,53 @@
 //! vhost-device-vsock: vsock for hosts whose kernel has none. The host side is a unix socket (`CONNECT <port>`), and for
 //! connections from the guest one more for each port (`<path>_<port>`).
 
+use std::fs::{self, Permissions};
 use std::io;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::Helper;
+use crate::confine::{Confinement, SOCKETS};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn};
 
 /// Between two looks for the socket. A look costs 10 µs.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
+/// Where the daemon takes QEMU's connection, in its directory.
+const SOCKET: &str = "device";
+
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct VsockDaemonConfig {
     /// The binary; an absolute path.
     pub binary: PathBuf,
-    /// Where it takes QEMU's connection: a free path in a directory that only root can enter.
-    pub socket: PathBuf,
-    /// The host's side.
-    pub uds_path: PathBuf,
+    /// Where it is kept which files the binary needs.
+    pub cache_dir: PathBuf,
+    /// Directory of its sockets, which only root can enter. A confined daemon gets it for as long as it needs to make
+    /// them.
+    pub dir: PathBuf,
+    /// Name of the host's side in that directory.
+    pub name: String,
     /// Address of the guest; each daemon has its own numbers, 3 and up.
     pub guest_cid: u32,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
+    /// What it is confined to; nothing if none.
+    pub confinement: Option<Confinement>,
 }
 
 /// A running vhost-device-vsock. Dropping it kills it.
 #[derive(Debug)]
 pub struct VsockDaemon {
     helper: Helper,
-    socket: PathBuf,
+    dir: PathBuf,
 }
 
 impl Deref for VsockDaemon {
@@ -52,32 +63,49 @@ impl VsockDaemon {
     ///
     /// # Errors
     /// The binary cannot be executed.
-    pub fn spawn(config: &VsockDaemonConfig) -> Result<VsockDaemon> {
+    pub async fn spawn(config: &VsockDaemonConfig) -> Result<VsockDaemon> {
+        let (dir, jail) = match &config.confinement {
+            Some(confinement) => {
+                let jail = confinement.vsock_daemon(&config.binary, &config.cache_dir, &config.dir).await?;
+                let owner = Some(confinement.uid);
+                chown(&config.dir, owner, owner).doing(|| format!("hand over {}", config.dir.display()))?;
+                (Path::new(SOCKETS), Some(jail))
+            }
+            None => (config.dir.as_path(), None),
+        };
         let arguments = vec![
             "--guest-cid".into(),
             config.guest_cid.to_string().into(),
             "--socket".into(),
-            config.socket.clone().into(),
+            dir.join(SOCKET).into(),
             "--uds-path".into(),
-            config.uds_path.clone().into(),
+            dir.join(&config.name).into(),
         ];
         let cgroup_procs = config.cgroup_procs.clone();
-        let child = Child::spawn(Spawn { cgroup_procs, ..Spawn::new(&config.binary, arguments) })?;
-        Ok(VsockDaemon { helper: Helper { child }, socket: config.socket.clone() })
+        let child = Child::spawn(Spawn { cgroup_procs, jail, ..Spawn::new(&config.binary, arguments) })?;
+        Ok(VsockDaemon { helper: Helper { child }, dir: config.dir.clone() })
     }
 
     /// Waits until it takes a connection, and returns that for [`crate::VsockDevice::User`]. It serves one at a time:
-    /// call this once.
+    /// call this once, before the guest runs. From then on the directory is root's again: a daemon that is taken over
+    /// later can neither replace a socket nor fill the file system.
     ///
     /// # Errors
     /// It ended, or the deadline passed.
     pub async fn connect(&self, timeout: Duration) -> Result<OwnedFd> {
         let until = Instant::now() + timeout;
+        let socket = self.dir.join(SOCKET);
         loop {
-            match UnixStream::connect(&self.socket) {
-                Ok(connection) => return Ok(connection.into()),
+            match UnixStream::connect(&socket) {
+                Ok(connection) => {
+                    let doing = || format!("take back {}", self.dir.display());
+                    chown(&self.dir, Some(0), Some(0)).doing(doing)?;
+                    // The daemon still has to reach the sockets that are made for it there.
+                    fs::set_permissions(&self.dir, Permissions::from_mode(0o711)).doing(doing)?;
+                    return Ok(connection.into());
+                }
                 Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                    return Err(error).doing(|| format!("connect to {}", self.socket.display()));
+                    return Err(error).doing(|| format!("connect to {}", socket.display()));
                 }
                 Err(_) => {}
             }
@@ -85,7 +113,7 @@ impl VsockDaemon {
                 return Err(death);
             }
             if Instant::now() >= until {
-                return Err(Error::Deadline { doing: format!("the socket {}", self.socket.display()), timeout });
+                return Err(Error::Deadline { doing: format!("the socket {}", socket.display()), timeout });
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }

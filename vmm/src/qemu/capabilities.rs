@@ -2,9 +2,9 @@
 //! asking takes about 0.1 s, and no start of a sandbox but the first one pays that.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,8 @@ pub struct Capabilities {
     pub virtio_status: bool,
     /// The small firmware qboot is in its data directories.
     pub qboot: bool,
+    /// Directories of firmware and the like, as far as they are there.
+    pub data_dirs: Vec<PathBuf>,
     /// Settings of the q35 machine.
     pub(crate) machine_options: BTreeSet<String>,
 }
@@ -79,7 +81,7 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     }
     arguments.plain("-display", "none");
     arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
-    monitor(&mut arguments, &theirs);
+    monitor(&mut arguments, theirs.as_raw_fd());
     let child = Child::spawn(Spawn { fds: vec![OwnedFd::from(theirs)], ..Spawn::new(qemu, arguments.into_vec()) })?;
     match interview(qemu, ours).await {
         // One that ended says more by its status and its last words than by the end of its monitor.
@@ -119,12 +121,25 @@ async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
         sandbox: options.iter().any(|option| option.option == "sandbox"),
         virtio_status: commands.iter().any(|command| command.name == "x-query-virtio-status"),
         qboot: data_dirs.lines().any(|dir| Path::new(dir).join(QBOOT).is_file()),
+        data_dirs: data_dirs.lines().map(plain).filter(|dir| dir.is_absolute() && dir.is_dir()).collect(),
         machine_options,
         version,
     };
     // The answers are here; how it ends does not matter, and it dies with its handle.
     let _ = qmp.execute_within(&Quit {}, Duration::from_millis(100)).await;
     Ok(found)
+}
+
+/// `/usr/bin/../share/qemu`, as a QEMU says that can be moved, without its detour.
+fn plain(dir: &str) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in Path::new(dir).components() {
+        match part {
+            Component::ParentDir => drop(plain.pop()),
+            part => plain.push(part),
+        }
+    }
+    plain
 }
 
 /// Whether there is a type of this name. To list all of them would load every module of QEMU, which takes longer than
@@ -138,8 +153,7 @@ async fn has(qmp: &Qmp, typename: &str) -> Result<bool> {
 }
 
 /// A monitor on an inherited, connected socket: its end of file is QEMU's death, and no path is left behind.
-pub(super) fn monitor(arguments: &mut Arguments, socket: &impl AsRawFd) {
-    let descriptor = socket.as_raw_fd().to_string();
-    arguments.list("-chardev", Properties::new("socket").with("id", "qmp").with("fd", descriptor));
+pub(super) fn monitor(arguments: &mut Arguments, socket: RawFd) {
+    arguments.list("-chardev", Properties::new("socket").with("id", "qmp").with("fd", socket.to_string()));
     arguments.list("-mon", Properties::pairs().with("chardev", "qmp").with("mode", "control"));
 }

@@ -2,14 +2,15 @@
 
 use std::arch::x86_64::_rdtsc;
 use std::ffi::OsString;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::accel::Resolved;
 use super::args::{Arguments, Properties};
 use super::capabilities::{Capabilities, QBOOT, monitor};
+use crate::confine::Confinement;
 use crate::devices::memory::region_mib;
 use crate::error::{Error, Result};
 
@@ -50,12 +51,27 @@ pub struct MachineConfig {
     pub max_vcpus: u32,
     /// How many devices can be attached, 1 to 27. Each costs 5 to 10 ms of an emulated boot.
     pub root_ports: u8,
-    /// For debugging: the guest's console (hvc0) is written to this file.
+    /// For debugging: the end of what the guest's console (hvc0) shows is kept in this file ([`crate::console`]).
     pub console: Option<PathBuf>,
     /// `cgroup.procs` files that QEMU enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
-    /// The network namespace that QEMU runs in; the caller's if none.
+    /// The network namespace that QEMU runs in; the caller's, or an empty one for a confined QEMU, if none.
     pub netns: Option<Arc<OwnedFd>>,
+    /// What QEMU is confined to; nothing if none.
+    pub confinement: Option<Confinement>,
+    /// Where it is kept which files a program needs.
+    pub cache_dir: PathBuf,
+}
+
+/// What QEMU inherits or reads by path, under the names that it has for them.
+#[derive(Debug)]
+pub(crate) struct Inherited<'a> {
+    /// Number of the monitor's socket.
+    pub monitor: RawFd,
+    /// Number of the console's socket.
+    pub console: Option<RawFd>,
+    pub kernel: &'a Path,
+    pub initramfs: Option<&'a Path>,
 }
 
 /// The PCI bus behind a root port, by QEMU's name.
@@ -63,11 +79,11 @@ pub(crate) fn port_bus(port: u8) -> String {
     format!("port{port}")
 }
 
-/// The command line, with a monitor on `socket` (inherited under the number it has here). The CPUs wait for `cont`.
+/// The command line. The CPUs wait for `cont`.
 ///
 /// # Errors
 /// The configuration asks for what cannot be.
-pub(crate) fn arguments(config: &MachineConfig, socket: &impl AsRawFd) -> Result<Vec<OsString>> {
+pub(crate) fn arguments(config: &MachineConfig, inherited: &Inherited<'_>) -> Result<Vec<OsString>> {
     check(config)?;
     let mut arguments = Arguments::default();
     for flag in ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-S"] {
@@ -75,15 +91,16 @@ pub(crate) fn arguments(config: &MachineConfig, socket: &impl AsRawFd) -> Result
     }
     arguments.plain("-display", "none");
     arguments.list("-name", Properties::pairs().with("guest", &config.name));
-    monitor(&mut arguments, socket);
-    if config.capabilities.sandbox {
+    monitor(&mut arguments, inherited.monitor);
+    let filtered = config.confinement.as_ref().is_none_or(|confinement| confinement.seccomp);
+    if config.capabilities.sandbox && filtered {
         let denied = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
         let filter = denied.into_iter().fold(Properties::new("on"), |filter, what| filter.with(what, "deny"));
         arguments.list("-sandbox", filter);
     }
     machine(&mut arguments, config);
-    boot(&mut arguments, config);
-    devices(&mut arguments, config);
+    boot(&mut arguments, config, inherited);
+    devices(&mut arguments, config, inherited.console);
     Ok(arguments.into_vec())
 }
 
@@ -103,6 +120,12 @@ fn check(config: &MachineConfig) -> Result<()> {
     }
     if config.accel.kvm && !capabilities.kvm {
         return no(format!("{} was built without KVM", config.qemu.display()));
+    }
+    if !capabilities.sandbox && config.confinement.as_ref().is_some_and(|confinement| confinement.seccomp) {
+        return no(format!(
+            "{} was built without its seccomp filter (-sandbox): use another, or set confinement = \"no-seccomp\"",
+            config.qemu.display()
+        ));
     }
     if !config.accel.kvm && !capabilities.tcg {
         return no(format!("{} was built without emulation, and KVM cannot be used", config.qemu.display()));
@@ -148,9 +171,9 @@ fn machine(arguments: &mut Arguments, config: &MachineConfig) {
         .list("-object", Properties::new("memory-backend-memfd").with("id", "mem").with("size", &size).on("share"));
 }
 
-fn boot(arguments: &mut Arguments, config: &MachineConfig) {
-    arguments.plain("-kernel", &config.kernel);
-    if let Some(initramfs) = &config.initramfs {
+fn boot(arguments: &mut Arguments, config: &MachineConfig, inherited: &Inherited<'_>) {
+    arguments.plain("-kernel", inherited.kernel);
+    if let Some(initramfs) = inherited.initramfs {
         arguments.plain("-initrd", initramfs);
     }
     arguments.plain("-append", kernel_params(config).join(" "));
@@ -204,18 +227,18 @@ fn tsc_khz() -> u64 {
     ticks.saturating_mul(1_000_000) / (best.as_nanos() as u64).max(1)
 }
 
-fn devices(arguments: &mut Arguments, config: &MachineConfig) {
+fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<RawFd>) {
     let on_root_bus =
         |driver: &str, slot: u8| Properties::new(driver).with("bus", "pcie.0").with("addr", format!("{slot:#x}"));
-    arguments.list("-object", Properties::new("rng-random").with("id", "entropy").with("filename", "/dev/urandom"));
+    arguments.list("-object", Properties::new("rng-builtin").with("id", "entropy"));
     arguments.list(
         "-device",
         on_root_bus("virtio-rng-pci", 1).with("id", "rng").with("rng", "entropy").on("disable-legacy"),
     );
     let balloon = on_root_bus("virtio-balloon-pci", 2).with("id", "balloon").on("disable-legacy");
     arguments.list("-device", balloon.on("free-page-reporting"));
-    if let Some(console) = &config.console {
-        arguments.list("-chardev", Properties::new("file").with("id", "console").with("path", console).on("append"));
+    if let Some(console) = console {
+        arguments.list("-chardev", Properties::new("socket").with("id", "console").with("fd", console.to_string()));
         let serial = on_root_bus("virtio-serial-pci", 3).with("id", "serial").on("disable-legacy");
         arguments.list("-device", serial.number("max_ports", 1_u32));
         arguments.list("-device", Properties::new("virtconsole").with("id", "hvc0").with("chardev", "console"));
@@ -243,6 +266,7 @@ mod tests {
                 vhost_user_fs: true,
                 sandbox: true,
                 qboot: true,
+                data_dirs: Vec::new(),
                 virtio_status: true,
                 machine_options: ["usb", "sata"].map(String::from).into(),
             },
@@ -259,11 +283,23 @@ mod tests {
             console: None,
             cgroup_procs: Vec::new(),
             netns: None,
+            confinement: None,
+            cache_dir: "/cache".into(),
         }
     }
 
+    fn arguments(config: &MachineConfig) -> Result<Vec<OsString>> {
+        let inherited = Inherited {
+            monitor: 7,
+            console: config.console.is_some().then_some(8),
+            kernel: &config.kernel,
+            initramfs: config.initramfs.as_deref(),
+        };
+        super::arguments(config, &inherited)
+    }
+
     fn line(config: &MachineConfig) -> String {
-        let words = arguments(config, &7).unwrap();
+        let words = arguments(config).unwrap();
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" | ")
     }
 
@@ -294,7 +330,7 @@ mod tests {
         let line = line(&MachineConfig { accel, console: Some("/log,s/c".into()), ..config() });
         assert!(line.contains("-accel | kvm | -cpu | host"), "{line}");
         assert!(!line.contains("tsc") && !line.contains("quiet"), "{line}");
-        assert!(line.contains("console=hvc0") && line.contains("file,id=console,path=/log,,s/c,append=on"), "{line}");
+        assert!(line.contains("console=hvc0") && line.contains("socket,id=console,fd=8"), "{line}");
     }
 
     #[test]
@@ -312,7 +348,7 @@ mod tests {
             (MachineConfig { max_vcpus: 241, ..fixed.clone() }, "2 to 241 CPUs: there can be 1 to 240"),
             (MachineConfig { max_memory_mib: 255, ..fixed.clone() }, "256 MiB of memory"),
         ] {
-            let error = arguments(&wrong, &7).unwrap_err().to_string();
+            let error = arguments(&wrong).unwrap_err().to_string();
             assert!(error.starts_with(wanted), "{error}");
         }
     }
@@ -324,9 +360,9 @@ mod tests {
         let lesser = MachineConfig { capabilities, ..full };
         assert!(!line(&lesser).contains("-sandbox"));
         let kvm = MachineConfig { accel: Resolved { kvm: true, reason: String::new() }, ..lesser.clone() };
-        assert!(arguments(&kvm, &7).unwrap_err().to_string().ends_with("was built without KVM"));
-        assert!(arguments(&MachineConfig { root_ports: 28, ..lesser.clone() }, &7).is_err());
-        assert!(arguments(&MachineConfig { root_ports: 0, ..lesser }, &7).is_err());
+        assert!(arguments(&kvm).unwrap_err().to_string().ends_with("was built without KVM"));
+        assert!(arguments(&MachineConfig { root_ports: 28, ..lesser.clone() }).is_err());
+        assert!(arguments(&MachineConfig { root_ports: 0, ..lesser }).is_err());
     }
 
     #[test]

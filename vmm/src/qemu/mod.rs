@@ -6,4 +6,4 @@ pub mod capabilities;
 mod machine;
 
 pub use machine::MachineConfig;
-pub(crate) use machine::{FIRST_PORT_SLOT, arguments, port_bus};
+pub(crate) use machine::{FIRST_PORT_SLOT, Inherited, arguments, port_bus};

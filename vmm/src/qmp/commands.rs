@@ -38,6 +38,10 @@ commands! {
     Getfd { fdname: String } = "getfd" -> IgnoredAny;
     /// Closes a named descriptor that no device took.
     Closefd { fdname: String } = "closefd" -> IgnoredAny;
+    /// Takes a descriptor that comes with the line, for `/dev/fdset/<number>`.
+    AddFd {} = "add-fd" -> FdSet;
+    /// Gives up such a number; the descriptor is closed when nothing uses it.
+    RemoveFd { fdset_id: u64 } = "remove-fd" -> IgnoredAny;
     /// Adds a character device.
     ChardevAdd { id: String, backend: Value } = "chardev-add" -> IgnoredAny;
     /// Removes one that no device uses.
@@ -68,6 +72,14 @@ commands! {
     QueryCommandLineOptions {} = "query-command-line-options" -> Vec<CommandLineOption>;
     /// State of a virtio device. Unstable by name; since 7.2.
     QueryVirtioStatus { path: String } = "x-query-virtio-status" -> VirtioStatus;
+}
+
+/// What `add-fd` returns.
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdSet {
+    /// The number that QEMU chose.
+    pub fdset_id: u64,
 }
 
 /// Adds a device; every driver has arguments of its own. Values must have the type that QEMU gives them: from 9.2 on a

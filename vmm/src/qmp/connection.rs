@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use super::codec::{Decoder, Message, encode};
-use super::commands::{Closefd, Command, Getfd, QmpCapabilities};
+use super::commands::{AddFd, Closefd, Command, Getfd, QmpCapabilities};
 use super::events::Event;
 use crate::error::{Doing, Error, Result};
 
@@ -145,6 +145,19 @@ impl Qmp {
         within(COMMAND_DEADLINE, doing, async {
             let _alone = self.0.passing_fd.lock().await;
             self.send(&Getfd { fdname: name.into() }, Some(fd), COMMAND_DEADLINE).await.map(drop)
+        })
+        .await
+    }
+
+    /// Gives QEMU a descriptor that it opens as `/dev/fdset/<number>`; the number is returned.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute_within`].
+    pub async fn add_fd(&self, fd: OwnedFd) -> Result<u64> {
+        let doing = "passing a descriptor to QEMU";
+        within(COMMAND_DEADLINE, doing, async {
+            let _alone = self.0.passing_fd.lock().await;
+            self.send(&AddFd {}, Some(fd), COMMAND_DEADLINE).await.map(|set| set.fdset_id)
         })
         .await
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vmm::accel::Accel;
-use vmm::{MachineConfig, capabilities};
+use vmm::{Confinement, MachineConfig, capabilities};
 
 /// More than anything here takes, on a busy machine too.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -47,6 +47,8 @@ impl Lab {
         let qemu = qemu();
         let initramfs = dir.path().join("initramfs.cpio");
         std::fs::write(&initramfs, initramfs_of(script)).unwrap();
+        let jail = dir.path().join("jail");
+        std::fs::create_dir(&jail).unwrap();
         let config = MachineConfig {
             capabilities: capabilities::query(&qemu, &cache_dir()).await.unwrap(),
             qemu,
@@ -63,8 +65,22 @@ impl Lab {
             console: Some(dir.path().join("console.log")),
             cgroup_procs: Vec::new(),
             netns: None,
+            confinement: Some(Confinement {
+                mount_point: jail,
+                uid: 1_900_000_000,
+                user_namespace: None,
+                seccomp: true,
+            }),
+            cache_dir: cache_dir(),
         };
         Lab { dir, config }
+    }
+
+    /// A directory for a vsock daemon.
+    pub fn sockets(&self) -> PathBuf {
+        let dir = self.dir.path().join("vsock");
+        std::fs::create_dir_all(&dir).unwrap();
+        dir
     }
 
     pub fn console(&self) -> String {
