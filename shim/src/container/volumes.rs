@@ -23,6 +23,7 @@ use oci_spec::runtime::Mount;
 use super::shares::{Share, Shares};
 use crate::error::{Error, Result};
 use crate::sandbox::mounts::{self, Bind};
+use crate::uds;
 
 /// Where the guest has the pod's /dev/shm; Kata's place for it.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
@@ -110,7 +111,7 @@ impl Volumes {
         let metadata = &pinned.metadata;
         let read_only = has(&["ro", "rro"]);
         if metadata.file_type().is_socket() || is_socket {
-            let name = shares.number().to_string();
+            let name = uds::random_name()?;
             to.source = format!("{GUEST_SANDBOX}/uds/{name}");
             to.type_ = "bind".to_owned();
             if !has(&["bind", "rbind"]) {
@@ -120,6 +121,11 @@ impl Volumes {
                 driver: UDS_DRIVER.to_owned(),
                 source: name.clone(),
                 mount_point: to.source.clone(),
+                options: vec![
+                    format!("mode={:o}", metadata.permissions().mode() & 0o7777),
+                    format!("uid={}", metadata.uid()),
+                    format!("gid={}", metadata.gid()),
+                ],
                 ..Default::default()
             });
             self.sockets.push((name, source));
@@ -364,7 +370,7 @@ mod tests {
             let volumes = prepare(&list, &shares, None).unwrap();
             for (mount, storage) in volumes.mounts.iter().zip(&volumes.storages) {
                 assert_eq!((mount.type_.as_str(), &mount.source), ("bind", &storage.mount_point));
-                assert_eq!(storage.driver, UDS_DRIVER);
+                assert_eq!((storage.driver.as_str(), storage.source.len()), (UDS_DRIVER, 32));
             }
             assert_eq!(volumes.sockets.iter().map(|(_, path)| path).collect::<Vec<_>>(), [&path, &path]);
         });
