@@ -36,6 +36,18 @@ pub fn make_served(dir: &Path, served: &Path) -> Result<()> {
     bind(dir, served, Bind { read_only: true, ..Bind::default() })
 }
 
+/// Makes a directory for a few small files that containers may write to, which must not fill the host's /run.
+///
+/// # Errors
+/// One line that names the directory.
+pub fn make_small(dir: &Path) -> Result<()> {
+    let doing = || format!("mount {}", dir.display());
+    unmount_tree(dir)?;
+    std::fs::create_dir_all(dir).doing(doing)?;
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some("size=1m,nr_inodes=16,mode=755")).doing(doing)
+}
+
 /// Makes a directory whose mounts propagate to its other binds.
 ///
 /// # Errors
