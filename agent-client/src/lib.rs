@@ -5,6 +5,7 @@
 
 mod client;
 mod frames;
+mod key;
 pub mod stdio;
 mod transport;
 
@@ -16,6 +17,7 @@ pub mod protocols {
 
 pub use client::{AgentClient, context};
 pub use frames::MAX_FRAME;
+pub use key::{KEY_LINE, KEY_PARAMETER, Key};
 pub use transport::{Listener, Stream, Transport};
 
 /// Port of the agent's ttrpc server in the guest.

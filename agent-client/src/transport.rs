@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::key::Key;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
@@ -37,6 +38,13 @@ pub enum Transport {
     Unix {
         /// The agent's socket.
         path: PathBuf,
+    },
+    /// Another one, to a guest that asks for a key.
+    Keyed {
+        /// The way.
+        way: Box<Transport>,
+        /// What each connection begins with.
+        key: Key,
     },
 }
 
@@ -90,6 +98,11 @@ impl Transport {
             }
             Transport::Unix { path } if port == crate::AGENT_PORT => UnixStream::connect(path).await.map(Stream::Unix),
             Transport::Unix { path } => UnixStream::connect(with_port(path, port)).await.map(Stream::Unix),
+            Transport::Keyed { way, key } => {
+                let mut stream = Box::pin(way.connect(port)).await?;
+                stream.write_all(key.line()).await?;
+                Ok(stream)
+            }
         }
     }
 
@@ -109,6 +122,7 @@ impl Transport {
                 let listener = UnixListener::bind(&path)?;
                 Ok(Listener::Unix { listener, path })
             }
+            Transport::Keyed { way, .. } => way.listen(port),
         }
     }
 }

@@ -22,6 +22,8 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 pub struct Parameters {
     /// Host port that wants to hear when the agent is ready.
     pub ready_port: Option<u32>,
+    /// Whether the host answers the notice with a key that connections must show.
+    pub keyed: bool,
     /// `agent.log=debug`.
     pub debug: bool,
     /// How long a hot-plugged device may take to appear.
@@ -31,10 +33,12 @@ pub struct Parameters {
 impl Parameters {
     /// Reads the parameters of a kernel command line; unknown and malformed ones are somebody else's.
     pub fn parse(line: &str) -> Parameters {
-        let mut parameters = Parameters { ready_port: None, debug: false, hotplug_timeout: Duration::from_secs(3) };
+        let mut parameters =
+            Parameters { ready_port: None, keyed: false, debug: false, hotplug_timeout: Duration::from_secs(3) };
         for (key, value) in line.split_whitespace().filter_map(|word| word.split_once('=')) {
             match key {
                 agent_client::READY_PARAMETER => parameters.ready_port = value.parse().ok(),
+                agent_client::KEY_PARAMETER => parameters.keyed = value == "1",
                 "agent.log" => parameters.debug = matches!(value, "debug" | "trace"),
                 "agent.hotplug_timeout" => {
                     if let Ok(seconds) = value.parse() {
@@ -209,13 +213,16 @@ mod tests {
 
     #[test]
     fn the_command_line_is_read_by_key() {
-        let parameters =
-            Parameters::parse("quiet panic=1 cofferdam.ready_port=1029 agent.log=debug agent.hotplug_timeout=7 x");
+        let parameters = Parameters::parse(
+            "quiet panic=1 cofferdam.ready_port=1029 cofferdam.key=1 agent.log=debug agent.hotplug_timeout=7 x",
+        );
         assert_eq!(
             parameters,
-            Parameters { ready_port: Some(1029), debug: true, hotplug_timeout: Duration::from_secs(7) }
+            Parameters { ready_port: Some(1029), keyed: true, debug: true, hotplug_timeout: Duration::from_secs(7) }
         );
         let parameters = Parameters::parse("agent.log=info cofferdam.ready_port=nonsense");
-        assert_eq!(parameters, Parameters { ready_port: None, debug: false, hotplug_timeout: Duration::from_secs(3) });
+        let defaults =
+            Parameters { ready_port: None, keyed: false, debug: false, hotplug_timeout: Duration::from_secs(3) };
+        assert_eq!(parameters, defaults);
     }
 }

@@ -4,19 +4,20 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use agent_client::stdio::ACCEPTED;
-use agent_client::{FORWARD_MAGIC, Listener, Stream};
+use agent_client::{FORWARD_MAGIC, Stream};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::gate::Arrivals;
 use crate::relay::{HANDSHAKE, both_ways, read_line, serve as serve_all, until_end_of};
 
 /// Longest request in bytes: the magic word, a space and a port.
 const MAX_LINE: usize = FORWARD_MAGIC.len() + 1 + 5;
 
 /// Serves forwarded connections for ever.
-pub async fn serve(listener: Listener) {
-    serve_all(listener, "port forwarding", forward).await;
+pub async fn serve(arrivals: Arrivals) {
+    serve_all(arrivals, "port forwarding", forward).await;
 }
 
 async fn forward(mut host: Stream) -> io::Result<()> {

@@ -8,6 +8,7 @@ mod cgroup;
 mod container;
 mod error;
 mod forward;
+mod gate;
 mod guest;
 mod log;
 mod netlink;
@@ -37,6 +38,7 @@ use tokio::sync::Notify;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use error::{Error, Result, What};
+use gate::Arrivals;
 use log::log;
 
 const USAGE: &str = "usage: cofferdam-agent --listen unix:PATH   (without arguments only as PID 1 of a guest)";
@@ -102,28 +104,27 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     if let Some(port) = parameters.ready_port {
         // What connects from now on waits in the sockets' queues, and the host needs a moment to do so: the rest is
         // made ready in that time.
-        let notice = tokio::spawn(ready::tell(port));
+        let notice = tokio::spawn(ready::tell(port, parameters.keyed));
         let _ = tokio::time::timeout(HEAD_START, notice).await;
     }
+    let keyed = parameters.keyed;
     let host = match listen {
         Some(path) => Transport::Unix { path },
         None => Transport::Vsock { cid: VMADDR_CID_HOST },
     };
     let sandbox = sandbox::Sandbox::new(PathBuf::from(&cgroups), parameters.hotplug_timeout, host, reaper);
     let over = Arc::new(Notify::new());
-    tokio::spawn(stdio::serve(stdio, sandbox.clone()));
-    let mut server = ttrpc::r#async::Server::new().add_listener(incoming(agent)).register_service(server::services(
-        sandbox,
-        over.clone(),
-        init,
-    ));
+    tokio::spawn(stdio::serve(Arrivals::of(stdio, keyed), sandbox.clone()));
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(incoming(Arrivals::of(agent, keyed)))
+        .register_service(server::services(sandbox, over.clone(), init));
     server.start().await.map_err(|error| Error::Failed(format!("start the server: {error}")))?;
     if init {
         boot::settle();
     }
     // The host asks for ports only once it knows what this agent can do, and the answer to that comes after this.
     let forward = forward.map_or_else(|| vsock(FORWARD_PORT), Ok)?;
-    tokio::spawn(forward::serve(forward));
+    tokio::spawn(forward::serve(Arrivals::of(forward, keyed)));
     log!("ready");
     over.notified().await;
     // The answer to the call that ended the sandbox must get out.
@@ -146,14 +147,14 @@ fn vsock(port: u32) -> Result<Listener> {
 }
 
 /// The server's connections.
-fn incoming(listener: Listener) -> ttrpc::r#async::transport::Listener {
-    ttrpc::r#async::transport::Listener::new(futures::stream::unfold(listener, async |listener| {
-        let accepted = listener.accept().await;
+fn incoming(arrivals: Arrivals) -> ttrpc::r#async::transport::Listener {
+    ttrpc::r#async::transport::Listener::new(futures::stream::unfold(arrivals, async |mut arrivals| {
+        let accepted = arrivals.accept().await;
         if accepted.is_err() {
             // Out of descriptors, for example: others must close some first.
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        Some((accepted, listener))
+        Some((accepted, arrivals))
     }))
 }
 

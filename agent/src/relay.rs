@@ -4,13 +4,14 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-use agent_client::{Listener, Stream};
+use agent_client::Stream;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_bidirectional_with_sizes, split};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::gate::Arrivals;
 use crate::log::log;
 
 /// By when a peer must have sent its line, or the answer to ours.
@@ -26,14 +27,14 @@ const CHUNK: usize = 16 << 10;
 const PULSE: Duration = Duration::from_secs(1);
 
 /// Accepts for ever, with one task for each connection; they end with this one.
-pub async fn serve<W>(listener: Listener, what: &'static str, work: impl Fn(Stream) -> W)
+pub async fn serve<W>(mut arrivals: Arrivals, what: &'static str, work: impl Fn(Stream) -> W)
 where
     W: Future<Output = io::Result<()>> + Send + 'static,
 {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = arrivals.accept() => accepted,
             Some(ended) = connections.join_next() => {
                 if let Ok(Err(error)) = ended {
                     log!("{what}: {error}");

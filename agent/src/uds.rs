@@ -14,6 +14,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::error::{Error, Result, What};
+use crate::gate::Arrivals;
 use crate::relay::{HANDSHAKE, both_ways, serve};
 
 /// A listening socket. It ends, with its connections and its file, when it is dropped.
@@ -48,7 +49,7 @@ pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
     let listener = Listener::Unix { listener, path: PathBuf::new() };
     let source = source.clone();
     let carry = move |client| carry(client, host.clone(), port, source.clone());
-    let task = tokio::spawn(serve(listener, "host socket", carry)).abort_handle();
+    let task = tokio::spawn(serve(Arrivals::Open(listener), "host socket", carry)).abort_handle();
     Ok(Socket { path, task })
 }
 

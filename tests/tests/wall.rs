@@ -3,15 +3,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
-use cofferdam_tests::{Env, Suite, cases};
+use cofferdam_tests::{Env, PATIENCE, Suite, cases};
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Ours: guest_cannot_write_where_the_shim_makes_names, device_nodes_and_setuid_programs_work,
-            qemu_and_helpers_have_nothing_of_the_host, pid_of_a_task_does_not_lead_to_the_hosts_files;
+            qemu_and_helpers_have_nothing_of_the_host, stranger_on_the_host_gets_nothing_of_the_agent,
+            pid_of_a_task_does_not_lead_to_the_hosts_files;
     ])
 }
 
@@ -104,6 +107,39 @@ fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
     names.sort();
     names.dedup();
     assert!(names.contains(&"virtiofsd".to_owned()) && names.len() >= 2, "{names:?}");
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+}
+
+/// Whoever reaches the guest's ports, as every local user does on a host with /dev/vhost-vsock, lacks the key.
+fn stranger_on_the_host_gets_nothing_of_the_agent(env: &Env) {
+    let container = env.idle();
+    let shims = fs::read_dir("/run/cofferdam").unwrap().flatten().map(|sandbox| sandbox.path().join("vsock/vm"));
+    let sockets: Vec<_> = shims.filter(|socket| socket.exists()).collect();
+    assert!(!sockets.is_empty(), "no sandbox has a vsock daemon");
+    let wrong = format!("cofferdam-key/1 {}\n", "0".repeat(64));
+    // What the agent answers with a plus to whoever is let in.
+    let header = format!("cofferdam-stdio/1 stdout {} stranger\n", container.id);
+    let mut reached = 0;
+    for (socket, key) in sockets.iter().flat_map(|socket| [(socket, ""), (socket, wrong.as_str())]) {
+        // Another test's sandbox may have ended.
+        let Ok(stream) = UnixStream::connect(socket) else { continue };
+        let mut stream = BufReader::new(stream);
+        stream.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.get_mut().write_all(b"CONNECT 1028\n").unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_line(&mut answer);
+        if !answer.starts_with("OK ") || stream.get_mut().write_all(format!("{key}{header}").as_bytes()).is_err() {
+            continue;
+        }
+        reached += 1;
+        let mut rest = Vec::new();
+        // The device may also end the connection by a reset.
+        let _ = stream.read_to_end(&mut rest);
+        assert!(rest.is_empty(), "the agent answers a stranger: {rest:?}");
+    }
+    assert!(reached >= 2, "no guest was reached");
+    container.exec(&["true"]).ok();
     container.kill("SIGKILL", &[]).ok();
     container.finish();
 }

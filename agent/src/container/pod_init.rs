@@ -77,6 +77,8 @@ impl PodInit {
 
 fn run(handle: &mut Handle) -> Step<Infallible> {
     handle.close_others(&[]);
+    // Containers of the pod may look into this process.
+    crate::gate::forget();
     child::detach()?;
     // SAFETY: plain numbers and a C string. A first process that ignores SIGCHLD has its orphans collected by the kernel,
     // and it ignores every other signal from inside its namespace as long as it has no handlers.

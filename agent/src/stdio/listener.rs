@@ -4,11 +4,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_client::Stream;
 use agent_client::stdio::{ACCEPTED, Header, MAX_HEADER};
-use agent_client::{Listener, Stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
+use crate::gate::Arrivals;
 use crate::log::log;
 use crate::sandbox::Sandbox;
 
@@ -19,9 +20,9 @@ const HEADER_DEADLINE: Duration = Duration::from_secs(5);
 const PARKED: Duration = Duration::from_secs(30);
 
 /// Accepts streams for ever.
-pub async fn serve(listener: Listener, sandbox: Arc<Sandbox>) {
+pub async fn serve(mut arrivals: Arrivals, sandbox: Arc<Sandbox>) {
     loop {
-        match listener.accept().await {
+        match arrivals.accept().await {
             Ok(stream) => {
                 let sandbox = sandbox.clone();
                 tokio::spawn(async move {

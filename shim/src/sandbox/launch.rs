@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
 use agent_client::{
-    AGENT_PORT, AgentClient, GUEST_ROOTFS, GUEST_SHARE, Listener, READY_PARAMETER, READY_PORT, ROOTFS_TAG, SHARE_TAG,
-    Transport, UDS_PORT,
+    AGENT_PORT, AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, Key, Listener, READY_PARAMETER, READY_PORT,
+    ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
@@ -396,7 +396,7 @@ fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
 /// can enter the directory.
 fn listen(transport: &Transport, port: u32) -> std::io::Result<Listener> {
     let listener = transport.listen(port)?;
-    if let (Transport::Hybrid { .. }, Listener::Unix { path, .. }) = (transport, &listener) {
+    if let Listener::Unix { path, .. } = &listener {
         std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
     }
     Ok(listener)
@@ -414,6 +414,7 @@ async fn boot(
     let Address { transport, ready, port, kernel } = address(config.vsock, dir)?;
     machine.kernel_params = config.kernel_params.clone();
     machine.kernel_params.push(format!("{READY_PARAMETER}={port}"));
+    machine.kernel_params.push(format!("{KEY_PARAMETER}=1"));
     if config.debug {
         machine.kernel_params.push("agent.log=debug".to_owned());
     }
@@ -481,8 +482,8 @@ async fn boot(
         reached = reach_agent(&transport, &ready, &vm, &vsock.id) => reached,
         why = died => return Err(ended(why)),
     };
-    let stream = match reached {
-        Ok(stream) => stream,
+    let (stream, transport) = match reached {
+        Ok(reached) => reached,
         // Whatever broke, an end of the machine is the better reason.
         Err(error) => match timeout(QUIT_DEADLINE, death(&vm, &file_servers, daemon.as_ref())).await {
             Ok(why) => return Err(ended(why)),
@@ -525,15 +526,29 @@ async fn boot(
 
 /// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a connection made before
 /// that is swallowed by vhost-device-vsock, which may not recover from it.
-async fn reach_agent(transport: &Transport, ready: &Listener, vm: &Vm, vsock: &str) -> Result<agent_client::Stream> {
+///
+/// Our agent gets a key for this boot as the answer to its notice, which the returned transport shows it from then on.
+async fn reach_agent(
+    transport: &Transport,
+    ready: &Listener,
+    vm: &Vm,
+    vsock: &str,
+) -> Result<(agent_client::Stream, Transport)> {
     let doing = || "reach the guest agent".to_owned();
     tokio::select! {
         notice = ready.accept() => {
-            let mut line = [0; 6];
-            timeout(CALL_DEADLINE, notice.doing(doing)?.read_exact(&mut line))
+            // Kept until the agent has answered: a connection that ends may take along what it still carries.
+            let mut notice = notice.doing(doing)?;
+            let key = Key::random().doing(|| "make a key for the guest agent".into())?;
+            let exchange = async {
+                notice.read_exact(&mut [0; 6]).await?;
+                notice.write_all(key.line()).await
+            };
+            timeout(CALL_DEADLINE, exchange)
                 .await
                 .map_err(|_| Error::deadline("the guest's ready notice is incomplete"))?
                 .doing(doing)?;
+            let transport = Transport::Keyed { way: Box::new(transport.clone()), key };
             // vhost-device-vsock now and then drops a first connection.
             let end = Instant::now() + CALL_DEADLINE;
             loop {
@@ -542,11 +557,16 @@ async fn reach_agent(transport: &Transport, ready: &Listener, vm: &Vm, vsock: &s
                         tracing::debug!(%error, "dialling the agent again");
                         sleep(REDIAL_PAUSE).await;
                     }
-                    result => return result.doing(doing),
+                    result => return result.doing(doing).map(|stream| (stream, transport)),
                 }
             }
         }
-        stream = dial_silent_agent(transport, vm, vsock) => stream,
+        stream = dial_silent_agent(transport, vm, vsock) => {
+            if matches!(transport, Transport::Vsock { .. }) {
+                tracing::warn!("this guest agent takes no key: every local user can talk to it over vsock");
+            }
+            stream.map(|stream| (stream, transport.clone()))
+        }
     }
 }
 
