@@ -54,15 +54,16 @@ pub const FEATURE_UDS: &str = "cofferdam.uds";
 
 /// Storage driver for a unix socket of the host: the agent listens on a socket at `mount_point` in the guest, and for
 /// each connection to it dials the host's vsock port `port=<number>` of the driver options (with a hybrid transport
-/// [`UDS_PORT`]), sends `cofferdam-uds/1 <source>\n`, reads [`stdio::ACCEPTED`], and copies both ways. `source` is the
-/// host's name for the socket, without white space.
+/// [`UDS_PORT`]), sends `cofferdam-uds/2 <source> <uid> <gid>\n` with the ids of the process that connected, reads
+/// [`stdio::ACCEPTED`], and copies both ways. `source` is the host's name for the socket, without white space. The options
+/// `mode=` (octal), `uid=` and `gid=` are the permissions and the owner of the socket in the guest.
 pub const UDS_DRIVER: &str = "cofferdam.uds";
 
 /// Port on the host's end of a hybrid transport to which connections to the host's unix sockets go.
 pub const UDS_PORT: u32 = 1031;
 
 /// First word of the line that asks for a connection to a unix socket of the host.
-pub const UDS_MAGIC: &str = "cofferdam-uds/1";
+pub const UDS_MAGIC: &str = "cofferdam-uds/2";
 
 /// Entry of `AgentDetails.extra_features`: a pod needs no pause container. Containers that share the sandbox's pid
 /// namespace (`sandbox_pidns`) find a process of the agent's as PID 1 there, and one whose pid namespace entry has a path

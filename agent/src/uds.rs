@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use agent_client::protocols::agent::Storage;
@@ -42,17 +42,43 @@ pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
         return Err(Error::Invalid(format!("{source:?} is no name for a socket of the host")));
     }
     let path = PathBuf::from(mount_point);
-    let listener = bind(&path).what(|| format!("listen on {mount_point}"))?;
-    let line = format!("{UDS_MAGIC} {source}\n");
+    let listener = bind(&path, &Owner::parse(&storage.options)?).what(|| format!("listen on {mount_point}"))?;
     // The path is empty because the file goes at once with the `Socket`, and the task a moment later: by then there
     // may be another.
     let listener = Listener::Unix { listener, path: PathBuf::new() };
-    let carry = move |client| carry(client, host.clone(), port, line.clone());
+    let source = source.clone();
+    let carry = move |client| carry(client, host.clone(), port, source.clone());
     let task = tokio::spawn(serve(listener, "host socket", carry)).abort_handle();
     Ok(Socket { path, task })
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
+/// Who may connect, as on the host.
+struct Owner {
+    mode: u32,
+    uid: Option<u32>,
+    gid: Option<u32>,
+}
+
+impl Owner {
+    fn parse(options: &[String]) -> Result<Owner> {
+        let mut owner = Owner { mode: 0o600, uid: None, gid: None };
+        for option in options {
+            let bad = || Error::Invalid(format!("bad option {option:?} of a socket of the host"));
+            match option.split_once('=').ok_or_else(bad)? {
+                ("mode", text) => {
+                    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
+                    owner.mode = mode.ok_or_else(bad)?;
+                }
+                ("uid", text) => owner.uid = Some(text.parse().map_err(|_| bad())?),
+                ("gid", text) => owner.gid = Some(text.parse().map_err(|_| bad())?),
+                _ => return Err(bad()),
+            }
+        }
+        Ok(owner)
+    }
+}
+
+fn bind(path: &Path, owner: &Owner) -> io::Result<UnixListener> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
@@ -61,11 +87,18 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
         fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    // No container has it yet. The owner goes first, because a change of it takes bits of the mode.
+    chown(path, owner.uid, owner.gid)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(owner.mode))?;
     Ok(listener)
 }
 
-async fn carry(client: Stream, host: Transport, port: u32, line: String) -> io::Result<()> {
+async fn carry(client: Stream, host: Transport, port: u32, source: String) -> io::Result<()> {
+    let Stream::Unix(unix) = &client else {
+        return Err(io::Error::other("a client of a host socket that is on no unix socket"));
+    };
+    let peer = unix.peer_cred()?;
+    let line = format!("{UDS_MAGIC} {source} {} {}\n", peer.uid(), peer.gid());
     let mut server = host.dial(port, HANDSHAKE).await?;
     let agree = async {
         server.write_all(line.as_bytes()).await?;

@@ -118,10 +118,8 @@ fn enter_root(jail: &PlannedJail) -> Done {
     // A slave: what the parent mounts below a shared directory later still arrives, and nothing goes back.
     let flags = libc::MS_REC | libc::MS_SLAVE;
     // SAFETY: mount(2) reads C strings that outlive the call.
-    done(
-        "leave its parent's mounts alone",
-        unsafe { libc::mount(none, c"/".as_ptr(), none, flags, none.cast()) }.into(),
-    )?;
+    let left = unsafe { libc::mount(none, c"/".as_ptr(), none, flags, none.cast()) };
+    done("leave its parent's mounts alone", left.into())?;
     let flags = libc::MS_NOSUID | libc::MS_NOEXEC;
     let (kind, size) = (c"tmpfs".as_ptr(), c"size=64k,nr_inodes=1024,mode=755".as_ptr().cast());
     // SAFETY: as above.

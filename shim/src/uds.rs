@@ -4,17 +4,23 @@
 //! the socket. Only names that were given lead anywhere.
 
 use std::collections::HashMap;
-use std::io;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_client::stdio::ACCEPTED;
 use agent_client::{Listener, Stream, UDS_MAGIC};
+use nix::errno::Errno;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
+use crate::error::{IoContext, Result};
 use crate::relay;
 
 /// How long the agent may take to send its line, and the host's server to take the connection.
@@ -26,30 +32,107 @@ const BACKLOG_PAUSE: Duration = Duration::from_millis(10);
 /// Longest line in bytes, the newline included.
 const MAX_LINE: usize = 600;
 
+/// Bytes of a name that the guest cannot guess.
+const NAME_BYTES: usize = 16;
+
+/// The id that setresuid(2) takes for "as it is": nobody has it.
+const NO_ID: u32 = u32::MAX;
+
+/// A name for a socket that another container cannot guess, in hex.
+///
+/// # Errors
+/// The failed read.
+pub fn random_name() -> Result<String> {
+    let mut bytes = [0; NAME_BYTES];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.doing(|| "read /dev/urandom".to_owned())?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// As whom a process speaks to a server of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct User {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+}
+
+/// The users that containerd asked for in one container, its first process's first. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Users(Arc<Mutex<Vec<User>>>);
+
+impl Users {
+    /// One more: that of the first process or of an exec.
+    pub fn add(&self, user: &oci_spec::runtime::User) {
+        let groups = user.additional_gids().clone().unwrap_or_default();
+        let user = User { uid: user.uid(), gid: user.gid(), groups };
+        let mut users = lock(&self.0);
+        if !users.contains(&user) {
+            users.push(user);
+        }
+    }
+
+    /// The guest's word counts only for what its processes could be under any runtime: root can become anybody, others
+    /// stay who they are. Where it says something else, they are the first process.
+    fn believe(&self, uid: u32, gid: u32) -> Option<User> {
+        let users = lock(&self.0);
+        let known =
+            |gid: Option<u32>| users.iter().find(|user| user.uid == uid && gid.is_none_or(|gid| user.gid == gid));
+        if let Some(user) = known(Some(gid)) {
+            return Some(user.clone());
+        }
+        if users.iter().any(|user| user.uid == 0) {
+            return Some(User { uid, gid, groups: Vec::new() });
+        }
+        known(None).or(users.first()).cloned()
+    }
+}
+
+/// A socket's place: the directory as it was when the container was made, so that no rename leads elsewhere.
+#[derive(Clone, Debug)]
+struct Place {
+    directory: Arc<File>,
+    file: OsString,
+    path: PathBuf,
+    users: Users,
+}
+
 /// The host's sockets by the names that the guest knows them by. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Sockets(Arc<Mutex<HashMap<String, PathBuf>>>);
+pub struct Sockets(Arc<Mutex<HashMap<String, Place>>>);
 
 impl Sockets {
-    /// Lets the guest connect to `path` by the name `name`, which has no white space. The path is looked up at each
-    /// connection: a server that restarts makes its socket anew.
-    pub fn add(&self, name: &str, path: &Path) {
-        self.lock().insert(name.to_owned(), path.to_owned());
+    /// Lets the guest connect to `path` as one of `users` by the name `name`, which has no white space. The file is looked
+    /// up in its directory at each connection: a server that restarts makes its socket anew.
+    ///
+    /// # Errors
+    /// The directory cannot be opened.
+    pub fn add(&self, name: &str, path: &Path, users: &Users) -> io::Result<()> {
+        let path = path.canonicalize()?;
+        let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the root directory is no socket"));
+        };
+        let mut options = File::options();
+        let directory = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(parent)?;
+        let file = file.to_owned();
+        let place = Place { directory: Arc::new(directory), file, path: path.clone(), users: users.clone() };
+        lock(&self.0).insert(name.to_owned(), place);
+        Ok(())
     }
 
     /// No more connections by this name; those that are there stay.
     pub fn remove(&self, name: &str) {
-        self.lock().remove(name);
+        lock(&self.0).remove(name);
     }
 
-    fn get(&self, name: &str) -> Option<PathBuf> {
-        self.lock().get(name).cloned()
+    fn get(&self, name: &str) -> Option<Place> {
+        lock(&self.0).get(name).cloned()
     }
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, PathBuf>> {
-        // Nobody panics halfway through a change.
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
+/// Nobody panics halfway through a change.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Serves the guest's connections as long as the result lives.
@@ -66,18 +149,26 @@ pub fn serve(listener: Listener, sockets: Sockets) -> relay::Relay {
 
 async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
     let late = |what: &str| io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {DEADLINE:?}"));
-    let name = timeout(DEADLINE, read_name(&mut guest)).await.map_err(|_| late("the agent sent no line"))??;
-    let path = sockets.get(&name).ok_or_else(|| {
+    let wanted = timeout(DEADLINE, read_line(&mut guest)).await.map_err(|_| late("the agent sent no line"))??;
+    let Wanted { name, uid, gid } = wanted;
+    let place = sockets.get(&name).ok_or_else(|| {
         io::Error::new(io::ErrorKind::NotFound, format!("the guest asked for the unknown socket {name:?}"))
     })?;
-    let connected = timeout(DEADLINE, connect(&path)).await;
-    let mut host = connected.map_err(|_| late(&format!("{} did not take a connection", path.display())))??;
+    let user = place.users.believe(uid, gid).ok_or_else(|| io::Error::other("nobody may use the socket"))?;
+    let mut host = connect(place, user).await?;
     guest.write_all(&[ACCEPTED]).await?;
     copy_bidirectional(&mut guest, &mut host).await.map(|_| ())
 }
 
+/// The agent's line: which socket, and who connected in the guest.
+struct Wanted {
+    name: String,
+    uid: u32,
+    gid: u32,
+}
+
 /// Reads the line byte by byte: what follows it is the connection's.
-async fn read_name(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<String> {
+async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<Wanted> {
     let mut line = Vec::new();
     loop {
         match guest.read_u8().await? {
@@ -87,18 +178,65 @@ async fn read_name(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<String> {
         }
     }
     let line = String::from_utf8_lossy(&line);
-    let name = line.strip_prefix(UDS_MAGIC).and_then(|rest| rest.strip_prefix(' '));
-    name.map(str::to_owned).ok_or_else(|| io::Error::other(format!("the line {line:?} is not understood")))
+    let words: Vec<&str> = line.split(' ').collect();
+    let id = |text: &str| text.parse().ok().filter(|id| *id != NO_ID);
+    match words.as_slice() {
+        [UDS_MAGIC, name, uid, gid] => {
+            id(uid).zip(id(gid)).map(|(uid, gid)| Wanted { name: (*name).to_owned(), uid, gid })
+        }
+        _ => None,
+    }
+    .ok_or_else(|| io::Error::other(format!("the line {line:?} is not understood")))
 }
 
-/// Waits for room in the server's backlog, as a blocking client would.
-async fn connect(path: &Path) -> io::Result<UnixStream> {
+/// Connects on a thread of its own, which is `user` from then on: the server and the permissions of its socket see the
+/// process in the container, not the shim.
+async fn connect(place: Place, user: User) -> io::Result<UnixStream> {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("uds-connect".to_owned()).spawn(move || {
+        let _ = tell.send(connect_as(&place, &user));
+    })?;
+    let stream = told.await.map_err(io::Error::other)??;
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+/// Waits for room in the server's backlog, as a blocking client would. Only for a thread that ends with it.
+fn connect_as(place: &Place, user: &User) -> io::Result<std::os::unix::net::UnixStream> {
+    use nix::fcntl::{OFlag, openat};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = File::from(openat(&*place.directory, place.file.as_os_str(), flags, nix::sys::stat::Mode::empty())?);
+    if !file.metadata()?.file_type().is_socket() {
+        return Err(io::Error::other(format!("{} is no socket any more", place.path.display())));
+    }
+    become_user(user)?;
+    let address = UnixAddr::new(&PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())))?;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    let end = Instant::now() + DEADLINE;
     loop {
-        match UnixStream::connect(path).await {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(BACKLOG_PAUSE).await,
-            result => return result,
+        match connect(fd.as_raw_fd(), &address) {
+            Err(Errno::EAGAIN) if Instant::now() < end => std::thread::sleep(BACKLOG_PAUSE),
+            Err(error) => return Err(io::Error::from(error)),
+            Ok(()) => return Ok(fd.into()),
         }
     }
+}
+
+/// The calling thread alone becomes `user`: the system calls know threads, only their wrappers in the C library change
+/// the whole process.
+fn become_user(user: &User) -> io::Result<()> {
+    let User { uid, gid, groups } = user;
+    if *uid == NO_ID || *gid == NO_ID {
+        return Err(io::Error::other("an id that is none"));
+    }
+    // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only reads there.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    // SAFETY: plain numbers.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid) })?;
+    // SAFETY: plain numbers.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid) })?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -143,6 +281,70 @@ mod tests {
         }
     }
 
+    fn users(list: &[(u32, u32)]) -> Users {
+        let users = Users::default();
+        for (uid, gid) in list {
+            let user = serde_json::json!({"uid": uid, "gid": gid, "additionalGids": [77]});
+            users.add(&serde_json::from_value(user).unwrap());
+        }
+        users
+    }
+
+    /// Who the server sees when the guest says that `uid` and `gid` connected.
+    async fn seen(users: &Users, uid: u32, gid: u32) -> (u32, u32) {
+        use std::os::unix::fs::PermissionsExt;
+        let host = Host::new();
+        let path = host.path("server");
+        let server = UnixListener::bind(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        host.sockets.add("s", &path, users).unwrap();
+        let _guest = host.dial(format!("cofferdam-uds/2 s {uid} {gid}\n").as_bytes()).await;
+        let (stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
+        let peer = stream.peer_cred().unwrap();
+        (peer.uid(), peer.gid())
+    }
+
+    #[tokio::test]
+    async fn a_server_sees_the_user_of_the_container_and_no_other() {
+        let plain = users(&[(1000, 100), (2000, 200)]);
+        assert_eq!(seen(&plain, 1000, 100).await, (1000, 100));
+        assert_eq!(seen(&plain, 2000, 200).await, (2000, 200), "an exec");
+        assert_eq!(seen(&plain, 2000, 0).await, (2000, 200), "the group that was asked for");
+        assert_eq!(seen(&plain, 0, 0).await, (1000, 100), "a guest cannot say that it is root");
+        let root = users(&[(0, 0)]);
+        assert_eq!(seen(&root, 33, 44).await, (33, 44), "root becomes anybody");
+        assert_eq!(seen(&root, 0, 0).await, (0, 0));
+        assert!(nix::unistd::geteuid().is_root(), "only that thread has changed");
+    }
+
+    #[tokio::test]
+    async fn a_socket_of_root_alone_is_closed_to_others() {
+        use std::os::unix::fs::PermissionsExt;
+        let host = Host::new();
+        let path = host.path("server");
+        let _server = UnixListener::bind(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        host.sockets.add("s", &path, &users(&[(1000, 100)])).unwrap();
+        assert!(host.is_closed(b"cofferdam-uds/2 s 0 0\n").await);
+    }
+
+    #[tokio::test]
+    async fn a_link_in_the_sockets_place_leads_nowhere() {
+        let host = Host::new();
+        let (path, other) = (host.path("server"), host.path("other"));
+        let _servers = [UnixListener::bind(&path).unwrap(), UnixListener::bind(&other).unwrap()];
+        host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(host.is_closed(b"cofferdam-uds/2 s 0 0\n").await);
+    }
+
+    #[test]
+    fn names_are_long_and_differ() {
+        let (one, other) = (random_name().unwrap(), random_name().unwrap());
+        assert!(one.len() == 32 && one != other, "{one} {other}");
+    }
+
     /// Answers a whole request with its length, once.
     async fn answer(listener: &UnixListener) {
         let (mut stream, _) = listener.accept().await.unwrap();
@@ -165,10 +367,12 @@ mod tests {
     async fn a_server_of_the_host_is_reached_and_again_after_its_restart() {
         let host = Host::new();
         let path = host.path("server");
-        host.sockets.add("vol-1", &path);
-        for _ in 0..2 {
+        for turn in 0..2 {
             let server = UnixListener::bind(&path).unwrap();
-            let (text, ()) = tokio::join!(ask(&host, b"cofferdam-uds/1 vol-1\n"), answer(&server));
+            if turn == 0 {
+                host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
+            }
+            let (text, ()) = tokio::join!(ask(&host, b"cofferdam-uds/2 vol-1 0 0\n"), answer(&server));
             assert_eq!(text, "100000", "with the half-close of the client");
             std::fs::remove_file(&path).unwrap();
         }
@@ -179,32 +383,38 @@ mod tests {
         let host = Host::new();
         let path = host.path("server");
         let _server = UnixListener::bind(&path).unwrap();
-        host.sockets.add("vol-1", &path);
-        host.sockets.add("gone", &host.path("no-such-server"));
+        host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
+        std::fs::write(host.path("plain"), "").unwrap();
+        host.sockets.add("gone", &host.path("plain"), &users(&[(0, 0)])).unwrap();
+        host.sockets.add("nobodys", &path, &Users::default()).unwrap();
         for line in [
-            b"cofferdam-uds/1 vol-2\n".to_vec(),
-            b"cofferdam-uds/1 gone\n".to_vec(),
-            format!("cofferdam-uds/1 {}\n", path.display()).into_bytes(),
+            b"cofferdam-uds/2 vol-2 0 0\n".to_vec(),
+            b"cofferdam-uds/2 gone 0 0\n".to_vec(),
+            format!("cofferdam-uds/2 {} 0 0\n", path.display()).into_bytes(),
+            b"cofferdam-uds/1 vol-1 0 0\n".to_vec(),
             b"cofferdam-uds/2 vol-1\n".to_vec(),
+            b"cofferdam-uds/2 vol-1 0 4294967295\n".to_vec(),
+            b"cofferdam-uds/2 vol-1 -1 0\n".to_vec(),
+            b"cofferdam-uds/2 nobodys 0 0\n".to_vec(),
             b"\n".to_vec(),
             vec![b'x'; MAX_LINE],
         ] {
             assert!(host.is_closed(&line).await, "{}", String::from_utf8_lossy(&line));
         }
         host.sockets.remove("vol-1");
-        assert!(host.is_closed(b"cofferdam-uds/1 vol-1\n").await);
+        assert!(host.is_closed(b"cofferdam-uds/2 vol-1 0 0\n").await);
     }
 
     #[tokio::test]
     async fn a_full_backlog_is_waited_for() {
         let host = Host::new();
         let path = host.path("server");
-        host.sockets.add("vol-1", &path);
         let server = narrow_listener(&path);
+        host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
         // The first fills the backlog; nobody accepts yet.
         let mut waiting = Vec::new();
         for _ in 0..4 {
-            waiting.push(host.dial(b"cofferdam-uds/1 vol-1\n").await);
+            waiting.push(host.dial(b"cofferdam-uds/2 vol-1 0 0\n").await);
         }
         for _ in 0..4 {
             let (stream, _) = timeout(Duration::from_secs(5), server.accept()).await.unwrap().unwrap();

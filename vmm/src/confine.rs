@@ -149,7 +149,10 @@ async fn program(binary: &Path, cache_dir: &Path) -> Result<Vec<Entry>> {
 
 async fn list(binary: &Path) -> Result<Vec<PathBuf>> {
     let doing = || format!("find the libraries of {}", binary.display());
-    let Some(loader) = libraries::interpreter(binary).doing(doing)? else { return Ok(Vec::new()) };
+    let loader = libraries::interpreter(binary).map_err(|error| {
+        Error::Unsupported(format!("{error}: only a program itself can be confined, not a script that starts it"))
+    })?;
+    let Some(loader) = loader else { return Ok(Vec::new()) };
     let Some(text) = binary.to_str() else {
         return Err(Error::Unsupported(format!("the path {} is not UTF-8", binary.display())));
     };

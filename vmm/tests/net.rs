@@ -153,6 +153,6 @@ async fn qemu_runs_in_the_network_namespace_it_was_given() {
     assert_ne!(of("/proc/thread-self/ns/net".into()), inode, "the caller stays where it was");
     vm.stop(SOON).await.unwrap();
     let config = MachineConfig { netns: Some(Arc::new(File::open("/dev/null").unwrap().into())), ..lab.config.clone() };
-    let error = Vm::spawn(&config).await.unwrap_err().to_string();
-    assert!(error.ends_with("in its network namespace: Invalid argument (os error 22)"), "{error}");
+    let error = Vm::spawn(&config).await.unwrap().connect(SOON).await.unwrap_err().to_string();
+    assert!(error.ends_with("launcher: cannot enter the network namespace: Invalid argument"), "{error}");
 }

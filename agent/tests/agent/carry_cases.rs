@@ -117,6 +117,7 @@ async fn with_socket(client: &Client<'_>, id: &str) -> String {
         driver: UDS_DRIVER.into(),
         driver_options: vec![format!("port={UDS_PORT}")],
         source: "csi".into(),
+        options: ["mode=0620", "uid=12", "gid=34"].map(str::to_owned).into(),
         mount_point: place.clone(),
         ..Default::default()
     };
@@ -132,9 +133,9 @@ async fn with_socket(client: &Client<'_>, id: &str) -> String {
 
 async fn accept(listener: &agent_client::Listener) -> Stream {
     let mut stream = timeout(DEADLINE, listener.accept()).await.unwrap().unwrap();
-    let mut line = [0; "cofferdam-uds/1 csi\n".len()];
+    let mut line = [0; "cofferdam-uds/2 csi 0 0\n".len()];
     timeout(DEADLINE, stream.read_exact(&mut line)).await.unwrap().unwrap();
-    assert_eq!(&line, b"cofferdam-uds/1 csi\n");
+    assert_eq!(&line, b"cofferdam-uds/2 csi 0 0\n");
     stream
 }
 
@@ -147,8 +148,9 @@ pub async fn a_host_socket_is_reached_from_the_guest(client: &Client<'_>) {
     }
     let listener = client.guest.transport.listen(UDS_PORT).unwrap();
     let place = with_socket(client, "reaches").await;
-    use std::os::unix::fs::PermissionsExt;
-    assert_eq!(std::fs::metadata(&place).unwrap().permissions().mode() & 0o777, 0o666);
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let metadata = std::fs::metadata(&place).unwrap();
+    assert_eq!((metadata.permissions().mode() & 0o777, metadata.uid(), metadata.gid()), (0o620, 12, 34));
     for _ in 0..100 {
         let mut inside = UnixStream::connect(&place).await.unwrap();
         let mut outside = accept(&listener).await;

@@ -6,7 +6,7 @@
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -63,8 +63,25 @@ pub fn run(args: &Args) -> Result<()> {
     stdout.write_all(&request.reply(&address)?).and_then(|()| stdout.flush()).doing(|| "print the address".into())
 }
 
+/// Makes a directory that only root can enter. One that is there already is looked at: in a directory that somebody else
+/// can write to, sockets and state are theirs.
 fn make_dir(dir: &Path) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).doing(|| format!("make directory {}", dir.display()))
+    let doing = || format!("make directory {}", dir.display());
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).doing(doing)?;
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let opened = File::options().read(true).custom_flags(flags).open(dir).doing(doing)?;
+    let found = opened.metadata().doing(doing)?;
+    if found.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(Error::internal(format!(
+            "{} belongs to user {}: remove it, it must be root's",
+            dir.display(),
+            found.uid()
+        )));
+    }
+    if found.mode() & 0o022 != 0 {
+        opened.set_permissions(Permissions::from_mode(0o700)).doing(doing)?;
+    }
+    Ok(())
 }
 
 /// Binds the socket, or finds that a server already answers there (`None`). Under a lock, so that of many starts of
@@ -176,4 +193,26 @@ fn write_address(bundle: &Path, address: &str) -> Result<()> {
     std::fs::write(&temporary, address)
         .and_then(|()| std::fs::rename(&temporary, &path))
         .doing(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{chown, symlink};
+
+    use super::*;
+
+    #[test]
+    fn directory_of_somebody_else_is_refused_and_an_open_one_is_closed() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        make_dir(&dir).unwrap();
+        std::fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
+        make_dir(&dir).unwrap();
+        assert_eq!(std::fs::metadata(&dir).unwrap().mode() & 0o777, 0o700);
+        chown(&dir, Some(12345), None).unwrap();
+        assert!(make_dir(&dir).unwrap_err().message.contains("belongs to user 12345"));
+        let link = root.path().join("link");
+        symlink(root.path(), &link).unwrap();
+        assert!(make_dir(&link).is_err());
+    }
 }

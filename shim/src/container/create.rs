@@ -26,6 +26,7 @@ use crate::sandbox::launch::{Guest, rootfs_dir, share_dir};
 use crate::sandbox::mounts;
 use crate::sandbox::state::{Io, Key};
 use crate::stdio::{GuestIo, HostIo, Pumps};
+use crate::uds::Users;
 
 /// How long the guest may take to make a container.
 const CREATE_DEADLINE: Duration = Duration::from_secs(60);
@@ -75,6 +76,8 @@ pub struct Container {
     plugged: Vec<String>,
     /// Names of the host's sockets that it may connect to.
     sockets: Vec<String>,
+    /// As whom its processes may speak to them.
+    users: Users,
 }
 
 impl Host {
@@ -119,7 +122,7 @@ impl Drop for Host {
 /// # Errors
 /// The agent's own words: a missing command, for example. Nothing of the container is left.
 pub async fn in_guest(guest: &Arc<Guest>, order: &Order, host: Host, host_io: HostIo) -> Result<(Container, Pumps)> {
-    let mut container = Container { host, plugged: Vec::new(), sockets: Vec::new() };
+    let mut container = Container { host, plugged: Vec::new(), sockets: Vec::new(), users: Users::default() };
     match container.make(guest, order).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
@@ -136,13 +139,15 @@ impl Container {
         if order.spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()) && !guest.seccomp {
             tracing::warn!("the guest agent has no seccomp: the container's profile is not applied");
         }
+        order.spec.process().iter().for_each(|process| self.runs_as(process.user()));
         let mut storages = std::mem::take(&mut self.host.volumes.storages);
         for storage in storages.iter_mut().filter(|storage| storage.driver == UDS_DRIVER) {
             let port = guest.sockets_port.ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
             storage.driver_options = vec![format!("port={port}")];
         }
         for (name, path) in std::mem::take(&mut self.host.volumes.sockets) {
-            guest.sockets.add(&name, &path);
+            let doing = || format!("open the directory of the socket {}", path.display());
+            guest.sockets.add(&name, &path, &self.users).doing(doing)?;
             self.sockets.push(name);
         }
         let mut rootfs = std::mem::take(&mut self.host.rootfs);
@@ -208,6 +213,11 @@ impl Container {
             });
         }
         Ok(devices)
+    }
+
+    /// Lets processes of this user speak to the host's sockets: the container's first or an exec.
+    pub fn runs_as(&self, user: &oci_spec::runtime::User) {
+        self.users.add(user);
     }
 
     /// Removes the container from the guest, where there still is one, and from the host. The guest has time until `by`.

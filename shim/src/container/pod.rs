@@ -10,9 +10,37 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::error::{Error, Result};
 
-/// Annotations that say what a container is: containerd's CRI, CRI-O, docker's shim.
-const KEYS: [&str; 3] =
-    ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType", "io.kubernetes.docker.type"];
+/// An annotation that a runtime of Kubernetes sets: by containerd's name for it, and by CRI-O's.
+#[derive(Clone, Copy, Debug)]
+pub struct CriKey {
+    containerd: &'static str,
+    crio: &'static str,
+}
+
+/// What a container is.
+const TYPE: CriKey =
+    CriKey { containerd: "io.kubernetes.cri.container-type", crio: "io.kubernetes.cri-o.ContainerType" };
+
+/// The sandbox that a container belongs to.
+pub const SANDBOX_ID: CriKey =
+    CriKey { containerd: "io.kubernetes.cri.sandbox-id", crio: "io.kubernetes.cri-o.SandboxID" };
+
+/// Whether containerd runs this process: it gives every shim the address for events, which CRI-O does not.
+pub fn is_from_containerd() -> bool {
+    std::env::var_os("TTRPC_ADDRESS").is_some_and(|address| !address.is_empty())
+}
+
+impl CriKey {
+    /// The value that the calling runtime has set. CRI-O copies all annotations and labels of a pod, so the other
+    /// runtime's key is the tenant's own and says nothing: it would choose the machine that the container enters.
+    pub fn of<'a>(self, from_containerd: bool, find: impl Fn(&str) -> Option<&'a str>) -> Option<&'a str> {
+        let find = |key| find(key).filter(|value| !value.is_empty());
+        match find(self.crio) {
+            Some(value) if !from_containerd => Some(value),
+            _ => find(self.containerd),
+        }
+    }
+}
 
 /// What a container is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,9 +67,13 @@ pub enum PidNamespace {
 impl Role {
     /// By the spec's annotations.
     pub fn of(spec: &Spec) -> Role {
+        Role::by(spec, is_from_containerd())
+    }
+
+    fn by(spec: &Spec, from_containerd: bool) -> Role {
         let annotations = spec.annotations().as_ref();
-        match KEYS.iter().find_map(|key| annotations?.get(*key)).map(String::as_str) {
-            Some("sandbox" | "podsandbox") => Role::Sandbox,
+        match TYPE.of(from_containerd, |key| annotations?.get(key).map(String::as_str)) {
+            Some("sandbox") => Role::Sandbox,
             Some("container") => Role::Member,
             _ => Role::Single,
         }
@@ -128,16 +160,15 @@ mod tests {
 
     #[test]
     fn annotations_of_every_client_tell_what_a_container_is() {
-        for (key, value, role) in [
-            ("io.kubernetes.cri.container-type", "sandbox", Role::Sandbox),
-            ("io.kubernetes.cri.container-type", "container", Role::Member),
-            ("io.kubernetes.cri-o.ContainerType", "sandbox", Role::Sandbox),
-            ("io.kubernetes.docker.type", "podsandbox", Role::Sandbox),
-            ("io.kubernetes.docker.type", "container", Role::Member),
-            ("io.kubernetes.cri.container-type", "galaxy", Role::Single),
-            ("other", "sandbox", Role::Single),
+        for (containerd, key, value, role) in [
+            (true, "io.kubernetes.cri.container-type", "sandbox", Role::Sandbox),
+            (true, "io.kubernetes.cri.container-type", "container", Role::Member),
+            (true, "io.kubernetes.cri-o.ContainerType", "sandbox", Role::Single),
+            (false, "io.kubernetes.cri-o.ContainerType", "sandbox", Role::Sandbox),
+            (true, "io.kubernetes.cri.container-type", "galaxy", Role::Single),
+            (true, "other", "sandbox", Role::Single),
         ] {
-            assert_eq!(Role::of(&spec(json!([]), json!({key: value}))), role, "{key} {value}");
+            assert_eq!(Role::by(&spec(json!([]), json!({key: value})), containerd), role, "{key} {value}");
         }
     }
 

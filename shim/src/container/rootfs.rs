@@ -83,6 +83,7 @@ pub fn disk(list: &[Mount]) -> Option<Disk> {
 
 fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
     let (flags, data) = flags(&entry.options);
+    let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     let doing = || format!("mount the root file system ({} from {})", entry.type_, entry.source);
     if flags.contains(MsFlags::MS_BIND) || matches!(entry.type_.as_str(), "bind" | "rbind") {
         let how = Bind {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use agent_client::GUEST_SHARE;
 
+use super::volumes::Pinned;
 use crate::error::{IoContext, Result};
 use crate::sandbox::mounts::{self, Bind};
 
@@ -64,9 +65,9 @@ impl Shares {
     ///
     /// # Errors
     /// One line that names the source or the place.
-    pub fn get(&self, source: &Path, how: Bind) -> Result<Arc<Share>> {
-        let metadata = std::fs::metadata(source).doing(|| format!("share {}", source.display()))?;
-        let key = Key { source: source.to_owned(), device: metadata.dev(), inode: metadata.ino(), how };
+    pub fn get(&self, source: &Pinned, how: Bind) -> Result<Arc<Share>> {
+        let metadata = &source.metadata;
+        let key = Key { source: source.is_at.clone(), device: metadata.dev(), inode: metadata.ino(), how };
         let number = self.number();
         // Held over the bind, which waits for nothing: two containers that are made at a time get the same one.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -78,11 +79,12 @@ impl Shares {
         if metadata.is_dir() {
             std::fs::create_dir_all(&place).doing(doing)?;
         } else {
-            std::fs::create_dir_all(&self.dir).and_then(|()| File::create(&place)).doing(doing)?;
+            std::fs::create_dir_all(&self.dir).and_then(|()| File::create_new(&place)).doing(doing)?;
         }
         // From here on its drop undoes it.
         let share = Arc::new(Share { place, guest: format!("{GUEST_SHARE}/{NAME}/{number}") });
-        mounts::bind(source, &share.place, how)?;
+        mounts::bind(&source.path(), &share.place, how)
+            .map_err(|error| error.context(format!("share {}", source.is_at.display())))?;
         inner.live.retain(|_, share| share.strong_count() > 0);
         inner.live.insert(key, Arc::downgrade(&share));
         Ok(share)

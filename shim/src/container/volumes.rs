@@ -8,19 +8,22 @@
 //! | a unix socket of the host | a socket of the agent, joined to the host's through vsock |
 //! | every other bind | shared by virtio-fs |
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent_client::UDS_DRIVER;
 use agent_client::protocols::agent::Storage;
 use agent_client::protocols::oci as proto;
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
 use oci_spec::runtime::Mount;
 
 use super::shares::{Share, Shares};
 use crate::error::{Error, Result};
 use crate::sandbox::mounts::{self, Bind};
+use crate::uds;
 
 /// Where the guest has the pod's /dev/shm; Kata's place for it.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
@@ -74,8 +77,28 @@ impl Volumes {
         let has = |wanted: &[&str]| to.options.iter().any(|option| wanted.contains(&option.as_str()));
         let is_socket = to.type_ == "uds";
         let is_bind = has(&["bind", "rbind"]) || matches!(to.type_.as_str(), "bind" | "rbind") || is_socket;
-        if !is_bind || ["/proc", "/sys", "/dev"].iter().any(|root| Path::new(&to.source).starts_with(root)) {
+        if !is_bind {
             return Ok(to);
+        }
+        // Walked once: what is judged is what is bound, whatever becomes of the path meanwhile.
+        let pinned = match Pinned::open(Path::new(&to.source)) {
+            Ok(pinned) => pinned,
+            // The guest may have what the host has not.
+            Err(_) if is_the_guests(Path::new(&to.source)) => return Ok(to),
+            Err(error) => {
+                return Err(Error::invalid(format!("mount source {} for {}: {error}", to.source, to.destination)));
+            }
+        };
+        if is_the_guests(&pinned.is_at) {
+            to.source = pinned.is_at.to_string_lossy().into_owned();
+            return Ok(to);
+        }
+        if pinned.is_kernels() {
+            return Err(Error::invalid(format!(
+                "mount source {} for {} is the host kernel's (proc, sysfs, cgroup or the like), which a virtual machine \
+                 cannot share: leave that mount out",
+                to.source, to.destination
+            )));
         }
         if has(&["shared", "rshared"]) {
             return Err(Error::invalid(format!(
@@ -84,13 +107,11 @@ impl Volumes {
                 to.destination
             )));
         }
-        let source = PathBuf::from(&to.source);
-        let metadata = std::fs::metadata(&source).map_err(|error| {
-            Error::invalid(format!("mount source {} for {}: {error}", source.display(), to.destination))
-        })?;
+        let source = pinned.is_at.clone();
+        let metadata = &pinned.metadata;
         let read_only = has(&["ro", "rro"]);
         if metadata.file_type().is_socket() || is_socket {
-            let name = shares.number().to_string();
+            let name = uds::random_name()?;
             to.source = format!("{GUEST_SANDBOX}/uds/{name}");
             to.type_ = "bind".to_owned();
             if !has(&["bind", "rbind"]) {
@@ -100,10 +121,15 @@ impl Volumes {
                 driver: UDS_DRIVER.to_owned(),
                 source: name.clone(),
                 mount_point: to.source.clone(),
+                options: vec![
+                    format!("mode={:o}", metadata.permissions().mode() & 0o7777),
+                    format!("uid={}", metadata.uid()),
+                    format!("gid={}", metadata.gid()),
+                ],
                 ..Default::default()
             });
             self.sockets.push((name, source));
-        } else if let Some(storage) = memory_volume(&source, &metadata) {
+        } else if let Some(storage) = memory_volume(&source, metadata) {
             to.source.clone_from(&storage.mount_point);
             self.storages.push(storage);
         } else {
@@ -115,7 +141,7 @@ impl Volumes {
                 read_only_below: has(&["rro"]),
                 private: !has(&["slave", "rslave"]),
             };
-            let share = shares.get(&source, how)?;
+            let share = shares.get(&pinned, how)?;
             to.source = share.guest_path().to_owned();
             if how.read_only && !how.read_only_below && mounts::has_mounts_below(&source)? {
                 // What is mounted below the source stays writable, and in the guest it takes its parent's flags.
@@ -125,6 +151,65 @@ impl Volumes {
         }
         Ok(to)
     }
+}
+
+/// A mount's source, held by a descriptor.
+#[derive(Debug)]
+pub struct Pinned {
+    file: File,
+    /// Where it is, without links.
+    pub is_at: PathBuf,
+    /// What it is.
+    pub metadata: std::fs::Metadata,
+}
+
+/// File systems in which the kernel shows itself (linux/magic.h): proc, sysfs, cgroup, cgroup2, debugfs, tracefs,
+/// securityfs, bpf, devpts, mqueue, pstore, efivarfs, configfs.
+const OF_THE_KERNEL: [i64; 13] = [
+    0x9fa0,
+    0x6265_6572,
+    0x27_e0eb,
+    0x6367_7270,
+    0x6462_6720,
+    0x7472_6163,
+    0x7363_6673,
+    0xcafe_4a11,
+    0x1cd1,
+    0x1980_0202,
+    0x6165_676c,
+    0xde5e_81e4,
+    0x6265_6570,
+];
+
+impl Pinned {
+    /// Follows the path, as runc does, once.
+    ///
+    /// # Errors
+    /// The system's own.
+    pub fn open(path: &Path) -> std::io::Result<Pinned> {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
+        let metadata = file.metadata()?;
+        let is_at = std::fs::read_link(descriptor(&file))?;
+        Ok(Pinned { file, is_at, metadata })
+    }
+
+    /// A path to this very file, whatever its own has become.
+    pub fn path(&self) -> PathBuf {
+        descriptor(&self.file)
+    }
+
+    fn is_kernels(&self) -> bool {
+        fstatfs(&self.file).is_ok_and(|found| OF_THE_KERNEL.contains(&found.filesystem_type().0))
+    }
+}
+
+fn descriptor(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// Whether the guest has what is there itself.
+fn is_the_guests(path: &Path) -> bool {
+    ["/proc", "/sys", "/dev"].iter().any(|root| path.starts_with(root))
 }
 
 fn is_empty_dir(source: &Path) -> bool {
@@ -285,7 +370,7 @@ mod tests {
             let volumes = prepare(&list, &shares, None).unwrap();
             for (mount, storage) in volumes.mounts.iter().zip(&volumes.storages) {
                 assert_eq!((mount.type_.as_str(), &mount.source), ("bind", &storage.mount_point));
-                assert_eq!(storage.driver, UDS_DRIVER);
+                assert_eq!((storage.driver.as_str(), storage.source.len()), (UDS_DRIVER, 32));
             }
             assert_eq!(volumes.sockets.iter().map(|(_, path)| path).collect::<Vec<_>>(), [&path, &path]);
         });

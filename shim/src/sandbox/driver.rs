@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
 use super::ending;
-use super::launch::{Guest, Plan, launch, rootfs_dir, share_dir};
+use super::launch::{Guest, Plan, launch, rootfs_dir, served, share_dir};
 use super::ledger::Ledger;
 use super::mounts;
 use super::process::{self, Announced};
@@ -267,7 +267,7 @@ impl Driver {
         }
         for shared in [share_dir(self.ledger.dir()), rootfs_dir(self.ledger.dir())] {
             if !shared.is_dir() {
-                mounts::make_shared(&shared)?;
+                mounts::make_served(&shared, &served(&shared))?;
             }
         }
         self.config = config;

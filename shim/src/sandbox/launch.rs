@@ -269,12 +269,17 @@ async fn death(vm: &Vm, [volumes, roots]: &[Virtiofsd; 2], daemon: Option<&Vsock
     }
 }
 
-/// Directory below the state directory that the guest sees: volumes, and root file systems that others may change.
+/// What virtiofsd serves of a directory in which the shim makes mounts ([`super::mounts::make_served`]).
+pub fn served(dir: &Path) -> PathBuf {
+    dir.with_extension("served")
+}
+
+/// Directory below the state directory for volumes, and root file systems that others may change.
 pub fn share_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("share")
 }
 
-/// Directory below the state directory that the guest sees, and keeps in its memory: root file systems that are a
+/// Directory below the state directory for what the guest keeps in its memory: root file systems that are a
 /// container's own.
 pub fn rootfs_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("rootfs")
@@ -328,7 +333,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         binary: virtiofsd.clone(),
         cache_dir: cache_dir.clone(),
         socket: shared_dir.with_extension("sock"),
-        shared_dir,
+        shared_dir: served(&shared_dir),
         cache,
         cgroup_procs: machine.cgroup_procs.clone(),
         confinement: machine.confinement.clone(),
@@ -364,7 +369,7 @@ fn confinement(config: &Config, state_dir: &Path) -> Result<(Option<UidLease>, O
     if level == ConfinementLevel::None {
         return Ok((None, None));
     }
-    let lease = config.uid_range.lease(&Path::new(STATE_ROOT).join("uids"));
+    let lease = config.uid_range.lease(&Path::new(STATE_ROOT).join("cache/uids"));
     let lease = lease.doing(|| "get a user id for the sandbox (uid_range in the configuration)".into())?;
     let mount_point = state_dir.join("jail");
     std::fs::create_dir_all(&mount_point).doing(|| format!("make directory {}", mount_point.display()))?;
@@ -604,7 +609,6 @@ async fn create_sandbox(agent: &Agent, plan: &Plan) -> Result<Features> {
         driver: "virtio-fs".to_owned(),
         source: tag.to_owned(),
         fstype: "virtiofs".to_owned(),
-        options: vec!["nodev".to_owned()],
         mount_point: place.to_owned(),
         ..Default::default()
     });

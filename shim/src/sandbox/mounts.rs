@@ -24,7 +24,31 @@ pub fn enter_namespace() -> Result<()> {
         .doing(|| "make / a slave mount".into())
 }
 
-/// Makes the directory that the guest sees, as a mount that propagates to virtiofsd.
+/// Makes a directory in which mounts are made for the guest, and a second one that virtiofsd serves: the same directory,
+/// read-only at the top. What is mounted in the first appears in the second, as writable as it is, but the guest can
+/// change no name and no mount point that the shim makes: a link of the guest's there would lead the shim anywhere.
+///
+/// # Errors
+/// One line that names the directory.
+pub fn make_served(dir: &Path, served: &Path) -> Result<()> {
+    make_shared(dir)?;
+    std::fs::create_dir_all(served).doing(|| format!("make directory {}", served.display()))?;
+    bind(dir, served, Bind { read_only: true, ..Bind::default() })
+}
+
+/// Makes a directory for a few small files that containers may write to, which must not fill the host's /run.
+///
+/// # Errors
+/// One line that names the directory.
+pub fn make_small(dir: &Path) -> Result<()> {
+    let doing = || format!("mount {}", dir.display());
+    unmount_tree(dir)?;
+    std::fs::create_dir_all(dir).doing(doing)?;
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some("size=1m,nr_inodes=16,mode=755")).doing(doing)
+}
+
+/// Makes a directory whose mounts propagate to its other binds.
 ///
 /// # Errors
 /// One line that names the directory.
@@ -73,6 +97,8 @@ fn try_bind(from: &Path, to: &Path, how: Bind) -> std::io::Result<()> {
     let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     let tree = unsafe { OwnedFd::from_raw_fd(fd) };
+    // Device nodes and setuid programs in it are the guest kernel's business, never the host's.
+    set_attributes(&tree, libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID, 0, true)?;
     if how.read_only {
         set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, 0, how.read_only_below)?;
     }

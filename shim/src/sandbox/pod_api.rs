@@ -13,6 +13,7 @@ use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
 
 use super::driver::{Blueprint, Driver, Pod, Reply, Shm, answer};
+use super::mounts;
 use super::process;
 use super::sizing::Need;
 use super::state::{Io, Key, Status};
@@ -66,6 +67,7 @@ impl Driver {
         let linux = config.linux.get_or_default();
         refuse_host_namespaces(config)?;
         let dir = self.ledger.dir().join("pod");
+        mounts::make_small(&dir)?;
         make_files(&dir, config)?;
         let pod = Pod {
             sysctls: linux.sysctls.clone(),

@@ -246,6 +246,9 @@ impl Driver {
         if result.is_ok() {
             let io = self.state.process(&key).map(|process| process.io.clone()).unwrap_or_default();
             let dialled = self.guest.as_ref().and_then(|guest| Dialled::begin(guest, &key, &io));
+            if let Some(container) = self.containers.get(&request.id) {
+                container.runs_as(process.user());
+            }
             self.announced.insert(key, Announced { process, dialled });
             let (container_id, exec_id) = (request.id, request.exec_id);
             self.events.publish(&TaskExecAdded { container_id, exec_id, ..Default::default() });

@@ -37,7 +37,9 @@ impl Memory {
         ]);
         plug.qmp.execute(&ObjectAdd(arguments)).await?;
         plug.undo.push(Undo::RemoveObject(backend.clone()));
-        let properties = json!({"memdev": backend, "block-size": BLOCK, "requested-size": self.requested});
+        // What the guest was not given it cannot touch either: its memory is bounded by more than its good will.
+        let properties = json!({"memdev": backend, "block-size": BLOCK, "requested-size": self.requested,
+            "unplugged-inaccessible": "on"});
         plug.device_add("virtio-mem-pci", properties).await
     }
 }

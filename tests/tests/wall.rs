@@ -1,0 +1,117 @@
+//! What stands between a container and the host: the directories that the shim works in, and the processes that serve the
+//! guest, as somebody finds them who has got that far.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use cofferdam_tests::{Env, Suite, cases};
+
+fn main() -> ExitCode {
+    Suite::new().run(cases![
+        Ours: guest_cannot_write_where_the_shim_makes_names, device_nodes_and_setuid_programs_work,
+            qemu_and_helpers_have_nothing_of_the_host, pid_of_a_task_does_not_lead_to_the_hosts_files;
+    ])
+}
+
+/// A privileged container mounts what the host shares, and plants a link for every name that may come next.
+fn guest_cannot_write_where_the_shim_makes_names(env: &Env) {
+    let victim = env.dir.join("victim");
+    fs::write(&victim, "precious").unwrap();
+    let group = format!("io.containerd.runc.v2.group={}", env.dir.file_name().unwrap().to_string_lossy());
+    let container = env.detached(&["--privileged", "--annotation", &group], &["sleep", "3600"]);
+    // The second share shows the container's own root, which it may write to, so only the first one is said to be closed.
+    let script = format!(
+        "mkdir /m /r; mount -t virtiofs kataShared /m && mount -t virtiofs cofferdamRootfs /r || exit 9
+         for n in .volumes $(seq 1 30); do
+             ln -s {victim} /m/$n && echo made /m/$n; mkdir /m/d$n && echo made /m/d$n; ln -s {victim} /r/$n
+         done
+         touch /m/file && echo made /m/file; mkdir -p /m/.volumes && echo made /m/.volumes; echo own >/own; echo over",
+        victim = victim.display()
+    );
+    let output = container.exec(&["sh", "-c", &format!("({script}) 2>/dev/null")]).ok().text();
+    assert_eq!(output, "over", "nothing can be made in the shares");
+    let volume = env.dir.join("volume");
+    fs::create_dir_all(&volume).unwrap();
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", volume.display());
+    let host_name = "type=bind,src=/etc/hostname,dst=/h,options=rbind:ro";
+    let flags = ["--annotation", &group, "--mount", host_name, "--mount", &mount];
+    let second = env.detached(&flags, &["sleep", "3600"]);
+    second.exec(&["sh", "-c", "test -s /h && echo mine >/data/mine"]).ok();
+    assert_eq!(fs::read_to_string(volume.join("mine")).unwrap(), "mine\n", "a volume is as writable as it was");
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    // The directories themselves, below everything that is mounted in the shim's namespace.
+    for sandbox in fs::read_dir("/run/cofferdam").unwrap().flatten() {
+        for share in ["share", "rootfs"] {
+            let names = fs::read_dir(sandbox.path().join(share)).into_iter().flatten().flatten();
+            let links: Vec<_> = names.filter(|name| name.file_type().unwrap().is_symlink()).collect();
+            assert!(links.is_empty(), "{links:?}");
+        }
+    }
+    for container in [second, container] {
+        container.kill("SIGKILL", &[]).ok();
+        container.finish();
+    }
+}
+
+fn device_nodes_and_setuid_programs_work(env: &Env) {
+    let script = "mknod /null c 1 3 && echo gone >/null && mknod /disk b 8 0 && ! cat /disk 2>/dev/null && \
+                  cp /bin/busybox /su && chmod 4755 /su && stat -c %a /su";
+    assert_eq!(env.run(&[], &["sh", "-c", script]).ok().text(), "4755");
+}
+
+fn status(pid: i32, key: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
+    line.split_ascii_whitespace().nth(1).unwrap().to_owned()
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    list.split_ascii_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
+    let container = env.idle();
+    let qemu = i32::try_from(container.listed().unwrap().0).unwrap();
+    let shim = status(qemu, "PPid:").parse().unwrap();
+    let mut names = Vec::new();
+    for pid in children(shim) {
+        let name = status(pid, "Name:");
+        for kind in ["mnt", "pid", "ipc", "uts", "net"] {
+            let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+            assert_ne!(of(&pid.to_string()), of("self"), "{name} is in the host's {kind} namespace");
+        }
+        assert_eq!((status(pid, "NoNewPrivs:"), status(pid, "Seccomp:")), ("1".into(), "2".into()), "{name}");
+        let capabilities = u64::from_str_radix(&status(pid, "CapEff:"), 16).unwrap();
+        if name == "virtiofsd" {
+            // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP, and MKNOD for what is a container's own.
+            assert_eq!(capabilities & !0x8800_00db, 0, "{name} has {capabilities:x}");
+        } else {
+            assert_eq!((capabilities, status(pid, "CapBnd:").trim_start_matches('0')), (0, ""), "{name}");
+            assert!(status(pid, "Uid:").parse::<u32>().unwrap() >= 1_900_000_000, "{name} is {}", status(pid, "Uid:"));
+        }
+        let root = Path::new("/proc").join(pid.to_string()).join("root");
+        for path in ["etc/shadow", "etc/passwd", "run/containerd", "dev/sda", "bin/sh", "proc/1/mem", "root"] {
+            assert!(!root.join(path).exists(), "{name} sees /{path}");
+        }
+        let error = fs::write(root.join("new"), "").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EROFS), "{name} can write to its root");
+        assert!(fs::read(format!("/proc/{pid}/environ")).unwrap().is_empty(), "{name} has an environment");
+        names.push(name);
+    }
+    names.sort();
+    names.dedup();
+    assert!(names.contains(&"virtiofsd".to_owned()) && names.len() >= 2, "{names:?}");
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+}
+
+fn pid_of_a_task_does_not_lead_to_the_hosts_files(env: &Env) {
+    let container = env.idle();
+    let root = format!("/proc/{}/root", container.listed().unwrap().0);
+    assert!(!Path::new(&root).join("etc/hostname").exists() && fs::write(Path::new(&root).join("x"), "").is_err());
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+}
