@@ -194,8 +194,8 @@ fn processes_on_the_host_are_limited_and_scored_as_the_container(env: &Env) {
     let quota = either(&host_cgroup("cpu", &container.id), ["cpu.max", "cpu.cfs_quota_us"]);
     assert_eq!(quota.split(' ').next(), Some("75000"), "half a CPU and a quarter of QEMU's own");
     assert_eq!(either(&host_cgroup("pids", &container.id), ["pids.max", "pids.max"]), "512");
-    // What is written to a volume fills the page cache, not the limit.
-    container.exec(&["sh", "-c", "head -c 300M /dev/zero >/fill && rm /fill"]).ok();
+    // What is written to files fills the page cache, not the limit.
+    container.exec(&["sh", "-c", "dd if=/dev/zero of=/fill bs=1M count=300 2>/dev/null && rm /fill"]).ok();
     // `ctr` says nothing of a score: it is 0, whatever containerd's own is.
     let pids = procs::family(&container.id);
     let scores: Vec<String> =
