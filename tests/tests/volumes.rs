@@ -40,6 +40,11 @@ fn dir(env: &Env, name: &str) -> PathBuf {
     dir
 }
 
+/// By its uid the kubelet names the directory of a pod's volumes.
+fn pod_with_uid(env: &Env) -> Pod<'_> {
+    Pod::with(env, json!({"metadata": {"uid": "uid"}}))
+}
+
 fn idle<'p>(pod: &'p Pod, name: &str, mounts: &[Value]) -> Member<'p> {
     pod.run_with(name, &["sleep", "3600"], json!({"mounts": mounts}))
 }
@@ -150,8 +155,8 @@ fn config_map_is_updated_live(env: &Env) {
 }
 
 fn empty_dir_of_two_containers(env: &Env) {
-    let shared = dir(env, "volumes/kubernetes.io~empty-dir/shared");
-    let pod = Pod::new(env);
+    let shared = dir(env, "pods/uid/volumes/kubernetes.io~empty-dir/shared");
+    let pod = pod_with_uid(env);
     let (one, two) = (idle(&pod, "one", &[volume(&shared, "/a")]), idle(&pod, "two", &[volume(&shared, "/b")]));
     one.sh("echo hello >/a/file; mkfifo /a/fifo; ln /a/file /a/hard");
     assert_eq!(two.sh("cat /b/hard"), "hello");
@@ -162,8 +167,8 @@ fn empty_dir_of_two_containers(env: &Env) {
 }
 
 fn unix_socket_between_two_containers(env: &Env) {
-    let shared = dir(env, "volumes/kubernetes.io~empty-dir/socket");
-    let pod = Pod::new(env);
+    let shared = dir(env, "pods/uid/volumes/kubernetes.io~empty-dir/socket");
+    let pod = pod_with_uid(env);
     let server = ["talk", "serve", "unix", "/a/s.sock"];
     let server = pod.run_with("server", &server, json!({"mounts": [volume(&shared, "/a")]}));
     let client = idle(&pod, "client", &[volume(&shared, "/b")]);
@@ -174,9 +179,9 @@ fn unix_socket_between_two_containers(env: &Env) {
 }
 
 fn empty_dir_in_memory(env: &Env) {
-    let path = env.dir.join("volumes/kubernetes.io~empty-dir/memory");
+    let path = env.dir.join("pods/uid/volumes/kubernetes.io~empty-dir/memory");
     let _mounted = Mounted::tmpfs(&path, "size=8m");
-    let pod = Pod::new(env);
+    let pod = pod_with_uid(env);
     let (one, two) = (idle(&pod, "one", &[volume(&path, "/a")]), idle(&pod, "two", &[volume(&path, "/b")]));
     one.sh("echo hello >/a/file");
     assert_eq!(two.sh("cat /b/file; stat -f -c %T /b"), "hello\ntmpfs");

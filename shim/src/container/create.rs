@@ -19,7 +19,7 @@ use super::pod::PidNamespace;
 use super::rootfs::{self, Disk};
 use super::shares::Shares;
 use super::to_proto::{self, Place};
-use super::volumes::{self, Volumes};
+use super::volumes::{self, OfPod, Volumes};
 use crate::error::{Error, IoContext, Result};
 use crate::sandbox::ending::RELEASE_DEADLINE;
 use crate::sandbox::launch::{Guest, rootfs_dir, share_dir};
@@ -56,6 +56,8 @@ pub struct Order {
     pub sysctls: HashMap<String, String>,
     /// Source of the mount that stands for its pod's /dev/shm.
     pub shm: Option<PathBuf>,
+    /// Its pod's uid.
+    pub pod_uid: Option<String>,
 }
 
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
@@ -104,7 +106,8 @@ impl Host {
             rootfs::mount_all(&order.rootfs, &root, &host.dir.join("rootfs"))?;
         }
         let list = order.spec.mounts().as_deref().unwrap_or_default();
-        host.volumes = volumes::prepare(list, shares, order.shm.as_deref())?;
+        host.volumes =
+            volumes::prepare(list, shares, OfPod { shm: order.shm.as_deref(), uid: order.pod_uid.as_deref() })?;
         Ok(host)
     }
 }

@@ -25,6 +25,9 @@ const TYPE: CriKey =
 pub const SANDBOX_ID: CriKey =
     CriKey { containerd: "io.kubernetes.cri.sandbox-id", crio: "io.kubernetes.cri-o.SandboxID" };
 
+/// The uid of the pod.
+pub const UID: CriKey = CriKey { containerd: "io.kubernetes.cri.sandbox-uid", crio: "io.kubernetes.pod.uid" };
+
 /// Whether containerd runs this process: it gives every shim the address for events, which CRI-O does not.
 pub fn is_from_containerd() -> bool {
     std::env::var_os("TTRPC_ADDRESS").is_some_and(|address| !address.is_empty())

@@ -46,21 +46,30 @@ pub struct Volumes {
     shares: Vec<Arc<Share>>,
 }
 
-/// Prepares the mounts of a container. `shm` is the source of a mount on /dev/shm that stands for the pod's own.
+/// What a container's mounts may be of its pod's own.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OfPod<'a> {
+    /// Source of the mount on /dev/shm that stands for the pod's.
+    pub shm: Option<&'a Path>,
+    /// The pod's uid, by which the kubelet names the directory of its volumes.
+    pub uid: Option<&'a str>,
+}
+
+/// Prepares the mounts of a container.
 ///
 /// # Errors
 /// One line that names the mount; nothing stays shared.
-pub fn prepare(list: &[Mount], shares: &Shares, shm: Option<&Path>) -> Result<Volumes> {
+pub fn prepare(list: &[Mount], shares: &Shares, pod: OfPod<'_>) -> Result<Volumes> {
     let mut volumes = Volumes::default();
     for mount in list {
-        let mount = volumes.one(mount, shares, shm)?;
+        let mount = volumes.one(mount, shares, pod)?;
         volumes.mounts.push(mount);
     }
     Ok(volumes)
 }
 
 impl Volumes {
-    fn one(&mut self, from: &Mount, shares: &Shares, shm: Option<&Path>) -> Result<proto::Mount> {
+    fn one(&mut self, from: &Mount, shares: &Shares, pod: OfPod<'_>) -> Result<proto::Mount> {
         let mut to = proto::Mount {
             destination: from.destination().to_string_lossy().into_owned(),
             source: from.source().as_ref().map(|source| source.to_string_lossy().into_owned()).unwrap_or_default(),
@@ -68,7 +77,7 @@ impl Volumes {
             options: from.options().clone().unwrap_or_default(),
             ..Default::default()
         };
-        if to.destination == "/dev/shm" && shm.is_some_and(|shm| shm == Path::new(&to.source)) {
+        if to.destination == "/dev/shm" && pod.shm.is_some_and(|shm| shm == Path::new(&to.source)) {
             to.source = GUEST_SHM.to_owned();
             to.type_ = "bind".to_owned();
             to.options = vec!["rbind".to_owned()];
@@ -129,7 +138,7 @@ impl Volumes {
                 ..Default::default()
             });
             self.sockets.push((name, source));
-        } else if let Some(storage) = memory_volume(&source, metadata) {
+        } else if let Some(storage) = memory_volume(&source, metadata, pod.uid) {
             to.source.clone_from(&storage.mount_point);
             self.storages.push(storage);
         } else {
@@ -137,7 +146,7 @@ impl Volumes {
                 recursive: has(&["rbind"]) || to.type_ == "rbind",
                 // A pod's own scratch space is written by some of its containers and only read by others, which must
                 // see the same files: there the guest alone keeps readers from writing.
-                read_only: read_only && !is_empty_dir(&source),
+                read_only: read_only && !is_empty_dir(&source, pod.uid),
                 read_only_below: has(&["rro"]),
                 private: !has(&["slave", "rslave"]),
             };
@@ -212,16 +221,20 @@ fn is_the_guests(path: &Path) -> bool {
     ["/proc", "/sys", "/dev"].iter().any(|root| path.starts_with(root))
 }
 
-fn is_empty_dir(source: &Path) -> bool {
-    source.iter().any(|part| part == EMPTY_DIR)
+/// Whether this is in an emptyDir of this very pod: `…/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`, as the kubelet
+/// names it. Another pod's is a directory of the host like any other.
+fn is_empty_dir(source: &Path, uid: Option<&str>) -> bool {
+    let Some(uid) = uid else { return false };
+    let parts: Vec<_> = source.iter().collect();
+    parts.windows(4).any(|window| window == ["pods", uid, "volumes", EMPTY_DIR])
 }
 
 /// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its own instead. It stays
 /// until the sandbox ends: a container that is restarted finds its data.
-fn memory_volume(source: &Path, metadata: &std::fs::Metadata) -> Option<Storage> {
+fn memory_volume(source: &Path, metadata: &std::fs::Metadata, uid: Option<&str>) -> Option<Storage> {
     let parent = source.parent()?;
     let is_mounted = metadata.is_dir() && std::fs::metadata(parent).is_ok_and(|parent| parent.dev() != metadata.dev());
-    if !is_mounted || parent.file_name()? != EMPTY_DIR {
+    if !is_mounted || parent.file_name()? != EMPTY_DIR || !is_empty_dir(source, uid) {
         return None;
     }
     let size = tmpfs_size(source)?;
@@ -254,6 +267,8 @@ mod tests {
 
     use super::*;
 
+    const POD: OfPod<'_> = OfPod { shm: None, uid: Some("u1") };
+
     fn mounts_of(list: serde_json::Value) -> Vec<Mount> {
         serde_json::from_value(list).unwrap()
     }
@@ -284,8 +299,8 @@ mod tests {
             let data = source(dir, "data");
             let shares = Shares::new(&dir.join("share"));
             let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": ["rbind"]}]));
-            let first = prepare(&list, &shares, None).unwrap();
-            let second = prepare(&list, &shares, None).unwrap();
+            let first = prepare(&list, &shares, POD).unwrap();
+            let second = prepare(&list, &shares, POD).unwrap();
             assert_eq!(first.mounts[0].source, second.mounts[0].source);
             drop(first);
             let place = dir.join("share/.volumes").join(second.mounts[0].source.rsplit('/').next().unwrap());
@@ -300,12 +315,12 @@ mod tests {
     fn a_reader_cannot_write_on_the_host_but_for_a_pods_scratch_space() {
         alone(|dir| {
             let shares = Shares::new(&dir.join("share"));
-            let (data, scratch) = (source(dir, "data"), source(dir, "kubernetes.io~empty-dir/cache"));
+            let (data, scratch) = (source(dir, "data"), source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache"));
             let mounted = |path: &Path| {
                 let list = mounts_of(json!([
                     {"destination": "/d", "type": "bind", "source": path, "options": ["rbind", "ro"]}
                 ]));
-                let volumes = prepare(&list, &shares, None).unwrap();
+                let volumes = prepare(&list, &shares, POD).unwrap();
                 let name = volumes.mounts[0].source.rsplit('/').next().unwrap().to_owned();
                 (volumes, dir.join("share/.volumes").join(name))
             };
@@ -318,6 +333,18 @@ mod tests {
     }
 
     #[test]
+    fn another_pods_scratch_space_is_a_directory_like_any_other() {
+        for (path, uid, own) in [
+            ("/k/pods/u1/volumes/kubernetes.io~empty-dir/c", Some("u1"), true),
+            ("/k/pods/u1/volumes/kubernetes.io~empty-dir/c", None, false),
+            ("/k/pods/u2/volumes/kubernetes.io~empty-dir/c", Some("u1"), false),
+            ("/srv/kubernetes.io~empty-dir/u1", Some("u1"), false),
+        ] {
+            assert_eq!(is_empty_dir(Path::new(path), uid), own, "{path} {uid:?}");
+        }
+    }
+
+    #[test]
     fn what_is_mounted_below_a_read_only_volume_can_be_written() {
         alone(|dir| {
             let data = source(dir, "data");
@@ -327,12 +354,12 @@ mod tests {
             let list = |options: &[&str]| {
                 mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": options}]))
             };
-            let volumes = prepare(&list(&["rbind", "ro"]), &shares, None).unwrap();
+            let volumes = prepare(&list(&["rbind", "ro"]), &shares, POD).unwrap();
             assert_eq!(volumes.mounts[0].options, ["rbind"], "the host alone keeps it read-only");
             let place = dir.join("share/.volumes").join(volumes.mounts[0].source.rsplit('/').next().unwrap());
             std::fs::write(place.join("below/file"), "").unwrap();
             assert!(std::fs::write(place.join("file"), "").is_err());
-            let all = prepare(&list(&["rbind", "rro"]), &shares, None).unwrap();
+            let all = prepare(&list(&["rbind", "rro"]), &shares, POD).unwrap();
             let place = dir.join("share/.volumes").join(all.mounts[0].source.rsplit('/').next().unwrap());
             assert!(std::fs::write(place.join("below/other"), "").is_err());
             drop((volumes, all));
@@ -343,12 +370,12 @@ mod tests {
     #[test]
     fn an_emptydir_in_memory_is_the_guests_own() {
         alone(|dir| {
-            let path = source(dir, "kubernetes.io~empty-dir/cache");
+            let path = source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache");
             let flags = MsFlags::empty();
             mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some("size=8m,mode=1777")).unwrap();
             let shares = Shares::new(&dir.join("share"));
             let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path, "options": ["rbind"]}]));
-            let volumes = prepare(&list, &shares, None).unwrap();
+            let volumes = prepare(&list, &shares, POD).unwrap();
             let storage = &volumes.storages[0];
             assert_eq!((storage.driver.as_str(), storage.shared), ("ephemeral", true));
             assert_eq!(storage.options, ["size=8388608", "mode=1777"]);
@@ -367,7 +394,7 @@ mod tests {
                 {"destination": "/a", "type": "bind", "source": path, "options": ["rbind", "rw"]},
                 {"destination": "/b", "type": "uds", "source": path}
             ]));
-            let volumes = prepare(&list, &shares, None).unwrap();
+            let volumes = prepare(&list, &shares, POD).unwrap();
             for (mount, storage) in volumes.mounts.iter().zip(&volumes.storages) {
                 assert_eq!((mount.type_.as_str(), &mount.source), ("bind", &storage.mount_point));
                 assert_eq!((storage.driver.as_str(), storage.source.len()), (UDS_DRIVER, 32));
@@ -386,17 +413,17 @@ mod tests {
                 {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
                 {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind"]}
             ]));
-            let volumes = prepare(&list, &shares, Some(&shm)).unwrap();
+            let volumes = prepare(&list, &shares, OfPod { shm: Some(&shm), ..POD }).unwrap();
             let sources: Vec<_> = volumes.mounts.iter().map(|mount| mount.source.as_str()).collect();
             assert_eq!(sources, ["proc", "/dev/null", GUEST_SHM]);
             assert!(volumes.storages.is_empty());
             // A volume that the pod has put there is no shm of the pod's.
-            let volumes = prepare(&list, &shares, Some(Path::new("/other"))).unwrap();
+            let volumes = prepare(&list, &shares, OfPod { shm: Some(Path::new("/other")), ..POD }).unwrap();
             assert!(volumes.mounts[2].source.contains(".volumes"));
             let list = mounts_of(json!([
                 {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"]}
             ]));
-            let volumes = prepare(&list, &shares, Some(Path::new("shm"))).unwrap();
+            let volumes = prepare(&list, &shares, OfPod { shm: Some(Path::new("shm")), ..POD }).unwrap();
             assert_eq!((volumes.mounts[0].source.as_str(), volumes.mounts[0].type_.as_str()), (GUEST_SHM, "bind"));
         });
     }
@@ -404,8 +431,7 @@ mod tests {
     #[test]
     fn mounts_that_cannot_be_are_refused_with_the_way_out() {
         let shares = Shares::new(Path::new("/nonexistent"));
-        let refused =
-            |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, None).unwrap_err().message;
+        let refused = |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, POD).unwrap_err().message;
         let message =
             refused(json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}));
         assert!(message.contains("HostToContainer") && message.contains("/d"), "{message}");

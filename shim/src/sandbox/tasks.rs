@@ -111,6 +111,9 @@ impl Driver {
         if let Some(files) = self.pod.files.as_ref().filter(|_| role == Role::Member) {
             pod_api::add_files(&mut spec, files)?;
         }
+        let annotations = spec.annotations().as_ref();
+        let pod_uid = pod::UID.of(pod::is_from_containerd(), |key| annotations?.get(key).map(String::as_str));
+        let pod_uid = pod_uid.map(str::to_owned);
         let order = Order {
             id: request.id.clone(),
             bundle,
@@ -119,6 +122,7 @@ impl Driver {
             io,
             pid_namespace,
             sysctls: if role == Role::Member { self.pod.sysctls.clone() } else { HashMap::new() },
+            pod_uid,
             shm: self.pod.shm.as_ref().filter(|_| role == Role::Member).map(|shm| shm.source.clone()),
         };
         Ok((config, role, order))
