@@ -1,11 +1,14 @@
 //! Memory and CPU of a pod: what its containers see, what is enforced, what an update changes, and where QEMU is counted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
+use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use cofferdam_tests::daemon::namespace;
+use cofferdam_tests::events::{Event, Events};
 use cofferdam_tests::pod::{Member, Pod};
-use cofferdam_tests::{Env, PATIENCE, Suite, cases, eventually, procs};
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually, procs};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
@@ -13,7 +16,8 @@ fn main() -> ExitCode {
         Core: container_uses_its_gibibyte, memory_is_raised_and_lowered;
         Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered, update_of_one_limit_keeps_the_others;
         Ours: machine_has_the_cpus_of_its_containers, refused_update_leaves_the_machine_as_it_was, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
-            idle_pod_uses_no_cpu;
+            idle_pod_uses_no_cpu, processes_on_the_host_are_limited_and_scored_as_the_container, cgroup_of_somebody_else_keeps_its_limits,
+            kill_by_the_host_for_memory_is_told;
     ])
 }
 
@@ -161,4 +165,76 @@ fn idle_pod_uses_no_cpu(env: &Env) {
     let _container = pod.idle("main");
     // A guest that has just begun still has things to do.
     procs::come_to_rest(&procs::family(&pod.id));
+}
+
+/// A container's directory on the host for a controller: its own hierarchy, or the unified one.
+fn host_cgroup(controller: &str, id: &str) -> PathBuf {
+    let old = PathBuf::from("/sys/fs/cgroup").join(controller);
+    let root = if old.is_dir() { old } else { PathBuf::from("/sys/fs/cgroup") };
+    root.join(namespace()).join(id)
+}
+
+/// The content of the first of these files that is there.
+#[track_caller]
+fn either(dir: &std::path::Path, files: [&str; 2]) -> String {
+    let text = files.iter().find_map(|file| fs::read_to_string(dir.join(file)).ok());
+    text.unwrap_or_else(|| panic!("none of {files:?} in {}", dir.display())).trim().to_owned()
+}
+
+fn host_memory_limit(id: &str) -> u64 {
+    let limit = either(&host_cgroup("memory", id), ["memory.max", "memory.limit_in_bytes"]);
+    limit.parse().unwrap_or(u64::MAX) / MIB
+}
+
+fn processes_on_the_host_are_limited_and_scored_as_the_container(env: &Env) {
+    let flags = ["--memory-limit", &(64 * MIB).to_string(), "--cpu-quota", "50000", "--cpu-period", "100000"];
+    let container = env.detached(&flags, &["sleep", "3600"]);
+    let limit = host_memory_limit(&container.id);
+    assert!((64..1024).contains(&limit), "{limit} MiB for 64 MiB");
+    let quota = either(&host_cgroup("cpu", &container.id), ["cpu.max", "cpu.cfs_quota_us"]);
+    assert_eq!(quota.split(' ').next(), Some("75000"), "half a CPU and a quarter of QEMU's own");
+    assert_eq!(either(&host_cgroup("pids", &container.id), ["pids.max", "pids.max"]), "512");
+    // What is written to files fills the page cache, not the limit.
+    container.exec(&["sh", "-c", "dd if=/dev/zero of=/fill bs=1M count=300 2>/dev/null && rm /fill"]).ok();
+    // `ctr` says nothing of a score: it is 0, whatever containerd's own is.
+    let pids = procs::family(&container.id);
+    let scores: Vec<String> =
+        pids[1..].iter().filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()).collect();
+    assert!(scores.len() >= 2 && scores.iter().all(|score| score.trim() == "0"), "{scores:?}");
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+}
+
+fn cgroup_of_somebody_else_keeps_its_limits(env: &Env) {
+    let id = env.id();
+    let dirs = ["memory", "cpu", "pids"].map(|controller| host_cgroup(controller, &id));
+    dirs.iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
+    let before = host_memory_limit(&id);
+    let container = Container::adopt(env, &id);
+    let flags = ["-d", "--memory-limit", &(64 * MIB).to_string()];
+    cofferdam_tests::command::run(env.run_command(&id, &flags, &["sleep", "3600"]), PATIENCE).ok();
+    assert_eq!(host_memory_limit(&id), before);
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+    drop(container);
+    dirs.iter().for_each(|dir| {
+        eventually("its maker removes it", PATIENCE, || (!dir.exists() || fs::remove_dir(dir).is_ok()).then_some(()))
+    });
+}
+
+fn kill_by_the_host_for_memory_is_told(env: &Env) {
+    let events = Events::subscribe(&env.daemon);
+    let container = env.detached(&[], &["sleep", "3600"]);
+    let dir = host_cgroup("memory", &container.id);
+    let used: u64 = either(&dir, ["memory.current", "memory.usage_in_bytes"]).parse().unwrap();
+    let file =
+        ["memory.max", "memory.limit_in_bytes"].map(|file| dir.join(file)).into_iter().find(|file| file.exists());
+    fs::write(file.unwrap(), (used + 8 * MIB).to_string()).unwrap();
+    container.exec(&["dd", "if=/dev/zero", "of=/dev/null", "count=1", "bs=150M"]);
+    container.wait_for("STOPPED");
+    let seen: Vec<String> = events.of(&container.id).iter().map(Event::brief).collect();
+    let place = |topic: &str| seen.iter().position(|seen| seen == topic);
+    assert!(place("oom").is_some() && place("oom") < place("exit"), "{seen:?}");
+    let log = env.daemon.log_about(&container.id);
+    assert!(log.contains("killed by the host for lack of memory in the sandbox's cgroup"), "{log}");
 }

@@ -299,7 +299,15 @@ impl Driver {
                 let handle = self.handle.clone();
                 let tell = move |container: String| handle.tell(move |driver| driver.out_of_memory(&container));
                 tokio::spawn(watch_oom(guest.agent.clone(), tell));
-                self.begin(async move { guest.died().await }, |driver, reason| driver.vm_died(&reason));
+                self.begin(async move { guest.died().await }, |driver, ended| {
+                    if ended.out_of_memory {
+                        let ids: Vec<String> = driver.needs.keys().cloned().collect();
+                        for id in ids.into_iter().filter(|id| driver.state.is_unfinished(id)).collect::<Vec<_>>() {
+                            driver.out_of_memory(&id);
+                        }
+                    }
+                    driver.vm_died(&ended.reason);
+                });
             }
             Err(error) => {
                 tracing::error!(%error, "the virtual machine did not come up");

@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
@@ -21,12 +22,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::process::Identity;
 use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
 use super::ledger::{Ledger, Resource};
 use super::nics::Nics;
+use super::place::{self, Place};
 use super::sizing::{Sizing, host_cpus, host_memory_mib};
-use crate::cgroup;
 use crate::config::{Accelerator, Config, ConfinementLevel, VsockDevice as VsockChoice, find_file, find_program};
 use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
@@ -97,6 +99,14 @@ pub struct Plan {
     pub netns: Option<PathBuf>,
 }
 
+/// How a machine ended.
+pub struct Ended {
+    /// In one line.
+    pub reason: String,
+    /// Whether the host killed one of its processes because memory ran out.
+    pub out_of_memory: bool,
+}
+
 /// A running guest with an agent that answers.
 pub struct Guest {
     /// The virtual machine.
@@ -121,6 +131,10 @@ pub struct Guest {
     nics: Arc<Nics>,
     /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
     size: Mutex<Sizing>,
+    /// MiB of memory that the guest has, which may be more than it should.
+    has_mib: AtomicU64,
+    /// Where its processes are on the host.
+    place: Arc<Place>,
     file_servers: [Virtiofsd; 2],
     vsock_daemon: Option<VsockDaemon>,
     /// The user id of its processes, which nobody else gets while they live.
@@ -130,7 +144,15 @@ pub struct Guest {
 impl Guest {
     /// Waits until the machine, a helper that it cannot live without, or an agent that makes sense is gone; says which
     /// and why. The machine may still run.
-    pub async fn died(&self) -> String {
+    pub async fn died(&self) -> Ended {
+        let reason = self.end().await;
+        match self.place.out_of_memory() {
+            Some(why) => Ended { reason: format!("{reason}: {why}"), out_of_memory: true },
+            None => Ended { reason, out_of_memory: false },
+        }
+    }
+
+    async fn end(&self) -> String {
         let mut death = pin!(death(&self.vm, &self.file_servers, self.vsock_daemon.as_ref()));
         let fault = tokio::select! {
             why = &mut death => return why,
@@ -149,12 +171,34 @@ impl Guest {
     /// QEMU's own, or the agent's: added CPUs that do not come to life.
     pub async fn resize(&self, to: Sizing) -> Result<()> {
         let mut size = self.size.lock().await;
+        self.place.raise(to).await?;
+        let resized = self.resize_machine(&mut size, to).await;
+        if let Ok(has_mib) = resized {
+            // What the guest did not give back it may still use.
+            self.place.settle(Sizing { memory_mib: has_mib.max(to.memory_mib), ..to }).await;
+        }
+        place::set_oom_score(&self.processes(), to.oom_score_adj);
+        resized.map(drop)
+    }
+
+    fn processes(&self) -> Vec<Identity> {
+        let helpers = self.file_servers.iter().map(|server| server.identity());
+        [self.vm.identity()]
+            .into_iter()
+            .chain(helpers)
+            .chain(self.vsock_daemon.iter().map(|one| one.identity()))
+            .collect()
+    }
+
+    /// Returns the MiB of memory that the guest has.
+    async fn resize_machine(&self, size: &mut Sizing, to: Sizing) -> Result<u64> {
         if to.memory_mib != size.memory_mib {
             let got = self.vm.resize_memory(to.memory_mib, RESIZE_DEADLINE).await?;
             if got < to.memory_mib {
                 tracing::warn!(got, wanted = to.memory_mib, "the guest has less memory than its containers may use");
             }
             size.memory_mib = to.memory_mib;
+            self.has_mib.store(got, Ordering::Relaxed);
         }
         if to.vcpus != size.vcpus {
             let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
@@ -164,7 +208,7 @@ impl Guest {
                 self.agent.online_cpu_mem(&request, RESIZE_DEADLINE).await?;
             }
         }
-        Ok(())
+        Ok(self.has_mib.load(Ordering::Relaxed))
     }
 
     /// Makes a NIC of each link that has come into the network namespace since.
@@ -251,7 +295,6 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     let virtiofsd = find_program(&config.virtiofsd, "virtiofsd")?;
     find_file(&config.kernel, "kernel")?;
     find_file(&config.initramfs, "initramfs")?;
-    let cgroup_procs = join_cgroup(&plan.cgroups_path, ledger)?;
     let cache_dir = Path::new(STATE_ROOT).join("cache");
     std::fs::create_dir_all(&cache_dir).doing(|| format!("make directory {}", cache_dir.display()))?;
     let nics = Arc::new(Nics::new(plan.netns.as_deref()).await?);
@@ -262,6 +305,9 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     };
     let accel = accel.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
+    let place = Arc::new(Place::join(&plan.cgroups_path, accel.kvm, ledger)?);
+    // No limit of CPU time before there is a container: what boots is ours.
+    place.raise(Sizing { milli_cpus: None, ..plan.sizing }).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
     let mut machine = MachineConfig {
         capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,
@@ -277,7 +323,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         max_vcpus: host_cpus().max(plan.sizing.vcpus),
         root_ports: if plan.shm_bytes.is_some() { POD_ROOT_PORTS } else { ROOT_PORTS },
         console: config.debug.then(|| ledger.dir().join("console.log")),
-        cgroup_procs,
+        cgroup_procs: place.procs(),
         netns: Some(nics.netns()),
         confinement,
         cache_dir: cache_dir.clone(),
@@ -293,9 +339,13 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         confinement: machine.confinement.clone(),
     });
     for attempt in 1..=2 {
-        let boot = boot(plan, &mut machine, &file_servers, &nics, ledger);
+        let boot = boot(plan, &mut machine, &file_servers, &nics, &place, ledger);
         match timeout(config.boot_deadline(), boot).await {
-            Ok(result) => return result.map(|guest| Guest { _uid: lease, ..guest }),
+            Ok(result) => {
+                let guest = Guest { _uid: lease, ..result? };
+                place::set_oom_score(&guest.processes(), plan.sizing.oom_score_adj);
+                return Ok(guest);
+            }
             Err(_) => {
                 let console = last_lines(machine.console.as_deref());
                 tracing::warn!(attempt, deadline = ?config.boot_deadline(), console, "the guest did not answer");
@@ -343,18 +393,6 @@ fn last_lines(console: Option<&Path>) -> String {
     let text = console.and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
     let text = String::from_utf8_lossy(&text[text.len().saturating_sub(LENGTH)..]).into_owned();
     text.lines().map(str::trim_end).collect::<Vec<_>>().join(" | ")
-}
-
-fn join_cgroup(cgroups_path: &str, ledger: &Ledger) -> Result<Vec<PathBuf>> {
-    let mut procs = Vec::new();
-    for directory in cgroup::directories(cgroups_path) {
-        for path in cgroup::missing(&directory) {
-            ledger.record(&Resource::Cgroup { path })?;
-        }
-        cgroup::make(&directory).doing(|| format!("make cgroup {}", directory.display()))?;
-        procs.push(directory.join("cgroup.procs"));
-    }
-    Ok(procs)
 }
 
 /// Where a guest will be, before there is one.
@@ -407,6 +445,7 @@ async fn boot(
     machine: &mut MachineConfig,
     [volumes, roots]: &[VirtiofsdConfig; 2],
     nics: &Arc<Nics>,
+    place: &Arc<Place>,
     ledger: &Ledger,
 ) -> Result<Guest> {
     let config = &plan.config;
@@ -518,6 +557,8 @@ async fn boot(
         _relays: (relay, forwarder),
         nics: nics.clone(),
         size: Mutex::new(plan.sizing),
+        has_mib: AtomicU64::new(plan.sizing.memory_mib),
+        place: place.clone(),
         file_servers,
         vsock_daemon: daemon,
         _uid: None,

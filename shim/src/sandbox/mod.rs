@@ -7,6 +7,7 @@ pub mod launch;
 pub mod ledger;
 pub mod mounts;
 mod nics;
+mod place;
 mod pod_api;
 mod process;
 mod sizing;

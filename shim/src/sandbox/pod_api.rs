@@ -155,6 +155,7 @@ fn need(resources: &LinuxContainerResources) -> Need {
         memory: number(resources.memory_limit_in_bytes),
         quota: number(resources.cpu_quota),
         period: number(resources.cpu_period),
+        oom_score_adj: 0,
     }
 }
 

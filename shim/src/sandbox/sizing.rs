@@ -33,20 +33,31 @@ pub struct Need {
     pub quota: u64,
     /// … of each so many.
     pub period: u64,
+    /// `oom_score_adj` of its process.
+    pub oom_score_adj: i32,
 }
 
 impl Need {
     /// By the resources of a container's spec.
     pub fn of_container(spec: &Spec) -> Need {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        resources.map_or_else(Need::default, |resources| Need::default().updated(resources))
+        let process = spec.process().as_ref();
+        let none =
+            Need { oom_score_adj: process.and_then(|process| process.oom_score_adj()).unwrap_or(0), ..Need::default() };
+        resources.map_or(none, |resources| none.updated(resources))
     }
 
     /// By the annotations of a pod's sandbox.
     pub fn of_pod(spec: &Spec) -> Need {
         let annotations = spec.annotations().as_ref();
         let number = |key| annotations.and_then(|all| all.get(key)).and_then(|text| text.parse().ok()).unwrap_or(0);
-        Need { memory: limit(number(POD_MEMORY)), quota: limit(number(POD_QUOTA)), period: limit(number(POD_PERIOD)) }
+        Need {
+            memory: limit(number(POD_MEMORY)),
+            quota: limit(number(POD_QUOTA)),
+            period: limit(number(POD_PERIOD)),
+            // Every pause container has -998, also that of a pod that is the first to go: its containers decide.
+            oom_score_adj: 0,
+        }
     }
 
     /// After an update, which may name only a part of it.
@@ -57,6 +68,7 @@ impl Need {
             memory: new(resources.memory().as_ref().and_then(|memory| memory.limit()), self.memory),
             quota: new(cpu.and_then(|cpu| cpu.quota()), self.quota),
             period: cpu.and_then(|cpu| cpu.period()).filter(|period| *period > 0).unwrap_or(self.period),
+            ..self
         }
     }
 
@@ -77,6 +89,10 @@ pub struct Sizing {
     pub memory_mib: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// What its containers may use of CPUs, in thousandths of one, if all of them have a limit.
+    pub milli_cpus: Option<u64>,
+    /// How gladly the kernel kills its processes when memory runs out (`oom_score_adj`): as its best protected container.
+    pub oom_score_adj: i32,
 }
 
 impl Sizing {
@@ -95,12 +111,20 @@ impl Sizing {
         Sizing {
             memory_mib: (own + memory.div_ceil(1 << 20)).next_multiple_of(2).min(host_memory_mib()),
             vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus),
+            milli_cpus: (!containers.is_empty() && containers.values().all(|need| need.quota > 0))
+                .then_some(milli_cpus),
+            oom_score_adj: containers.values().map(|need| need.oom_score_adj).min().unwrap_or(pod.oom_score_adj),
         }
     }
 
     /// The larger of both in each respect.
     pub fn max(self, other: Sizing) -> Sizing {
-        Sizing { memory_mib: self.memory_mib.max(other.memory_mib), vcpus: self.vcpus.max(other.vcpus) }
+        Sizing {
+            memory_mib: self.memory_mib.max(other.memory_mib),
+            vcpus: self.vcpus.max(other.vcpus),
+            milli_cpus: self.milli_cpus.zip(other.milli_cpus).map(|(one, other)| one.max(other)),
+            oom_score_adj: self.oom_score_adj.min(other.oom_score_adj),
+        }
     }
 }
 
@@ -135,7 +159,8 @@ mod tests {
     fn a_machine_has_room_for_limits_and_little_more() {
         let base = Config::default().memory_mib;
         let none = Need::default();
-        assert_eq!(sizing(none, &[]), Sizing { memory_mib: base, vcpus: 1 });
+        let size = Sizing { memory_mib: base, vcpus: 1, milli_cpus: None, oom_score_adj: 0 };
+        assert_eq!(sizing(none, &[]), size);
         let small = need(json!({"memory": {"limit": 64 << 20}}));
         assert_eq!(sizing(none, &[small, small]).memory_mib, OWN_MIB + 128);
         let pod = Need { memory: 300 << 20, ..none };
@@ -170,7 +195,18 @@ mod tests {
         let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {
             POD_MEMORY: "1073741824", POD_QUOTA: "150000", POD_PERIOD: "100000"}});
         let need = Need::of_pod(&serde_json::from_value(spec).unwrap());
-        assert_eq!(need, Need { memory: 1 << 30, quota: 150_000, period: 100_000 });
+        assert_eq!(need, Need { memory: 1 << 30, quota: 150_000, period: 100_000, oom_score_adj: 0 });
+    }
+
+    #[test]
+    fn processes_are_protected_and_limited_as_the_containers_together() {
+        let none = Need::default();
+        let half = need(json!({"cpu": {"quota": 50_000, "period": 100_000}}));
+        assert_eq!(sizing(none, &[half, half]).milli_cpus, Some(1000));
+        assert_eq!(sizing(none, &[half, none]).milli_cpus, None);
+        let score = |oom_score_adj| Need { oom_score_adj, ..none };
+        assert_eq!(sizing(none, &[score(1000), score(999)]).oom_score_adj, 999);
+        assert_eq!(sizing(none, &[]).oom_score_adj, 0);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The sandbox's cgroup on the host: QEMU and its helpers are accounted where containerd says the container is.
 //!
-//! Limits are not set here: a container's own hold inside the guest.
+//! Those that the shim makes itself are limited by what is in the sandbox ([`limits`]); others are their maker's.
+
+pub mod limits;
 
 use std::fs;
 use std::io;
