@@ -120,6 +120,7 @@ impl Vm {
             fds: [Some(OwnedFd::from(theirs)), console].into_iter().flatten().collect(),
             cgroup_procs: config.cgroup_procs.clone(),
             netns: config.netns.clone(),
+            oom_score_adj: config.oom_score_adj,
             jail: jail(config).await?,
             ..Spawn::new(&config.qemu, arguments)
         })?;

@@ -22,6 +22,7 @@ async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, Virti
         shared_dir: shared.into(),
         cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
+        oom_score_adj: None,
         confinement: lab.config.confinement.clone(),
     };
     let (virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();
@@ -36,6 +37,7 @@ async fn vsock_daemon(lab: &Lab) -> VsockDaemon {
         name: "vm".into(),
         guest_cid: 3,
         cgroup_procs: Vec::new(),
+        oom_score_adj: None,
         confinement: lab.config.confinement.clone(),
     })
     .await
@@ -100,6 +102,7 @@ async fn the_c_virtiofsd_is_refused() {
         shared_dir: lab.dir.path().into(),
         cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
+        oom_score_adj: None,
         confinement: None,
     };
     let error = Virtiofsd::spawn(&config).await.map(drop).unwrap_err().to_string();
@@ -177,6 +180,7 @@ async fn a_helper_that_dies_says_why() {
         name: "vm".into(),
         guest_cid: 3,
         cgroup_procs: Vec::new(),
+        oom_score_adj: None,
         confinement: None,
     };
     let daemon = VsockDaemon::spawn(&config).await.unwrap();

@@ -129,6 +129,7 @@ async fn shared_directories_work_in_memory_that_was_added() {
         shared_dir: shared.path().into(),
         cache: FsCache::Auto,
         cgroup_procs: Vec::new(),
+        oom_score_adj: None,
         confinement: lab.config.confinement.clone(),
     };
     let (_virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();
@@ -176,6 +177,7 @@ async fn the_agent_is_reached_after_memory_was_added_and_taken_away() {
         name: "vm".into(),
         guest_cid: 3,
         cgroup_procs: Vec::new(),
+        oom_score_adj: None,
         confinement: lab.config.confinement.clone(),
     })
     .await

@@ -4,8 +4,6 @@
 //! dropped or fails, so there is nothing to roll back by hand. QEMU and the helpers also die with the shim
 //! (PR_SET_PDEATHSIG), because nobody else could take them over.
 
-use std::fs::{DirBuilder, Permissions};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -14,13 +12,12 @@ use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
 use agent_client::{
-    AGENT_PORT, AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, Key, Listener, READY_PARAMETER, READY_PORT,
-    ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
+    AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::process::Identity;
 use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
@@ -28,8 +25,9 @@ use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, Vso
 use super::ledger::{Ledger, Resource};
 use super::nics::Nics;
 use super::place::{self, Place};
+use super::reach;
 use super::sizing::{Sizing, host_cpus, host_memory_mib};
-use crate::config::{Accelerator, Config, ConfinementLevel, VsockDevice as VsockChoice, find_file, find_program};
+use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
 use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features};
@@ -43,18 +41,6 @@ const START_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A running agent answers a plain call within this time.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// One attempt to reach an agent that does not say when it is ready.
-const DIAL_DEADLINE: Duration = Duration::from_secs(1);
-
-/// Before an agent that is there is dialled again.
-const REDIAL_PAUSE: Duration = Duration::from_millis(5);
-
-/// Between two attempts.
-const DIAL_INTERVAL: Duration = Duration::from_millis(50);
-
-/// An agent that has not said that it is ready this long after the guest got its vsock driver never will.
-const NOTICE_GRACE: Duration = Duration::from_secs(1);
 
 /// How long the other notices of a machine's death may take to tell the better reason.
 const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
@@ -76,10 +62,6 @@ const FS_QUEUE_SIZE: u16 = 1024;
 
 /// Context id of a guest behind a user space vsock device: each has a device, and so a number space, of its own.
 const HYBRID_CID: u32 = 3;
-
-/// Directory of vhost-device-vsock's sockets below the state directory, and the name of the host's side there.
-const SOCKETS: &str = "vsock";
-const SOCKET_NAME: &str = "vm";
 
 /// What a launch needs to know.
 pub struct Plan {
@@ -325,6 +307,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs: place.procs(),
         netns: Some(nics.netns()),
+        oom_score_adj: Some(plan.sizing.oom_score_adj),
         confinement,
         cache_dir: cache_dir.clone(),
     };
@@ -336,16 +319,13 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         shared_dir: served(&shared_dir),
         cache,
         cgroup_procs: machine.cgroup_procs.clone(),
+        oom_score_adj: machine.oom_score_adj,
         confinement: machine.confinement.clone(),
     });
     for attempt in 1..=2 {
         let boot = boot(plan, &mut machine, &file_servers, &nics, &place, ledger);
         match timeout(config.boot_deadline(), boot).await {
-            Ok(result) => {
-                let guest = Guest { _uid: lease, ..result? };
-                place::set_oom_score(&guest.processes(), plan.sizing.oom_score_adj);
-                return Ok(guest);
-            }
+            Ok(result) => return result.map(|guest| Guest { _uid: lease, ..guest }),
             Err(_) => {
                 let console = last_lines(machine.console.as_deref());
                 tracing::warn!(attempt, deadline = ?config.boot_deadline(), console, "the guest did not answer");
@@ -395,51 +375,6 @@ fn last_lines(console: Option<&Path>) -> String {
     text.lines().map(str::trim_end).collect::<Vec<_>>().join(" | ")
 }
 
-/// Where a guest will be, before there is one.
-struct Address {
-    transport: Transport,
-    ready: Listener,
-    port: u32,
-    kernel: Option<vmm::vsock::KernelVsock>,
-}
-
-fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
-    let kernel = match choice {
-        VsockChoice::VhostUser => None,
-        VsockChoice::Vhost => Some(vmm::vsock::open_kernel()?),
-        VsockChoice::Auto => match vmm::vsock::open_kernel() {
-            Ok(kernel) => Some(kernel),
-            Err(error) => {
-                tracing::info!(%error, "no kernel vsock, vhost-device-vsock instead");
-                None
-            }
-        },
-    };
-    let transport = match &kernel {
-        Some(kernel) => Transport::Vsock { cid: kernel.cid },
-        None => Transport::Hybrid { path: dir.join(SOCKETS).join(SOCKET_NAME) },
-    };
-    if kernel.is_none() {
-        let dir = dir.join(SOCKETS);
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.doing(|| format!("make directory {}", dir.display()))?;
-    }
-    let doing = || "listen for the guest's ready notice".to_owned();
-    let ready = listen(&transport, READY_PORT).doing(doing)?;
-    let port = ready.port(READY_PORT).doing(doing)?;
-    Ok(Address { transport, ready, port, kernel })
-}
-
-/// Listens for what the guest dials. A vsock daemon that is not root must be able to reach the socket; only it and root
-/// can enter the directory.
-fn listen(transport: &Transport, port: u32) -> std::io::Result<Listener> {
-    let listener = transport.listen(port)?;
-    if let Listener::Unix { path, .. } = &listener {
-        std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
-    }
-    Ok(listener)
-}
-
 async fn boot(
     plan: &Plan,
     machine: &mut MachineConfig,
@@ -450,7 +385,7 @@ async fn boot(
 ) -> Result<Guest> {
     let config = &plan.config;
     let dir = ledger.dir();
-    let Address { transport, ready, port, kernel } = address(config.vsock, dir)?;
+    let reach::Address { transport, ready, port, kernel } = reach::address(config.vsock, dir)?;
     machine.kernel_params = config.kernel_params.clone();
     machine.kernel_params.push(format!("{READY_PARAMETER}={port}"));
     machine.kernel_params.push(format!("{KEY_PARAMETER}=1"));
@@ -465,10 +400,11 @@ async fn boot(
             let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
                 binary: find_program(&config.vhost_device_vsock, "vhost_device_vsock")?,
                 cache_dir: machine.cache_dir.clone(),
-                dir: dir.join(SOCKETS),
-                name: SOCKET_NAME.to_owned(),
+                dir: dir.join(reach::SOCKETS),
+                name: reach::SOCKET_NAME.to_owned(),
                 guest_cid: HYBRID_CID,
                 cgroup_procs: machine.cgroup_procs.clone(),
+                oom_score_adj: machine.oom_score_adj,
                 confinement: machine.confinement.clone(),
             })
             .await?;
@@ -518,7 +454,7 @@ async fn boot(
     let died = death(&vm, &file_servers, daemon.as_ref());
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
     let reached = tokio::select! {
-        reached = reach_agent(&transport, &ready, &vm, &vsock.id) => reached,
+        reached = reach::agent(&transport, &ready, &vm, &vsock.id) => reached,
         why = died => return Err(ended(why)),
     };
     let (stream, transport) = match reached {
@@ -536,7 +472,7 @@ async fn boot(
     let (mut relay, mut sockets_port, mut forwarder) = (None, None, None);
     if features.uds {
         let doing = || "listen for the guest's connections to unix sockets".to_owned();
-        let listener = listen(&transport, UDS_PORT).doing(doing)?;
+        let listener = reach::listen(&transport, UDS_PORT).doing(doing)?;
         sockets_port = Some(listener.port(UDS_PORT).doing(doing)?);
         relay = Some(uds::serve(listener, sockets.clone()));
     }
@@ -563,65 +499,6 @@ async fn boot(
         vsock_daemon: daemon,
         _uid: None,
     })
-}
-
-/// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a connection made before
-/// that is swallowed by vhost-device-vsock, which may not recover from it.
-///
-/// Our agent gets a key for this boot as the answer to its notice, which the returned transport shows it from then on.
-async fn reach_agent(
-    transport: &Transport,
-    ready: &Listener,
-    vm: &Vm,
-    vsock: &str,
-) -> Result<(agent_client::Stream, Transport)> {
-    let doing = || "reach the guest agent".to_owned();
-    tokio::select! {
-        notice = ready.accept() => {
-            // Kept until the agent has answered: a connection that ends may take along what it still carries.
-            let mut notice = notice.doing(doing)?;
-            let key = Key::random().doing(|| "make a key for the guest agent".into())?;
-            let exchange = async {
-                notice.read_exact(&mut [0; 6]).await?;
-                notice.write_all(key.line()).await
-            };
-            timeout(CALL_DEADLINE, exchange)
-                .await
-                .map_err(|_| Error::deadline("the guest's ready notice is incomplete"))?
-                .doing(doing)?;
-            let transport = Transport::Keyed { way: Box::new(transport.clone()), key };
-            // vhost-device-vsock now and then drops a first connection.
-            let end = Instant::now() + CALL_DEADLINE;
-            loop {
-                match transport.dial(AGENT_PORT, CALL_DEADLINE).await {
-                    Err(error) if Instant::now() < end => {
-                        tracing::debug!(%error, "dialling the agent again");
-                        sleep(REDIAL_PAUSE).await;
-                    }
-                    result => return result.doing(doing).map(|stream| (stream, transport)),
-                }
-            }
-        }
-        stream = dial_silent_agent(transport, vm, vsock) => {
-            if matches!(transport, Transport::Vsock { .. }) {
-                tracing::warn!("this guest agent takes no key: every local user can talk to it over vsock");
-            }
-            stream.map(|stream| (stream, transport.clone()))
-        }
-    }
-}
-
-async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Result<agent_client::Stream> {
-    while vm.driver_ok(vsock).await? == Some(false) {
-        sleep(DIAL_INTERVAL).await;
-    }
-    sleep(NOTICE_GRACE).await;
-    loop {
-        if let Ok(stream) = transport.dial(AGENT_PORT, DIAL_DEADLINE).await {
-            return Ok(stream);
-        }
-        sleep(DIAL_INTERVAL).await;
-    }
 }
 
 async fn create_sandbox(agent: &Agent, plan: &Plan) -> Result<Features> {

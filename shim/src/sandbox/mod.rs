@@ -10,6 +10,7 @@ mod nics;
 mod place;
 mod pod_api;
 mod process;
+mod reach;
 mod sizing;
 pub mod state;
 mod tasks;

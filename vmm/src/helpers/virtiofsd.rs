@@ -47,6 +47,8 @@ pub struct VirtiofsdConfig {
     pub cache: FsCache,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
+    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if none.
+    pub oom_score_adj: Option<i32>,
     /// What it is confined to; by itself to its own namespaces if none.
     pub confinement: Option<Confinement>,
 }
@@ -91,6 +93,7 @@ impl Virtiofsd {
         let child = Child::spawn(Spawn {
             fds: vec![OwnedFd::from(listener)],
             cgroup_procs: config.cgroup_procs.clone(),
+            oom_score_adj: config.oom_score_adj,
             jail,
             ..Spawn::new(&config.binary, arguments)
         })?;

@@ -39,6 +39,8 @@ pub struct VsockDaemonConfig {
     pub guest_cid: u32,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
+    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if none.
+    pub oom_score_adj: Option<i32>,
     /// What it is confined to; nothing if none.
     pub confinement: Option<Confinement>,
 }
@@ -82,7 +84,12 @@ impl VsockDaemon {
             dir.join(&config.name).into(),
         ];
         let cgroup_procs = config.cgroup_procs.clone();
-        let child = Child::spawn(Spawn { cgroup_procs, jail, ..Spawn::new(&config.binary, arguments) })?;
+        let child = Child::spawn(Spawn {
+            cgroup_procs,
+            oom_score_adj: config.oom_score_adj,
+            jail,
+            ..Spawn::new(&config.binary, arguments)
+        })?;
         Ok(VsockDaemon { helper: Helper { child }, dir: config.dir.clone() })
     }
 

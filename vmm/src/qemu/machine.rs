@@ -55,6 +55,8 @@ pub struct MachineConfig {
     pub console: Option<PathBuf>,
     /// `cgroup.procs` files that QEMU enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
+    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if none.
+    pub oom_score_adj: Option<i32>,
     /// The network namespace that QEMU runs in; the caller's, or an empty one for a confined QEMU, if none.
     pub netns: Option<Arc<OwnedFd>>,
     /// What QEMU is confined to; nothing if none.
@@ -282,6 +284,7 @@ mod tests {
             root_ports: 2,
             console: None,
             cgroup_procs: Vec::new(),
+            oom_score_adj: None,
             netns: None,
             confinement: None,
             cache_dir: "/cache".into(),

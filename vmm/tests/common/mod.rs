@@ -64,6 +64,7 @@ impl Lab {
             root_ports: 4,
             console: Some(dir.path().join("console.log")),
             cgroup_procs: Vec::new(),
+            oom_score_adj: None,
             netns: None,
             confinement: Some(Confinement {
                 mount_point: jail,
