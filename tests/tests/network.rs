@@ -1,7 +1,7 @@
 //! A pod's network as CNI made it, seen from inside, from other pods and from the host; and a container's without CNI.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, ExitCode};
@@ -22,7 +22,8 @@ fn main() -> ExitCode {
             network_namespace_given_to_ctr_is_used_and_left_as_it_was;
         Once: port_forward_reaches_a_server_on_loopback, host_port, link_is_as_cni_made_it, macvlan,
             names_of_the_network_survive_a_second_container;
-        Ours: network_made_by_a_hook, network_made_before_the_start;
+        Ours: network_made_by_a_hook, network_made_before_the_start,
+            rules_that_would_not_bind_the_guest_keep_it_from_starting;
     ])
 }
 
@@ -234,6 +235,20 @@ fn network_namespace_given_to_ctr_is_used_and_left_as_it_was(env: &Env) {
     eventually("the namespace is as it was", PATIENCE, || (state() == before).then_some(()));
     drop(netns);
     eventually("its link is gone", PATIENCE, || (ip(&["link", "show", host]).status != 0).then_some(()));
+}
+
+/// What a mesh does to a pod's namespace: its rules would be passed by.
+fn rules_that_would_not_bind_the_guest_keep_it_from_starting(env: &Env) {
+    let netns = Netns::new(&env.id());
+    let namespace = format!("network:{}", netns.path());
+    env.run(&["--with-ns", &namespace], &["true"]).ok();
+    netns.exec(&["iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15001"]);
+    let refused = env.run(&["--with-ns", &namespace], &["true"]);
+    refused.fails_with(&["do not bind a virtual machine", "OUTPUT", "netns_rules"]);
+    let config = env.dir.join("cofferdam.toml");
+    fs::write(&config, "netns_rules = 'ignore'\n").unwrap();
+    let config = config.to_string_lossy();
+    env.run(&["--runtime-config-path", &config, "--with-ns", &namespace], &["true"]).ok();
 }
 
 /// Makes a link between the host and the namespace of a process, as nerdctl and docker do it.

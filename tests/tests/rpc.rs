@@ -496,7 +496,6 @@ fn unknown_names_in_a_spec(env: &Env) {
     bundle.edit(|spec| {
         let process = &mut spec["process"];
         process["capabilities"]["bounding"].as_array_mut().unwrap().push(json!("CAP_TIME_TRAVEL"));
-        process["rlimits"] = json!([{"type": "RLIMIT_PATIENCE", "hard": 1, "soft": 1}]);
         spec["linux"]["seccomp"] = json!({
             "defaultAction": "SCMP_ACT_ALLOW",
             "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_ABACUS"],
@@ -507,6 +506,11 @@ fn unknown_names_in_a_spec(env: &Env) {
     let task = running(&bundle);
     assert_eq!(task.wait("").unwrap().exit_status, 3);
     task.delete("").unwrap();
+    // A limit is a restriction: it is kept or refused, as with runc.
+    let limited = Bundle::new(env, &["true"]);
+    limited.edit(|spec| spec["process"]["rlimits"] = json!([{"type": "RLIMIT_PATIENCE", "hard": 1, "soft": 1}]));
+    let error = refused(limited.start().create(), Code::INVALID_ARGUMENT);
+    assert!(error.contains("RLIMIT_PATIENCE"), "{error}");
 }
 
 fn update_keeps_the_rest(env: &Env) {

@@ -69,6 +69,17 @@ pub enum ConfinementLevel {
     None,
 }
 
+/// What becomes of a pod whose network namespace has rules of a packet filter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetnsRules {
+    /// It does not start: they would not bind the guest.
+    #[default]
+    Refuse,
+    /// It starts, and they do not bind it.
+    Ignore,
+}
+
 /// `cofferdam.toml`; `configs/cofferdam.toml` explains every key.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -100,6 +111,8 @@ pub struct Config {
     /// First and last of the user ids (and group ids) that sandboxes run as.
     #[serde(deserialize_with = "uid_range")]
     pub uid_range: UidRange,
+    /// Whether a pod may have rules in its network namespace that do not bind it.
+    pub netns_rules: NetnsRules,
     /// Memory in MiB of a machine with a container that has no limit; limits are added to it.
     #[serde(deserialize_with = "whole::<64, 16_777_216, _, _>")]
     pub memory_mib: u64,
@@ -131,6 +144,7 @@ impl Default for Config {
             accelerator: Accelerator::Auto,
             vsock: VsockDevice::Auto,
             confinement: ConfinementLevel::Full,
+            netns_rules: NetnsRules::Refuse,
             uid_range: UidRange { first: FIRST_UID, count: UIDS },
             memory_mib: 512,
             vcpus: 1,

@@ -140,7 +140,7 @@ impl Container {
     async fn make(&mut self, guest: &Arc<Guest>, order: &Order) -> Result<GuestIo> {
         let key = Key::new(&order.id, "");
         if order.spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()) && !guest.seccomp {
-            tracing::warn!("the guest agent has no seccomp: the container's profile is not applied");
+            return Err(needs_own_agent("a seccomp profile"));
         }
         order.spec.process().iter().for_each(|process| self.runs_as(process.user()));
         let mut storages = std::mem::take(&mut self.host.volumes.storages);

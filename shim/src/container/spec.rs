@@ -1,8 +1,9 @@
 //! A container's OCI spec as its client wrote it: read, freed of names that this runtime does not know, and checked
 //! before anything is made for it.
 //!
-//! The runtime spec asks for a warning, not an error, on an unknown capability, rlimit or seccomp action, where the
-//! parser rejects the whole document. So the JSON is filtered first.
+//! The runtime spec asks for a warning, not an error, on an unknown capability or seccomp action, where the parser rejects
+//! the whole document. So the JSON is filtered first. What restricts is never left out for that: it is replaced by
+//! something stricter, or refused.
 
 use std::path::Path;
 
@@ -15,8 +16,16 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// What an unknown default action of a seccomp profile becomes: the strictest that lets the container start.
+/// What an action of a seccomp profile becomes that cannot be kept: the strictest that lets the container start.
 const STRICT_ACTION: &str = "SCMP_ACT_ERRNO";
+
+/// Actions that need a tracer or a listener on the host, which no process of a guest can have.
+const OF_THE_HOST: [&str; 2] = ["SCMP_ACT_NOTIFY", "SCMP_ACT_TRACE"];
+
+/// AppArmor profiles that runtimes put every container in. A guest's kernel has no AppArmor; the virtual machine stands in
+/// for what these keep a container from, which is the host.
+const STOCK_APPARMOR: [&str; 6] =
+    ["", "unconfined", "cri-containerd.apparmor.d", "docker-default", "crio-default", "nerdctl-default"];
 
 /// Reads the bundle's config.json.
 ///
@@ -33,10 +42,10 @@ fn parse(text: &[u8]) -> Result<Spec> {
     let mut json: Value =
         serde_json::from_slice(text).map_err(|error| Error::invalid(format!("is not valid JSON: {error}")))?;
     if let Some(process) = json.get_mut("process") {
-        filter_process(process);
+        filter_process(process)?;
     }
     if let Some(seccomp) = json.pointer_mut("/linux/seccomp") {
-        filter_seccomp(seccomp);
+        filter_seccomp(seccomp)?;
     }
     check_namespaces(&json["linux"]["namespaces"])?;
     let spec: Spec =
@@ -52,7 +61,7 @@ fn parse(text: &[u8]) -> Result<Spec> {
 pub fn parse_process(text: &[u8]) -> Result<Process> {
     let bad = |error| Error::invalid(format!("the exec's process is not an OCI process: {error}"));
     let mut json: Value = serde_json::from_slice(text).map_err(bad)?;
-    filter_process(&mut json);
+    filter_process(&mut json)?;
     let process: Process = serde_json::from_value(json).map_err(bad)?;
     check_process(&process)?;
     Ok(process)
@@ -83,43 +92,40 @@ fn retain_known<T: DeserializeOwned>(list: &mut Value, what: &str) {
     }
 }
 
-fn filter_process(process: &mut Value) {
+fn filter_process(process: &mut Value) -> Result<()> {
     if let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut) {
         sets.values_mut().for_each(|set| retain_known::<Capability>(set, "capability"));
     }
-    if let Some(rlimits) = process.get_mut("rlimits").and_then(Value::as_array_mut) {
-        rlimits.retain(|rlimit| {
-            let keep = known::<PosixRlimitType>(&rlimit["type"]);
-            if !keep {
-                tracing::warn!("unknown rlimit {} is ignored", rlimit["type"]);
-            }
-            keep
-        });
+    let rlimits = process["rlimits"].as_array().into_iter().flatten();
+    match rlimits.map(|rlimit| &rlimit["type"]).find(|kind| !known::<PosixRlimitType>(kind)) {
+        Some(kind) => Err(Error::invalid(format!("sets the unknown resource limit {kind}: leave it out"))),
+        None => Ok(()),
     }
 }
 
-fn filter_seccomp(seccomp: &mut Value) {
+fn filter_seccomp(seccomp: &mut Value) -> Result<()> {
     if !seccomp.is_object() {
-        return;
+        return Ok(());
     }
-    if !known::<LinuxSeccompAction>(&seccomp["defaultAction"]) {
-        tracing::warn!("unknown seccomp default action {} becomes {STRICT_ACTION}", seccomp["defaultAction"]);
-        seccomp["defaultAction"] = STRICT_ACTION.into();
-    }
+    keep_or_restrict(&mut seccomp["defaultAction"]);
     if let Some(list) = seccomp.get_mut("architectures") {
         retain_known::<Arch>(list, "seccomp architecture");
     }
-    if let Some(list) = seccomp.get_mut("flags") {
-        retain_known::<LinuxSeccompFilterFlag>(list, "seccomp flag");
+    let flags = seccomp["flags"].as_array().into_iter().flatten();
+    if let Some(flag) = flags.into_iter().find(|flag| !known::<LinuxSeccompFilterFlag>(flag)) {
+        return Err(Error::invalid(format!("has a seccomp profile with the unknown flag {flag}: leave it out")));
     }
-    if let Some(rules) = seccomp.get_mut("syscalls").and_then(Value::as_array_mut) {
-        rules.retain(|rule| {
-            let keep = known::<LinuxSeccompAction>(&rule["action"]);
-            if !keep {
-                tracing::warn!("unknown seccomp action {}: its rule is ignored", rule["action"]);
-            }
-            keep
-        });
+    let rules = seccomp.get_mut("syscalls").and_then(Value::as_array_mut);
+    let rules = rules.into_iter().flatten().filter(|rule| rule.is_object());
+    rules.for_each(|rule| keep_or_restrict(&mut rule["action"]));
+    Ok(())
+}
+
+fn keep_or_restrict(action: &mut Value) {
+    let is_hosts = action.as_str().is_some_and(|action| OF_THE_HOST.contains(&action));
+    if is_hosts || !known::<LinuxSeccompAction>(action) {
+        tracing::warn!("seccomp action {action} cannot be kept and becomes {STRICT_ACTION}");
+        *action = STRICT_ACTION.into();
     }
 }
 
@@ -154,6 +160,14 @@ fn check_process(process: &Process) -> Result<()> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(Error::invalid("names no command (process.args is empty)"));
     }
+    if let Some(profile) = process.apparmor_profile()
+        && !STOCK_APPARMOR.contains(&profile.as_str())
+    {
+        return Err(Error::invalid(format!(
+            "asks for the AppArmor profile {profile:?}, which the guest's kernel cannot apply: use the runtime's default \
+             or unconfined, or run it with the runtime runc"
+        )));
+    }
     if !process.cwd().is_absolute() {
         return Err(Error::invalid(format!("has the working directory {:?}, which is not absolute", process.cwd())));
     }
@@ -172,7 +186,7 @@ mod tests {
             "process": {
                 "user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/",
                 "capabilities": {"bounding": ["CAP_CHOWN", "CAP_FUTURE"]},
-                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1, "soft": 1}, {"type": "RLIMIT_NEW", "hard": 1, "soft": 1}]
+                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1, "soft": 1}]
             },
             "root": {"path": "rootfs"},
             "linux": {
@@ -198,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_runtime_does_not_know_is_left_out() {
+    fn what_this_runtime_does_not_know_is_left_out_or_stricter() {
         let spec = parse(minimal().to_string().as_bytes()).unwrap();
         let process = spec.process().as_ref().unwrap();
         assert_eq!(process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().len(), 1);
@@ -206,7 +220,30 @@ mod tests {
         let seccomp = spec.linux().as_ref().unwrap().seccomp().as_ref().unwrap();
         assert_eq!(seccomp.default_action(), LinuxSeccompAction::ScmpActErrno);
         assert_eq!(seccomp.architectures().as_ref().unwrap().len(), 1);
-        assert_eq!(seccomp.syscalls().as_ref().unwrap().len(), 1);
+        let actions: Vec<_> = seccomp.syscalls().iter().flatten().map(|rule| rule.action()).collect();
+        assert_eq!(actions, [LinuxSeccompAction::ScmpActAllow, LinuxSeccompAction::ScmpActErrno]);
+        for action in OF_THE_HOST {
+            let mut json = minimal();
+            json["linux"]["seccomp"]["syscalls"][0]["action"] = action.into();
+            let spec = parse(json.to_string().as_bytes()).unwrap();
+            let seccomp = spec.linux().as_ref().unwrap().seccomp().as_ref().unwrap();
+            assert_eq!(seccomp.syscalls().as_ref().unwrap()[0].action(), LinuxSeccompAction::ScmpActErrno);
+        }
+    }
+
+    #[test]
+    fn a_restriction_that_cannot_be_kept_is_refused() {
+        let new_limit = json!([{"type": "RLIMIT_NEW", "hard": 1, "soft": 1}]);
+        assert!(refused(|json| json["process"]["rlimits"] = new_limit).contains("RLIMIT_NEW"));
+        assert!(
+            refused(|json| json["linux"]["seccomp"]["flags"] = json!(["SECCOMP_FILTER_FLAG_NEW"])).contains("_NEW")
+        );
+        assert!(refused(|json| json["process"]["apparmorProfile"] = "mine".into()).contains("\"mine\""));
+        for profile in STOCK_APPARMOR {
+            let mut json = minimal();
+            json["process"]["apparmorProfile"] = profile.into();
+            parse(json.to_string().as_bytes()).unwrap();
+        }
     }
 
     #[test]
@@ -225,7 +262,16 @@ mod tests {
 
     #[test]
     fn garbage_is_not_a_spec() {
-        for text in ["", "{", "[]", "null", "3", "{\"ociVersion\":3}", "{\"linux\":[],\"process\":3}"] {
+        for text in [
+            "",
+            "{",
+            "[]",
+            "null",
+            "3",
+            "{\"ociVersion\":3}",
+            "{\"linux\":[],\"process\":3}",
+            "{\"linux\":{\"seccomp\":{\"syscalls\":[3]}}}",
+        ] {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
         assert!(load(Path::new("/nonexistent")).unwrap_err().message.contains("/nonexistent/config.json"));

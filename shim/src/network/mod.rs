@@ -7,6 +7,7 @@
 mod forward;
 mod netns;
 mod routes;
+mod rules;
 mod scan;
 mod sk_lookup;
 mod tap;
@@ -126,6 +127,25 @@ impl Network {
     /// The namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// Refuses a namespace with rules of a packet filter, which would not bind the guest.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` that names the rule; the kernel's, if it does not say what rules there are.
+    pub fn refuse_rules(&self) -> Result<()> {
+        // One of our own has none.
+        if self.netns.path().is_none() {
+            return Ok(());
+        }
+        match self.netns.run(rules::first).doing(|| "read the packet filter of the network namespace".into())? {
+            None => Ok(()),
+            Some(rule) => Err(Error::precondition(format!(
+                "the pod's network namespace has rules that do not bind a virtual machine ({rule}): take the pod out of \
+                 the mesh or policy that made them, run it with the runtime runc, or set netns_rules = \"ignore\" in \
+                 Cofferdam's configuration"
+            ))),
+        }
     }
 
     /// Makes a NIC of each link that is not one yet. `record` is told before anything is made that would outlive both

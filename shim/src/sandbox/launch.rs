@@ -15,7 +15,6 @@ use agent_client::{
     AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
-use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
@@ -279,7 +278,7 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     find_file(&config.initramfs, "initramfs")?;
     let cache_dir = Path::new(STATE_ROOT).join("cache");
     std::fs::create_dir_all(&cache_dir).doing(|| format!("make directory {}", cache_dir.display()))?;
-    let nics = Arc::new(Nics::new(plan.netns.as_deref()).await?);
+    let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
     let accel = match config.accelerator {
         Accelerator::Auto => vmm::accel::Accel::Auto,
         Accelerator::Kvm => vmm::accel::Accel::Kvm,

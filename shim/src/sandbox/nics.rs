@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use vmm::{Device, Net, Vm};
 
 use super::ledger::{Ledger, Resource};
+use crate::config::NetnsRules;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Agent;
 use crate::network::{Endpoint, Forwarder, Netns, Network};
@@ -25,6 +26,8 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Nics {
     netns: Arc<OwnedFd>,
+    /// Whether rules of a packet filter in the namespace are let pass.
+    ignores_rules: bool,
     state: Mutex<State>,
 }
 
@@ -40,14 +43,14 @@ impl Nics {
     ///
     /// # Errors
     /// `INVALID_ARGUMENT`: the path is no network namespace, or the host's.
-    pub async fn new(path: Option<&Path>) -> Result<Nics> {
+    pub async fn new(path: Option<&Path>, rules: NetnsRules) -> Result<Nics> {
         let netns = match path {
             Some(path) => Netns::open(path)?,
             None => Netns::create().await?,
         };
         let fd = netns.fd().try_clone_to_owned().doing(|| "keep the network namespace open".into())?;
         let state = State { network: Network::new(netns)?, wired: Vec::new() };
-        Ok(Nics { netns: Arc::new(fd), state: Mutex::new(state) })
+        Ok(Nics { netns: Arc::new(fd), ignores_rules: rules == NetnsRules::Ignore, state: Mutex::new(state) })
     }
 
     /// The namespace.
@@ -63,9 +66,12 @@ impl Nics {
     /// Joins a tap of `queues` queues to each new link.
     ///
     /// # Errors
-    /// One line that names the link.
+    /// One line that names the link, or a rule that would not bind the guest.
     pub async fn wire(&self, queues: u32, ledger: &Ledger) -> Result<()> {
         let mut state = self.state.lock().await;
+        if !self.ignores_rules {
+            state.network.refuse_rules()?;
+        }
         let record = |redirect: &_| ledger.record(&Resource::Redirect(Clone::clone(redirect)));
         let new = state.network.connect_new(queues, record).await?;
         state.wired.extend(new);
