@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test conformance bench clean
+.PHONY: setup guest build install demo test test-kvm conformance bench clean
 
 setup:
 	scripts/setup
@@ -22,6 +22,9 @@ demo:
 
 test:
 	scripts/test
+
+test-kvm:
+	scripts/test-kvm
 
 conformance:
 	scripts/conformance

@@ -1,6 +1,6 @@
 //! A suite's main: which test runs against which runtime and release, what they share, and the check at the end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -137,8 +137,15 @@ impl Suite {
     }
 
     /// As [`Suite::run`], with these releases only; the first one is that of the tests with the scope of one.
+    ///
+    /// With `COFFERDAM_TESTS`, whole names between blanks, those run and no others, whatever their scope.
+    ///
+    /// # Panics
+    /// One of the names is not a test's.
     pub fn run_on(self, releases: &[Release], cases: &[Case]) -> ExitCode {
         let arguments = Arguments::from_args();
+        let only = std::env::var("COFFERDAM_TESTS").ok();
+        let mut only = only.as_ref().map(|names| names.split_whitespace().collect::<HashSet<_>>());
         let mut trials = Vec::new();
         for &release in releases {
             for runtime in [Runtime::Cofferdam, Runtime::Runc] {
@@ -151,16 +158,20 @@ impl Suite {
                         Scope::Once | Scope::Ours => release == releases[0] && runtime == Runtime::Cofferdam,
                         Scope::Long => false,
                     };
+                    let full = format!("{name}::{}::{}", runtime.short(), release.name());
+                    if only.as_mut().is_some_and(|only| !only.remove(full.as_str())) {
+                        continue;
+                    }
                     let shared = Arc::clone(&self.shared);
                     let run = move || {
                         test(&Env::new(shared, release, runtime, name));
                         Ok(())
                     };
-                    let name = format!("{name}::{}::{}", runtime.short(), release.name());
-                    trials.push(Trial::test(name, run).with_ignored_flag(!unasked));
+                    trials.push(Trial::test(full, run).with_ignored_flag(!unasked && only.is_none()));
                 }
             }
         }
+        assert!(only.iter().all(HashSet::is_empty), "COFFERDAM_TESTS names what is no test: {only:?}");
         let conclusion = libtest_mimic::run(&arguments, trials);
         self.finish(conclusion.has_failed())
     }
