@@ -103,7 +103,12 @@ fn is_gone(error: &io::Error) -> bool {
 
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and touches no memory of ours.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).map_err(|errno| match errno {
+        // Kernels such as Debian 12's 6.1 say so of a number that no process has any more while something still holds
+        // it (a pidfd, a process group), or that a thread has.
+        Errno::EINVAL if pid > 0 => Errno::ESRCH,
+        other => other,
+    })?;
     // SAFETY: a new descriptor (close-on-exec by definition) that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
