@@ -1,10 +1,13 @@
 //! A container's root file system, as containerd's snapshotter says: mounted on the host under the shared directory, or
 //! where it is a disk (devmapper, blockfile, erofs), plugged into the guest and mounted there.
 
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -29,16 +32,33 @@ pub fn mount_all(list: &[Mount], root_path: &Path, target: &Path) -> Result<()> 
         return mounts::bind(root_path, target, Bind::RECURSIVE);
     }
     for (index, entry) in list.iter().enumerate() {
-        let at = target.join(entry.target.trim_start_matches('/'));
-        if entry.target.split('/').any(|part| part == "..") {
-            return Err(Error::invalid(format!("root file system mount {index} has the target {:?}", entry.target)));
-        }
-        if let Err(error) = mount_one(entry, &at) {
+        let mounted = place(target, &entry.target).and_then(|place| {
+            let at =
+                place.as_ref().map_or(target.to_owned(), |place| format!("/proc/self/fd/{}", place.as_raw_fd()).into());
+            mount_one(entry, &at)
+        });
+        if let Err(error) = mounted {
+            let error = error.context(format!("root file system mount {index}"));
             let _ = mounts::unmount_tree(target);
             return Err(error);
         }
     }
     Ok(())
+}
+
+/// Where in the root file system an entry is mounted; none for the root itself. What is there already is the image's, so
+/// its links are followed inside the root only, and once.
+fn place(root: &Path, target: &str) -> Result<Option<OwnedFd>> {
+    let target = target.trim_start_matches('/');
+    if target.is_empty() {
+        return Ok(None);
+    }
+    let doing = || format!("find {target} in the root file system");
+    let root = File::open(root).doing(doing)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(&root, target, how).map(Some).doing(doing)
 }
 
 /// Whether nobody but the container changes the root file system while it lives: a mount of the snapshotter's that
@@ -181,6 +201,25 @@ mod tests {
         assert_eq!(shorten(&["lowerdir=/a:/b"]), None);
         assert_eq!(shorten(&["upperdir=/a"]), None);
         assert_eq!(shorten(&["lowerdir=/a/x:/a/xy"]), Some(("/a".into(), "lowerdir=x:xy".into())));
+    }
+
+    #[test]
+    fn a_link_in_an_image_leads_nowhere_outside() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("inside")).unwrap();
+        std::os::unix::fs::symlink(dir.path(), root.join("absolute")).unwrap();
+        std::os::unix::fs::symlink("../..", root.join("up")).unwrap();
+        std::os::unix::fs::symlink("/inside", root.join("link")).unwrap();
+        let is_at = |target| {
+            let place = place(&root, target).unwrap().unwrap();
+            std::fs::read_link(format!("/proc/self/fd/{}", place.as_raw_fd())).unwrap()
+        };
+        assert_eq!(is_at("/inside"), root.join("inside"));
+        assert_eq!(is_at("link"), root.join("inside"));
+        assert_eq!((is_at("up"), is_at("../..")), (root.clone(), root.clone()));
+        assert!(place(&root, "absolute").is_err());
+        assert!(place(&root, "/").unwrap().is_none());
     }
 
     #[test]

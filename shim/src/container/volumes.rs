@@ -208,7 +208,10 @@ impl Pinned {
     }
 
     fn is_kernels(&self) -> bool {
-        fstatfs(&self.file).is_ok_and(|found| OF_THE_KERNEL.contains(&found.filesystem_type().0))
+        // What cannot be told is not shared. A devtmpfs says that it is a tmpfs.
+        let device = |path: &str| std::fs::metadata(path).map(|found| found.dev()).ok();
+        let is_dev = device("/dev") != device("/") && device("/dev") == Some(self.metadata.dev());
+        is_dev || !fstatfs(&self.file).is_ok_and(|found| !OF_THE_KERNEL.contains(&found.filesystem_type().0))
     }
 }
 
