@@ -49,14 +49,18 @@ fn measure(envs: &[Env; 2]) -> Vec<Row> {
     let machine = Machine::of_a_sandbox(&envs[0]);
     say("cold starts");
     // Side by side, so that what else the machine does is shared by all.
-    let mut starts = [vec![], vec![], vec![]];
-    for _ in 0..9 {
-        starts[0].push(first_output(&envs[0]));
-        starts[1].push(first_output(&envs[1]));
+    let open = unconfined(&envs[0]);
+    let open = ["--runtime-config-path", open.to_str().unwrap()];
+    let mut starts = [vec![], vec![], vec![], vec![]];
+    for _ in 0..15 {
+        starts[0].push(first_output(&envs[0], &[]));
+        starts[1].push(first_output(&envs[1], &[]));
         starts[2].push(machine.boot_and_end());
+        starts[3].push(first_output(&envs[0], &open));
     }
-    let [ours, runc, floor] = starts.map(median);
+    let [ours, runc, floor, unconfined] = starts.map(median);
     row("start.cold", "ms", [ours, runc], Some(floor));
+    row("start.unconfined", "ms", [unconfined, runc], Some(floor));
     say("execs");
     row("exec.true", "ms", both(envs, 25, Env::idle, |container, _| millis(container.exec(&["true"]).ok().took)), None);
     say("stops");
@@ -66,8 +70,10 @@ fn measure(envs: &[Env; 2]) -> Vec<Row> {
     row("stdio.out", "MiB/s", both(envs, 5, Env::idle, stream_out), None);
     row("stdio.in", "MiB/s", both(envs, 5, Env::idle, stream_in), None);
     say("memory");
-    let idle = envs.each_ref().map(idle_memory);
-    row("memory.idle_pss", "MiB", idle, Some(machine.idle_memory()));
+    let idle = envs.each_ref().map(|env| idle_memory(env, &[]));
+    let floor = machine.idle_memory();
+    row("memory.idle_pss", "MiB", idle, Some(floor));
+    row("memory.unconfined", "MiB", [idle_memory(&envs[0], &open), idle[1]], Some(floor));
     rows.insert(1, Row { name: "start.clone", unit: "ms", ours: None, runc: None, floor: None });
     rows
 }
@@ -98,11 +104,18 @@ fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
+/// A configuration without the launcher's confinement, to show what that costs.
+fn unconfined(env: &Env) -> PathBuf {
+    let path = env.dir.join("unconfined.toml");
+    fs::write(&path, "confinement = 'none'\n").unwrap();
+    path
+}
+
 /// From `ctr run` to the first byte of the container's output.
-fn first_output(env: &Env) -> f64 {
+fn first_output(env: &Env, flags: &[&str]) -> f64 {
     let container = Container::adopt(env, &env.id());
     let began = Instant::now();
-    let mut command = env.run_command(&container.id, &["--rm"], &["echo", "started"]);
+    let mut command = env.run_command(&container.id, &[&["--rm"], flags].concat(), &["echo", "started"]);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdout.take().unwrap().read_exact(&mut [0]).expect("the container's first byte");
     let took = began.elapsed();
@@ -149,8 +162,8 @@ fn settled_memory(pids: &[u32]) -> f64 {
     pids.iter().map(|pid| procs::pss_kib(*pid)).sum::<u64>() as f64 / 1024.0
 }
 
-fn idle_memory(env: &Env) -> f64 {
-    let _container = env.idle();
+fn idle_memory(env: &Env, flags: &[&str]) -> f64 {
+    let _container = env.detached(&[&["--null-io"], flags].concat(), &["sleep", "3600"]);
     let others = |process: &procs::Proc| process.program != "containerd" && process.program != "ctr";
     let pids: Vec<u32> = procs::ours().into_iter().filter(others).map(|process| process.pid).collect();
     settled_memory(&pids)
@@ -175,6 +188,12 @@ impl Machine {
             match word.as_str() {
                 "-S" | "" => (),
                 "-chardev" | "-mon" | "-initrd" | "-append" | "-name" => drop(words.next()),
+                // A confined QEMU has it under a name of its own.
+                "-kernel" => {
+                    drop(words.next());
+                    let kernel = assets::installed("share/cofferdam/vmlinux");
+                    args.extend([word, kernel.to_string_lossy().into_owned()]);
+                }
                 _ => args.push(word),
             }
         }
