@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     Suite::new().run(cases![
         Ours: guest_cannot_write_where_the_shim_makes_names, device_nodes_and_setuid_programs_work,
             qemu_and_helpers_have_nothing_of_the_host, stranger_on_the_host_gets_nothing_of_the_agent,
-            pid_of_a_task_does_not_lead_to_the_hosts_files;
+            pid_of_a_task_does_not_lead_to_the_hosts_files, sandbox_without_a_user_of_its_own_does_not_start;
     ])
 }
 
@@ -142,6 +142,21 @@ fn stranger_on_the_host_gets_nothing_of_the_agent(env: &Env) {
     container.exec(&["true"]).ok();
     container.kill("SIGKILL", &[]).ok();
     container.finish();
+}
+
+/// What keeps sandboxes apart is never left out in silence.
+fn sandbox_without_a_user_of_its_own_does_not_start(env: &Env) {
+    let config = env.dir.join("cofferdam.toml");
+    fs::write(&config, "uid_range = [1950000001, 1950000001]\n").unwrap();
+    let config = config.to_string_lossy();
+    let flags = ["--null-io", "--runtime-config-path", &config];
+    let container = env.detached(&flags, &["sleep", "3600"]);
+    let qemu = i32::try_from(container.listed().unwrap().0).unwrap();
+    assert_eq!(status(qemu, "Uid:"), "1950000001");
+    env.run(&flags[1..], &["true"]).fails_with(&["every user id from 1950000001 to 1950000001", "uid_range"]);
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+    env.run(&flags[1..], &["true"]).ok();
 }
 
 fn pid_of_a_task_does_not_lead_to_the_hosts_files(env: &Env) {
