@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test test-kvm conformance bench clean
+.PHONY: setup guest build install demo test fuzz test-kvm conformance bench clean
 
 setup:
 	scripts/setup
@@ -25,6 +25,9 @@ test:
 
 test-kvm:
 	scripts/test-kvm
+
+fuzz:
+	scripts/fuzz
 
 conformance:
 	scripts/conformance

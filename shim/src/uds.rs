@@ -161,14 +161,14 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
 }
 
 /// The agent's line: which socket, and who connected in the guest.
-struct Wanted {
+pub(crate) struct Wanted {
     name: String,
     uid: u32,
     gid: u32,
 }
 
 /// Reads the line byte by byte: what follows it is the connection's.
-async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<Wanted> {
+pub(crate) async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<Wanted> {
     let mut line = Vec::new();
     loop {
         match guest.read_u8().await? {

@@ -38,7 +38,11 @@ pub fn load(bundle: &Path) -> Result<Spec> {
     parse(&text).map_err(|error| error.context(format!("the container's spec {}", path.display())))
 }
 
-fn parse(text: &[u8]) -> Result<Spec> {
+/// The spec in a config.json.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn parse(text: &[u8]) -> Result<Spec> {
     let mut json: Value =
         serde_json::from_slice(text).map_err(|error| Error::invalid(format!("is not valid JSON: {error}")))?;
     if let Some(process) = json.get_mut("process") {

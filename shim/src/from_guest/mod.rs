@@ -51,7 +51,7 @@ pub struct Features {
 }
 
 impl Features {
-    fn of(details: &AgentDetails) -> Features {
+    pub(crate) fn of(details: &AgentDetails) -> Features {
         let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
         Features {
             version: text(&details.version, MAX_VERSION),
@@ -97,7 +97,7 @@ fn exit_status(raw: i32) -> u32 {
 }
 
 /// What a failed call to the agent means: what its caller is told, and, if it is the end of the agent, how.
-fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>) {
+pub(crate) fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>) {
     let words = || text(&error.to_string(), MAX_TEXT);
     match (Failure::of(error), error) {
         (_, ttrpc::Error::RpcStatus(status)) => {

@@ -163,12 +163,14 @@ fn is_abandoned(resources: &[Resource]) -> bool {
 }
 
 /// Lines that do not parse (a full disk tears the last one) are passed over.
+pub(crate) fn parse(text: &[u8]) -> Vec<Resource> {
+    text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
+}
+
 fn read(dir: &Path) -> Result<Vec<Resource>> {
     let path = dir.join(NAME);
     match std::fs::read(&path) {
-        Ok(text) => {
-            Ok(text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
-        }
+        Ok(text) => Ok(parse(&text)),
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
         Err(error) => Err(error).doing(|| format!("read {}", path.display())),
     }

@@ -1,0 +1,9 @@
+#![no_main]
+
+use agent_client::stdio::Header;
+
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    if let Ok(header) = text.parse::<Header>() {
+        assert_eq!(header.to_string(), text);
+    }
+});
