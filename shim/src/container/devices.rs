@@ -57,18 +57,19 @@ pub fn sort(spec: &Spec) -> Result<Devices> {
     Ok(devices)
 }
 
-/// Whether the device rules end in "everything".
+/// Whether the device rules end in "everything": of two that fit, the kernel goes by the later one.
 fn is_privileged(spec: &Spec) -> bool {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    rules.iter().any(|rule| {
+    let all = rules.iter().rposition(|rule| {
         let access = rule.access().as_deref().unwrap_or_default();
         rule.allow()
             && rule.major().is_none_or(|n| n < 0)
             && rule.minor().is_none_or(|n| n < 0)
             && rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A)
             && "rwm".chars().all(|letter| access.contains(letter))
-    })
+    });
+    all.is_some_and(|all| rules[all..].iter().all(|rule| rule.allow()))
 }
 
 /// Whether the host has this very device at the same path: an entry of a list of all devices.
@@ -149,6 +150,15 @@ mod tests {
         assert_eq!(devices.disks.len(), 1);
         assert_eq!(devices.disks[0].container_path, "/dev/data");
         assert!(!devices.disks[0].read_only);
+    }
+
+    #[test]
+    fn who_is_denied_something_after_everything_is_not_privileged() {
+        let all = json!({"allow": true, "access": "rwm"});
+        let disk = json!({"allow": false, "type": "b", "major": 7, "minor": 0, "access": "w"});
+        assert!(is_privileged(&spec(json!([]), json!([disk, all]))));
+        assert!(!is_privileged(&spec(json!([]), json!([all, disk]))));
+        assert!(is_privileged(&spec(json!([]), json!([all, disk, all]))));
     }
 
     #[test]
