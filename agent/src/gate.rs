@@ -19,8 +19,9 @@ use crate::log::log;
 /// By when a key must be shown. The host sends it with the connection.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// Connections that have shown nothing yet.
-const STRANGERS: usize = 64;
+/// Connections that have shown nothing yet. Far more than the host makes at once: its own are among these until their
+/// first bytes have come, which is after the guest has answered them.
+const STRANGERS: usize = 1024;
 
 /// Connections that have, and that nobody has taken yet.
 const WAITING: usize = 64;
@@ -111,7 +112,8 @@ async fn admit(mut stream: Stream, admitted: mpsc::Sender<Stream>) {
         Ok::<_, io::Error>(shows_the_key(&line).await)
     };
     match timeout(DEADLINE, shown).await {
-        Ok(Ok(true)) => drop(admitted.send(stream).await),
+        // By a task of its own: who has shown the key is no stranger any more, however long nobody takes it.
+        Ok(Ok(true)) => drop(tokio::spawn(async move { admitted.send(stream).await })),
         _ => log!("a connection that shows no key, or another, is closed"),
     }
 }
@@ -137,6 +139,13 @@ mod tests {
 
     #[tokio::test]
     async fn only_who_shows_the_key_comes_in_however_many_strangers_there_are() {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: the limit lives over both calls.
+        unsafe {
+            assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+            limit.rlim_cur = limit.rlim_max.min(4096);
+            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+        }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent");
         let listener = Listener::Unix { listener: UnixListener::bind(&path).unwrap(), path: path.clone() };
@@ -151,8 +160,26 @@ mod tests {
         arrivals.accept().await.unwrap().read_exact(&mut text).await.unwrap();
         assert_eq!(&text, b"early");
 
+        // Many at once, which nobody takes for now.
+        let mut burst = Vec::new();
+        for _ in 0..STRANGERS / 4 {
+            burst.push(UnixStream::connect(&path).await.unwrap());
+        }
+        for stream in &mut burst {
+            stream.write_all(key.line()).await.unwrap();
+        }
+        for _ in 0..WAITING {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..burst.len() {
+            arrivals.accept().await.unwrap().write_all(b"taken").await.unwrap();
+        }
+        for stream in &mut burst {
+            stream.read_exact(&mut text).await.unwrap();
+        }
+
         let mut strangers = Vec::new();
-        for _ in 0..300 {
+        for _ in 0..STRANGERS + 100 {
             strangers.push(UnixStream::connect(&path).await.unwrap());
             tokio::task::yield_now().await;
         }
