@@ -1,11 +1,14 @@
 //! Port forwarding: what connects to loopback in a pod's network namespace on the host reaches the guest's loopback.
 //!
 //! `kubectl port-forward` ends in containerd dialling `localhost:<port>` inside the pod's network namespace, where
-//! nobody listens, because the pod's servers run in the guest. So a listener answers there for every port.
+//! nobody listens, because the pod's servers run in the guest. So a listener answers there for every port. A port that
+//! somebody does listen on there, such as a proxy of the host's side, stays theirs.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agent_client::stdio::ACCEPTED;
@@ -15,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::netns::Netns;
-use super::sk_lookup;
+use super::sk_lookup::{self, Ports};
 use crate::relay::{Relay, serve};
 
 /// How long the agent may take to connect to the port in the guest.
@@ -43,34 +46,93 @@ impl Forwarder {
     }
 }
 
+/// The ports of the namespace that are somebody's.
+#[derive(Debug)]
+struct Taken {
+    netns: Netns,
+    /// Of our own listeners.
+    own: Vec<u16>,
+    ports: Mutex<(Ports, HashSet<u16>)>,
+}
+
+impl Taken {
+    /// Looks again who listens, tells the program, and says whether `port` is somebody's.
+    fn look(&self, port: u16) -> io::Result<bool> {
+        let now = self.netns.run(|| {
+            let read = |file: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+            let all = format!("{}{}", read("tcp")?, read("tcp6").unwrap_or_default());
+            Ok(listening(&all).filter(|port| !self.own.contains(port)).collect::<HashSet<u16>>())
+        })?;
+        let mut known = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ports, before) = &mut *known;
+        for port in before.symmetric_difference(&now) {
+            ports.set(*port, now.contains(port))?;
+        }
+        *before = now;
+        Ok(before.contains(&port))
+    }
+}
+
+/// Ports of the listeners in /proc/net/tcp that answer on loopback.
+fn listening(table: &str) -> impl Iterator<Item = u16> {
+    const LISTEN: &str = "0A";
+    table.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let (address, port) = fields.get(1)?.split_once(':')?;
+        // Words of four bytes, each in the host's order: 127.0.0.0/8, ::1, their forms of "any".
+        let is_loopback = match address.len() {
+            8 => address.ends_with("7F"),
+            _ => address == "00000000000000000000000001000000",
+        };
+        let is_any = address.bytes().all(|digit| digit == b'0');
+        let port = u16::from_str_radix(port, 16).ok()?;
+        (fields.get(3) == Some(&LISTEN) && (is_loopback || is_any)).then_some(port)
+    })
+}
+
 fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
     let (v4, v6) = netns.run(|| {
         let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         // A namespace may have no IPv6.
         Ok((v4, TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).ok()))
     })?;
-    let program = sk_lookup::attach(netns.fd(), v4.as_fd(), v6.as_ref().map(AsFd::as_fd))?;
+    let ports = Ports::new()?;
+    let program = sk_lookup::attach(netns.fd(), v4.as_fd(), v6.as_ref().map(AsFd::as_fd), &ports)?;
+    let own =
+        [Some(&v4), v6.as_ref()].into_iter().flatten().filter_map(|listener| Some(listener.local_addr().ok()?.port()));
+    let taken = Taken { netns: netns.try_clone()?, own: own.collect(), ports: Mutex::new((ports, HashSet::new())) };
+    taken.look(0)?;
+    let taken = Arc::new(taken);
     let mut relays = Vec::new();
     for listener in [Some(v4), v6].into_iter().flatten() {
         listener.set_nonblocking(true)?;
-        let transport = transport.clone();
+        let (transport, taken) = (transport.clone(), taken.clone());
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        relays.push(serve(listener, move |connection| forward(connection, transport.clone())));
+        relays.push(serve(listener, move |connection| forward(connection, transport.clone(), taken.clone())));
     }
     Ok(Forwarder { _program: program, _relays: relays })
 }
 
-async fn forward(mut connection: TcpStream, transport: Transport) {
-    if let Err(error) = join(&mut connection, &transport).await {
+async fn forward(mut connection: TcpStream, transport: Transport, taken: Arc<Taken>) {
+    if let Err(error) = join(&mut connection, &transport, taken).await {
         tracing::debug!(%error, "a forwarded connection broke");
         // The client sees a reset, as it would from the port itself.
         let _ = connection.set_zero_linger();
     }
 }
 
-async fn join(connection: &mut TcpStream, transport: &Transport) -> io::Result<()> {
+async fn join(connection: &mut TcpStream, transport: &Transport, taken: Arc<Taken>) -> io::Result<()> {
     // The port that the client asked for, not the listener's.
-    let port = connection.local_addr()?.port();
+    let wanted = connection.local_addr()?;
+    let port = wanted.port();
+    if taken.look(port)? {
+        // Its listener has come since the last look; from now on the program lets it be.
+        let dial = move || taken.netns.run(|| std::net::TcpStream::connect_timeout(&wanted, DIAL_DEADLINE));
+        let listener = tokio::task::spawn_blocking(dial).await.map_err(io::Error::other)??;
+        listener.set_nonblocking(true)?;
+        let mut listener = TcpStream::from_std(listener)?;
+        return copy_bidirectional(connection, &mut listener).await.map(|_| ());
+    }
     let refused = || io::Error::new(io::ErrorKind::TimedOut, format!("the guest did not answer for port {port}"));
     let mut guest = timeout(DIAL_DEADLINE, dial(transport, port)).await.map_err(|_| refused())??;
     connection.set_nodelay(true)?;
@@ -91,7 +153,6 @@ async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
     use std::net::{IpAddr, SocketAddr};
 
     use tempfile::TempDir;
@@ -176,6 +237,42 @@ mod tests {
                 assert_eq!(String::from_utf8(answer).unwrap(), format!("{port}:hello"), "{ip}");
             }
         }
+    }
+
+    /// Sends its port back to one connection.
+    async fn own_server(listener: std::net::TcpListener) {
+        listener.set_nonblocking(true).unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let (mut stream, _) = timeout(DEADLINE, listener.accept()).await.unwrap().unwrap();
+        stream.write_all(b"own").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_port_that_somebody_has_in_the_namespace_stays_theirs() {
+        let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
+        let bind = |port: u16| netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port))).unwrap();
+        let before = bind(7000);
+        let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
+        let after = bind(7001);
+        for (port, listener) in [(7000, before), (7001, after)] {
+            let stream = connect(&netns, (Ipv4Addr::LOCALHOST, port)).unwrap();
+            let (answer, ()) = tokio::join!(exchange(stream, b""), own_server(listener));
+            assert_eq!(answer.unwrap(), b"own", "{port}");
+        }
+        // Any connection shows that they have gone.
+        let other = exchange(connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap(), b"").await.unwrap();
+        assert_eq!(other, b"80:");
+        let again = exchange(connect(&netns, (Ipv4Addr::LOCALHOST, 7000)).unwrap(), b"").await.unwrap();
+        assert_eq!(again, b"7000:");
+    }
+
+    #[test]
+    fn only_listeners_on_loopback_count() {
+        let table = "  sl  local_address rem_address   st\n\
+            0: 0100007F:1B58 00000000:0000 0A 0\n   1: 00000000:0050 00000000:0000 0A 0\n\
+            2: 0101010A:0051 00000000:0000 0A 0\n   3: 0100007F:0052 0100007F:0053 01 0\n\
+            4: 00000000000000000000000001000000:0054 00000000000000000000000000000000:0000 0A 0\n";
+        assert_eq!(listening(table).collect::<Vec<_>>(), [7000, 80, 84]);
     }
 
     #[tokio::test]

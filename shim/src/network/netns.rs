@@ -60,6 +60,14 @@ impl Netns {
         Ok(netns)
     }
 
+    /// The same namespace once more.
+    ///
+    /// # Errors
+    /// Too many open files.
+    pub fn try_clone(&self) -> io::Result<Netns> {
+        Ok(Netns { file: self.file.try_clone()?, path: self.path.clone() })
+    }
+
     /// The descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()

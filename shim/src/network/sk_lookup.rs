@@ -1,7 +1,8 @@
 //! A BPF program that decides who gets the TCP connections to a network namespace's loopback addresses.
 //!
 //! The kernel runs it where it looks for a listening socket (`BPF_PROG_TYPE_SK_LOOKUP`, Linux 5.9), so two listeners
-//! answer for every port, and each connection keeps the port that it was made to.
+//! answer for every port, and each connection keeps the port that it was made to. It runs before the kernel's own lookup,
+//! so ports that somebody in the namespace listens on are named to it ([`Ports`]), and it lets those pass.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -9,9 +10,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 // linux/bpf.h
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
+const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
 const BPF_SK_LOOKUP: u32 = 36;
 const BPF_PSEUDO_MAP_FD: u8 = 1;
@@ -25,6 +29,34 @@ const FAMILY: i16 = 8;
 const PROTOCOL: i16 = 12;
 const LOCAL_IP4: i16 = 40;
 const LOCAL_IP6: [i16; 4] = [44, 48, 52, 56];
+/// In the host's byte order.
+const LOCAL_PORT: i16 = 60;
+
+/// Ports that the program lets pass.
+#[derive(Debug)]
+pub struct Ports(OwnedFd);
+
+impl Ports {
+    /// None yet.
+    ///
+    /// # Errors
+    /// A kernel without BPF.
+    pub fn new() -> io::Result<Ports> {
+        let every = u32::from(u16::MAX) + 1;
+        create_map(BPF_MAP_TYPE_HASH, every, BPF_F_NO_PREALLOC).map(Ports)
+    }
+
+    /// Lets connections to a port pass, or hands them over again.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set(&self, port: u16, passes: bool) -> io::Result<()> {
+        match passes {
+            true => put(&self.0, port.into(), 1),
+            false => delete(&self.0, port.into()),
+        }
+    }
+}
 
 /// One instruction, `struct bpf_insn`. `registers` holds the destination in its low half.
 #[repr(C)]
@@ -40,13 +72,18 @@ struct Instruction {
 ///
 /// # Errors
 /// A kernel without it, or without BPF.
-pub fn attach(netns: BorrowedFd<'_>, v4: BorrowedFd<'_>, v6: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
-    let map = create_map()?;
-    put(&map, 0, v4)?;
+pub fn attach(
+    netns: BorrowedFd<'_>,
+    v4: BorrowedFd<'_>,
+    v6: Option<BorrowedFd<'_>>,
+    ports: &Ports,
+) -> io::Result<OwnedFd> {
+    let map = create_map(BPF_MAP_TYPE_SOCKMAP, 2, 0)?;
+    put(&map, 0, v4.as_raw_fd())?;
     if let Some(v6) = v6 {
-        put(&map, 1, v6)?;
+        put(&map, 1, v6.as_raw_fd())?;
     }
-    let program = load(&program(map.as_raw_fd()))?;
+    let program = load(&program(map.as_raw_fd(), ports.0.as_raw_fd()))?;
     let attributes = LinkAttributes {
         program: program.as_raw_fd().cast_unsigned(),
         target: netns.as_raw_fd().cast_unsigned(),
@@ -57,10 +94,11 @@ pub fn attach(netns: BorrowedFd<'_>, v4: BorrowedFd<'_>, v6: Option<BorrowedFd<'
 }
 
 /// r6 is the context, r7 the socket. Entry 0 of the map is for IPv4, entry 1 for IPv6.
-fn program(map: i32) -> Vec<Instruction> {
+fn program(map: i32, ports: i32) -> Vec<Instruction> {
     const LOAD_WORD: u8 = 0x61; // ldxw
     const LOAD_MAP: u8 = 0x18; // lddw, two instructions long
     const STORE_WORD: u8 = 0x62; // stw
+    const STORE_REGISTER: u8 = 0x63; // stxw
     const MOVE: u8 = 0xb7;
     const MOVE_REGISTER: u8 = 0xbf;
     const ADD: u8 = 0x07;
@@ -99,6 +137,14 @@ fn program(map: i32) -> Vec<Instruction> {
     program.push(op(JUMP, 0, length(&is_loopback_v6), 0));
     program.extend(is_loopback_v6);
     program.extend([
+        op(LOAD_WORD, 0x62, LOCAL_PORT, 0),
+        op(STORE_REGISTER, 0x2a, -8, 0),
+        op(LOAD_MAP, 0x01 | (BPF_PSEUDO_MAP_FD << 4), 0, ports),
+        op(0, 0, 0, 0),
+        op(MOVE_REGISTER, 0xa2, 0, 0),
+        op(ADD, 0x02, 0, -8),
+        op(CALL, 0, 0, HELPER_MAP_LOOKUP_ELEM),
+        op(JUMP_NOT_EQUAL, 0x00, TO_PASS, 0),
         op(LOAD_MAP, 0x01 | (BPF_PSEUDO_MAP_FD << 4), 0, map),
         op(0, 0, 0, 0),
         op(MOVE_REGISTER, 0xa2, 0, 0),
@@ -129,6 +175,7 @@ struct MapAttributes {
     key_size: u32,
     value_size: u32,
     max_entries: u32,
+    flags: u32,
 }
 
 #[repr(C)]
@@ -177,13 +224,13 @@ fn descriptor<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn create_map() -> io::Result<OwnedFd> {
-    let attributes = MapAttributes { kind: BPF_MAP_TYPE_SOCKMAP, key_size: 4, value_size: 4, max_entries: 2 };
+fn create_map(kind: u32, max_entries: u32, flags: u32) -> io::Result<OwnedFd> {
+    let attributes = MapAttributes { kind, key_size: 4, value_size: 4, max_entries, flags };
     descriptor(BPF_MAP_CREATE, &attributes)
 }
 
-fn put(map: &OwnedFd, key: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
-    let value = socket.as_raw_fd();
+/// A value is a number, or a socket's descriptor.
+fn put(map: &OwnedFd, key: u32, value: i32) -> io::Result<()> {
     let attributes = ElementAttributes {
         map: map.as_raw_fd().cast_unsigned(),
         padding: 0,
@@ -192,6 +239,20 @@ fn put(map: &OwnedFd, key: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
         flags: 0,
     };
     bpf(BPF_MAP_UPDATE_ELEM, &attributes).map(|_| ())
+}
+
+fn delete(map: &OwnedFd, key: u32) -> io::Result<()> {
+    let attributes = ElementAttributes {
+        map: map.as_raw_fd().cast_unsigned(),
+        padding: 0,
+        key: std::ptr::from_ref(&key).addr() as u64,
+        value: 0,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_DELETE_ELEM, &attributes) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
