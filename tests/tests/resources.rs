@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered, update_of_one_limit_keeps_the_others;
         Ours: machine_has_the_cpus_of_its_containers, refused_update_leaves_the_machine_as_it_was, qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
             idle_pod_uses_no_cpu, processes_on_the_host_are_limited_and_scored_as_the_container, cgroup_of_somebody_else_keeps_its_limits,
-            kill_by_the_host_for_memory_is_told;
+            cgroup_with_a_name_of_systemds_is_made_through_it, kill_by_the_host_for_memory_is_told;
     ])
 }
 
@@ -167,11 +167,15 @@ fn idle_pod_uses_no_cpu(env: &Env) {
     procs::come_to_rest(&procs::family(&pod.id));
 }
 
-/// A container's directory on the host for a controller: its own hierarchy, or the unified one.
-fn host_cgroup(controller: &str, id: &str) -> PathBuf {
+/// The root of a controller's hierarchy on the host: its own, or the unified one.
+fn hierarchy(controller: &str) -> PathBuf {
     let old = PathBuf::from("/sys/fs/cgroup").join(controller);
-    let root = if old.is_dir() { old } else { PathBuf::from("/sys/fs/cgroup") };
-    root.join(namespace()).join(id)
+    if old.is_dir() { old } else { PathBuf::from("/sys/fs/cgroup") }
+}
+
+/// A container's directory there.
+fn host_cgroup(controller: &str, id: &str) -> PathBuf {
+    hierarchy(controller).join(namespace()).join(id)
 }
 
 /// The content of the first of these files that is there.
@@ -220,6 +224,35 @@ fn cgroup_of_somebody_else_keeps_its_limits(env: &Env) {
     dirs.iter().for_each(|dir| {
         eventually("its maker removes it", PATIENCE, || (!dir.exists() || fs::remove_dir(dir).is_ok()).then_some(()))
     });
+}
+
+fn cgroup_with_a_name_of_systemds_is_made_through_it(env: &Env) {
+    let id = env.id();
+    let container = Container::adopt(env, &id);
+    let (path, unit) = (format!("cofferdam-e2e.slice:test:{id}"), format!("test-{id}.scope"));
+    let flags = ["-d", "--cgroup", &path, "--memory-limit", &(64 * MIB).to_string()];
+    cofferdam_tests::command::run(env.run_command(&id, &flags, &["sleep", "3600"]), PATIENCE).ok();
+    let dir = hierarchy("memory").join("cofferdam.slice/cofferdam-e2e.slice").join(&unit);
+    let limit = either(&dir, ["memory.max", "memory.limit_in_bytes"]);
+    assert!((64 * MIB..1024 * MIB).contains(&limit.parse().unwrap()), "{limit} bytes for 64 MiB");
+    // Where systemd does not run, only its form of a path is to be understood.
+    if std::path::Path::new("/run/systemd/system").is_dir() {
+        let systemctl = |words: &[&str]| {
+            let output = std::process::Command::new("systemctl").args(words).output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        systemctl(&["daemon-reload"]);
+        let shown = systemctl(&["show", "--property=ActiveState,MemoryMax,Slice", &unit]);
+        for line in ["ActiveState=active", "Slice=cofferdam-e2e.slice", &format!("MemoryMax={limit}")] {
+            assert!(shown.lines().any(|shown| shown == line), "no {line}: {shown}");
+        }
+        assert_eq!(either(&dir, ["memory.max", "memory.limit_in_bytes"]), limit, "after systemd has read it all again");
+    }
+    container.exec(&["true"]).ok();
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+    drop(container);
+    eventually("the scope goes", PATIENCE, || (!dir.exists()).then_some(()));
 }
 
 fn kill_by_the_host_for_memory_is_told(env: &Env) {

@@ -52,6 +52,17 @@ impl Limits {
             milli_cpus: self.milli_cpus.zip(other.milli_cpus).map(|(one, other)| one.max(other)),
         }
     }
+
+    /// The same for systemd, which rounds nothing and writes them to whatever hierarchy there is.
+    pub fn properties(self) -> [String; 4] {
+        let quota = self.milli_cpus.map(|milli| format!("{}.{}%", milli / 10, milli % 10));
+        [
+            format!("MemoryMax={}", self.memory),
+            format!("MemorySwapMax={}", self.memory),
+            format!("CPUQuota={}", quota.unwrap_or_default()),
+            format!("TasksMax={PIDS}"),
+        ]
+    }
 }
 
 /// Puts limits in force in a sandbox's own cgroups, one for each hierarchy. `now` is what holds, none at first, and holds
@@ -182,6 +193,14 @@ mod tests {
         assert!(!memory.path().join("pids.max").exists(), "no file is made");
         set(&dirs, &mut now, Limits { memory: 4096, milli_cpus: None }).unwrap();
         assert_eq!((read(&v2, "cpu.max"), read(&cpu, "cpu.cfs_quota_us")), ("max 100000".into(), "-1".into()));
+    }
+
+    #[test]
+    fn systemd_has_its_own_words_for_limits() {
+        let some = Limits { memory: 4096, milli_cpus: Some(755) };
+        assert_eq!(some.properties(), ["MemoryMax=4096", "MemorySwapMax=4096", "CPUQuota=75.5%", "TasksMax=512"]);
+        let none = Limits { memory: 4096, milli_cpus: None };
+        assert_eq!(none.properties()[2], "CPUQuota=", "an empty value takes a quota away");
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The sandbox's cgroup on the host: QEMU and its helpers are accounted where containerd says the container is.
 //!
-//! Those that the shim makes itself are limited by what is in the sandbox ([`limits`]); others are their maker's.
+//! Those that the shim makes itself, or systemd for it ([`systemd`]), are limited by what is in the sandbox ([`limits`]);
+//! others are their maker's.
 
 pub mod limits;
+pub mod systemd;
 
 use std::fs;
 use std::io;
@@ -30,10 +32,8 @@ pub fn host_is_v2() -> bool {
 /// The directories that make up the cgroup named by a spec's `linux.cgroupsPath`, one for each hierarchy of the host.
 /// A path of systemd's form (`slice:prefix:name`) stands for the directory that systemd would make.
 pub fn directories(cgroups_path: &str) -> Vec<PathBuf> {
-    let relative = match cgroups_path.split(':').collect::<Vec<_>>()[..] {
-        [slice, prefix, name] => format!("{}/{prefix}-{name}.scope", expand_slice(slice)),
-        _ => cgroups_path.trim_start_matches('/').to_owned(),
-    };
+    let relative = systemd::Name::parse(cgroups_path)
+        .map_or_else(|| cgroups_path.trim_start_matches('/').to_owned(), |name| name.directory());
     if relative.is_empty() || Path::new(&relative).components().any(|part| part.as_os_str() == "..") {
         return Vec::new();
     }
@@ -56,16 +56,6 @@ fn mount_points(mounts: &str) -> Vec<PathBuf> {
         }
     }
     points
-}
-
-/// systemd's nesting: `a-b.slice` is below `a.slice`.
-fn expand_slice(slice: &str) -> String {
-    let stem = slice.trim_end_matches(".slice");
-    if stem.is_empty() || stem == "-" {
-        return String::new();
-    }
-    let parts: Vec<&str> = stem.split('-').collect();
-    (1..=parts.len()).map(|n| format!("{}.slice", parts[..n].join("-"))).collect::<Vec<_>>().join("/")
 }
 
 /// The directory and those of its parents that do not exist yet, outermost first: what `make` will make.
@@ -153,17 +143,9 @@ mod tests {
     }
 
     #[test]
-    fn systemd_names_stand_for_its_directories() {
-        assert_eq!(
-            expand_slice("kubepods-burstable-pod1.slice"),
-            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice"
-        );
-        assert_eq!(expand_slice("system.slice"), "system.slice");
-    }
-
-    #[test]
     fn a_path_that_leaves_the_hierarchy_is_no_path() {
         assert!(directories("../../etc").is_empty());
+        assert!(directories("../etc:cri:web").is_empty());
         assert!(directories("").is_empty());
     }
 

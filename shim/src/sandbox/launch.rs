@@ -286,9 +286,9 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     };
     let accel = accel.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
-    let place = Arc::new(Place::join(&plan.cgroups_path, accel.kvm, ledger)?);
     // No limit of CPU time before there is a container: what boots is ours.
-    place.raise(Sizing { milli_cpus: None, ..plan.sizing }).await?;
+    let size = Sizing { milli_cpus: None, ..plan.sizing };
+    let place = Place::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
     let mut machine = MachineConfig {
         capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,

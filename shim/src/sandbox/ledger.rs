@@ -40,6 +40,11 @@ pub enum Resource {
         /// The directory.
         path: PathBuf,
     },
+    /// A cgroup that systemd made for the sandbox.
+    Scope {
+        /// The unit.
+        unit: String,
+    },
     /// What sends a link's packets to the virtual machine, in a network namespace that may outlive the sandbox.
     Redirect(Redirect),
     /// A file or socket outside the state directory.
@@ -54,7 +59,7 @@ impl Resource {
     fn kind(&self) -> &'static str {
         match self {
             Resource::Server(_) | Resource::Process(_) => "a process",
-            Resource::Cgroup { .. } => "a cgroup",
+            Resource::Cgroup { .. } | Resource::Scope { .. } => "a cgroup",
             Resource::Redirect(_) => "a network link",
             Resource::File { .. } => "a file",
         }
@@ -196,6 +201,7 @@ fn undo_one(resource: &Resource) -> Result<()> {
             identity.kill_and_wait(KILL_DEADLINE).map_err(Error::from)
         }
         Resource::Cgroup { path } => cgroup::remove(path).doing(|| format!("remove cgroup {}", path.display())),
+        Resource::Scope { unit } => cgroup::systemd::undo(unit),
         Resource::Redirect(redirect) => redirect.undo(),
         Resource::File { path } => match std::fs::remove_file(path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -228,6 +234,7 @@ mod tests {
         ledger.record(&Resource::Process(identity)).unwrap();
         ledger.record(&Resource::File { path: outside.clone() }).unwrap();
         ledger.record(&Resource::Cgroup { path: root.path().join("no-such-cgroup") }).unwrap();
+        ledger.record(&Resource::Scope { unit: "cofferdam-no-such.scope".into() }).unwrap();
         std::fs::write(&outside, "").unwrap();
         let reaper = std::thread::spawn(move || child.wait().unwrap());
         undo(&dir, Duration::ZERO).unwrap();

@@ -10,10 +10,11 @@ use vmm::process::Identity;
 
 use super::ledger::{Ledger, Resource};
 use super::sizing::Sizing;
+use crate::cgroup::systemd::{self, Name, Scope};
 use crate::cgroup::{self, limits};
 use crate::error::{Error, IoContext, Result};
 
-/// The kernel may have to take memory back before a limit holds.
+/// The kernel may have to take memory back before a limit holds; where the limit is systemd's to set, it has as long.
 const SET_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How many generations below what we started: a launcher's child, virtiofsd's, and one to spare.
@@ -25,24 +26,58 @@ pub struct Place {
     directories: Vec<PathBuf>,
     /// Those that this sandbox made. Nobody else's is limited: its maker has.
     own: Vec<PathBuf>,
+    /// What systemd made for it.
+    scope: Option<Scope>,
     kvm: bool,
     /// Kills that were before.
     kills: u64,
     now: Mutex<Option<limits::Limits>>,
 }
 
+/// How a sandbox comes to its cgroup.
+#[derive(Debug, PartialEq, Eq)]
+enum Way {
+    /// It is made as directories, as far as they are not there.
+    Directories,
+    /// It is there, and systemd's: nothing is made, on the way to it neither.
+    Enter,
+    /// systemd makes it.
+    Scope(Name),
+}
+
+/// systemd makes what has a name of its. A scope with processes in it somebody else made, and it is entered as it is; one
+/// without is about to be gone.
+fn way(cgroups_path: &str, systemd_runs: bool, is_populated: impl Fn(&str) -> bool) -> Way {
+    match Name::parse(cgroups_path) {
+        Some(name) if systemd_runs && is_populated(&name.directory()) => Way::Enter,
+        Some(name) if systemd_runs => Way::Scope(name),
+        _ => Way::Directories,
+    }
+}
+
 impl Place {
-    /// Makes what there is not yet of the cgroup that a spec names.
+    /// Makes what there is not yet of the cgroup that a spec names, with room for this size.
     ///
     /// # Errors
-    /// One line that names the directory.
-    pub fn join(cgroups_path: &str, kvm: bool, ledger: &Ledger) -> Result<Place> {
+    /// One line that names the directory, or systemd's refusal.
+    pub async fn join(cgroups_path: &str, kvm: bool, size: Sizing, ledger: &Ledger) -> Result<Arc<Place>> {
         let directories = cgroup::directories(cgroups_path);
+        let (mut scope, mut now) = (None, None);
+        let way = way(cgroups_path, systemd::runs(), systemd::is_populated);
+        let by_systemd = way != Way::Directories;
+        if let Way::Scope(name) = way {
+            let limits = limits::Limits::of(size.memory_mib, size.milli_cpus, kvm);
+            scope = Some(make_scope(name, limits, &directories, ledger).await?);
+            now = Some(limits);
+        }
         let mut own = Vec::new();
+        // After systemd: the older hierarchies that it leaves alone.
         for directory in &directories {
             let missing = cgroup::missing(directory);
-            if missing.last() == Some(directory) {
+            if !missing.is_empty() {
                 own.push(directory.clone());
+            } else if by_systemd {
+                continue;
             }
             for path in missing {
                 ledger.record(&Resource::Cgroup { path })?;
@@ -50,7 +85,9 @@ impl Place {
             cgroup::make(directory).doing(|| format!("make cgroup {}", directory.display()))?;
         }
         let kills = limits::oom_kills(&directories);
-        Ok(Place { directories, own, kvm, kills, now: Mutex::default() })
+        let place = Arc::new(Place { directories, own, scope, kvm, kills, now: Mutex::new(now) });
+        place.raise(size).await?;
+        Ok(place)
     }
 
     /// The files by which a process enters.
@@ -79,9 +116,13 @@ impl Place {
             let mut now = place.now.lock().unwrap_or_else(PoisonError::into_inner);
             let limits = limits::Limits::of(to.memory_mib, to.milli_cpus, place.kvm);
             let limits = if raise { now.map_or(limits, |now| now.max(limits)) } else { limits };
-            limits::set(&place.own, &mut now, limits)
+            match &place.scope {
+                Some(_) if *now == Some(limits) => Ok(()),
+                Some(scope) => scope.set(limits).map(|()| *now = Some(limits)),
+                None => limits::set(&place.own, &mut now, limits),
+            }
         });
-        let late = |_| Error::deadline("the kernel did not set the limits of the sandbox's cgroup within 10 s");
+        let late = |_| Error::deadline("the limits of the sandbox's cgroup were not set within 10 s");
         timeout(SET_DEADLINE, work).await.map_err(late)?.map_err(|error| Error::internal(error.to_string()))?
     }
 
@@ -89,6 +130,19 @@ impl Place {
     pub fn out_of_memory(&self) -> Option<String> {
         (limits::oom_kills(&self.directories) > self.kills).then(|| limits::lack_of_memory(&self.directories))
     }
+}
+
+async fn make_scope(name: Name, limits: limits::Limits, directories: &[PathBuf], ledger: &Ledger) -> Result<Scope> {
+    ledger.record(&Resource::Scope { unit: name.unit.clone() })?;
+    let unit = name.unit.clone();
+    let made = tokio::task::spawn_blocking(move || Scope::make(&name, limits)).await;
+    let scope = made.map_err(|error| Error::internal(error.to_string()))??;
+    ledger.record(&Resource::Process(scope.placeholder()?))?;
+    if !directories.iter().any(|directory| directory.exists()) {
+        let place = directories.first().map(|directory| directory.display().to_string()).unwrap_or_default();
+        return Err(Error::internal(format!("systemd made {unit}, but there is no {place}")));
+    }
+    Ok(scope)
 }
 
 /// Gives these processes, and what descends from them, another `oom_score_adj`. To lower it takes CAP_SYS_RESOURCE: who
@@ -105,5 +159,22 @@ pub fn set_oom_score(processes: &[Identity], score: i32) {
             children.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
         }
         generation = children;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systemd_makes_what_has_a_name_of_its_where_it_runs() {
+        let path = "kubepods-pod1.slice:cri-containerd:web";
+        let name = Name::parse(path).unwrap();
+        assert_eq!(way(path, true, |_| false), Way::Scope(name.clone()));
+        assert_eq!(way(path, false, |_| false), Way::Directories, "without systemd");
+        let made = |directory: &str| directory == name.directory();
+        assert_eq!(way(path, true, made), Way::Enter, "somebody made it and is in it");
+        assert_eq!(way("/kubepods/pod1/web", true, |_| false), Way::Directories);
+        assert_eq!(way("", true, |_| false), Way::Directories);
     }
 }
