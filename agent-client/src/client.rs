@@ -6,7 +6,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-use crate::frames::Watched;
+use crate::frames::{Verdict, Watched};
 use crate::protocols::agent_ttrpc::AgentServiceClient;
 use crate::protocols::health_ttrpc::HealthClient;
 use crate::transport::Stream;
@@ -18,6 +18,7 @@ pub struct AgentClient {
     pub agent: AgentServiceClient,
     /// Health and version.
     pub health: HealthClient,
+    verdict: Verdict,
 }
 
 impl AgentClient {
@@ -32,8 +33,14 @@ impl AgentClient {
     /// Speaks ttrpc over any connection to an agent. The agent can make it keep no more than one small answer for each
     /// call: one that breaks this rule (see `frames.rs`) has its connection closed.
     pub fn over(stream: impl AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static) -> AgentClient {
-        let client = ttrpc::r#async::Client::new(Socket::new(Watched::new(stream)));
-        AgentClient { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) }
+        let verdict = Verdict::default();
+        let client = ttrpc::r#async::Client::new(Socket::new(Watched::new(stream, verdict.clone())));
+        AgentClient { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client), verdict }
+    }
+
+    /// The rule that the agent broke, if that is why the connection is closed.
+    pub fn broken(&self) -> Option<&str> {
+        self.verdict.get().map(String::as_str)
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::io::{self, ErrorKind};
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -22,7 +23,11 @@ pub(crate) struct Watched<S> {
     stream: S,
     incoming: Frames,
     outgoing: Frames,
+    verdict: Verdict,
 }
+
+/// The rule that an agent broke, once it has: calls that are made or end after that hear of a closed connection only.
+pub(crate) type Verdict = Arc<OnceLock<String>>;
 
 /// One direction.
 #[derive(Debug, Default)]
@@ -60,8 +65,8 @@ impl Frames {
 }
 
 impl<S> Watched<S> {
-    pub(crate) fn new(stream: S) -> Watched<S> {
-        Watched { stream, incoming: Frames::default(), outgoing: Frames::default() }
+    pub(crate) fn new(stream: S, verdict: Verdict) -> Watched<S> {
+        Watched { stream, incoming: Frames::default(), outgoing: Frames::default(), verdict }
     }
 }
 
@@ -75,7 +80,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
         let requests = this.outgoing.count;
-        this.incoming.take(&buf.filled()[before..], |header, count| {
+        let checked = this.incoming.take(&buf.filled()[before..], |header, count| {
             let (kind, length) = (header.type_, header.length);
             match () {
                 () if kind != MESSAGE_TYPE_RESPONSE => {
@@ -87,8 +92,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
                 () if count > requests => Err(forbidden("the agent answered what it was not asked".into())),
                 () => Ok(()),
             }
-        })?;
-        Poll::Ready(Ok(()))
+        });
+        if let Err(error) = &checked {
+            let _ = this.verdict.set(error.to_string());
+        }
+        Poll::Ready(checked)
     }
 }
 
@@ -123,7 +131,7 @@ mod tests {
     /// What the client reads after it has asked `requests` times.
     async fn read(requests: usize, sent: &[u8]) -> io::Result<Vec<u8>> {
         let (ours, mut agent) = duplex(1 << 20);
-        let mut watched = Watched::new(ours);
+        let mut watched = Watched::new(ours, Verdict::default());
         for _ in 0..requests {
             // In pieces that fit no frame.
             for piece in frame(1, 5, b"hello").chunks(4) {

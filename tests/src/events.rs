@@ -81,6 +81,11 @@ impl Events {
         lines.iter().filter_map(parse).collect()
     }
 
+    /// All events so far, of whatever container.
+    pub fn text(&self) -> String {
+        self.lines.lock().unwrap().join("\n")
+    }
+
     /// Waits for the container's `/tasks/delete` and gives all of its events.
     #[track_caller]
     pub fn until_delete(&self, id: &str) -> Vec<Event> {

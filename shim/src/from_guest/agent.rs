@@ -104,6 +104,10 @@ impl Agent {
 
     fn judged<T>(&self, method: &str, answer: ttrpc::Result<T>) -> Result<T> {
         answer.map_err(|error| {
+            let error = match self.client.broken() {
+                Some(rule) if !matches!(error, ttrpc::Error::RpcStatus(_)) => ttrpc::Error::Socket(rule.to_owned()),
+                _ => error,
+            };
             let (error, fault) = judge(method, &error);
             fault.into_iter().for_each(|fault| self.fail(fault));
             error
