@@ -70,3 +70,9 @@ slow() {
     }
     say "$what: done after $((SECONDS - began)) s"
 }
+
+# The tests' own installation: the product, and the agent that means harm.
+install_for_tests() {
+    make -s -C "$root" install PREFIX="$prefix" >&2
+    install -m 644 "$("$root/scripts/initramfs" cofferdam-hostile-agent)" "$prefix/share/cofferdam/hostile.cpio"
+}

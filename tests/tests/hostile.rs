@@ -102,7 +102,7 @@ impl<'e> Hostile<'e> {
         guest.extend(archive("victim", &victim.to_string_lossy()));
         fs::write(dir.join("initramfs"), guest).unwrap();
         let initramfs = dir.join("initramfs");
-        let text = format!("initramfs = {:?}\nboot_timeout_seconds = 10\n{config}", initramfs.display().to_string());
+        let text = format!("initramfs = {:?}\nboot_timeout_seconds = 180\n{config}", initramfs.display().to_string());
         fs::write(dir.join("cofferdam.toml"), text).unwrap();
         let id = env.id();
         // The shim's log has the sandbox's name.
