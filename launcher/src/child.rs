@@ -213,7 +213,13 @@ fn drop_privileges(jail: &PlannedJail) -> Done {
         unsafe {
             let mut old: libc::rlimit = std::mem::zeroed();
             done("read a limit", libc::getrlimit(resource, &raw mut old).into())?;
-            let limit = limit.min(old.rlim_max);
+            let mut limit = limit.min(old.rlim_max);
+            // At 0 the kernel still hands a dump to a program of the host's (core_pattern with a pipe), at 1 it does not.
+            // Who may not raise a limit of 0 stays there.
+            let one = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+            if resource == libc::RLIMIT_CORE && libc::setrlimit(resource, &raw const one) == 0 {
+                limit = 1;
+            }
             let new = libc::rlimit { rlim_cur: limit, rlim_max: limit };
             done("set a limit", libc::setrlimit(resource, &raw const new).into())?;
         }
@@ -234,7 +240,11 @@ fn drop_privileges(jail: &PlannedJail) -> Done {
         // What the kernel does not know as a capability it refuses, which is as good.
         if kept & (1 << number) == 0 {
             // SAFETY: integers only.
-            unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) };
+            let left = unsafe {
+                libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0);
+                libc::prctl(libc::PR_CAPBSET_READ, number, 0, 0, 0)
+            };
+            done("drop a capability for good", if left == 1 { -1 } else { 0 })?;
         }
     }
     // Raw system calls, because the C library's would have to tell other threads.

@@ -28,6 +28,8 @@ const DENIED: &[i64] = &[
     // Processes but itself.
     libc::SYS_fork,
     libc::SYS_vfork,
+    // Nor another program: the launcher itself comes by execve(2).
+    libc::SYS_execveat,
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -177,6 +179,7 @@ impl Filter {
                     VSOCK_DAEMON.iter().map(|number| (*number, always.clone())).collect();
                 rules.insert(libc::SYS_clone, vec![rule(0, Qword, MaskedEq(THREAD), THREAD)?]);
                 rules.insert(libc::SYS_socket, vec![rule(0, Dword, seccompiler::SeccompCmpOp::Eq, UNIX)?]);
+                rules.insert(libc::SYS_socketpair, vec![rule(1, Dword, MaskedEq(SOCKET_TYPE), STREAM)?]);
                 SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)
             }
             Filter::Qemu | Filter::FileServer => {
@@ -186,6 +189,11 @@ impl Filter {
                 // A thread of virtiofsd has a umask of its own.
                 rules.insert(libc::SYS_unshare, vec![rule(0, Qword, Ne, libc::CLONE_FS.cast_unsigned().into())?]);
                 rules.insert(libc::SYS_socket, always.clone());
+                // Two ends that know nobody else: a datagram socket could send to any name of its network namespace.
+                rules.insert(
+                    libc::SYS_socketpair,
+                    vec![rule(0, Dword, Ne, UNIX)?, rule(1, Dword, MaskedEq(SOCKET_TYPE), DATAGRAM)?],
+                );
                 if *self == Filter::Qemu {
                     rules.extend([(libc::SYS_mknod, always.clone()), (libc::SYS_mknodat, always)]);
                 }
@@ -201,6 +209,10 @@ impl Filter {
 
 const THREAD: u64 = libc::CLONE_THREAD as u64;
 const UNIX: u64 = libc::AF_UNIX as u64;
+const STREAM: u64 = libc::SOCK_STREAM as u64;
+const DATAGRAM: u64 = libc::SOCK_DGRAM as u64;
+/// Without SOCK_NONBLOCK and SOCK_CLOEXEC.
+const SOCKET_TYPE: u64 = 0xf;
 
 fn rule(
     argument: u8,

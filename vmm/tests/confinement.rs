@@ -81,7 +81,7 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
         ("read /etc/passwd", || open("/etc/passwd")),
         ("read /proc/1/environ", || open("/proc/1/environ")),
         ("read /proc/1/mem", || open("/proc/1/mem")),
-        ("read /proc/sys/kernel/core_pattern", || open("/proc/sys/kernel/core_pattern")),
+        ("read core_pattern", || open("/proc/sys/kernel/core_pattern")),
         ("read /sys/kernel", || open("/sys/kernel/uevent_seqnum")),
         ("list /dev/pts", || std::fs::read_dir("/dev/pts").map(drop)),
         ("list /run", || std::fs::read_dir("/run").map(drop)),
@@ -89,7 +89,7 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
         ("write to its root", || {
             std::fs::write("/tmp/cofferdam-probe", "").and_then(|()| std::fs::remove_file("/tmp/cofferdam-probe"))
         }),
-        ("write to its root's top", || {
+        ("write to its top", || {
             std::fs::write("/cofferdam-probe", "").and_then(|()| std::fs::remove_file("/cofferdam-probe"))
         }),
         ("run a shell", || std::process::Command::new("/bin/sh").args(["-c", "true"]).status().map(drop)),
@@ -126,7 +126,7 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
             }
             Err(io::Error::other("no node, or one that cannot be opened"))
         }),
-        ("raise its limit of files", || {
+        ("raise a limit", || {
             let limit = libc::rlimit { rlim_cur: 1 << 19, rlim_max: 1 << 19 };
             // SAFETY: reads a local variable.
             match unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const limit) } {
@@ -135,6 +135,16 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
             }
         }),
         ("become root again", || call(libc::SYS_setresuid, [0, 0, 0, 0, 0]).and_then(|()| open("/proc/1/environ"))),
+        ("datagrams", || {
+            let mut pair = [0; 2];
+            let (family, kind) = (libc::AF_UNIX.into(), libc::SOCK_DGRAM.into());
+            call(libc::SYS_socketpair, [family, kind, 0, pair.as_mut_ptr().addr() as i64, 0])
+        }),
+        ("execveat", || {
+            // There is none here: whether it may at all.
+            let empty = path("");
+            call(libc::SYS_execveat, [-1, empty.as_ptr().addr() as i64, 0, 0, 0]).or_else(allowed)
+        }),
         ("dial vsock", || socket(libc::AF_VSOCK, libc::SOCK_STREAM)),
         ("use the network", || socket(libc::AF_INET, libc::SOCK_STREAM)),
         ("use netlink", || socket(libc::AF_NETLINK, libc::SOCK_RAW)),
