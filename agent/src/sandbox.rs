@@ -183,9 +183,12 @@ impl Sandbox {
             self.cross(&mount.source)?;
             mounted.push(mount.source.clone());
         }
+        let mut numbers = HashMap::new();
         for device in &request.devices {
-            self.place_device(device, &mut spec).await?;
+            let (host, guest) = self.place_device(device, &mut spec).await?;
+            numbers.insert(host, guest);
         }
+        translate_rules(&mut spec, &numbers);
         let pid_namespace = self.pid_namespace(id, request.sandbox_pidns, &mut spec).await?;
         privileged::add_devices(&mut spec);
         let (claimed, seccomp) = {
@@ -257,8 +260,9 @@ impl Sandbox {
         copy.what(|| "copy a descriptor".into())
     }
 
-    /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry for it.
-    async fn place_device(&self, device: &Device, spec: &mut oci::Spec) -> Result<()> {
+    /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry for it. Returns the
+    /// numbers that it had there, which are the host's, and its own.
+    async fn place_device(&self, device: &Device, spec: &mut oci::Spec) -> Result<(Numbers, Numbers)> {
         let node = match device.type_.as_str() {
             "blk" => block_device(&device.id, self.hotplug_timeout).await?,
             other => {
@@ -270,10 +274,11 @@ impl Sandbox {
         let entry = linux.Devices.iter_mut().find(|entry| entry.Path == device.container_path).ok_or_else(|| {
             Error::Invalid(format!("device {} is missing in the spec's linux.devices", device.container_path))
         })?;
+        let host = (entry.Major, entry.Minor);
+        let guest = (i64::from(libc::major(number)), i64::from(libc::minor(number)));
         entry.Type = "b".into();
-        entry.Major = i64::from(libc::major(number));
-        entry.Minor = i64::from(libc::minor(number));
-        Ok(())
+        (entry.Major, entry.Minor) = guest;
+        Ok((host, guest))
     }
 
     /// Publishes the exit of a process once it happens, and what belongs to it first.
@@ -422,11 +427,24 @@ fn pid_namespace_of(container: &Container) -> Result<OwnedFd> {
 }
 
 /// Limits and device rules, before there is a process.
+/// Major and minor.
+type Numbers = (i64, i64);
+
+/// Gives the rules about disks of the host the numbers that those have here.
+fn translate_rules(spec: &mut oci::Spec, numbers: &HashMap<Numbers, Numbers>) {
+    let resources = spec.Linux.as_mut().and_then(|linux| linux.Resources.as_mut());
+    for rule in resources.into_iter().flat_map(|resources| &mut resources.Devices).filter(|rule| rule.Type == "b") {
+        if let Some(guest) = numbers.get(&(rule.Major, rule.Minor)) {
+            (rule.Major, rule.Minor) = *guest;
+        }
+    }
+}
+
 fn restrict(cgroup: &Cgroup, spec: &oci::Spec) -> Result<()> {
     let linux = spec.Linux.get_or_default();
     let resources = linux.Resources.get_or_default();
     cgroup.limit(resources)?;
-    devices::restrict(cgroup.dir(), &resources.Devices, &linux.Devices)
+    devices::restrict(cgroup.dir(), &resources.Devices)
 }
 
 /// Ids become names of directories: the first character is a letter or digit, and there are no separators.

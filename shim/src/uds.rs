@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 use agent_client::stdio::ACCEPTED;
 use agent_client::{Listener, Stream, UDS_MAGIC};
 use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::error::{IoContext, Result};
@@ -97,9 +99,12 @@ struct Place {
     users: Users,
 }
 
+/// A place, and what ends its connections by its drop.
+type Open = (Place, watch::Sender<()>);
+
 /// The host's sockets by the names that the guest knows them by. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Sockets(Arc<Mutex<HashMap<String, Place>>>);
+pub struct Sockets(Arc<Mutex<HashMap<String, Open>>>);
 
 impl Sockets {
     /// Lets the guest connect to `path` as one of `users` by the name `name`, which has no white space. The file is looked
@@ -108,25 +113,25 @@ impl Sockets {
     /// # Errors
     /// The directory cannot be opened.
     pub fn add(&self, name: &str, path: &Path, users: &Users) -> io::Result<()> {
-        let path = path.canonicalize()?;
         let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the root directory is no socket"));
         };
-        let mut options = File::options();
-        let directory = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(parent)?;
+        // The path is that of the mount's source as it was judged: a link in it came later.
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC);
+        let directory = File::from(openat2(AT_FDCWD, parent, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))?);
         let file = file.to_owned();
-        let place = Place { directory: Arc::new(directory), file, path: path.clone(), users: users.clone() };
-        lock(&self.0).insert(name.to_owned(), place);
+        let place = Place { directory: Arc::new(directory), file, path: path.to_owned(), users: users.clone() };
+        lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
         Ok(())
     }
 
-    /// No more connections by this name; those that are there stay.
+    /// No more connections by this name; those that are there end.
     pub fn remove(&self, name: &str) {
         lock(&self.0).remove(name);
     }
 
-    fn get(&self, name: &str) -> Option<Place> {
-        lock(&self.0).get(name).cloned()
+    fn get(&self, name: &str) -> Option<(Place, watch::Receiver<()>)> {
+        lock(&self.0).get(name).map(|(place, over)| (place.clone(), over.subscribe()))
     }
 }
 
@@ -151,13 +156,16 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
     let late = |what: &str| io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {DEADLINE:?}"));
     let wanted = timeout(DEADLINE, read_line(&mut guest)).await.map_err(|_| late("the agent sent no line"))??;
     let Wanted { name, uid, gid } = wanted;
-    let place = sockets.get(&name).ok_or_else(|| {
+    let (place, mut over) = sockets.get(&name).ok_or_else(|| {
         io::Error::new(io::ErrorKind::NotFound, format!("the guest asked for the unknown socket {name:?}"))
     })?;
     let user = place.users.believe(uid, gid).ok_or_else(|| io::Error::other("nobody may use the socket"))?;
     let mut host = connect(place, user).await?;
     guest.write_all(&[ACCEPTED]).await?;
-    copy_bidirectional(&mut guest, &mut host).await.map(|_| ())
+    tokio::select! {
+        copied = copy_bidirectional(&mut guest, &mut host) => copied.map(drop),
+        _ = over.changed() => Ok(()),
+    }
 }
 
 /// The agent's line: which socket, and who connected in the guest.
@@ -203,7 +211,6 @@ async fn connect(place: Place, user: User) -> io::Result<UnixStream> {
 
 /// Waits for room in the server's backlog, as a blocking client would. Only for a thread that ends with it.
 fn connect_as(place: &Place, user: &User) -> io::Result<std::os::unix::net::UnixStream> {
-    use nix::fcntl::{OFlag, openat};
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let file = File::from(openat(&*place.directory, place.file.as_os_str(), flags, nix::sys::stat::Mode::empty())?);
@@ -232,10 +239,13 @@ fn become_user(user: &User) -> io::Result<()> {
     }
     // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only reads there.
     Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    // The effective ids alone: with the real or saved one a local user of that id could signal this thread, and with it
+    // the process.
+    let same = libc::c_long::from(-1);
     // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid) })?;
+    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, same, *gid, same) })?;
     // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid) })?;
+    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, same, *uid, same) })?;
     Ok(())
 }
 
@@ -337,6 +347,32 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
         assert!(host.is_closed(b"cofferdam-uds/2 s 0 0\n").await);
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_has_become_a_link_is_not_followed() {
+        let host = Host::new();
+        std::fs::create_dir(host.path("real")).unwrap();
+        let path = host.path("dir").join("server");
+        let _server = UnixListener::bind(host.path("real").join("server")).unwrap();
+        std::os::unix::fs::symlink(host.path("real"), host.path("dir")).unwrap();
+        assert_eq!(host.sockets.add("s", &path, &users(&[])).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+    }
+
+    #[tokio::test]
+    async fn connections_end_with_their_container() {
+        let host = Host::new();
+        let path = host.path("server");
+        let server = UnixListener::bind(&path).unwrap();
+        host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
+        let mut guest = host.dial(b"cofferdam-uds/2 s 0 0\n").await;
+        let (mut stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
+        assert_eq!(guest.read_u8().await.unwrap(), ACCEPTED);
+        host.sockets.remove("s");
+        let mut rest = Vec::new();
+        timeout(DEADLINE, stream.read_to_end(&mut rest)).await.unwrap().unwrap();
+        timeout(DEADLINE, guest.read_to_end(&mut rest)).await.unwrap().unwrap();
+        assert!(rest.is_empty());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use agent_client::protocols::oci::{LinuxDevice, LinuxDeviceCgroup};
+use agent_client::protocols::oci::LinuxDeviceCgroup;
 
 use crate::error::{Error, Result, What};
 
@@ -68,8 +68,8 @@ const DEFAULT: [Rule; 11] = [
 ///
 /// # Errors
 /// A rule nobody can understand, or the kernel's refusal.
-pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> Result<()> {
-    let rules = effective(rules, devices)?;
+pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> Result<()> {
+    let rules = effective(rules)?;
     // Without a single restriction there is nothing to check at each open.
     if rules.last() == Some(&EVERYTHING) {
         return Ok(());
@@ -83,9 +83,10 @@ pub fn allow_all(rules: &[LinuxDeviceCgroup]) -> bool {
     rules.last().is_some_and(|rule| parse(rule).is_ok_and(|rule| rule == EVERYTHING))
 }
 
-/// The sender's rules, then the defaults and the container's own devices; the last one that fits decides.
-fn effective(rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> Result<Vec<Rule>> {
-    let mut all = Vec::with_capacity(rules.len() + DEFAULT.len() + devices.len());
+/// The sender's rules, then the defaults; the last one that fits decides. A device of the container without a rule is
+/// not allowed, as with runc.
+fn effective(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
+    let mut all = Vec::with_capacity(rules.len() + DEFAULT.len());
     for rule in rules {
         all.push(parse(rule)?);
     }
@@ -93,15 +94,6 @@ fn effective(rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> Result<Vec
         return Ok(all);
     }
     all.extend(DEFAULT);
-    for device in devices {
-        let kind = match device.Type.as_str() {
-            "c" | "u" => BPF_DEVCG_DEV_CHAR,
-            "b" => BPF_DEVCG_DEV_BLOCK,
-            _ => continue,
-        };
-        let (major, minor) = (number(device.Major)?, number(device.Minor)?);
-        all.push(Rule { allow: true, kind: Some(kind), major: Some(major), minor: Some(minor), access: ALL });
-    }
     Ok(all)
 }
 
@@ -294,28 +286,20 @@ mod tests {
 
     #[test]
     fn a_container_gets_the_usual_devices_and_no_disk() {
-        let rules = effective(&[rule(false, "a", -1, -1, "rwm")], &[]).unwrap();
+        let rules = effective(&[rule(false, "a", -1, -1, "rwm")]).unwrap();
         assert!(allowed(&rules, CHAR, ACC_READ | ACC_WRITE, 1, 3));
         assert!(allowed(&rules, CHAR, ACC_READ, 136, 7));
         assert!(allowed(&rules, BLOCK, ACC_MKNOD, 254, 0));
         assert!(!allowed(&rules, BLOCK, ACC_READ, 254, 0));
         assert!(!allowed(&rules, BLOCK, ACC_READ | ACC_MKNOD, 254, 0));
         assert!(!allowed(&rules, CHAR, ACC_READ, 1, 1));
-        assert_eq!(effective(&[], &[]).unwrap(), DEFAULT);
-    }
-
-    #[test]
-    fn a_device_of_the_container_is_allowed_and_its_neighbour_is_not() {
-        let disk = LinuxDevice { Type: "b".into(), Major: 254, Minor: 0, ..Default::default() };
-        let rules = effective(&[], &[disk]).unwrap();
-        assert!(allowed(&rules, BLOCK, ALL, 254, 0));
-        assert!(!allowed(&rules, BLOCK, ACC_READ, 254, 16));
+        assert_eq!(effective(&[]).unwrap(), DEFAULT);
     }
 
     #[test]
     fn the_last_rule_that_fits_decides() {
         let rules = [rule(true, "c", 10, -1, "rw"), rule(false, "c", 10, 200, "w")];
-        let rules = effective(&rules, &[]).unwrap();
+        let rules = effective(&rules).unwrap();
         assert!(allowed(&rules, CHAR, ACC_READ | ACC_WRITE, 10, 229));
         assert!(allowed(&rules, CHAR, ACC_READ, 10, 200));
         assert!(!allowed(&rules, CHAR, ACC_READ | ACC_WRITE, 10, 200));
@@ -323,14 +307,14 @@ mod tests {
 
     #[test]
     fn a_privileged_container_may_use_everything() {
-        let rules = effective(&[rule(true, "a", -1, -1, "rwm")], &[]).unwrap();
+        let rules = effective(&[rule(true, "a", -1, -1, "rwm")]).unwrap();
         assert!(allowed(&rules, BLOCK, ALL, 254, 0));
         assert_eq!(rules.len(), 1);
     }
 
     #[test]
     fn minor_zero_is_a_device_and_major_zero_is_all() {
-        let rules = effective(&[rule(true, "b", 8, 0, "r"), rule(true, "c", 0, 0, "r")], &[]).unwrap();
+        let rules = effective(&[rule(true, "b", 8, 0, "r"), rule(true, "c", 0, 0, "r")]).unwrap();
         assert!(allowed(&rules, BLOCK, ACC_READ, 8, 0));
         assert!(!allowed(&rules, BLOCK, ACC_READ, 8, 1));
         assert!(allowed(&rules, CHAR, ACC_READ, 1, 1));

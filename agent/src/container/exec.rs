@@ -16,6 +16,8 @@ pub fn run(
     stdio: Option<&Stdio>,
     handle: &mut Handle,
 ) -> Step<Infallible> {
+    // Containers of the pod may look into this process.
+    crate::gate::forget();
     child::detach()?;
     child::set_oom_score(plan.oom_score_adj)?;
     let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;

@@ -23,6 +23,8 @@ pub struct Inherited {
 pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infallible> {
     let keep: Vec<i32> = inherited.join.iter().map(|(fd, ..)| fd.as_raw_fd()).chain(inherited.fds()).collect();
     handle.close_others(&keep);
+    // Containers of the pod may look into this process.
+    crate::gate::forget();
     child::detach()?;
     // Before it is somebody else: the file belongs to root.
     child::set_oom_score(plan.process.oom_score_adj)?;

@@ -148,6 +148,15 @@ impl Container {
             let port = guest.sockets_port.ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
             storage.driver_options = vec![format!("port={port}")];
         }
+        let maps = order.spec.linux().as_ref().and_then(|linux| linux.uid_mappings().as_ref());
+        if let Some((_, path)) = self.host.volumes.sockets.first().filter(|_| maps.is_some_and(|maps| !maps.is_empty()))
+        {
+            return Err(Error::invalid(format!(
+                "mount source {} is a unix socket of the host, and its server would take the users of a container with a \
+                 user namespace (linux.uidMappings) for the host's: leave one of them out",
+                path.display()
+            )));
+        }
         for (name, path) in std::mem::take(&mut self.host.volumes.sockets) {
             let doing = || format!("open the directory of the socket {}", path.display());
             guest.sockets.add(&name, &path, &self.users).doing(doing)?;
@@ -162,6 +171,7 @@ impl Container {
             rootfs,
             mounts: std::mem::take(&mut self.host.volumes.mounts),
             devices: std::mem::take(&mut self.host.devices.entries),
+            device_rules: std::mem::take(&mut self.host.devices.rules),
             pid_namespace: match &order.pid_namespace {
                 PidNamespace::Own | PidNamespace::Pod => String::new(),
                 PidNamespace::Of(_) if !guest.pod => {

@@ -7,7 +7,7 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 use crate::error::{Error, Result};
 
@@ -29,6 +29,10 @@ pub struct Devices {
     pub entries: Vec<LinuxDevice>,
     /// Disks to plug in.
     pub disks: Vec<HostDisk>,
+    /// Rules of access for the guest: the spec's, but for those about disks of the host by their numbers, which are other
+    /// disks' in the guest. Each of `disks` has a rule by its number on the host instead, which the guest's agent changes
+    /// together with the entry.
+    pub rules: Vec<LinuxDeviceCgroup>,
 }
 
 /// Sorts them.
@@ -39,18 +43,30 @@ pub fn sort(spec: &Spec) -> Result<Devices> {
     let linux = spec.linux().as_ref();
     let list = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let privileged = is_privileged(spec);
-    let mut devices = Devices::default();
+    let about_hosts_disks = |rule: &&LinuxDeviceCgroup| {
+        rule.typ() == Some(LinuxDeviceType::B) && rule.major().is_some_and(|major| major >= 0)
+    };
+    let kept = rules(spec).iter().filter(|rule| !about_hosts_disks(rule)).cloned();
+    let mut devices = Devices { rules: kept.collect(), ..Default::default() };
     for device in list {
         let is_block = device.typ() == LinuxDeviceType::B;
         if privileged && (!is_block || is_hosts_own(device)) {
             continue;
         }
         if is_block {
+            let access = access(rules(spec), device);
             devices.disks.push(HostDisk {
                 path: node(device)?,
                 container_path: device.path().to_string_lossy().into_owned(),
-                read_only: !privileged && !is_writable(spec, device),
+                read_only: !access.contains('w'),
             });
+            // A privileged container's last rule says it all, and stays the last one.
+            if !privileged && !access.is_empty() {
+                let mut rule = LinuxDeviceCgroup::default();
+                rule.set_allow(true).set_typ(Some(LinuxDeviceType::B)).set_access(Some(access));
+                rule.set_major(Some(device.major())).set_minor(Some(device.minor()));
+                devices.rules.push(rule);
+            }
         }
         devices.entries.push(device.clone());
     }
@@ -59,8 +75,7 @@ pub fn sort(spec: &Spec) -> Result<Devices> {
 
 /// Whether the device rules end in "everything": of two that fit, the kernel goes by the later one.
 fn is_privileged(spec: &Spec) -> bool {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let rules = rules(spec);
     let all = rules.iter().rposition(|rule| {
         let access = rule.access().as_deref().unwrap_or_default();
         rule.allow()
@@ -82,16 +97,23 @@ fn number(device: &LinuxDevice) -> u64 {
     libc::makedev(part(device.major()), part(device.minor()))
 }
 
-fn is_writable(spec: &Spec, device: &LinuxDevice) -> bool {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    let of_device = |rule: &&oci_spec::runtime::LinuxDeviceCgroup| {
-        rule.allow() && rule.major() == Some(device.major()) && rule.minor() == Some(device.minor())
+/// What the rules allow with a device, of "rwm": for each letter the last rule that fits decides, and without one, no.
+fn access(rules: &[LinuxDeviceCgroup], device: &LinuxDevice) -> String {
+    let fits = |rule: &LinuxDeviceCgroup, letter: char| {
+        let number = |of_rule: Option<i64>, number: i64| of_rule.is_none_or(|wanted| wanted < 0 || wanted == number);
+        let letters = rule.access().as_deref().unwrap_or_default();
+        rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A || kind == device.typ())
+            && number(rule.major(), device.major())
+            && number(rule.minor(), device.minor())
+            && (letters.is_empty() || letters.contains(letter))
     };
-    match rules.iter().rev().find(of_device) {
-        Some(rule) => rule.access().as_deref().is_none_or(|access| access.is_empty() || access.contains('w')),
-        None => true,
-    }
+    let allowed = |letter: &char| rules.iter().rfind(|rule| fits(rule, *letter)).is_some_and(LinuxDeviceCgroup::allow);
+    "rwm".chars().filter(allowed).collect()
+}
+
+fn rules(spec: &Spec) -> &[LinuxDeviceCgroup] {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default()
 }
 
 /// The host's node of a block device: where the client found it, else by the kernel's own name for it.
@@ -141,6 +163,26 @@ mod tests {
         let wanted = HostDisk { path: "/dev/loop0".into(), container_path: "/dev/data".into(), read_only: true };
         assert_eq!(devices.disks, [wanted]);
         assert_eq!(devices.entries.len(), 2);
+    }
+
+    #[test]
+    fn the_last_rule_that_fits_decides_about_a_disk_and_numbers_of_the_host_stay_there() {
+        let access = |rules: Value| {
+            let devices = sort(&spec(json!([disk("/dev/data")]), rules)).unwrap();
+            let numbers = |rule: &LinuxDeviceCgroup| rule.typ() == Some(LinuxDeviceType::B) && rule.major() != Some(7);
+            assert!(!devices.rules.iter().any(numbers), "{:?}", devices.rules);
+            let own: Vec<_> = devices.rules.iter().filter(|rule| rule.major() == Some(7)).collect();
+            assert!(own.len() <= 1);
+            (own.first().and_then(|rule| rule.access().clone()).unwrap_or_default(), devices.disks[0].read_only)
+        };
+        let deny = json!({"allow": false, "access": "rwm"});
+        let all = json!({"allow": true, "type": "b", "major": 7, "minor": -1, "access": "rw"});
+        let other = json!({"allow": true, "type": "b", "major": 254, "minor": 16, "access": "rwm"});
+        let no_writing = json!({"allow": false, "type": "b", "major": 7, "minor": 0, "access": "w"});
+        assert_eq!(access(json!([deny, all, other])), ("rw".into(), false));
+        assert_eq!(access(json!([deny, all, no_writing])), ("r".into(), true));
+        assert_eq!(access(json!([deny, other])), (String::new(), true));
+        assert_eq!(access(json!([])), (String::new(), true));
     }
 
     #[test]

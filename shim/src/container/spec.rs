@@ -27,6 +27,9 @@ const OF_THE_HOST: [&str; 2] = ["SCMP_ACT_NOTIFY", "SCMP_ACT_TRACE"];
 const STOCK_APPARMOR: [&str; 6] =
     ["", "unconfined", "cri-containerd.apparmor.d", "docker-default", "crio-default", "nerdctl-default"];
 
+/// Types of SELinux labels that runtimes give to containers. The guest's kernel has no SELinux either.
+const STOCK_SELINUX: [&str; 5] = ["container_t", "container_init_t", "container_kvm_t", "spc_t", "svirt_lxc_net_t"];
+
 /// Reads the bundle's config.json.
 ///
 /// # Errors
@@ -172,6 +175,15 @@ fn check_process(process: &Process) -> Result<()> {
              or unconfined, or run it with the runtime runc"
         )));
     }
+    let label = process.selinux_label().as_deref().unwrap_or_default();
+    if let Some(kind) = label.split(':').nth(2)
+        && !STOCK_SELINUX.contains(&kind)
+    {
+        return Err(Error::invalid(format!(
+            "asks for the SELinux label {label:?}, which the guest's kernel cannot apply: use the runtime's default, or run \
+             it with the runtime runc"
+        )));
+    }
     if !process.cwd().is_absolute() {
         return Err(Error::invalid(format!("has the working directory {:?}, which is not absolute", process.cwd())));
     }
@@ -243,6 +255,13 @@ mod tests {
             refused(|json| json["linux"]["seccomp"]["flags"] = json!(["SECCOMP_FILTER_FLAG_NEW"])).contains("_NEW")
         );
         assert!(refused(|json| json["process"]["apparmorProfile"] = "mine".into()).contains("\"mine\""));
+        let label = "system_u:system_r:my_container.process:s0:c1,c2";
+        assert!(refused(|json| json["process"]["selinuxLabel"] = label.into()).contains(label));
+        for kind in STOCK_SELINUX {
+            let mut json = minimal();
+            json["process"]["selinuxLabel"] = format!("system_u:system_r:{kind}:s0:c1,c2").into();
+            parse(json.to_string().as_bytes()).unwrap();
+        }
         for profile in STOCK_APPARMOR {
             let mut json = minimal();
             json["process"]["apparmorProfile"] = profile.into();

@@ -23,6 +23,8 @@ pub struct Place {
     pub mounts: Vec<proto::Mount>,
     /// Devices with a node in the container.
     pub devices: Vec<oci::LinuxDevice>,
+    /// Who may use which devices.
+    pub device_rules: Vec<oci::LinuxDeviceCgroup>,
     /// Path of the pid namespace to join, empty for one of its own.
     pub pid_namespace: String,
     /// Sysctls of the pod, which has no container of its own to set them.
@@ -134,11 +136,15 @@ fn linux(from: &oci::Linux, place: &Place) -> proto::Linux {
         GID: from.gid().unwrap_or_default(),
         ..Default::default()
     };
+    let limits = |from: &oci::LinuxResources| proto::LinuxResources {
+        Devices: place.device_rules.iter().map(device_rule).collect(),
+        ..resources(from)
+    };
     proto::Linux {
         UIDMappings: from.uid_mappings().iter().flatten().map(mapping).collect(),
         GIDMappings: from.gid_mappings().iter().flatten().map(mapping).collect(),
         Sysctl: place.sysctls.clone().into_iter().chain(from.sysctl().clone().unwrap_or_default()).collect(),
-        Resources: from.resources().as_ref().map(resources).into(),
+        Resources: from.resources().as_ref().map(limits).into(),
         CgroupsPath: place.cgroup.clone(),
         Namespaces: from.namespaces().iter().flatten().filter(kept).map(namespace).collect(),
         Devices: place.devices.iter().map(device).collect(),
@@ -152,15 +158,6 @@ fn linux(from: &oci::Linux, place: &Place) -> proto::Linux {
 
 /// Limits, for a new container or an update. Zero means "as it is" on the wire.
 pub fn resources(from: &oci::LinuxResources) -> proto::LinuxResources {
-    let device = |from: &oci::LinuxDeviceCgroup| proto::LinuxDeviceCgroup {
-        Allow: from.allow(),
-        Type: from.typ().as_ref().map(name).unwrap_or_default(),
-        // Absent means every number; -1 says so where 0 would be one of them.
-        Major: from.major().unwrap_or(-1),
-        Minor: from.minor().unwrap_or(-1),
-        Access: from.access().clone().unwrap_or_default(),
-        ..Default::default()
-    };
     let memory = |from: &oci::LinuxMemory| proto::LinuxMemory {
         Limit: from.limit().unwrap_or_default(),
         Reservation: from.reservation().unwrap_or_default(),
@@ -181,11 +178,22 @@ pub fn resources(from: &oci::LinuxResources) -> proto::LinuxResources {
         ..Default::default()
     };
     proto::LinuxResources {
-        Devices: from.devices().iter().flatten().map(device).collect(),
         Memory: from.memory().as_ref().map(memory).into(),
         CPU: from.cpu().as_ref().map(cpu).into(),
         Pids: from.pids().map(|pids| proto::LinuxPids { Limit: pids.limit(), ..Default::default() }).into(),
         HugepageLimits: from.hugepage_limits().iter().flatten().map(hugepages).collect(),
+        ..Default::default()
+    }
+}
+
+fn device_rule(from: &oci::LinuxDeviceCgroup) -> proto::LinuxDeviceCgroup {
+    proto::LinuxDeviceCgroup {
+        Allow: from.allow(),
+        Type: from.typ().as_ref().map(name).unwrap_or_default(),
+        // Absent means every number; -1 says so where 0 would be one of them.
+        Major: from.major().unwrap_or(-1),
+        Minor: from.minor().unwrap_or(-1),
+        Access: from.access().clone().unwrap_or_default(),
         ..Default::default()
     }
 }
@@ -231,6 +239,7 @@ mod tests {
             rootfs: "/guest/rootfs".into(),
             mounts: Vec::new(),
             devices: from.linux().as_ref().unwrap().devices().clone().unwrap(),
+            device_rules: from.linux().as_ref().unwrap().resources().as_ref().unwrap().devices().clone().unwrap(),
             pid_namespace: String::new(),
             sysctls: [("net.core.somaxconn", "1"), ("net.ipv4.ip_forward", "1")]
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))

@@ -121,7 +121,8 @@ impl Volumes {
         let read_only = has(&["ro", "rro"]);
         if metadata.file_type().is_socket() || is_socket {
             let name = uds::random_name()?;
-            to.source = format!("{GUEST_SANDBOX}/uds/{name}");
+            // Not the name, which is a secret: every container of the guest can read the paths of sockets.
+            to.source = format!("{GUEST_SANDBOX}/uds/{}", shares.number());
             to.type_ = "bind".to_owned();
             if !has(&["bind", "rbind"]) {
                 to.options.push("bind".to_owned());
