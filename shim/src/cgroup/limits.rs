@@ -130,6 +130,14 @@ fn write(dir: &Path, file: &str, value: &str) -> Result<()> {
     fs::write(&path, value).doing(|| format!("limit the sandbox's cgroup: write {value} to {}", path.display()))
 }
 
+/// Which kinds of limits none of these cgroups can have: their hierarchies have no such controller.
+pub fn missing(directories: &[PathBuf]) -> Option<String> {
+    let kinds = [["memory.max", "memory.limit_in_bytes"], ["cpu.max", "cpu.cfs_quota_us"], ["pids.max", "pids.max"]];
+    let lacks = |files: &&[&str; 2]| !directories.iter().any(|dir| files.iter().any(|file| dir.join(file).exists()));
+    let kinds: Vec<&str> = kinds.iter().filter(lacks).filter_map(|files| files[0].split('.').next()).collect();
+    (!directories.is_empty() && !kinds.is_empty()).then(|| kinds.join(", "))
+}
+
 /// How many processes the kernel has killed in these cgroups because memory ran out.
 pub fn oom_kills(directories: &[PathBuf]) -> u64 {
     let count = |dir: &PathBuf, file| {
@@ -193,6 +201,16 @@ mod tests {
         assert!(!memory.path().join("pids.max").exists(), "no file is made");
         set(&dirs, &mut now, Limits { memory: 4096, milli_cpus: None }).unwrap();
         assert_eq!((read(&v2, "cpu.max"), read(&cpu, "cpu.cfs_quota_us")), ("max 100000".into(), "-1".into()));
+    }
+
+    #[test]
+    fn a_kind_of_limit_that_cannot_be_had_is_named() {
+        let (memory, rest) = (files(&["memory.max", "pids.max"]), files(&["cpu.cfs_quota_us"]));
+        let dirs = [memory.path().to_owned(), rest.path().to_owned()];
+        assert_eq!(missing(&dirs), None);
+        assert_eq!(missing(&dirs[..1]).as_deref(), Some("cpu"));
+        assert_eq!(missing(&dirs[1..]).as_deref(), Some("memory, pids"));
+        assert_eq!(missing(&[]), None, "somebody else's");
     }
 
     #[test]

@@ -62,7 +62,10 @@ impl Name {
     /// systemd's programs put others in the place of letters that a unit's name cannot have: the scope would be another.
     fn check(&self) -> Result<()> {
         let good = |c: char| c.is_ascii_alphanumeric() || ":-_.\\".contains(c);
-        match [&self.slice, &self.unit].into_iter().find(|name| name.len() > MAX_NAME || !name.chars().all(good)) {
+        // The root slice is the only name that begins with a dash; any other would be an option of systemctl's.
+        let is_option = |name: &str| name.starts_with('-') && name != "-.slice";
+        let bad = |name: &&String| name.len() > MAX_NAME || !name.chars().all(good) || is_option(name);
+        match [&self.slice, &self.unit].into_iter().find(bad) {
             Some(name) => Err(Error::invalid(format!(
                 "linux.cgroupsPath: {name:?} is no name of a unit of systemd: it may have letters, digits and :-_.\\, \
                  and {MAX_NAME} of them"
@@ -155,7 +158,7 @@ impl Scope {
     /// systemd's refusal.
     pub fn set(&self, limits: Limits) -> Result<()> {
         let mut command = systemctl();
-        command.args(["set-property", "--runtime"]).arg(&self.unit).args(limits.properties());
+        command.args(["set-property", "--runtime", "--"]).arg(&self.unit).args(limits.properties());
         let result = call(&mut command, SET_DEADLINE);
         let result = result.and_then(|output| if output.status.success() { Ok(()) } else { Err(refusal(&output)) });
         result.map_err(|error| error.context(format!("limit {} through systemd", self.unit)))
@@ -182,7 +185,7 @@ fn clear(unit: &str, deadline: Duration) -> Result<bool> {
     let begun = Instant::now();
     let ask = |words: &[&str]| {
         let left = deadline.saturating_sub(begun.elapsed());
-        call(systemctl().args(words).arg(unit), left)
+        call(systemctl().args(words).arg("--").arg(unit), left)
     };
     let shown = ask(&["show", "--property=LoadState,ControlGroup"])?;
     if !shown.status.success() {

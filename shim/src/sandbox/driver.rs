@@ -148,6 +148,8 @@ pub struct Driver {
     pub state: State,
     pub(super) identity: SandboxIdentity,
     pub(super) ledger: Arc<Ledger>,
+    /// Directories that are there to be served.
+    served: Vec<PathBuf>,
     pub(super) events: Publisher,
     pub(super) shares: Arc<Shares>,
     pub(super) pod: Pod,
@@ -184,6 +186,7 @@ impl Driver {
             state: State::default(),
             identity,
             ledger: Arc::new(ledger),
+            served: Vec::new(),
             events,
             shares,
             pod: Pod::default(),
@@ -266,8 +269,9 @@ impl Driver {
             return Ok(launching.clone());
         }
         for shared in [share_dir(self.ledger.dir()), rootfs_dir(self.ledger.dir())] {
-            if !shared.is_dir() {
+            if !self.served.contains(&shared) {
                 mounts::make_served(&shared, &served(&shared))?;
+                self.served.push(shared);
             }
         }
         self.config = config;
@@ -319,6 +323,7 @@ impl Driver {
     /// A container ran out of memory, as somebody says who may be wrong.
     fn out_of_memory(&mut self, container: &str) {
         match self.state.out_of_memory(container) {
+            Ok(true) if self.is_unannounced(container) => {}
             Ok(true) => {
                 self.events.publish(&TaskOOM { container_id: container.to_owned(), ..Default::default() });
             }

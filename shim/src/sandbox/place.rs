@@ -84,6 +84,9 @@ impl Place {
             }
             cgroup::make(directory).doing(|| format!("make cgroup {}", directory.display()))?;
         }
+        if let Some(missing) = limits::missing(&own).filter(|_| scope.is_none()) {
+            tracing::warn!(missing, cgroups_path, "the sandbox's processes have no such limit on the host");
+        }
         let kills = limits::oom_kills(&directories);
         let place = Arc::new(Place { directories, own, scope, kvm, kills, now: Mutex::new(now) });
         place.raise(size).await?;

@@ -299,7 +299,8 @@ impl State {
                 process.stage = Stage::Running;
                 early
             }
-            _ => None,
+            // Its machine ended meanwhile, and its end has been told.
+            _ => return Err(Error::precondition(format!("{key} has ended before it was started"))),
         };
         Ok((process.pid, early))
     }
@@ -408,8 +409,7 @@ impl State {
     /// Whether a container's init could still be made to end: it is there and has not.
     pub fn is_unfinished(&self, id: &str) -> bool {
         self.tasks.get(id).is_some_and(|task| {
-            task.held.is_none()
-                && matches!(task.init.stage, Stage::Created | Stage::Starting { early: None } | Stage::Running)
+            task.held.is_none() && matches!(task.init.stage, Stage::Created | Stage::Starting { .. } | Stage::Running)
         })
     }
 
@@ -421,6 +421,9 @@ impl State {
         let task = self.task_mut(id)?;
         if task.stands_in {
             return Err(Error::not_found(format!("task {id} is not in the guest")));
+        }
+        if matches!(task.init.stage, Stage::Creating | Stage::Deleting(_)) {
+            return Err(Error::not_found(format!("task {id} does not run")));
         }
         Ok(!std::mem::replace(&mut task.oom_told, true))
     }

@@ -11,6 +11,7 @@ use containerd_shim_protos::events::task::{
 };
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::time::Instant;
+use ttrpc::Code;
 
 use super::driver::{Blueprint, Driver, Pod, Reply, answer};
 use super::ending::{self, DeleteBy};
@@ -166,6 +167,10 @@ impl Driver {
             ..Default::default()
         });
         answer(reply, Ok(pid));
+        if self.state.alive().is_err() {
+            // The machine ended while the guest answered: nobody else will say that this container did too.
+            self.vm_died("its virtual machine has ended");
+        }
     }
 
     /// `Start`.
@@ -354,6 +359,10 @@ impl Driver {
             match ending::refuses_to_kill(&result).filter(|_| is_last_resort) {
                 Some(reason) => {
                     driver.vm_died(&reason);
+                    answer(reply, Ok(()));
+                }
+                // It runs, whatever the guest says; its end is told in any case.
+                None if is_last_resort && result.as_ref().is_err_and(|error| error.code == Code::NOT_FOUND) => {
                     answer(reply, Ok(()));
                 }
                 None => answer(reply, result),
