@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use cofferdam_tests::command::{Output, run};
+use cofferdam_tests::command::{Output, Running, run};
 use cofferdam_tests::events::Events;
 use cofferdam_tests::leftovers::Snapshot;
-use cofferdam_tests::{Container, Env, PATIENCE, Suite, assets, cases, procs};
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, assets, cases, eventually, procs};
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
@@ -183,6 +183,13 @@ fn agent_that_does_nothing(env: &Env) {
     output.ok();
     let second = Container::adopt(env, &env.id());
     hostile.run(&second.id).ok();
+    let began = Instant::now();
+    let exec = Running::start(second.exec_command("hung", &[], &["true"]), None);
+    eventually("the exec is killed", END, || {
+        (second.kill("SIGKILL", &["--exec-id", "hung"]).status == 0).then_some(())
+    });
+    assert_eq!(exec.wait(END).status, 137);
+    assert!(began.elapsed() < END, "the exec took {:?} to end", began.elapsed());
     hostile.kill(&second);
     let log = hostile.end();
     assert!(log.contains("SIGKILL"), "{log}");

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Once: empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes, recursively_read_only,
             sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm, block_device,
             directory_that_is_missing_is_made, owners_and_modes_are_the_hosts;
-        Ours: mounts_that_would_go_to_the_host_are_refused;
+        Ours: mounts_that_would_go_to_the_host_are_refused, root_of_the_host_read_only;
     ])
 }
 
@@ -133,6 +133,15 @@ fn recursively_read_only(env: &Env) {
     let seen = env.run(&["--mount", &all, "--mount", &top], &["sh", "-c", script]).ok().text();
     assert_eq!(seen.matches("Read-only file system").count(), 3, "{seen}");
     assert!(seen.ends_with("plain"), "{seen}");
+}
+
+/// As node exporters and log collectors have it: below are /proc and /sys, by which a host can be changed.
+fn root_of_the_host_read_only(env: &Env) {
+    let script = "test -e /host/etc/passwd; mkdir /host/x /host/run/x 2>&1; \
+                  echo x 2>&1 >/host/proc/sys/kernel/core_pattern; echo over";
+    let mount = "type=bind,src=/,dst=/host,options=rbind:ro";
+    let seen = env.run(&["--mount", mount], &["sh", "-c", script]).ok().text();
+    assert!(seen.matches("Read-only file system").count() == 3 && seen.ends_with("over"), "{seen}");
 }
 
 /// As the kubelet writes a configMap: each version in a directory of its own, which `..data` points to.

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use crate::identity::STATE_ROOT;
+
 /// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process until it is set up.
 const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "freezer"];
 
@@ -48,7 +50,10 @@ fn mount_points(mounts: &str) -> Vec<PathBuf> {
         let [_, point, kind, options, ..] = fields[..] else { continue };
         let wanted = match kind {
             "cgroup2" => point == "/sys/fs/cgroup",
-            "cgroup" => options.split(',').any(|option| V1_CONTROLLERS.contains(&option)),
+            // Not those of a directory of the host that is bound for a container, with all that is mounted below.
+            "cgroup" if !Path::new(point).starts_with(STATE_ROOT) => {
+                options.split(',').any(|option| V1_CONTROLLERS.contains(&option))
+            }
             _ => false,
         };
         if wanted && !points.contains(&PathBuf::from(point)) {
@@ -139,6 +144,8 @@ mod tests {
             mount_points(v1),
             [PathBuf::from("/sys/fs/cgroup/memory"), PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")]
         );
+        let shared = "cgroup /run/cofferdam/0/share/.volumes/2/sys/fs/cgroup/memory cgroup rw,memory 0 0\n";
+        assert!(mount_points(shared).is_empty());
         assert_eq!(mount_points("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"), [PathBuf::from("/sys/fs/cgroup")]);
     }
 

@@ -148,7 +148,8 @@ impl Volumes {
                 // A pod's own scratch space is written by some of its containers and only read by others, which must
                 // see the same files: there the guest alone keeps readers from writing.
                 read_only: read_only && !is_empty_dir(&source, pod.uid),
-                read_only_below: has(&["rro"]),
+                // The kernel's own file systems are closed to writers also where other mounts below are not.
+                read_only_below: has(&["rro"]) || read_only && mounts::has_kernels_mounts_below(&source)?,
                 private: !has(&["slave", "rslave"]),
             };
             let share = shares.get(&pinned, how)?;

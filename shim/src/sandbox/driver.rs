@@ -351,6 +351,20 @@ impl Driver {
         });
     }
 
+    /// A SIGKILL is sent to an exec. One that has not ended after a certain time hangs in the guest's kernel, or the guest
+    /// does not obey: nobody waits for it any longer, and it goes with its container.
+    pub(super) fn begin_to_give_up(&mut self, key: &Key) {
+        let Ok(pid) = self.state.process(key).map(|process| process.pid) else { return };
+        let key = key.clone();
+        self.begin(sleep(self.config.kill_timeout()), move |driver, ()| {
+            // Another one may have the name by now.
+            if driver.state.process(&key).is_ok_and(|process| process.pid == pid && process.is_live()) {
+                tracing::warn!(%key, "an exec did not end after a SIGKILL, and is taken for ended");
+                driver.exited(&key, 128 + libc::SIGKILL.cast_unsigned());
+            }
+        });
+    }
+
     pub(super) fn vm_died(&mut self, reason: &str) {
         if self.state.alive().is_ok() && !self.ended {
             tracing::error!(reason, "the virtual machine has ended");

@@ -135,6 +135,37 @@ pub fn has_mounts_below(dir: &Path) -> Result<bool> {
     Ok(below(&dir)?.iter().any(|point| *point != dir))
 }
 
+/// Types of file systems by which a writer changes the host itself.
+const OF_THE_KERNEL: [&str; 14] = [
+    "binfmt_misc",
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devtmpfs",
+    "efivarfs",
+    "proc",
+    "pstore",
+    "securityfs",
+    "selinuxfs",
+    "sysfs",
+    "tracefs",
+];
+
+/// Whether the host kernel's own file systems are mounted below a directory, as this namespace has it now.
+///
+/// # Errors
+/// The mount table cannot be read.
+pub fn has_kernels_mounts_below(dir: &Path) -> Result<bool> {
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").doing(|| "read the mount table".into())?;
+    Ok(text.lines().any(|line| {
+        let kind = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').next());
+        kind.is_some_and(|kind| OF_THE_KERNEL.contains(&kind))
+            && mount_points(line).iter().any(|point| point.starts_with(dir))
+    }))
+}
+
 /// Takes off everything that is mounted at or below a directory, in this namespace.
 ///
 /// # Errors

@@ -519,7 +519,8 @@ impl State {
 }
 
 impl Process {
-    fn is_live(&self) -> bool {
+    /// Whether it runs, or is about to.
+    pub fn is_live(&self) -> bool {
         matches!(self.stage, Stage::Starting { .. } | Stage::Running)
     }
 }

@@ -351,6 +351,8 @@ impl Driver {
         let is_last_resort = signal == libc::SIGKILL.cast_unsigned() && (all || key.is_init());
         if is_last_resort {
             self.begin_to_end(&key.container);
+        } else if signal == libc::SIGKILL.cast_unsigned() {
+            self.begin_to_give_up(&key);
         }
         let deadline = ending::signal_deadline(self.config.kill_timeout());
         let work = async move { process::signal(&guest, &key, signal, all, deadline).await };
