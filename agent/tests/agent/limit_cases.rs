@@ -6,7 +6,7 @@ use agent_client::context;
 use agent_client::protocols::agent::{
     CreateContainerRequest, Device, GetOOMEventRequest, StatsContainerRequest, Storage, UpdateContainerRequest,
 };
-use agent_client::protocols::oci::{LinuxCPU, LinuxDevice, LinuxMemory, LinuxPids, LinuxResources};
+use agent_client::protocols::oci::{LinuxCPU, LinuxDevice, LinuxDeviceCgroup, LinuxMemory, LinuxPids, LinuxResources};
 use agent_client::stdio::Channel;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
@@ -105,10 +105,20 @@ pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
     // The same disk as a device: the host does not know its number, the guest does.
     let device =
         Device { id: "05/00".into(), type_: "blk".into(), container_path: "/dev/data".into(), ..Default::default() };
-    let script = "dd if=/dev/data bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1; stat -c %F /dev/data";
+    let script = "dd if=/dev/data bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1; stat -c %F /dev/data; \
+                  dd if=/dev/zero of=/dev/data count=0 conv=notrunc 2>&1 | grep -o 'not permitted'";
     let mut spec = client.spec(&["sh", "-c", script]);
     let node = LinuxDevice { Path: "/dev/data".into(), Type: "b".into(), Major: 8, Minor: 99, ..Default::default() };
     linux(&mut spec).Devices.push(node);
+    let rule = LinuxDeviceCgroup {
+        Allow: true,
+        Type: "b".into(),
+        Major: 8,
+        Minor: 99,
+        Access: "r".into(),
+        ..Default::default()
+    };
+    linux(&mut spec).Resources.mut_or_insert_default().Devices.push(rule);
     let request = CreateContainerRequest {
         container_id: "disk".into(),
         OCI: Some(spec).into(),
@@ -119,7 +129,7 @@ pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
     client.rpc.agent.create_container(soon(), &request).await.unwrap();
     client.start("disk").await.unwrap();
     // The magic number of ext4.
-    assert_eq!(streams.finish(b"").await.stdout, " 53 ef\nblock special file\n");
+    assert_eq!(streams.finish(b"").await.stdout, " 53 ef\nblock special file\nnot permitted\n");
     client.wait("disk", "").await.unwrap();
     client.remove("disk").await.unwrap();
 }
