@@ -8,7 +8,7 @@ use protobuf::Message;
 
 use crate::config::Config;
 use crate::container::pod::{self, Role};
-use crate::container::{spec, to_proto};
+use crate::container::{devices, spec, to_proto};
 use crate::from_guest::{Features, Stats, judge, text};
 use crate::metrics;
 use crate::sandbox::ledger;
@@ -51,10 +51,12 @@ pub fn spec(bytes: &[u8]) {
     let Ok(spec) = spec::parse(bytes) else { return };
     let role = Role::of(&spec);
     let _ = pod::namespaces(&spec, role, |pid| (pid % 2 == 0).then(String::new));
+    let devices = devices::sort(&spec).unwrap_or_default();
     let place = to_proto::Place {
         rootfs: "/rootfs".to_owned(),
         mounts: Vec::new(),
-        devices: Vec::new(),
+        devices: devices.entries,
+        device_rules: devices.rules,
         pid_namespace: String::new(),
         sysctls: HashMap::new(),
         cgroup: "/c".to_owned(),

@@ -1,7 +1,7 @@
 //! A container on its way into the guest: its OCI spec, its root file system and volumes, and the request to the agent.
 
 pub mod create;
-mod devices;
+pub mod devices;
 pub mod exit_file;
 pub mod hooks;
 pub mod pod;
