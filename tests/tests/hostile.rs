@@ -183,13 +183,12 @@ fn agent_that_does_nothing(env: &Env) {
     output.ok();
     let second = Container::adopt(env, &env.id());
     hostile.run(&second.id).ok();
-    let began = Instant::now();
     let exec = Running::start(second.exec_command("hung", &[], &["true"]), None);
     eventually("the exec is killed", END, || {
         (second.kill("SIGKILL", &["--exec-id", "hung"]).status == 0).then_some(())
     });
-    assert_eq!(exec.wait(END).status, 137);
-    assert!(began.elapsed() < END, "the exec took {:?} to end", began.elapsed());
+    // Its deadline, and that of what it may still say.
+    assert_eq!(exec.wait(PATIENCE).status, 137);
     hostile.kill(&second);
     let log = hostile.end();
     assert!(log.contains("SIGKILL"), "{log}");
