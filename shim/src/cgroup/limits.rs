@@ -131,7 +131,7 @@ fn write(dir: &Path, file: &str, value: &str) -> Result<()> {
 }
 
 /// Which kinds of limits none of these cgroups can have: their hierarchies have no such controller.
-pub fn missing(directories: &[PathBuf]) -> Option<String> {
+pub fn unavailable(directories: &[PathBuf]) -> Option<String> {
     let kinds = [["memory.max", "memory.limit_in_bytes"], ["cpu.max", "cpu.cfs_quota_us"], ["pids.max", "pids.max"]];
     let lacks = |files: &&[&str; 2]| !directories.iter().any(|dir| files.iter().any(|file| dir.join(file).exists()));
     let kinds: Vec<&str> = kinds.iter().filter(lacks).filter_map(|files| files[0].split('.').next()).collect();
@@ -207,10 +207,10 @@ mod tests {
     fn a_kind_of_limit_that_cannot_be_had_is_named() {
         let (memory, rest) = (files(&["memory.max", "pids.max"]), files(&["cpu.cfs_quota_us"]));
         let dirs = [memory.path().to_owned(), rest.path().to_owned()];
-        assert_eq!(missing(&dirs), None);
-        assert_eq!(missing(&dirs[..1]).as_deref(), Some("cpu"));
-        assert_eq!(missing(&dirs[1..]).as_deref(), Some("memory, pids"));
-        assert_eq!(missing(&[]), None, "somebody else's");
+        assert_eq!(unavailable(&dirs), None);
+        assert_eq!(unavailable(&dirs[..1]).as_deref(), Some("cpu"));
+        assert_eq!(unavailable(&dirs[1..]).as_deref(), Some("memory, pids"));
+        assert_eq!(unavailable(&[]), None, "somebody else's");
     }
 
     #[test]

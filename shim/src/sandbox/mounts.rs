@@ -135,7 +135,8 @@ pub fn has_mounts_below(dir: &Path) -> Result<bool> {
     Ok(below(&dir)?.iter().any(|point| *point != dir))
 }
 
-/// Types of file systems by which a writer changes the host itself.
+/// Types of file systems by which a writer changes the host itself, by their names in the mount table: to ask what is
+/// mounted there, as is done for a volume's own source, could hang in a storage that is gone.
 const OF_THE_KERNEL: [&str; 14] = [
     "binfmt_misc",
     "bpf",

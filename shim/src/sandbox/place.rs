@@ -84,7 +84,7 @@ impl Place {
             }
             cgroup::make(directory).doing(|| format!("make cgroup {}", directory.display()))?;
         }
-        if let Some(missing) = limits::missing(&own).filter(|_| scope.is_none()) {
+        if let Some(missing) = limits::unavailable(&own).filter(|_| scope.is_none()) {
             tracing::warn!(missing, cgroups_path, "the sandbox's processes have no such limit on the host");
         }
         let kills = limits::oom_kills(&directories);
