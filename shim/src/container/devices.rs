@@ -29,8 +29,8 @@ pub struct Devices {
     pub entries: Vec<LinuxDevice>,
     /// Disks to plug in.
     pub disks: Vec<HostDisk>,
-    /// Rules of access for the guest: the spec's, but for those about disks of the host by their numbers, which are other
-    /// disks' in the guest. Each of `disks` has a rule by its number on the host instead, which the guest's agent changes
+    /// Rules of access for the guest: the spec's, and after those no block device but `disks`, whatever the numbers of the
+    /// host's mean in the guest. Each of `disks` has a rule by its number on the host, which the guest's agent changes
     /// together with the entry.
     pub rules: Vec<LinuxDeviceCgroup>,
 }
@@ -43,11 +43,13 @@ pub fn sort(spec: &Spec) -> Result<Devices> {
     let linux = spec.linux().as_ref();
     let list = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let privileged = is_privileged(spec);
-    let about_hosts_disks = |rule: &&LinuxDeviceCgroup| {
-        rule.typ() == Some(LinuxDeviceType::B) && rule.major().is_some_and(|major| major >= 0)
-    };
-    let kept = rules(spec).iter().filter(|rule| !about_hosts_disks(rule)).cloned();
-    let mut devices = Devices { rules: kept.collect(), ..Default::default() };
+    let mut devices = Devices { rules: rules(spec).to_vec(), ..Default::default() };
+    // A privileged container's last rule says it all, and stays the last one.
+    if !privileged {
+        let mut no_disk = LinuxDeviceCgroup::default();
+        no_disk.set_typ(Some(LinuxDeviceType::B)).set_access(Some("rw".to_owned()));
+        devices.rules.push(no_disk);
+    }
     for device in list {
         let is_block = device.typ() == LinuxDeviceType::B;
         if privileged && (!is_block || is_hosts_own(device)) {
@@ -60,7 +62,6 @@ pub fn sort(spec: &Spec) -> Result<Devices> {
                 container_path: device.path().to_string_lossy().into_owned(),
                 read_only: !access.contains('w'),
             });
-            // A privileged container's last rule says it all, and stays the last one.
             if !privileged && !access.is_empty() {
                 let mut rule = LinuxDeviceCgroup::default();
                 rule.set_allow(true).set_typ(Some(LinuxDeviceType::B)).set_access(Some(access));
@@ -166,21 +167,24 @@ mod tests {
     }
 
     #[test]
-    fn the_last_rule_that_fits_decides_about_a_disk_and_numbers_of_the_host_stay_there() {
+    fn the_last_rule_that_fits_decides_about_a_disk_and_no_other_disk_is_allowed() {
         let access = |rules: Value| {
+            let given = rules.as_array().unwrap().len();
             let devices = sort(&spec(json!([disk("/dev/data")]), rules)).unwrap();
-            let numbers = |rule: &LinuxDeviceCgroup| rule.typ() == Some(LinuxDeviceType::B) && rule.major() != Some(7);
-            assert!(!devices.rules.iter().any(numbers), "{:?}", devices.rules);
-            let own: Vec<_> = devices.rules.iter().filter(|rule| rule.major() == Some(7)).collect();
-            assert!(own.len() <= 1);
-            (own.first().and_then(|rule| rule.access().clone()).unwrap_or_default(), devices.disks[0].read_only)
+            let own: Vec<_> = devices.rules[given..].iter().map(|rule| (rule.allow(), rule.major())).collect();
+            assert_eq!(own[0], (false, None), "no block device");
+            assert!(own.len() <= 2 && own[1..].iter().all(|rule| *rule == (true, Some(7))), "{own:?}");
+            let last = devices.rules.last().filter(|rule| rule.allow());
+            (last.and_then(|rule| rule.access().clone()).unwrap_or_default(), devices.disks[0].read_only)
         };
         let deny = json!({"allow": false, "access": "rwm"});
+        let everything = json!({"allow": true, "access": "rwm"});
         let all = json!({"allow": true, "type": "b", "major": 7, "minor": -1, "access": "rw"});
         let other = json!({"allow": true, "type": "b", "major": 254, "minor": 16, "access": "rwm"});
         let no_writing = json!({"allow": false, "type": "b", "major": 7, "minor": 0, "access": "w"});
         assert_eq!(access(json!([deny, all, other])), ("rw".into(), false));
         assert_eq!(access(json!([deny, all, no_writing])), ("r".into(), true));
+        assert_eq!(access(json!([everything, no_writing])), ("rm".into(), true));
         assert_eq!(access(json!([deny, other])), (String::new(), true));
         assert_eq!(access(json!([])), (String::new(), true));
     }
