@@ -320,7 +320,7 @@ impl Process {
 
     /// "exited with status 1: <last line of stderr>".
     pub(crate) fn last_words(&self, exit: Exit) -> String {
-        match self.stderr_tail().last() {
+        match last_words(&self.stderr_tail()) {
             Some(line) => format!("{exit}: {line}"),
             None => exit.to_string(),
         }
@@ -333,6 +333,11 @@ impl Process {
     fn tail(&self) -> MutexGuard<'_, Tail> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The last line that may say why a process ended: QEMU's warnings do not.
+pub(crate) fn last_words(stderr: &[String]) -> Option<&str> {
+    stderr.iter().map(String::as_str).rfind(|line| !line.contains(": warning: "))
 }
 
 /// What a program prints on stdout, at most as much as a pipe holds (64 KiB); for asking programs what they are.

@@ -20,7 +20,7 @@ use crate::confine::{INITRAMFS, KERNEL};
 use crate::console::{self, Console};
 use crate::devices::{self, Attached, Device, Plug, Undo};
 use crate::error::{Doing, Error, Result};
-use crate::process::{Child, Exit, Identity, Process, Spawn};
+use crate::process::{Child, Exit, Identity, Process, Spawn, last_words};
 use crate::qemu::{FIRST_PORT_SLOT, Inherited, MachineConfig, arguments, port_bus};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{Cont, DeviceDel, QueryVirtioStatus, Quit};
@@ -86,7 +86,7 @@ impl fmt::Display for Death {
         if let Some(event) = &self.event {
             write!(f, ": {event}")?;
         }
-        match self.stderr.last() {
+        match last_words(&self.stderr) {
             Some(line) => write!(f, ": {line}"),
             None => Ok(()),
         }
@@ -124,7 +124,7 @@ impl Vm {
             jail: jail(config).await?,
             ..Spawn::new(&config.qemu, arguments)
         })?;
-        let virtio_status = config.capabilities.virtio_status;
+        let virtio_status = config.capabilities.virtio_status();
         let limits = Limits {
             vcpus: config.vcpus,
             max_vcpus: config.max_vcpus,

@@ -99,7 +99,12 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
                 -1 => Err(io::Error::last_os_error()),
                 // SAFETY: ends the child without running anything of its parent's.
                 0 => unsafe { libc::_exit(0) },
-                _ => Ok(()),
+                // Its SIGCHLD would stop a traced process, later.
+                // SAFETY: without a place for the status nothing is written.
+                child => match unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) } {
+                    -1 => Err(io::Error::last_os_error()),
+                    _ => Ok(()),
+                },
             }
         }),
         ("clone into a user namespace", || call(libc::SYS_unshare, [libc::CLONE_NEWUSER.into(), 0, 0, 0, 0])),

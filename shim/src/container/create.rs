@@ -2,7 +2,7 @@
 //! request to the agent; and the way back.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ use super::shares::Shares;
 use super::to_proto::{self, Place};
 use super::volumes::{self, OfPod, Volumes};
 use crate::error::{Error, IoContext, Result};
+use crate::sandbox::dir::Entry;
 use crate::sandbox::ending::RELEASE_DEADLINE;
-use crate::sandbox::launch::{Guest, rootfs_dir, share_dir};
-use crate::sandbox::mounts;
+use crate::sandbox::launch::Guest;
 use crate::sandbox::state::{Io, Key};
 use crate::stdio::{GuestIo, HostIo, Pumps};
 use crate::uds::Users;
@@ -63,7 +63,8 @@ pub struct Order {
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
 pub struct Host {
-    dir: PathBuf,
+    /// Its directory.
+    _place: Entry,
     /// Where the guest sees the root file system, if it is not on a disk.
     rootfs: String,
     disk: Option<Disk>,
@@ -87,36 +88,25 @@ impl Host {
     ///
     /// # Errors
     /// One line; nothing stays mounted.
-    pub fn prepare(order: &Order, state_dir: &Path, shares: &Shares) -> Result<Host> {
+    pub fn prepare(order: &Order, shares: &Shares) -> Result<Host> {
         let devices = devices::sort(&order.spec)?;
-        let (dir, guest_dir) = match rootfs::is_own(&order.rootfs) {
+        let (dir, name, guest_dir) = match rootfs::is_own(&order.rootfs) {
             // What the guest keeps in its memory has a name that comes only once.
-            true => {
-                let number = shares.number().to_string();
-                (rootfs_dir(state_dir).join(&number), format!("{GUEST_ROOTFS}/{number}"))
-            }
-            false => (share_dir(state_dir).join(&order.id), format!("{GUEST_SHARE}/{}", order.id)),
+            true => (&shares.rootfs, shares.number().to_string(), GUEST_ROOTFS),
+            false => (&shares.share, order.id.clone(), GUEST_SHARE),
         };
-        std::fs::create_dir_all(&dir).doing(|| format!("make directory {}", dir.display()))?;
         // From here on the drop of `host` undoes everything.
-        let rootfs = format!("{guest_dir}/rootfs");
-        let mut host = Host { dir, rootfs, disk: rootfs::disk(&order.rootfs), volumes: Volumes::default(), devices };
+        let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);
+        let (disk, volumes) = (rootfs::disk(&order.rootfs), Volumes::default());
+        let mut host = Host { _place: Entry::new(dir, &name), rootfs, disk, volumes, devices };
         if host.disk.is_none() {
             let root = order.spec.root().as_ref().map(|root| order.bundle.join(root.path())).unwrap_or_default();
-            rootfs::mount_all(&order.rootfs, &root, &host.dir.join("rootfs"))?;
+            rootfs::mount_all(&order.rootfs, &root, &dir.make(&name)?)?;
         }
         let list = order.spec.mounts().as_deref().unwrap_or_default();
         host.volumes =
             volumes::prepare(list, shares, OfPod { shm: order.shm.as_deref(), uid: order.pod_uid.as_deref() })?;
         Ok(host)
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        if let Err(error) = mounts::remove_tree(&self.dir) {
-            tracing::warn!(%error, "a container's mounts are left until the sandbox ends");
-        }
     }
 }
 

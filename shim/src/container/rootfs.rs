@@ -1,9 +1,9 @@
 //! A container's root file system, as containerd's snapshotter says: mounted on the host under the shared directory, or
 //! where it is a disk (devmapper, blockfile, erofs), plugged into the guest and mounted there.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
@@ -12,53 +12,56 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{Error, IoContext, Result};
+use crate::sandbox::dir::Dir;
 use crate::sandbox::mounts::{self, Bind};
 
 /// What mount(2) takes at most for its data, in bytes: one page.
 const MAX_DATA: usize = 4095;
 
-/// Mounts the root file system at `target`, which is made.
+/// Name of the mount point in a container's directory.
+pub const NAME: &str = "rootfs";
+
+/// Mounts the root file system in a container's directory, as [`NAME`].
 ///
 /// With an empty list the client prepared a directory itself: the spec's `root.path`, relative to the bundle.
 ///
 /// # Errors
-/// One line that names the mount; nothing stays mounted.
-pub fn mount_all(list: &[Mount], root_path: &Path, target: &Path) -> Result<()> {
-    std::fs::create_dir_all(target).doing(|| format!("make directory {}", target.display()))?;
+/// One line that names the mount; whoever removes the directory takes off what is mounted.
+pub fn mount_all(list: &[Mount], root_path: &Path, dir: &Dir) -> Result<()> {
+    let target = dir.make(NAME)?;
     if list.is_empty() {
-        if !root_path.is_dir() {
+        let doing = || format!("share the root file system {}", root_path.display());
+        let root = hold(root_path).doing(doing)?;
+        if !root.metadata().doing(doing)?.is_dir() {
             return Err(Error::invalid(format!("root file system {} is not a directory", root_path.display())));
         }
-        return mounts::bind(root_path, target, Bind::RECURSIVE);
+        return mounts::bind(&root, &target, Bind::RECURSIVE).doing(doing);
     }
     for (index, entry) in list.iter().enumerate() {
-        let mounted = place(target, &entry.target).and_then(|place| {
-            let at =
-                place.as_ref().map_or(target.to_owned(), |place| format!("/proc/self/fd/{}", place.as_raw_fd()).into());
-            mount_one(entry, &at)
-        });
-        if let Err(error) = mounted {
-            let error = error.context(format!("root file system mount {index}"));
-            let _ = mounts::unmount_tree(target);
-            return Err(error);
-        }
+        // What is mounted there by now.
+        let place = dir.get(NAME).and_then(|root| place(root, &entry.target));
+        let mounted = place.and_then(|place| mount_one(entry, &place));
+        mounted.map_err(|error| error.context(format!("root file system mount {index}")))?;
     }
     Ok(())
 }
 
-/// Where in the root file system an entry is mounted; none for the root itself. What is there already is the image's, so
-/// its links are followed inside the root only, and once.
-fn place(root: &Path, target: &str) -> Result<Option<OwnedFd>> {
+/// Where in the root file system an entry is mounted. What is there already is the image's, so its links are followed
+/// inside the root only, and once.
+fn place(root: Dir, target: &str) -> Result<OwnedFd> {
     let target = target.trim_start_matches('/');
     if target.is_empty() {
-        return Ok(None);
+        return Ok(root.into());
     }
-    let doing = || format!("find {target} in the root file system");
-    let root = File::open(root).doing(doing)?;
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    openat2(&root, target, how).map(Some).doing(doing)
+    openat2(&root, target, how).doing(|| format!("find {target} in the root file system"))
+}
+
+/// A file or directory that a client names, by its descriptor.
+fn hold(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)
 }
 
 /// Whether nobody but the container changes the root file system while it lives: a mount of the snapshotter's that
@@ -101,7 +104,7 @@ pub fn disk(list: &[Mount]) -> Option<Disk> {
     Some(Disk { path, fstype: entry.type_.clone(), read_only, options })
 }
 
-fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
+fn mount_one(entry: &Mount, place: &OwnedFd) -> Result<()> {
     let (flags, data) = flags(&entry.options);
     let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     let doing = || format!("mount the root file system ({} from {})", entry.type_, entry.source);
@@ -111,13 +114,14 @@ fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
             read_only: flags.contains(MsFlags::MS_RDONLY),
             ..Bind::default()
         };
-        return mounts::bind(Path::new(&entry.source), target, how);
+        return hold(Path::new(&entry.source)).and_then(|source| mounts::bind(&source, place, how)).doing(doing);
     }
+    let target = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
     let joined = data.join(",");
     if joined.len() > MAX_DATA && entry.type_ == "overlay" {
-        return mount_long_overlay(entry, flags, &data, target).doing(doing);
+        return mount_long_overlay(entry, flags, &data, &target).doing(doing);
     }
-    mount(Some(entry.source.as_str()), target, Some(entry.type_.as_str()), flags, Some(joined.as_str())).doing(doing)
+    mount(Some(entry.source.as_str()), &target, Some(entry.type_.as_str()), flags, Some(joined.as_str())).doing(doing)
 }
 
 /// Options of mount(8) that are flags of mount(2); the rest is the file system's own.
@@ -212,14 +216,14 @@ mod tests {
         std::os::unix::fs::symlink("../..", root.join("up")).unwrap();
         std::os::unix::fs::symlink("/inside", root.join("link")).unwrap();
         let is_at = |target| {
-            let place = place(&root, target).unwrap().unwrap();
+            let place = place(Dir::open(&root).unwrap(), target).unwrap();
             std::fs::read_link(format!("/proc/self/fd/{}", place.as_raw_fd())).unwrap()
         };
         assert_eq!(is_at("/inside"), root.join("inside"));
         assert_eq!(is_at("link"), root.join("inside"));
         assert_eq!((is_at("up"), is_at("../..")), (root.clone(), root.clone()));
-        assert!(place(&root, "absolute").is_err());
-        assert!(place(&root, "/").unwrap().is_none());
+        assert_eq!(is_at("/"), root);
+        assert!(place(Dir::open(&root).unwrap(), "absolute").is_err());
     }
 
     #[test]

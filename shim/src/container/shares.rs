@@ -5,15 +5,15 @@
 //! neither meet at a unix socket of a shared volume, nor lock each other's files, nor share a mapping.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use agent_client::GUEST_SHARE;
 
 use super::volumes::Pinned;
 use crate::error::{IoContext, Result};
+use crate::sandbox::dir::{Dir, Entry};
 use crate::sandbox::mounts::{self, Bind};
 
 /// Directory of the binds below the shared one. No container's id begins with a dot.
@@ -22,7 +22,10 @@ const NAME: &str = ".volumes";
 /// All that a sandbox shares.
 #[derive(Debug)]
 pub struct Shares {
-    dir: PathBuf,
+    /// For volumes, and root file systems that others may change.
+    pub share: Arc<Dir>,
+    /// For root file systems that are a container's own.
+    pub rootfs: Arc<Dir>,
     inner: Mutex<Inner>,
 }
 
@@ -44,14 +47,14 @@ struct Key {
 /// One bind. The last user's drop takes it off.
 #[derive(Debug)]
 pub struct Share {
-    place: PathBuf,
+    place: Entry,
     guest: String,
 }
 
 impl Shares {
-    /// Nothing yet, below the directory that the guest sees.
-    pub fn new(shared_dir: &Path) -> Shares {
-        Shares { dir: shared_dir.join(NAME), inner: Mutex::default() }
+    /// Nothing yet, below the directories that the guest sees.
+    pub fn new(share: Dir, rootfs: Dir) -> Shares {
+        Shares { share: share.into(), rootfs: rootfs.into(), inner: Mutex::default() }
     }
 
     /// A number that no other use of this sandbox gets.
@@ -74,17 +77,15 @@ impl Shares {
         if let Some(share) = inner.live.get(&key).and_then(Weak::upgrade) {
             return Ok(share);
         }
-        let place = self.dir.join(number.to_string());
-        let doing = || format!("make {}", place.display());
-        if metadata.is_dir() {
-            std::fs::create_dir_all(&place).doing(doing)?;
-        } else {
-            std::fs::create_dir_all(&self.dir).and_then(|()| File::create_new(&place)).doing(doing)?;
-        }
+        let (dir, name) = (Arc::new(self.share.make(NAME)?), number.to_string());
         // From here on its drop undoes it.
-        let share = Arc::new(Share { place, guest: format!("{GUEST_SHARE}/{NAME}/{number}") });
-        mounts::bind(&source.path(), &share.place, how)
-            .map_err(|error| error.context(format!("share {}", source.is_at.display())))?;
+        let place = Entry::new(&dir, &name);
+        let share = Arc::new(Share { place, guest: format!("{GUEST_SHARE}/{NAME}/{name}") });
+        let bound = match metadata.is_dir() {
+            true => mounts::bind(source, &dir.make(&name)?, how),
+            false => mounts::bind(source, &dir.make_file(&name)?, how),
+        };
+        bound.doing(|| format!("share {}", source.is_at.display()))?;
         inner.live.retain(|_, share| share.strong_count() > 0);
         inner.live.insert(key, Arc::downgrade(&share));
         Ok(share)
@@ -96,17 +97,12 @@ impl Share {
     pub fn guest_path(&self) -> &str {
         &self.guest
     }
-}
 
-impl Drop for Share {
-    fn drop(&mut self) {
-        let removed = mounts::unmount_tree(&self.place).and_then(|()| {
-            let doing = || format!("remove {}", self.place.display());
-            // What is left is an empty mount point, one or the other.
-            std::fs::remove_dir(&self.place).or_else(|_| std::fs::remove_file(&self.place)).doing(doing)
-        });
-        if let Err(error) = removed {
-            tracing::warn!(%error, "a volume is shared until the sandbox ends");
-        }
+    /// Whether anything is mounted below it.
+    ///
+    /// # Errors
+    /// The mount table cannot be read.
+    pub fn has_mounts_below(&self) -> Result<bool> {
+        mounts::has_mounts_below(&self.place.path())
     }
 }

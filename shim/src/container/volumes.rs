@@ -9,7 +9,7 @@
 //! | every other bind | shared by virtio-fs |
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,9 @@ use std::sync::Arc;
 use agent_client::UDS_DRIVER;
 use agent_client::protocols::agent::Storage;
 use agent_client::protocols::oci as proto;
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::Mount;
 
 use super::shares::{Share, Shares};
@@ -139,7 +141,7 @@ impl Volumes {
                 ..Default::default()
             });
             self.sockets.push((name, source));
-        } else if let Some(storage) = memory_volume(&source, metadata, pod.uid) {
+        } else if let Some(storage) = memory_volume(&pinned, pod.uid) {
             to.source.clone_from(&storage.mount_point);
             self.storages.push(storage);
         } else {
@@ -154,7 +156,7 @@ impl Volumes {
             };
             let share = shares.get(&pinned, how)?;
             to.source = share.guest_path().to_owned();
-            if how.read_only && !how.read_only_below && mounts::has_mounts_below(&source)? {
+            if how.read_only && !how.read_only_below && share.has_mounts_below()? {
                 // What is mounted below the source stays writable, and in the guest it takes its parent's flags.
                 to.options.retain(|option| option != "ro");
             }
@@ -200,13 +202,15 @@ impl Pinned {
     pub fn open(path: &Path) -> std::io::Result<Pinned> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
         let metadata = file.metadata()?;
-        let is_at = std::fs::read_link(descriptor(&file))?;
+        let is_at = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         Ok(Pinned { file, is_at, metadata })
     }
 
-    /// A path to this very file, whatever its own has become.
-    pub fn path(&self) -> PathBuf {
-        descriptor(&self.file)
+    /// The size in bytes of the tmpfs that it is in, if it is in one.
+    pub fn tmpfs_size(&self) -> Option<u64> {
+        let statfs = fstatfs(&self.file).ok()?;
+        let block = u64::try_from(statfs.block_size()).ok()?;
+        (statfs.filesystem_type() == TMPFS_MAGIC).then(|| statfs.blocks().saturating_mul(block))
     }
 
     fn is_kernels(&self) -> bool {
@@ -217,8 +221,10 @@ impl Pinned {
     }
 }
 
-fn descriptor(file: &File) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+impl AsFd for Pinned {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 /// Whether the guest has what is there itself.
@@ -236,13 +242,16 @@ fn is_empty_dir(source: &Path, uid: Option<&str>) -> bool {
 
 /// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its own instead. It stays
 /// until the sandbox ends: a container that is restarted finds its data.
-fn memory_volume(source: &Path, metadata: &std::fs::Metadata, uid: Option<&str>) -> Option<Storage> {
-    let parent = source.parent()?;
-    let is_mounted = metadata.is_dir() && std::fs::metadata(parent).is_ok_and(|parent| parent.dev() != metadata.dev());
-    if !is_mounted || parent.file_name()? != EMPTY_DIR || !is_empty_dir(source, uid) {
+fn memory_volume(source: &Pinned, uid: Option<&str>) -> Option<Storage> {
+    let Pinned { file, is_at, metadata } = source;
+    if !metadata.is_dir() || is_at.parent()?.file_name()? != EMPTY_DIR || !is_empty_dir(is_at, uid) {
         return None;
     }
-    let size = tmpfs_size(source)?;
+    let parent = openat(file, "..", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+    if File::from(parent).metadata().ok()?.dev() == metadata.dev() {
+        return None;
+    }
+    let size = source.tmpfs_size()?;
     let mut options = vec![format!("size={size}"), format!("mode={:o}", metadata.permissions().mode() & 0o7777)];
     if metadata.gid() != 0 {
         options.push(format!("fsgid={}", metadata.gid()));
@@ -252,17 +261,10 @@ fn memory_volume(source: &Path, metadata: &std::fs::Metadata, uid: Option<&str>)
         source: "tmpfs".to_owned(),
         fstype: "tmpfs".to_owned(),
         options,
-        mount_point: format!("{GUEST_SANDBOX}/ephemeral/{}", source.file_name()?.to_string_lossy()),
+        mount_point: format!("{GUEST_SANDBOX}/ephemeral/{}", is_at.file_name()?.to_string_lossy()),
         shared: true,
         ..Default::default()
     })
-}
-
-/// The size in bytes of the tmpfs at a path, if there is one.
-pub fn tmpfs_size(path: &Path) -> Option<u64> {
-    let statfs = statfs(path).ok()?;
-    let block = u64::try_from(statfs.block_size()).ok()?;
-    (statfs.filesystem_type() == TMPFS_MAGIC).then(|| statfs.blocks().saturating_mul(block))
 }
 
 #[cfg(test)]
@@ -271,6 +273,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::sandbox::dir::Dir;
 
     const POD: OfPod<'_> = OfPod { shm: None, uid: Some("u1") };
 
@@ -284,12 +287,17 @@ mod tests {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
             mounts::enter_namespace().unwrap();
             let dir = tempfile::tempdir().unwrap();
-            let share = dir.path().join("share");
-            mounts::make_shared(&share).unwrap();
+            let own = Dir::open(dir.path()).unwrap();
+            mounts::make_shared(&own, "share").unwrap();
             test(dir.path());
-            mounts::remove_tree(&share).unwrap();
+            own.remove("share").unwrap();
         });
         thread.join().unwrap();
+    }
+
+    fn shares(dir: &Path) -> Shares {
+        let open = || Dir::open(&dir.join("share")).unwrap();
+        Shares::new(open(), open())
     }
 
     fn source(dir: &Path, name: &str) -> PathBuf {
@@ -302,7 +310,7 @@ mod tests {
     fn two_containers_see_one_volume() {
         alone(|dir| {
             let data = source(dir, "data");
-            let shares = Shares::new(&dir.join("share"));
+            let shares = shares(dir);
             let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": ["rbind"]}]));
             let first = prepare(&list, &shares, POD).unwrap();
             let second = prepare(&list, &shares, POD).unwrap();
@@ -319,7 +327,7 @@ mod tests {
     #[test]
     fn a_reader_cannot_write_on_the_host_but_for_a_pods_scratch_space() {
         alone(|dir| {
-            let shares = Shares::new(&dir.join("share"));
+            let shares = shares(dir);
             let (data, scratch) = (source(dir, "data"), source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache"));
             let mounted = |path: &Path| {
                 let list = mounts_of(json!([
@@ -355,7 +363,7 @@ mod tests {
             let data = source(dir, "data");
             let below = source(dir, "data/below");
             mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-            let shares = Shares::new(&dir.join("share"));
+            let shares = shares(dir);
             let list = |options: &[&str]| {
                 mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": options}]))
             };
@@ -378,7 +386,7 @@ mod tests {
             let path = source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache");
             let flags = MsFlags::empty();
             mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some("size=8m,mode=1777")).unwrap();
-            let shares = Shares::new(&dir.join("share"));
+            let shares = shares(dir);
             let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path, "options": ["rbind"]}]));
             let volumes = prepare(&list, &shares, POD).unwrap();
             let storage = &volumes.storages[0];
@@ -394,7 +402,7 @@ mod tests {
         alone(|dir| {
             let path = dir.join("server");
             let _server = std::os::unix::net::UnixListener::bind(&path).unwrap();
-            let shares = Shares::new(&dir.join("share"));
+            let shares = shares(dir);
             let list = mounts_of(json!([
                 {"destination": "/a", "type": "bind", "source": path, "options": ["rbind", "rw"]},
                 {"destination": "/b", "type": "uds", "source": path}
@@ -412,7 +420,7 @@ mod tests {
     fn what_the_guest_has_itself_is_left_to_it() {
         alone(|dir| {
             let shm = source(dir, "shm");
-            let shares = Shares::new(&dir.join("share"));
+            let shares = shares(dir);
             let list = mounts_of(json!([
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
@@ -435,7 +443,9 @@ mod tests {
 
     #[test]
     fn mounts_that_cannot_be_are_refused_with_the_way_out() {
-        let shares = Shares::new(Path::new("/nonexistent"));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("share")).unwrap();
+        let shares = shares(dir.path());
         let refused = |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, POD).unwrap_err().message;
         let message =
             refused(json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}));

@@ -14,8 +14,9 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
+use super::dir::Dir;
 use super::ending;
-use super::launch::{Guest, Plan, launch, rootfs_dir, served, share_dir};
+use super::launch::{Guest, Plan, ROOTFS, SHARE, launch, served};
 use super::ledger::Ledger;
 use super::mounts;
 use super::process::{self, Announced};
@@ -26,7 +27,7 @@ use crate::container::create::{self, Container};
 use crate::container::exit_file::{self, Exit};
 use crate::container::hooks::HostHooks;
 use crate::container::shares::Shares;
-use crate::container::volumes::tmpfs_size;
+use crate::container::volumes::Pinned;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::from_guest::{Bucket, text, watch_oom};
@@ -136,7 +137,7 @@ impl Pod {
             unannounced: false,
             shm: shm.and_then(|mount| {
                 let source = mount.source().clone()?;
-                tmpfs_size(&source).map(|bytes| Shm { source, bytes })
+                Pinned::open(&source).ok()?.tmpfs_size().map(|bytes| Shm { source, bytes })
             }),
         }
     }
@@ -148,10 +149,8 @@ pub struct Driver {
     pub state: State,
     pub(super) identity: SandboxIdentity,
     pub(super) ledger: Arc<Ledger>,
-    /// Directories that are there to be served.
-    served: Vec<PathBuf>,
     pub(super) events: Publisher,
-    pub(super) shares: Arc<Shares>,
+    shares: Option<Arc<Shares>>,
     pub(super) pod: Pod,
     pub(super) needs: BTreeMap<String, Need>,
     pub(super) config: Config,
@@ -181,14 +180,12 @@ impl Driver {
     ) -> (Driver, Handle, mpsc::UnboundedReceiver<Job>) {
         let (sender, jobs) = mpsc::unbounded_channel();
         let handle = Handle(sender);
-        let shares = Arc::new(Shares::new(&share_dir(ledger.dir())));
         let driver = Driver {
             state: State::default(),
             identity,
             ledger: Arc::new(ledger),
-            served: Vec::new(),
             events,
-            shares,
+            shares: None,
             pod: Pod::default(),
             needs: BTreeMap::new(),
             config: Config::default(),
@@ -268,12 +265,7 @@ impl Driver {
         if let Some(launching) = &self.launching {
             return Ok(launching.clone());
         }
-        for shared in [share_dir(self.ledger.dir()), rootfs_dir(self.ledger.dir())] {
-            if !self.served.contains(&shared) {
-                mounts::make_served(&shared, &served(&shared))?;
-                self.served.push(shared);
-            }
-        }
+        self.shares()?;
         self.config = config;
         let plan = Plan {
             sizing: self.sizing(),
@@ -289,6 +281,25 @@ impl Driver {
         self.launching = Some(launching.clone());
         self.begin(launching.clone(), Driver::launched);
         Ok(launching)
+    }
+
+    /// What the guest sees of the host, with the directories for that.
+    ///
+    /// # Errors
+    /// A directory cannot be made.
+    pub(super) fn shares(&mut self) -> Result<Arc<Shares>> {
+        if let Some(shares) = &self.shares {
+            return Ok(shares.clone());
+        }
+        let state = Dir::open(self.ledger.dir())?;
+        let make = |name: &str| {
+            // An attempt before this one may have got half-way.
+            state.unmount(name).and_then(|()| state.unmount(&served(name)))?;
+            mounts::make_served(&state, name, &served(name))
+        };
+        let shares = Arc::new(Shares::new(make(SHARE)?, make(ROOTFS)?));
+        self.shares = Some(shares.clone());
+        Ok(shares)
     }
 
     /// How large the machine should be for what is in it.

@@ -21,6 +21,7 @@ use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemon
 use vmm::process::Identity;
 use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
+use super::dir::Dir;
 use super::ledger::{Ledger, Resource};
 use super::nics::Nics;
 use super::place::{self, Place};
@@ -250,20 +251,15 @@ async fn death(vm: &Vm, [volumes, roots]: &[Virtiofsd; 2], daemon: Option<&Vsock
     }
 }
 
-/// What virtiofsd serves of a directory in which the shim makes mounts ([`super::mounts::make_served`]).
-pub fn served(dir: &Path) -> PathBuf {
-    dir.with_extension("served")
-}
+/// Directory in the sandbox's own for volumes, and root file systems that others may change.
+pub const SHARE: &str = "share";
 
-/// Directory below the state directory for volumes, and root file systems that others may change.
-pub fn share_dir(state_dir: &Path) -> PathBuf {
-    state_dir.join("share")
-}
+/// Directory in the sandbox's own for what the guest keeps in its memory: root file systems that are a container's own.
+pub const ROOTFS: &str = "rootfs";
 
-/// Directory below the state directory for what the guest keeps in its memory: root file systems that are a
-/// container's own.
-pub fn rootfs_dir(state_dir: &Path) -> PathBuf {
-    state_dir.join("rootfs")
+/// Name of what virtiofsd serves of a directory in which the shim makes mounts ([`super::mounts::make_served`]).
+pub fn served(name: &str) -> String {
+    format!("{name}.served")
 }
 
 /// Brings the guest up, with one more try if it does not answer in time.
@@ -310,12 +306,11 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         confinement,
         cache_dir: cache_dir.clone(),
     };
-    let shared = [(share_dir(ledger.dir()), FsCache::Auto), (rootfs_dir(ledger.dir()), FsCache::Always)];
-    let file_servers = shared.map(|(shared_dir, cache)| VirtiofsdConfig {
+    let file_servers = [(SHARE, FsCache::Auto), (ROOTFS, FsCache::Always)].map(|(name, cache)| VirtiofsdConfig {
         binary: virtiofsd.clone(),
         cache_dir: cache_dir.clone(),
-        socket: shared_dir.with_extension("sock"),
-        shared_dir: served(&shared_dir),
+        socket: ledger.dir().join(format!("{name}.sock")),
+        shared_dir: ledger.dir().join(served(name)),
         cache,
         cgroup_procs: machine.cgroup_procs.clone(),
         oom_score_adj: machine.oom_score_adj,
@@ -350,8 +345,7 @@ fn confinement(config: &Config, state_dir: &Path) -> Result<(Option<UidLease>, O
     }
     let lease = config.uid_range.lease(&Path::new(STATE_ROOT).join("cache/uids"));
     let lease = lease.doing(|| "get a user id for the sandbox (uid_range in the configuration)".into())?;
-    let mount_point = state_dir.join("jail");
-    std::fs::create_dir_all(&mount_point).doing(|| format!("make directory {}", mount_point.display()))?;
+    let mount_point = Dir::open(state_dir)?.make("jail")?.path();
     let user_namespace = match level {
         ConfinementLevel::NoUserNamespace => None,
         _ => Some(Arc::new(launcher::user_namespace().doing(|| {

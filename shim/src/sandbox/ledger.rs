@@ -5,6 +5,7 @@
 //! everything it names ends with the running kernel, and what was written before a crash of the shim is in the page
 //! cache. Mounts need no entry: they live in the sandbox's own mount namespace and go with its last process.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::DirBuilderExt;
@@ -17,7 +18,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
 
-use super::mounts;
+use super::dir::Dir;
 use crate::cgroup;
 use crate::error::{Error, IoContext, Result};
 use crate::network::Redirect;
@@ -192,7 +193,14 @@ fn undo_all(dir: &Path, resources: &[Resource]) -> Result<()> {
             result = result.and(Err(error));
         }
     }
-    result.and(mounts::remove_tree(dir))
+    result.and(remove(dir))
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match (dir.parent(), dir.file_name().and_then(OsStr::to_str)) {
+        (Some(parent), Some(name)) if parent.exists() => Dir::open(parent)?.remove(name),
+        _ => Ok(()),
+    }
 }
 
 fn undo_one(resource: &Resource) -> Result<()> {

@@ -1,6 +1,7 @@
 //! One sandbox: what may happen in which state (`state`), who makes it happen (`driver`), how its virtual machine
 //! comes up (`launch`) and how everything it left on the host is undone (`ledger`).
 
+pub mod dir;
 pub mod driver;
 pub mod ending;
 pub mod launch;

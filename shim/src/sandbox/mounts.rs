@@ -1,18 +1,16 @@
-//! Mounts of a sandbox: a mount namespace of their own, a shared directory in it, and how a tree of them is removed.
+//! Mounts of a sandbox: a mount namespace of their own, the shared directories in it, binds, and the mount table.
 //!
 //! The namespace receives what the host mounts later (it is a slave) and shows the host nothing. The shared directory
 //! is a mount of its own that propagates to virtiofsd, which has a namespace below this one.
 
-use std::ffi::CString;
-use std::io::ErrorKind;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::error::{Error, IoContext, Result};
+use super::dir::Dir;
+use crate::error::{IoContext, Result};
 
 /// Gives this process a mount namespace of its own. To be called before there is a second thread.
 ///
@@ -30,33 +28,37 @@ pub fn enter_namespace() -> Result<()> {
 ///
 /// # Errors
 /// One line that names the directory.
-pub fn make_served(dir: &Path, served: &Path) -> Result<()> {
-    make_shared(dir)?;
-    std::fs::create_dir_all(served).doing(|| format!("make directory {}", served.display()))?;
-    bind(dir, served, Bind { read_only: true, ..Bind::default() })
+pub fn make_served(state: &Dir, name: &str, served: &str) -> Result<Dir> {
+    let shared = make_shared(state, name)?;
+    let doing = || format!("serve {}", shared.path().display());
+    bind(&shared, &state.make(served)?, Bind { read_only: true, ..Bind::default() }).doing(doing)?;
+    Ok(shared)
 }
 
 /// Makes a directory for a few small files that containers may write to, which must not fill the host's /run.
 ///
 /// # Errors
 /// One line that names the directory.
-pub fn make_small(dir: &Path) -> Result<()> {
-    let doing = || format!("mount {}", dir.display());
-    unmount_tree(dir)?;
-    std::fs::create_dir_all(dir).doing(doing)?;
+pub fn make_small(state: &Dir, name: &str) -> Result<Dir> {
+    state.unmount(name)?;
+    let dir = state.make(name)?;
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some("size=1m,nr_inodes=16,mode=755")).doing(doing)
+    mount(Some("tmpfs"), &dir.fd_path(), Some("tmpfs"), flags, Some("size=1m,nr_inodes=16,mode=755"))
+        .doing(|| format!("mount {}", dir.path().display()))?;
+    state.get(name)
 }
 
 /// Makes a directory whose mounts propagate to its other binds.
 ///
 /// # Errors
 /// One line that names the directory.
-pub fn make_shared(dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).doing(|| format!("make directory {}", dir.display()))?;
-    let doing = || format!("mount {}", dir.display());
-    bind(dir, dir, Bind::default())?;
-    mount(None::<&str>, dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>).doing(doing)
+pub fn make_shared(state: &Dir, name: &str) -> Result<Dir> {
+    let dir = state.make(name)?;
+    let doing = || format!("mount {}", dir.path().display());
+    bind(&dir, &dir, Bind::default()).doing(doing)?;
+    let shared = state.get(name)?;
+    set_attributes(&shared, 0, libc::MS_SHARED, false).doing(doing)?;
+    Ok(shared)
 }
 
 /// How a file or directory is bound to a second place.
@@ -77,23 +79,17 @@ impl Bind {
     pub const RECURSIVE: Bind = Bind { recursive: true, read_only: false, read_only_below: false, private: false };
 }
 
-/// Binds a file or directory. The mount gets its attributes before it is attached: what propagates to virtiofsd is a copy
-/// of it as it is then, and no later change reaches that copy. Needs Linux 5.12 (mount_setattr(2)).
+/// Binds a file or directory onto another, both by their descriptors. The mount gets its attributes before it is attached:
+/// what propagates to virtiofsd is a copy of it as it is then, and no later change reaches that copy. Needs Linux 5.12
+/// (mount_setattr(2)).
 ///
 /// # Errors
-/// One line that names both.
-pub fn bind(from: &Path, to: &Path, how: Bind) -> Result<()> {
-    try_bind(from, to, how).doing(|| format!("bind {} to {}", from.display(), to.display()))
-}
-
-fn try_bind(from: &Path, to: &Path, how: Bind) -> std::io::Result<()> {
-    let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
-    let at_recursive = libc::AT_RECURSIVE.cast_unsigned();
-    let recursive = if how.recursive { at_recursive } else { 0 };
-    let here = libc::c_long::from(libc::AT_FDCWD);
-    let clone = libc::c_long::from(libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive);
-    // SAFETY: open_tree(2) reads the path, which ends in a zero byte and outlives the call.
-    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, here, from.as_ptr(), clone) })?;
+/// The system's own.
+pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> {
+    let recursive = if how.recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let clone = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned() | recursive;
+    // SAFETY: open_tree(2) reads an empty path.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, from.as_fd().as_raw_fd(), c"".as_ptr(), clone) })?;
     let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     let tree = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -105,17 +101,17 @@ fn try_bind(from: &Path, to: &Path, how: Bind) -> std::io::Result<()> {
     if how.private {
         set_attributes(&tree, 0, libc::MS_PRIVATE, true)?;
     }
-    let fd = libc::c_long::from(tree.as_raw_fd());
-    let empty = libc::c_long::from(libc::MOVE_MOUNT_F_EMPTY_PATH);
-    // SAFETY: move_mount(2) reads two paths that end in zero bytes and outlive the call.
-    check(unsafe { libc::syscall(libc::SYS_move_mount, fd, c"".as_ptr(), here, to.as_ptr(), empty) })?;
+    let (fd, to, empty) = (tree.as_raw_fd(), to.as_fd().as_raw_fd(), c"".as_ptr());
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    // SAFETY: move_mount(2) reads two empty paths.
+    check(unsafe { libc::syscall(libc::SYS_move_mount, fd, empty, to, empty, flags) })?;
     Ok(())
 }
 
-fn set_attributes(tree: &OwnedFd, set: u64, propagation: u64, recursive: bool) -> std::io::Result<()> {
+fn set_attributes(tree: &impl AsFd, set: u64, propagation: u64, recursive: bool) -> std::io::Result<()> {
     let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    let (fd, flags) = (libc::c_long::from(tree.as_raw_fd()), libc::c_long::from(flags));
+    let (fd, flags) = (libc::c_long::from(tree.as_fd().as_raw_fd()), libc::c_long::from(flags));
     let size = size_of::<libc::mount_attr>();
     // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive the call.
     check(unsafe { libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attributes, size) })?;
@@ -126,13 +122,12 @@ fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Whether anything is mounted below a directory, as this namespace has it now.
+/// Whether anything is mounted below a directory, as this namespace has it now. Its path is compared, not walked.
 ///
 /// # Errors
 /// The mount table cannot be read.
 pub fn has_mounts_below(dir: &Path) -> Result<bool> {
-    let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
-    Ok(below(&dir)?.iter().any(|point| *point != dir))
+    Ok(below(dir)?.iter().any(|point| point != dir))
 }
 
 /// Types of file systems by which a writer changes the host itself, by their names in the mount table: to ask what is
@@ -167,35 +162,18 @@ pub fn has_kernels_mounts_below(dir: &Path) -> Result<bool> {
     }))
 }
 
-/// Takes off everything that is mounted at or below a directory, in this namespace.
+/// Mount points at or below a directory, without those that go with one above them: to take off the others one by one
+/// would be to walk paths in what a container may change.
 ///
 /// # Errors
-/// One line that names a mount that stays.
-pub fn unmount_tree(dir: &Path) -> Result<()> {
-    for point in below(dir)?.iter().rev() {
-        match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // EINVAL: it went with a mount above it.
-            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
-            Err(errno) => return Err(Error::internal(format!("cannot unmount {}: {errno}", point.display()))),
-        }
-    }
-    Ok(())
+/// The mount table cannot be read.
+pub fn outermost(dir: &Path) -> Result<Vec<PathBuf>> {
+    below(dir).map(without_inner)
 }
 
-/// Removes a directory of mount points. What is mounted there is taken off first and never descended into: it is
-/// somebody else's data.
-///
-/// # Errors
-/// One line that names what stays.
-pub fn remove_tree(dir: &Path) -> Result<()> {
-    unmount_tree(dir)?;
-    if let Some(point) = below(dir)?.first() {
-        return Err(Error::internal(format!("cannot remove {}: {} is mounted", dir.display(), point.display())));
-    }
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).doing(|| format!("remove {}", dir.display())),
-        _ => Ok(()),
-    }
+fn without_inner(points: Vec<PathBuf>) -> Vec<PathBuf> {
+    let is_inner = |point: &PathBuf| points.iter().any(|other| other != point && point.starts_with(other));
+    points.iter().filter(|point| !is_inner(point)).cloned().collect()
 }
 
 fn below(dir: &Path) -> Result<Vec<PathBuf>> {
@@ -241,7 +219,8 @@ mod tests {
     }
 
     #[test]
-    fn removing_what_is_not_there_is_done_already() {
-        remove_tree(Path::new("/run/no-such-directory-of-cofferdam")).unwrap();
+    fn what_a_container_may_rename_is_not_walked_to_be_unmounted() {
+        let points = ["/s/1/rootfs/a/b", "/s/1/rootfs", "/s/2", "/s/2", "/s/10"].map(PathBuf::from);
+        assert_eq!(without_inner(points.to_vec()), ["/s/1/rootfs", "/s/2", "/s/2", "/s/10"].map(PathBuf::from));
     }
 }

@@ -4,6 +4,7 @@
 //! In this mode nobody makes the pod's files (/etc/hosts, /etc/hostname, /etc/resolv.conf) on the host but the shim.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -12,6 +13,7 @@ use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
 
+use super::dir::Dir;
 use super::driver::{Blueprint, Driver, Pod, Reply, Shm, answer};
 use super::mounts;
 use super::process;
@@ -66,15 +68,14 @@ impl Driver {
     fn plan(&self, request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Result<(Pod, Blueprint)> {
         let linux = config.linux.get_or_default();
         refuse_host_namespaces(config)?;
-        let dir = self.ledger.dir().join("pod");
-        mounts::make_small(&dir)?;
+        let dir = mounts::make_small(&Dir::open(self.ledger.dir())?, "pod")?;
         make_files(&dir, config)?;
         let pod = Pod {
             sysctls: linux.sysctls.clone(),
             // In this mode containerd leaves the default mount on /dev/shm in place.
             shm: Some(Shm { source: "shm".into(), bytes: SHM_BYTES }),
             need: need(linux.resources.get_or_default()),
-            files: Some(dir),
+            files: Some(dir.path()),
             unannounced: true,
         };
         let netns = Some(PathBuf::from(&request.netns_path)).filter(|path| !path.as_os_str().is_empty());
@@ -172,12 +173,11 @@ fn refuse_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
     }
 }
 
-fn make_files(dir: &Path, config: &PodSandboxConfig) -> Result<()> {
+fn make_files(dir: &Dir, config: &PodSandboxConfig) -> Result<()> {
     let write = |name: &str, text: String| {
-        let path = dir.join(name);
-        fs::write(&path, text).doing(|| format!("write {}", path.display()))
+        let written = dir.make_file(name)?.write_all(text.as_bytes());
+        written.doing(|| format!("write {}", dir.path().join(name).display()))
     };
-    fs::create_dir_all(dir).doing(|| format!("make directory {}", dir.display()))?;
     // What the host has, as containerd does it: the kubelet mounts its own over it.
     write("hosts", fs::read_to_string("/etc/hosts").unwrap_or_default())?;
     write("hostname", format!("{}\n", config.hostname))?;
@@ -233,7 +233,7 @@ mod tests {
             ..Default::default()
         };
         let config = PodSandboxConfig { hostname: "web-0".into(), dns_config: Some(dns).into(), ..Default::default() };
-        make_files(dir.path(), &config).unwrap();
+        make_files(&Dir::open(dir.path()).unwrap(), &config).unwrap();
         let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!(read("hostname"), "web-0\n");
         assert_eq!(read("resolv.conf"), "search default.svc svc\nnameserver 10.96.0.10\noptions ndots:5\n");

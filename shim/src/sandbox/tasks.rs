@@ -57,8 +57,9 @@ impl Driver {
         if role != Role::Sandbox {
             self.needs.insert(request.id.clone(), Need::of_container(&order.spec));
         }
-        let launching = match self.guest_for(config, Blueprint::of(&order.spec)) {
-            Ok(launching) => launching,
+        let launching = self.guest_for(config, Blueprint::of(&order.spec));
+        let (launching, shares) = match launching.and_then(|launching| Ok((launching, self.shares()?))) {
+            Ok(both) => both,
             Err(error) => {
                 self.create_failed(&request.id);
                 return answer(reply, Err(error));
@@ -67,7 +68,7 @@ impl Driver {
         let size = self.sizing();
         let hooks = HostHooks::of(&order.spec, &request.id, &request.bundle);
         self.hooks.insert(request.id.clone(), hooks.clone());
-        let (namespace, ledger, shares) = (self.identity.namespace.clone(), self.ledger.clone(), self.shares.clone());
+        let namespace = self.identity.namespace.clone();
         let work = async move {
             if role == Role::Sandbox {
                 let guest = launching.clone().await?;
@@ -79,7 +80,7 @@ impl Driver {
             let host_io = HostIo::open(&order.io, &namespace, &order.id).await?;
             // mount(2) may wait for a slow disk, which must not hold up other requests.
             let host = tokio::task::spawn_blocking(move || {
-                let host = Host::prepare(&order, ledger.dir(), &shares);
+                let host = Host::prepare(&order, &shares);
                 host.map(|host| (order, host))
             });
             let (order, host) = host.await.map_err(|error| Error::internal(error.to_string()))??;

@@ -259,19 +259,7 @@ mod tests {
     pub(crate) fn config() -> MachineConfig {
         MachineConfig {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
-            capabilities: Capabilities {
-                version: "7.2.22".into(),
-                kvm: true,
-                tcg: true,
-                vhost_vsock: true,
-                vhost_user_vsock: true,
-                vhost_user_fs: true,
-                sandbox: true,
-                qboot: true,
-                data_dirs: Vec::new(),
-                virtio_status: true,
-                machine_options: ["usb", "sata"].map(String::from).into(),
-            },
+            capabilities: Capabilities::full(),
             accel: Resolved { kvm: false, reason: String::new() },
             name: "pod,1".into(),
             kernel: "/k,1/vmlinux".into(),
