@@ -6,7 +6,8 @@ use std::path::Path;
 use ttrpc_codegen::{Codegen, Customize};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos = ["agent", "csi", "health", "oci", "types"].map(|name| format!("protos/{name}.proto"));
+    let protos =
+        ["agent", "csi", "health", "oci", "types"].map(|name| format!("protos/{name}.proto"));
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }
@@ -16,11 +17,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .inputs(&protos)
         .include("protos")
         .rust_protobuf()
-        .customize(Customize { async_all: true, ..Default::default() })
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .run()?;
-    // Generated files begin with inner attributes, so they must be modules of their own, not included text.
+    // Generated files begin with inner attributes, so they must be modules of their own, not
+    // included text.
     let mut modules = String::new();
-    for name in ["agent", "agent_ttrpc", "csi", "health", "health_ttrpc", "oci", "types"] {
+    for name in [
+        "agent",
+        "agent_ttrpc",
+        "csi",
+        "health",
+        "health_ttrpc",
+        "oci",
+        "types",
+    ] {
         writeln!(modules, "#[path = \"{name}.rs\"]\npub mod {name};")?;
     }
     std::fs::write(Path::new(&out).join("protocols.rs"), modules)?;

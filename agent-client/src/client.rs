@@ -30,12 +30,20 @@ impl AgentClient {
         }
     }
 
-    /// Speaks ttrpc over any connection to an agent. The agent can make it keep no more than one small answer for each
-    /// call: one that breaks this rule (see `frames.rs`) has its connection closed.
-    pub fn over(stream: impl AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static) -> AgentClient {
+    /// Speaks ttrpc over any connection to an agent. The agent can make it keep no more than one
+    /// small answer for each call: one that breaks this rule (see `frames.rs`) has its connection
+    /// closed.
+    pub fn over(
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
+    ) -> AgentClient {
         let verdict = Verdict::default();
-        let client = ttrpc::r#async::Client::new(Socket::new(Watched::new(stream, verdict.clone())));
-        AgentClient { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client), verdict }
+        let client =
+            ttrpc::r#async::Client::new(Socket::new(Watched::new(stream, verdict.clone())));
+        AgentClient {
+            agent: AgentServiceClient::new(client.clone()),
+            health: HealthClient::new(client),
+            verdict,
+        }
     }
 
     /// The rule that the agent broke, if that is why the connection is closed.
@@ -44,8 +52,9 @@ impl AgentClient {
     }
 }
 
-/// The context of one call. `deadline` also travels to the agent (`timeout_nano`); `None` is for the calls that
-/// are parked until something happens in the guest (wait, read, OOM) and end with the connection.
+/// The context of one call. `deadline` also travels to the agent (`timeout_nano`); `None` is for
+/// the calls that are parked until something happens in the guest (wait, read, OOM) and end with
+/// the connection.
 pub fn context(deadline: Option<Duration>) -> Context {
     match deadline {
         Some(deadline) => ttrpc::context::with_duration(deadline),

@@ -1,9 +1,10 @@
 //! A watch over the ttrpc frames of an agent connection, below the client that reads them.
 //!
-//! The client keeps a frame of up to 4 MiB for whoever sends one, keeps any number of them for a call that is not awake
-//! yet, and a small frame may decode to something thirty times as large. A guest can send all of that at will, so here is
-//! what a guest may say: one response for each request, none larger than [`MAX_FRAME`]. Anything else is the end of the
-//! connection, before a byte of it is stored.
+//! The client keeps a frame of up to 4 MiB for whoever sends one, keeps any number of them for a
+//! call that is not awake yet, and a small frame may decode to something thirty times as large. A
+//! guest can send all of that at will, so here is what a guest may say: one response for each
+//! request, none larger than [`MAX_FRAME`]. Anything else is the end of the connection, before a
+//! byte of it is stored.
 
 use std::io::{self, ErrorKind};
 use std::pin::Pin;
@@ -13,8 +14,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_RESPONSE, MessageHeader};
 
-/// The largest answer in bytes. The largest that is asked for are 32 KiB of output; the list of routes that answers
-/// `UpdateRoutes` has room for a thousand of them.
+/// The largest answer in bytes. The largest that is asked for are 32 KiB of output; the list of
+/// routes that answers `UpdateRoutes` has room for a thousand of them.
 pub const MAX_FRAME: u32 = 128 * 1024;
 
 /// A connection of whose frames none breaks the rules.
@@ -26,7 +27,8 @@ pub(crate) struct Watched<S> {
     verdict: Verdict,
 }
 
-/// The rule that an agent broke, once it has: calls that are made or end after that hear of a closed connection only.
+/// The rule that an agent broke, once it has: calls that are made or end after that hear of a
+/// closed connection only.
 pub(crate) type Verdict = Arc<OnceLock<String>>;
 
 /// One direction.
@@ -42,8 +44,13 @@ struct Frames {
 }
 
 impl Frames {
-    /// Takes the next bytes of the stream; `check` sees each header, and the number of frames with it.
-    fn take(&mut self, mut bytes: &[u8], check: impl Fn(MessageHeader, u64) -> io::Result<()>) -> io::Result<()> {
+    /// Takes the next bytes of the stream; `check` sees each header, and the number of frames with
+    /// it.
+    fn take(
+        &mut self,
+        mut bytes: &[u8],
+        check: impl Fn(MessageHeader, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
         while !bytes.is_empty() {
             let payload = self.left.min(bytes.len());
             self.left -= payload;
@@ -66,7 +73,12 @@ impl Frames {
 
 impl<S> Watched<S> {
     pub(crate) fn new(stream: S, verdict: Verdict) -> Watched<S> {
-        Watched { stream, incoming: Frames::default(), outgoing: Frames::default(), verdict }
+        Watched {
+            stream,
+            incoming: Frames::default(),
+            outgoing: Frames::default(),
+            verdict,
+        }
     }
 }
 
@@ -75,24 +87,32 @@ fn forbidden(what: String) -> io::Error {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
         let requests = this.outgoing.count;
-        let checked = this.incoming.take(&buf.filled()[before..], |header, count| {
-            let (kind, length) = (header.type_, header.length);
-            match () {
-                () if kind != MESSAGE_TYPE_RESPONSE => {
-                    Err(forbidden(format!("the agent sent a frame of type {kind}, which is no response")))
+        let checked = this
+            .incoming
+            .take(&buf.filled()[before..], |header, count| {
+                let (kind, length) = (header.type_, header.length);
+                match () {
+                    () if kind != MESSAGE_TYPE_RESPONSE => Err(forbidden(format!(
+                        "the agent sent a frame of type {kind}, which is no response"
+                    ))),
+                    () if length > MAX_FRAME => Err(forbidden(format!(
+                        "the agent answered with {length} bytes: {MAX_FRAME} are allowed"
+                    ))),
+                    () if count > requests => {
+                        Err(forbidden("the agent answered what it was not asked".into()))
+                    }
+                    () => Ok(()),
                 }
-                () if length > MAX_FRAME => {
-                    Err(forbidden(format!("the agent answered with {length} bytes: {MAX_FRAME} are allowed")))
-                }
-                () if count > requests => Err(forbidden("the agent answered what it was not asked".into())),
-                () => Ok(()),
-            }
-        });
+            });
         if let Err(error) = &checked {
             let _ = this.verdict.set(error.to_string());
         }
@@ -101,7 +121,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf))?;
         this.outgoing.take(&buf[..written], |_, _| Ok(()))?;
@@ -124,7 +148,12 @@ mod tests {
     use super::*;
 
     fn frame(kind: u8, length: u32, payload: &[u8]) -> Vec<u8> {
-        let header = MessageHeader { length, stream_id: 1, type_: kind, flags: 0 };
+        let header = MessageHeader {
+            length,
+            stream_id: 1,
+            type_: kind,
+            flags: 0,
+        };
         [Vec::from(header), payload.to_vec()].concat()
     }
 
@@ -160,9 +189,18 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_answer_ends_the_connection() {
-        let words = async |requests, sent: Vec<u8>| read(requests, &sent).await.unwrap_err().to_string();
-        assert!(words(1, frame(2, MAX_FRAME + 1, b"")).await.contains("131073 bytes"));
-        assert!(words(1, frame(2, u32::MAX, b"")).await.contains("4294967295 bytes"));
+        let words =
+            async |requests, sent: Vec<u8>| read(requests, &sent).await.unwrap_err().to_string();
+        assert!(
+            words(1, frame(2, MAX_FRAME + 1, b""))
+                .await
+                .contains("131073 bytes")
+        );
+        assert!(
+            words(1, frame(2, u32::MAX, b""))
+                .await
+                .contains("4294967295 bytes")
+        );
         assert!(words(1, frame(3, 0, b"")).await.contains("type 3"));
         assert!(words(1, frame(1, 0, b"")).await.contains("type 1"));
         let twice = [frame(2, 0, b""), frame(2, 0, b"")].concat();

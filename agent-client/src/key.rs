@@ -1,15 +1,16 @@
-//! The key of a boot: what the shim shows at each connection to the agent, so that nobody else on the host gets one.
+//! The key of a boot: what the shim shows at each connection to the agent, so that nobody else on
+//! the host gets one.
 //!
-//! AF_VSOCK knows no permission: every local user can dial a guest. The shim sends the key as the answer to the agent's
-//! ready notice, which only the listener that the kernel command line names can get, and from then on as the first line
-//! of each connection that it makes.
+//! AF_VSOCK knows no permission: every local user can dial a guest. The shim sends the key as the
+//! answer to the agent's ready notice, which only the listener that the kernel command line names
+//! can get, and from then on as the first line of each connection that it makes.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 
-/// Kernel command line parameter (`=1`) by which the shim says that it will send a key. An agent without it, and one that
-/// is not ours, takes connections as they come.
+/// Kernel command line parameter (`=1`) by which the shim says that it will send a key. An agent
+/// without it, and one that is not ours, takes connections as they come.
 pub const KEY_PARAMETER: &str = "cofferdam.key";
 
 const MAGIC: &[u8] = b"cofferdam-key/1 ";
@@ -50,13 +51,19 @@ impl Key {
     /// Reads a line; none if it is not one.
     pub fn parse(line: [u8; KEY_LINE]) -> Option<Key> {
         let digits = line.strip_prefix(MAGIC)?.strip_suffix(b"\n")?;
-        let plain = digits.iter().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+        let plain = digits
+            .iter()
+            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
         plain.then_some(Key(line))
     }
 
     /// Whether a line shows this key. Takes as long for a wrong one as for the right one.
     pub fn is_shown_by(&self, line: &[u8; KEY_LINE]) -> bool {
-        self.0.iter().zip(line).fold(0, |all, (ours, theirs)| all | (ours ^ theirs)) == 0
+        self.0
+            .iter()
+            .zip(line)
+            .fold(0, |all, (ours, theirs)| all | (ours ^ theirs))
+            == 0
     }
 }
 

@@ -1,7 +1,7 @@
 //! The guest agent's protocol: messages, transports and the client's end of a connection.
 //!
-//! Owns the wire: what is sent, over which socket, and by when an answer must be there. It never decides
-//! what a sandbox should do, and it knows nothing of QEMU or containerd.
+//! Owns the wire: what is sent, over which socket, and by when an answer must be there. It never
+//! decides what a sandbox should do, and it knows nothing of QEMU or containerd.
 
 mod client;
 mod frames;
@@ -10,7 +10,13 @@ pub mod stdio;
 mod transport;
 
 /// Messages and ttrpc stubs, generated from `protos/`.
-#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::panic, reason = "generated code")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "generated code"
+)]
 pub mod protocols {
     include!(concat!(env!("OUT_DIR"), "/protocols.rs"));
 }
@@ -23,7 +29,8 @@ pub use transport::{Listener, Stream, Transport};
 /// Port of the agent's ttrpc server in the guest.
 pub const AGENT_PORT: u32 = 1024;
 
-/// Port in the guest on which the agent takes raw stdio streams, where it announces [`FEATURE_RAW_STDIO`].
+/// Port in the guest on which the agent takes raw stdio streams, where it announces
+/// [`FEATURE_RAW_STDIO`].
 pub const STDIO_PORT: u32 = 1028;
 
 /// Port on the host's end of a hybrid transport to which the agent's ready notice is sent.
@@ -33,19 +40,22 @@ pub const READY_PORT: u32 = 1029;
 /// Kernel command line parameter that names the host port of the ready notice.
 pub const READY_PARAMETER: &str = "cofferdam.ready_port";
 
-/// Entry of `AgentDetails.extra_features`: each stdio channel can be a vsock stream of its own, see [`stdio`].
+/// Entry of `AgentDetails.extra_features`: each stdio channel can be a vsock stream of its own, see
+/// [`stdio`].
 pub const FEATURE_RAW_STDIO: &str = "cofferdam.raw-stdio";
 
-/// Entry of `AgentDetails.extra_features`: `SignalProcess` with the exec id [`ALL_PROCESSES`] is for every process of
-/// the container. Without it only SIGKILL is.
+/// Entry of `AgentDetails.extra_features`: `SignalProcess` with the exec id [`ALL_PROCESSES`] is
+/// for every process of the container. Without it only SIGKILL is.
 pub const FEATURE_SIGNAL_ALL: &str = "cofferdam.signal-all";
 
-/// Entry of `AgentDetails.extra_features`: streams to TCP ports of the guest's loopback, see [`FORWARD_PORT`].
+/// Entry of `AgentDetails.extra_features`: streams to TCP ports of the guest's loopback, see
+/// [`FORWARD_PORT`].
 pub const FEATURE_PORT_FORWARD: &str = "cofferdam.port-forward";
 
-/// Port in the guest for forwarded TCP connections. The host sends `cofferdam-forward/1 <TCP port>\n`; the agent connects
-/// to that port on the guest's loopback (IPv4, then IPv6), answers [`stdio::ACCEPTED`], and the stream carries the
-/// connection's bytes. Nobody listens: the agent closes the stream without an answer.
+/// Port in the guest for forwarded TCP connections. The host sends `cofferdam-forward/1 <TCP
+/// port>\n`; the agent connects to that port on the guest's loopback (IPv4, then IPv6), answers
+/// [`stdio::ACCEPTED`], and the stream carries the connection's bytes. Nobody listens: the agent
+/// closes the stream without an answer.
 pub const FORWARD_PORT: u32 = 1030;
 
 /// First word of the line that asks for a forwarded connection.
@@ -54,11 +64,12 @@ pub const FORWARD_MAGIC: &str = "cofferdam-forward/1";
 /// Entry of `AgentDetails.extra_features`: storages of the driver [`UDS_DRIVER`].
 pub const FEATURE_UDS: &str = "cofferdam.uds";
 
-/// Storage driver for a unix socket of the host: the agent listens on a socket at `mount_point` in the guest, and for
-/// each connection to it dials the host's vsock port `port=<number>` of the driver options (with a hybrid transport
-/// [`UDS_PORT`]), sends `cofferdam-uds/2 <source> <uid> <gid>\n` with the ids of the process that connected, reads
-/// [`stdio::ACCEPTED`], and copies both ways. `source` is the host's name for the socket, without white space. The options
-/// `mode=` (octal), `uid=` and `gid=` are the permissions and the owner of the socket in the guest.
+/// Storage driver for a unix socket of the host: the agent listens on a socket at `mount_point` in
+/// the guest, and for each connection to it dials the host's vsock port `port=<number>` of the
+/// driver options (with a hybrid transport [`UDS_PORT`]), sends `cofferdam-uds/2 <source> <uid>
+/// <gid>\n` with the ids of the process that connected, reads [`stdio::ACCEPTED`], and copies both
+/// ways. `source` is the host's name for the socket, without white space. The options `mode=`
+/// (octal), `uid=` and `gid=` are the permissions and the owner of the socket in the guest.
 pub const UDS_DRIVER: &str = "cofferdam.uds";
 
 /// Port on the host's end of a hybrid transport to which connections to the host's unix sockets go.
@@ -67,9 +78,10 @@ pub const UDS_PORT: u32 = 1031;
 /// First word of the line that asks for a connection to a unix socket of the host.
 pub const UDS_MAGIC: &str = "cofferdam-uds/2";
 
-/// Entry of `AgentDetails.extra_features`: a pod needs no pause container. Containers that share the sandbox's pid
-/// namespace (`sandbox_pidns`) find a process of the agent's as PID 1 there, and one whose pid namespace entry has a path
-/// of the form [`POD_PID_PATH`]`<container id>` joins that container's.
+/// Entry of `AgentDetails.extra_features`: a pod needs no pause container. Containers that share
+/// the sandbox's pid namespace (`sandbox_pidns`) find a process of the agent's as PID 1 there, and
+/// one whose pid namespace entry has a path of the form [`POD_PID_PATH`]`<container id>` joins that
+/// container's.
 pub const FEATURE_POD: &str = "cofferdam.pod";
 
 /// See [`FEATURE_POD`].
@@ -78,14 +90,15 @@ pub const POD_PID_PATH: &str = "container:";
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 
-/// Tag of the virtio-fs device that shares volumes, and root file systems that the client made itself.
+/// Tag of the virtio-fs device that shares volumes, and root file systems that the client made
+/// itself.
 pub const SHARE_TAG: &str = "kataShared";
 
 /// Where the guest mounts the shared file system.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
 
-/// Tag of the virtio-fs device that shares root file systems which nobody but their container changes: the guest keeps
-/// what it has read of them.
+/// Tag of the virtio-fs device that shares root file systems which nobody but their container
+/// changes: the guest keeps what it has read of them.
 pub const ROOTFS_TAG: &str = "cofferdamRootfs";
 
 /// Where the guest mounts those root file systems.

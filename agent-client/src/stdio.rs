@@ -1,16 +1,17 @@
 //! Raw stdio: one vsock stream for each stdio channel of a process, beside ttrpc.
 //!
-//! The host dials [`crate::STDIO_PORT`] and sends one header line; the agent answers [`ACCEPTED`] and then the stream
-//! carries the channel's bytes and nothing else. A stream for a process that does not exist yet is kept until
-//! `CreateContainer` or `ExecProcess` makes it, so the host connects before the process can run. End of file on a
-//! stream is end of file of the channel. The header is text:
+//! The host dials [`crate::STDIO_PORT`] and sends one header line; the agent answers [`ACCEPTED`]
+//! and then the stream carries the channel's bytes and nothing else. A stream for a process that
+//! does not exist yet is kept until `CreateContainer` or `ExecProcess` makes it, so the host
+//! connects before the process can run. End of file on a stream is end of file of the channel. The
+//! header is text:
 //!
 //! ```text
 //! cofferdam-stdio/1 stdout <container id> <exec id>\n
 //! ```
 //!
-//! The exec id is empty for the container's init process. Ids hold no white space (containerd allows only
-//! `[A-Za-z0-9_.-]`).
+//! The exec id is empty for the container's init process. Ids hold no white space (containerd
+//! allows only `[A-Za-z0-9_.-]`).
 
 use std::fmt;
 use std::str::FromStr;
@@ -52,7 +53,11 @@ impl fmt::Display for Header {
             Channel::Stdout => "stdout",
             Channel::Stderr => "stderr",
         };
-        writeln!(f, "{MAGIC} {channel} {} {}", self.container_id, self.exec_id)
+        writeln!(
+            f,
+            "{MAGIC} {channel} {} {}",
+            self.container_id, self.exec_id
+        )
     }
 }
 
@@ -83,7 +88,11 @@ impl FromStr for Header {
         if container_id.is_empty() || fields.next().is_some() {
             return Err(bad());
         }
-        Ok(Header { channel, container_id, exec_id })
+        Ok(Header {
+            channel,
+            container_id,
+            exec_id,
+        })
     }
 }
 
@@ -93,8 +102,16 @@ mod tests {
 
     #[test]
     fn a_header_reads_back_as_it_was_written() {
-        for (channel, exec_id) in [(Channel::Stdin, ""), (Channel::Stdout, "e1"), (Channel::Stderr, "a.b_c-d")] {
-            let header = Header { channel, container_id: "web".into(), exec_id: exec_id.into() };
+        for (channel, exec_id) in [
+            (Channel::Stdin, ""),
+            (Channel::Stdout, "e1"),
+            (Channel::Stderr, "a.b_c-d"),
+        ] {
+            let header = Header {
+                channel,
+                container_id: "web".into(),
+                exec_id: exec_id.into(),
+            };
             assert_eq!(header.to_string().parse::<Header>().unwrap(), header);
         }
     }

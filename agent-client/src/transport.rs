@@ -1,4 +1,5 @@
-//! How bytes reach the guest: kernel vsock, or a unix socket of a user space vsock device ("hybrid").
+//! How bytes reach the guest: kernel vsock, or a unix socket of a user space vsock device
+//! ("hybrid").
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -27,14 +28,14 @@ pub enum Transport {
         /// Context id of the guest.
         cid: u32,
     },
-    /// The unix socket of a user space vsock device: `CONNECT <port>\n` is answered by `OK <port>\n`; what the
-    /// guest dials arrives on `<path>_<port>`.
+    /// The unix socket of a user space vsock device: `CONNECT <port>\n` is answered by `OK
+    /// <port>\n`; what the guest dials arrives on `<path>_<port>`.
     Hybrid {
         /// The device's socket.
         path: PathBuf,
     },
-    /// A plain unix socket of an agent that runs as an ordinary process. There are no ports: the port is appended to
-    /// the path as `<path>_<port>`, but for the agent's own, which is `<path>`.
+    /// A plain unix socket of an agent that runs as an ordinary process. There are no ports: the
+    /// port is appended to the path as `<path>_<port>`, but for the agent's own, which is `<path>`.
     Unix {
         /// The agent's socket.
         path: PathBuf,
@@ -83,21 +84,31 @@ impl Transport {
     /// `TimedOut` after the deadline; `ConnectionRefused` when nobody listens on the port yet.
     pub async fn dial(&self, port: u32, deadline: Duration) -> io::Result<Stream> {
         timeout(deadline, self.connect(port)).await.map_err(|_| {
-            io::Error::new(io::ErrorKind::TimedOut, format!("guest port {port} did not answer within {deadline:?}"))
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("guest port {port} did not answer within {deadline:?}"),
+            )
         })?
     }
 
     async fn connect(&self, port: u32) -> io::Result<Stream> {
         match self {
-            Transport::Vsock { cid } => Ok(Stream::Vsock(VsockStream::connect(VsockAddr::new(*cid, port)).await?)),
+            Transport::Vsock { cid } => Ok(Stream::Vsock(
+                VsockStream::connect(VsockAddr::new(*cid, port)).await?,
+            )),
             Transport::Hybrid { path } => {
-                // A task of its own, so that giving up on the dial never breaks it off: vhost-device-vsock 0.3 spins
-                // for ever on a connection that ends before it has answered the CONNECT line.
+                // A task of its own, so that giving up on the dial never breaks it off:
+                // vhost-device-vsock 0.3 spins for ever on a connection that ends before it has
+                // answered the CONNECT line.
                 let dial = tokio::spawn(connect_hybrid(path.clone(), port));
                 dial.await.map_err(io::Error::other)?.map(Stream::Unix)
             }
-            Transport::Unix { path } if port == crate::AGENT_PORT => UnixStream::connect(path).await.map(Stream::Unix),
-            Transport::Unix { path } => UnixStream::connect(with_port(path, port)).await.map(Stream::Unix),
+            Transport::Unix { path } if port == crate::AGENT_PORT => {
+                UnixStream::connect(path).await.map(Stream::Unix)
+            }
+            Transport::Unix { path } => UnixStream::connect(with_port(path, port))
+                .await
+                .map(Stream::Unix),
             Transport::Keyed { way, key } => {
                 let mut stream = Box::pin(way.connect(port)).await?;
                 stream.write_all(key.line()).await?;
@@ -106,8 +117,8 @@ impl Transport {
         }
     }
 
-    /// Listens for connections that the guest makes to the host's `port`. On kernel vsock the port is picked by the
-    /// kernel, because all guests share one port space: use [`Listener::port`].
+    /// Listens for connections that the guest makes to the host's `port`. On kernel vsock the port
+    /// is picked by the kernel, because all guests share one port space: use [`Listener::port`].
     ///
     /// # Errors
     /// The bind error, for example a socket path that is too long.
@@ -115,7 +126,10 @@ impl Transport {
         match self {
             Transport::Vsock { cid } => {
                 let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT_ANY))?;
-                Ok(Listener::Vsock { listener, cid: *cid })
+                Ok(Listener::Vsock {
+                    listener,
+                    cid: *cid,
+                })
             }
             Transport::Hybrid { path } | Transport::Unix { path } => {
                 let path = with_port(path, port);
@@ -135,7 +149,9 @@ fn with_port(path: &Path, port: u32) -> PathBuf {
 
 async fn connect_hybrid(path: PathBuf, port: u32) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(path).await?;
-    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    stream
+        .write_all(format!("CONNECT {port}\n").as_bytes())
+        .await?;
     // The guest's servers speak second, so nothing can follow the line yet.
     let mut answer = Vec::with_capacity(MAX_ANSWER);
     while answer.last() != Some(&b'\n') {
@@ -149,14 +165,20 @@ async fn connect_hybrid(path: PathBuf, port: u32) -> io::Result<UnixStream> {
         }
         answer.extend_from_slice(&chunk[..length]);
         if answer.len() > MAX_ANSWER {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "vsock device answered CONNECT with a long line"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "vsock device answered CONNECT with a long line",
+            ));
         }
     }
     if answer.starts_with(b"OK") {
         return Ok(stream);
     }
     let answer = String::from_utf8_lossy(&answer).trim().to_owned();
-    Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("vsock device answered CONNECT with {answer:?}")))
+    Err(io::Error::new(
+        io::ErrorKind::ConnectionRefused,
+        format!("vsock device answered CONNECT with {answer:?}"),
+    ))
 }
 
 impl Listener {
@@ -206,7 +228,11 @@ impl AsRawFd for Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Stream::Vsock(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -215,7 +241,11 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Vsock(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -257,7 +287,9 @@ mod tests {
             }
             Ok::<_, io::Error>(())
         });
-        let result = Transport::Hybrid { path }.dial(1024, Duration::from_secs(5)).await;
+        let result = Transport::Hybrid { path }
+            .dial(1024, Duration::from_secs(5))
+            .await;
         device.await??;
         result
     }
@@ -269,8 +301,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_hybrid_device_that_does_not_is_an_error() {
-        assert_eq!(dial(&[]).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        assert_eq!(dial(&[b"NO\n"]).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        assert_eq!(dial(&[&[b'x'; 200]]).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            dial(&[]).await.unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+        assert_eq!(
+            dial(&[b"NO\n"]).await.unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+        assert_eq!(
+            dial(&[&[b'x'; 200]]).await.unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
     }
 }

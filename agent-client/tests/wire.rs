@@ -1,12 +1,18 @@
-//! The wire, field by field: every message is encoded and its bytes are compared with the published table, so that a
-//! stock agent and a stock client understand us.
+//! The wire, field by field: every message is encoded and its bytes are compared with the published
+//! table, so that a stock agent and a stock client understand us.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test fail by panicking, as the test does")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "the helpers of a test fail by panicking, as the test does"
+)]
 
 use std::collections::BTreeMap;
 
 use agent_client::protocols::{agent, csi, health, oci, types};
-use protobuf::reflect::{FileDescriptor, MessageDescriptor, ReflectValueBox, RuntimeFieldType, RuntimeType};
+use protobuf::reflect::{
+    FileDescriptor, MessageDescriptor, ReflectValueBox, RuntimeFieldType, RuntimeType,
+};
 
 const TABLE: &str = include_str!("wire.txt");
 
@@ -25,7 +31,10 @@ fn table() -> Messages {
             Some(field) => {
                 let mut parts = field.splitn(3, ' ');
                 let number = parts.next().unwrap().parse().unwrap();
-                let field = (parts.next().unwrap().to_owned(), parts.next().unwrap().to_owned());
+                let field = (
+                    parts.next().unwrap().to_owned(),
+                    parts.next().unwrap().to_owned(),
+                );
                 messages.get_mut(name).unwrap().insert(number, field);
             }
         }
@@ -44,7 +53,11 @@ fn files() -> [&'static FileDescriptor; 5] {
 }
 
 fn descriptors() -> BTreeMap<String, MessageDescriptor> {
-    files().iter().flat_map(|file| file.messages()).map(|message| (message.full_name().to_owned(), message)).collect()
+    files()
+        .iter()
+        .flat_map(|file| file.messages())
+        .map(|message| (message.full_name().to_owned(), message))
+        .collect()
 }
 
 /// Wire type and payload of a value that is not its type's default.
@@ -81,17 +94,28 @@ fn is_packable(kind: &RuntimeType) -> bool {
 fn every_field_is_encoded_under_its_published_number() {
     let descriptors = descriptors();
     for (name, fields) in table() {
-        let descriptor = descriptors.get(&name).unwrap_or_else(|| panic!("{name} is missing"));
-        assert_eq!(descriptor.fields().count(), fields.len(), "{name} has other fields than the table");
+        let descriptor = descriptors
+            .get(&name)
+            .unwrap_or_else(|| panic!("{name} is missing"));
+        assert_eq!(
+            descriptor.fields().count(),
+            fields.len(),
+            "{name} has other fields than the table"
+        );
         for (number, (field_name, kind)) in fields {
-            let field = descriptor.field_by_number(number).unwrap_or_else(|| panic!("{name} {number} is missing"));
+            let field = descriptor
+                .field_by_number(number)
+                .unwrap_or_else(|| panic!("{name} {number} is missing"));
             assert_eq!(field.name(), field_name, "{name} {number}");
             let mut message = descriptor.new_instance();
             let (wire, payload) = match field.runtime_field_type() {
                 RuntimeFieldType::Singular(of) => {
                     let (wire, value, payload) = probe(&of);
                     field.set_singular_field(&mut *message, value);
-                    assert!(!kind.starts_with("repeated") && !kind.starts_with("map"), "{name}.{field_name}");
+                    assert!(
+                        !kind.starts_with("repeated") && !kind.starts_with("map"),
+                        "{name}.{field_name}"
+                    );
                     (wire, payload)
                 }
                 RuntimeFieldType::Repeated(of) => {
@@ -108,12 +132,17 @@ fn every_field_is_encoded_under_its_published_number() {
                     let (wire, value, value_bytes) = probe(&of);
                     field.mut_map(&mut *message).insert(key, value);
                     assert!(kind.starts_with("map<"), "{name}.{field_name}");
-                    let entry = [vec![0x0a], key_bytes, vec![0x10 | wire as u8], value_bytes].concat();
+                    let entry =
+                        [vec![0x0a], key_bytes, vec![0x10 | wire as u8], value_bytes].concat();
                     (2, [vec![entry.len() as u8], entry].concat())
                 }
             };
             let expected = [varint(number << 3 | wire), payload].concat();
-            assert_eq!(message.write_to_bytes_dyn().unwrap(), expected, "{name}.{field_name}");
+            assert_eq!(
+                message.write_to_bytes_dyn().unwrap(),
+                expected,
+                "{name}.{field_name}"
+            );
         }
     }
 }
@@ -130,9 +159,15 @@ fn there_is_no_message_that_the_table_does_not_know() {
 fn services_and_methods_have_their_published_names() {
     let services: BTreeMap<String, usize> = files()
         .iter()
-        .flat_map(|file| file.services().map(|service| (service.proto().name().to_owned(), service.methods().count())))
+        .flat_map(|file| {
+            file.services()
+                .map(|service| (service.proto().name().to_owned(), service.methods().count()))
+        })
         .collect();
-    assert_eq!(services, BTreeMap::from([("AgentService".to_owned(), 42), ("Health".to_owned(), 2)]));
+    assert_eq!(
+        services,
+        BTreeMap::from([("AgentService".to_owned(), 42), ("Health".to_owned(), 2)])
+    );
     assert_eq!(agent::file_descriptor().proto().package(), "grpc");
     assert_eq!(types::file_descriptor().proto().package(), "types");
 }

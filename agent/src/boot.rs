@@ -1,6 +1,7 @@
 //! The first moments of PID 1: mounts, root, loopback, a few sysctls; and its last: power off.
 //!
-//! Time to the ready notice is what a user waits for at every start, so what can wait until after it does.
+//! Time to the ready notice is what a user waits for at every start, so what can wait until after
+//! it does.
 
 use std::fs;
 use std::io;
@@ -31,11 +32,19 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Reads the parameters of a kernel command line; unknown and malformed ones are somebody else's.
+    /// Reads the parameters of a kernel command line; unknown and malformed ones are somebody
+    /// else's.
     pub fn parse(line: &str) -> Parameters {
-        let mut parameters =
-            Parameters { ready_port: None, keyed: false, debug: false, hotplug_timeout: Duration::from_secs(3) };
-        for (key, value) in line.split_whitespace().filter_map(|word| word.split_once('=')) {
+        let mut parameters = Parameters {
+            ready_port: None,
+            keyed: false,
+            debug: false,
+            hotplug_timeout: Duration::from_secs(3),
+        };
+        for (key, value) in line
+            .split_whitespace()
+            .filter_map(|word| word.split_once('='))
+        {
             match key {
                 agent_client::READY_PARAMETER => parameters.ready_port = value.parse().ok(),
                 agent_client::KEY_PARAMETER => parameters.keyed = value == "1",
@@ -63,13 +72,33 @@ struct Mount {
     data: &'static str,
 }
 
-const NOSUID_NOEXEC_NODEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC).union(MsFlags::MS_NODEV);
+const NOSUID_NOEXEC_NODEV: MsFlags = MsFlags::MS_NOSUID
+    .union(MsFlags::MS_NOEXEC)
+    .union(MsFlags::MS_NODEV);
 const NOSUID_NODEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
 const MOUNTS: &[Mount] = &[
-    Mount { source: "proc", target: "/proc", fstype: "proc", flags: NOSUID_NOEXEC_NODEV, data: "" },
-    Mount { source: "sysfs", target: "/sys", fstype: "sysfs", flags: NOSUID_NOEXEC_NODEV, data: "" },
-    Mount { source: "dev", target: "/dev", fstype: "devtmpfs", flags: MsFlags::MS_NOSUID, data: "mode=0755" },
+    Mount {
+        source: "proc",
+        target: "/proc",
+        fstype: "proc",
+        flags: NOSUID_NOEXEC_NODEV,
+        data: "",
+    },
+    Mount {
+        source: "sysfs",
+        target: "/sys",
+        fstype: "sysfs",
+        flags: NOSUID_NOEXEC_NODEV,
+        data: "",
+    },
+    Mount {
+        source: "dev",
+        target: "/dev",
+        fstype: "devtmpfs",
+        flags: MsFlags::MS_NOSUID,
+        data: "mode=0755",
+    },
     Mount {
         source: "devpts",
         target: "/dev/pts",
@@ -77,8 +106,20 @@ const MOUNTS: &[Mount] = &[
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: "mode=0620,ptmxmode=0666",
     },
-    Mount { source: "shm", target: "/dev/shm", fstype: "tmpfs", flags: NOSUID_NODEV, data: "mode=1777" },
-    Mount { source: "run", target: "/run", fstype: "tmpfs", flags: NOSUID_NODEV, data: "mode=0755" },
+    Mount {
+        source: "shm",
+        target: "/dev/shm",
+        fstype: "tmpfs",
+        flags: NOSUID_NODEV,
+        data: "mode=1777",
+    },
+    Mount {
+        source: "run",
+        target: "/run",
+        fstype: "tmpfs",
+        flags: NOSUID_NODEV,
+        data: "mode=0755",
+    },
     Mount {
         source: "cgroup2",
         target: CGROUP_ROOT,
@@ -105,7 +146,14 @@ const SYSCTLS: &[(&str, &str)] = &[
 /// The mount that failed; without it no container can run.
 pub fn boot() -> Result<Parameters> {
     move_root()?;
-    for Mount { source, target, fstype, flags, data } in MOUNTS {
+    for Mount {
+        source,
+        target,
+        fstype,
+        flags,
+        data,
+    } in MOUNTS
+    {
         let _ = fs::create_dir(target);
         mount(Some(*source), *target, Some(*fstype), *flags, Some(*data))
             .what(|| format!("mount {fstype} on {target}"))?;
@@ -116,15 +164,19 @@ pub fn boot() -> Result<Parameters> {
     {
         log::to(kmsg);
     }
-    // As on hosts where containerd has no limit: a process of a container takes over what its spec does not set.
-    let limit = libc::rlimit { rlim_cur: MAX_FILES, rlim_max: MAX_FILES };
+    // As on hosts where containerd has no limit: a process of a container takes over what its spec
+    // does not set.
+    let limit = libc::rlimit {
+        rlim_cur: MAX_FILES,
+        rlim_max: MAX_FILES,
+    };
     // SAFETY: the limit lives over the call.
     unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
     Ok(parameters)
 }
 
-/// Does the part of a boot that only containers need. It comes after the ready notice: the host needs some time to
-/// answer, and this fits into it.
+/// Does the part of a boot that only containers need. It comes after the ready notice: the host
+/// needs some time to answer, and this fits into it.
 pub fn settle() {
     enable_controllers(Path::new(CGROUP_ROOT));
     for (key, value) in SYSCTLS {
@@ -137,22 +189,34 @@ pub fn settle() {
     }
 }
 
-/// Puts a bind mount of the initramfs over the initramfs, because pivot_root(2) refuses a root that has no parent
-/// mount, and every container does one.
+/// Puts a bind mount of the initramfs over the initramfs, because pivot_root(2) refuses a root that
+/// has no parent mount, and every container does one.
 fn move_root() -> Result<()> {
     const STAGE: &str = "/run";
     let _ = fs::create_dir(STAGE);
-    mount(Some("/"), STAGE, None::<&str>, MsFlags::MS_BIND, None::<&str>).what(|| "bind the root".into())?;
+    mount(
+        Some("/"),
+        STAGE,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .what(|| "bind the root".into())?;
     std::env::set_current_dir(STAGE).what(|| "enter the new root".into())?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).what(|| "move the new root".into())?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+        .what(|| "move the new root".into())?;
     nix::unistd::chroot(".").what(|| "chroot to the new root".into())?;
     std::env::set_current_dir("/").what(|| "enter /".into())
 }
 
-/// Lets children of `group` use every controller there is. One write each, so that a missing one stops no other.
+/// Lets children of `group` use every controller there is. One write each, so that a missing one
+/// stops no other.
 fn enable_controllers(group: &Path) {
     let controllers = fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
-    let all: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+    let all: Vec<String> = controllers
+        .split_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
     let control = group.join("cgroup.subtree_control");
     if fs::write(&control, all.join(" ")).is_err() {
         for one in all {
@@ -162,8 +226,13 @@ fn enable_controllers(group: &Path) {
 }
 
 fn loopback_up() -> Result<()> {
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
-        .what(|| "open a socket for lo".into())?;
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .what(|| "open a socket for lo".into())?;
     // SAFETY: ifreq is plain data, for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
@@ -173,11 +242,16 @@ fn loopback_up() -> Result<()> {
     request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap_or(i16::MAX);
     // SAFETY: the request is a valid ifreq that lives over the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    if result < 0 { Err(io::Error::last_os_error()).what(|| "bring lo up".into()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error()).what(|| "bring lo up".into())
+    } else {
+        Ok(())
+    }
 }
 
-/// An ordinary root process gets mounts, hostname, IPC and a cgroup v2 tree of its own, so that it can do what PID 1
-/// does without touching the host. Returns the cgroup below which containers live.
+/// An ordinary root process gets mounts, hostname, IPC and a cgroup v2 tree of its own, so that it
+/// can do what PID 1 does without touching the host. Returns the cgroup below which containers
+/// live.
 ///
 /// # Errors
 /// The step that failed, for example without root.
@@ -185,11 +259,30 @@ pub fn isolate() -> Result<String> {
     use nix::sched::{CloneFlags, unshare};
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC)
         .what(|| "unshare mounts, hostname and IPC (root is needed)".into())?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .what(|| "make mounts private".into())?;
-    mount(Some("run"), "/run", Some("tmpfs"), NOSUID_NODEV, Some("mode=0755")).what(|| "mount tmpfs on /run".into())?;
-    mount(Some("cgroup2"), CGROUP_ROOT, Some("cgroup2"), NOSUID_NOEXEC_NODEV, None::<&str>)
-        .what(|| format!("mount cgroup2 on {CGROUP_ROOT}"))?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .what(|| "make mounts private".into())?;
+    mount(
+        Some("run"),
+        "/run",
+        Some("tmpfs"),
+        NOSUID_NODEV,
+        Some("mode=0755"),
+    )
+    .what(|| "mount tmpfs on /run".into())?;
+    mount(
+        Some("cgroup2"),
+        CGROUP_ROOT,
+        Some("cgroup2"),
+        NOSUID_NOEXEC_NODEV,
+        None::<&str>,
+    )
+    .what(|| format!("mount cgroup2 on {CGROUP_ROOT}"))?;
     let group = format!("{CGROUP_ROOT}/cofferdam-agent-{}", std::process::id());
     fs::create_dir(&group).what(|| format!("create cgroup {group}"))?;
     enable_controllers(Path::new(&group));
@@ -204,7 +297,10 @@ pub fn power_off() -> Error {
         Ok(never) => match never {},
         Err(error) => error,
     };
-    Error::Io { what: "power off".into(), source: error.into() }
+    Error::Io {
+        what: "power off".into(),
+        source: error.into(),
+    }
 }
 
 #[cfg(test)]
@@ -214,15 +310,25 @@ mod tests {
     #[test]
     fn the_command_line_is_read_by_key() {
         let parameters = Parameters::parse(
-            "quiet panic=1 cofferdam.ready_port=1029 cofferdam.key=1 agent.log=debug agent.hotplug_timeout=7 x",
+            "quiet panic=1 cofferdam.ready_port=1029 cofferdam.key=1 agent.log=debug \
+             agent.hotplug_timeout=7 x",
         );
         assert_eq!(
             parameters,
-            Parameters { ready_port: Some(1029), keyed: true, debug: true, hotplug_timeout: Duration::from_secs(7) }
+            Parameters {
+                ready_port: Some(1029),
+                keyed: true,
+                debug: true,
+                hotplug_timeout: Duration::from_secs(7)
+            }
         );
         let parameters = Parameters::parse("agent.log=info cofferdam.ready_port=nonsense");
-        let defaults =
-            Parameters { ready_port: None, keyed: false, debug: false, hotplug_timeout: Duration::from_secs(3) };
+        let defaults = Parameters {
+            ready_port: None,
+            keyed: false,
+            debug: false,
+            hotplug_timeout: Duration::from_secs(3),
+        };
         assert_eq!(parameters, defaults);
     }
 }

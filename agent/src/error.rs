@@ -56,7 +56,10 @@ pub trait What<T> {
 
 impl<T, E: Into<io::Error>> What<T> for std::result::Result<T, E> {
     fn what(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| Error::Io { what: what(), source: error.into() })
+        self.map_err(|error| Error::Io {
+            what: what(),
+            source: error.into(),
+        })
     }
 }
 
@@ -80,10 +83,18 @@ mod tests {
 
     #[test]
     fn errors_read_like_those_of_runc() {
-        let error = Err::<(), _>(io::Error::from_raw_os_error(libc::ENOENT)).what(|| "stat /foo".into()).unwrap_err();
+        let error = Err::<(), _>(io::Error::from_raw_os_error(libc::ENOENT))
+            .what(|| "stat /foo".into())
+            .unwrap_err();
         assert_eq!(error.to_string(), "stat /foo: no such file or directory");
-        assert_eq!(errno_text(&io::Error::from_raw_os_error(libc::ENOEXEC)), "exec format error");
-        assert_eq!(errno_text(&io::Error::other("CPU 3 is gone")), "CPU 3 is gone");
+        assert_eq!(
+            errno_text(&io::Error::from_raw_os_error(libc::ENOEXEC)),
+            "exec format error"
+        );
+        assert_eq!(
+            errno_text(&io::Error::other("CPU 3 is gone")),
+            "CPU 3 is gone"
+        );
     }
 
     #[test]

@@ -22,15 +22,20 @@ pub async fn serve(arrivals: Arrivals) {
 
 async fn forward(mut host: Stream) -> io::Result<()> {
     let line = read_line(&mut host, MAX_LINE).await?;
-    let port = parse(&line)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{line:?} does not name a TCP port")))?;
+    let port = parse(&line).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{line:?} does not name a TCP port"),
+        )
+    })?;
     let server = connect(port).await?;
     // What is carried has its own ideas of when to wait for more.
     let _ = server.set_nodelay(true);
     host.write_all(&[ACCEPTED]).await?;
     match host {
         Stream::Unix(_) => both_ways(host, server).await,
-        // Not every vsock device passes on that one direction has ended, and who forwards a port waits for that.
+        // Not every vsock device passes on that one direction has ended, and who forwards a port
+        // waits for that.
         Stream::Vsock(_) => until_end_of(server, host).await,
     }
 }
@@ -44,7 +49,10 @@ fn parse(line: &str) -> Option<u16> {
 
 async fn connect(port: u16) -> io::Result<TcpStream> {
     let mut refusal = None;
-    for host in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
+    for host in [
+        IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::LOCALHOST),
+    ] {
         match timeout(HANDSHAKE, TcpStream::connect((host, port))).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => refusal = refusal.or(Some(error)),
@@ -52,7 +60,9 @@ async fn connect(port: u16) -> io::Result<TcpStream> {
         }
     }
     let refusal = refusal.map(|error| error.to_string()).unwrap_or_default();
-    Err(io::Error::other(format!("connect to port {port} of the loopback: {refusal}")))
+    Err(io::Error::other(format!(
+        "connect to port {port} of the loopback: {refusal}"
+    )))
 }
 
 #[cfg(test)]

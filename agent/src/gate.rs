@@ -1,6 +1,8 @@
-//! Who may connect to the agent. Where the host has announced a key, only who shows it first; else whoever comes.
+//! Who may connect to the agent. Where the host has announced a key, only who shows it first; else
+//! whoever comes.
 //!
-//! Strangers cannot keep the host out: of those that have shown nothing yet only the latest are kept.
+//! Strangers cannot keep the host out: of those that have shown nothing yet only the latest are
+//! kept.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,8 +21,8 @@ use crate::log::log;
 /// By when a key must be shown. The host sends it with the connection.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// Connections that have shown nothing yet. Far more than the host makes at once: its own are among these until their
-/// first bytes have come, which is after the guest has answered them.
+/// Connections that have shown nothing yet. Far more than the host makes at once: its own are among
+/// these until their first bytes have come, which is after the guest has answered them.
 const STRANGERS: usize = 1024;
 
 /// Connections that have, and that nobody has taken yet.
@@ -44,7 +46,10 @@ pub fn forget() {
         // An ordinary write to what is never read again would be left out.
         // SAFETY: writes a whole value of the type over a valid one, which has no destructor.
         unsafe {
-            std::ptr::write_volatile(std::ptr::from_mut(key).cast::<[u8; size_of::<Key>()]>(), [0; size_of::<Key>()])
+            std::ptr::write_volatile(
+                std::ptr::from_mut(key).cast::<[u8; size_of::<Key>()]>(),
+                [0; size_of::<Key>()],
+            )
         };
     }
 }
@@ -76,9 +81,10 @@ impl Arrivals {
     pub async fn accept(&mut self) -> io::Result<Stream> {
         match self {
             Arrivals::Open(listener) => listener.accept().await,
-            Arrivals::Keyed(arrivals) => {
-                arrivals.recv().await.ok_or_else(|| io::Error::other("nobody watches the gate"))
-            }
+            Arrivals::Keyed(arrivals) => arrivals
+                .recv()
+                .await
+                .ok_or_else(|| io::Error::other("nobody watches the gate")),
         }
     }
 }
@@ -112,7 +118,8 @@ async fn admit(mut stream: Stream, admitted: mpsc::Sender<Stream>) {
         Ok::<_, io::Error>(shows_the_key(&line).await)
     };
     match timeout(DEADLINE, shown).await {
-        // By a task of its own: who has shown the key is no stranger any more, however long nobody takes it.
+        // By a task of its own: who has shown the key is no stranger any more, however long nobody
+        // takes it.
         Ok(Ok(true)) => drop(tokio::spawn(async move { admitted.send(stream).await })),
         _ => log!("a connection that shows no key, or another, is closed"),
     }
@@ -139,7 +146,10 @@ mod tests {
 
     #[tokio::test]
     async fn only_who_shows_the_key_comes_in_however_many_strangers_there_are() {
-        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
         // SAFETY: the limit lives over both calls.
         unsafe {
             assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
@@ -148,7 +158,10 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent");
-        let listener = Listener::Unix { listener: UnixListener::bind(&path).unwrap(), path: path.clone() };
+        let listener = Listener::Unix {
+            listener: UnixListener::bind(&path).unwrap(),
+            path: path.clone(),
+        };
         let mut arrivals = Arrivals::of(listener, true);
         let key = Key::random().unwrap();
         // Before there is a key: it waits for it.
@@ -157,7 +170,13 @@ mod tests {
         early.write_all(b"early").await.unwrap();
         set(key.clone());
         let mut text = [0; 5];
-        arrivals.accept().await.unwrap().read_exact(&mut text).await.unwrap();
+        arrivals
+            .accept()
+            .await
+            .unwrap()
+            .read_exact(&mut text)
+            .await
+            .unwrap();
         assert_eq!(&text, b"early");
 
         // Many at once, which nobody takes for now.
@@ -172,7 +191,13 @@ mod tests {
             tokio::task::yield_now().await;
         }
         for _ in 0..burst.len() {
-            arrivals.accept().await.unwrap().write_all(b"taken").await.unwrap();
+            arrivals
+                .accept()
+                .await
+                .unwrap()
+                .write_all(b"taken")
+                .await
+                .unwrap();
         }
         for stream in &mut burst {
             stream.read_exact(&mut text).await.unwrap();
@@ -184,14 +209,23 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let mut wrong = UnixStream::connect(&path).await.unwrap();
-        wrong.write_all(Key::random().unwrap().line()).await.unwrap();
+        wrong
+            .write_all(Key::random().unwrap().line())
+            .await
+            .unwrap();
         assert_eq!(wrong.read(&mut text).await.unwrap(), 0, "closed");
         let mut half = UnixStream::connect(&path).await.unwrap();
         half.write_all(&key.line()[..KEY_LINE / 2]).await.unwrap();
         let mut right = UnixStream::connect(&path).await.unwrap();
         right.write_all(key.line()).await.unwrap();
         right.write_all(b"right").await.unwrap();
-        arrivals.accept().await.unwrap().read_exact(&mut text).await.unwrap();
+        arrivals
+            .accept()
+            .await
+            .unwrap()
+            .read_exact(&mut text)
+            .await
+            .unwrap();
         assert_eq!(&text, b"right");
         drop((strangers, half));
         forget();

@@ -32,7 +32,9 @@ pub async fn online(cpus: u32, memory: bool) -> Result<()> {
         sleep(ONLINE_PAUSE).await;
     }
     if missing > 0 {
-        return Err(Error::Failed(format!("{missing} of {cpus} CPUs did not come online")));
+        return Err(Error::Failed(format!(
+            "{missing} of {cpus} CPUs did not come online"
+        )));
     }
     if memory {
         for file in offline("/sys/devices/system/memory", "memory", "state", "offline") {
@@ -44,7 +46,10 @@ pub async fn online(cpus: u32, memory: bool) -> Result<()> {
 
 /// Control files of the numbered things in `dir` that say `off`.
 fn offline(dir: &str, prefix: &str, file: &str, off: &str) -> Vec<PathBuf> {
-    let numbered = |name: &str| name.strip_prefix(prefix).is_some_and(|rest| rest.parse::<u32>().is_ok());
+    let numbered = |name: &str| {
+        name.strip_prefix(prefix)
+            .is_some_and(|rest| rest.parse::<u32>().is_ok())
+    };
     fs::read_dir(dir)
         .into_iter()
         .flatten()
@@ -55,7 +60,8 @@ fn offline(dir: &str, prefix: &str, file: &str, off: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Mixes `data` into the kernel's random numbers and makes it reseed from them: a clone must not repeat its template.
+/// Mixes `data` into the kernel's random numbers and makes it reseed from them: a clone must not
+/// repeat its template.
 ///
 /// # Errors
 /// No data, or the kernel's refusal.

@@ -12,7 +12,8 @@ pub fn to(file: File) {
     let _ = LOG.set(file);
 }
 
-/// Writes one line, if there is a log. One write per line, because /dev/kmsg takes each write as a record.
+/// Writes one line, if there is a log. One write per line, because /dev/kmsg takes each write as a
+/// record.
 pub fn line(text: Arguments<'_>) {
     if let Some(mut log) = LOG.get() {
         let _ = log.write_all(format!("cofferdam-agent: {text}\n").as_bytes());

@@ -1,7 +1,8 @@
-//! The guest agent: PID 1 of the virtual machine, which runs the sandbox's containers for the shim on the host.
+//! The guest agent: PID 1 of the virtual machine, which runs the sandbox's containers for the shim
+//! on the host.
 //!
-//! One thread, on purpose: a process of a container begins as a copy of this one, and a copy of a threaded process may
-//! do next to nothing. The order below is the order of a boot.
+//! One thread, on purpose: a process of a container begins as a copy of this one, and a copy of a
+//! threaded process may do next to nothing. The order below is the order of a boot.
 
 mod boot;
 mod cgroup;
@@ -41,7 +42,8 @@ use error::{Error, Result, What};
 use gate::Arrivals;
 use log::log;
 
-const USAGE: &str = "usage: cofferdam-agent --listen unix:PATH   (without arguments only as PID 1 of a guest)";
+const USAGE: &str =
+    "usage: cofferdam-agent --listen unix:PATH   (without arguments only as PID 1 of a guest)";
 
 /// How long the notice to the host may go before everything else.
 const HEAD_START: Duration = Duration::from_millis(50);
@@ -58,7 +60,9 @@ fn main() -> ExitCode {
             println!("cofferdam-agent {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
-        [option, address] if option == "--listen" => address.strip_prefix("unix:").map(PathBuf::from),
+        [option, address] if option == "--listen" => {
+            address.strip_prefix("unix:").map(PathBuf::from)
+        }
         _ => None,
     };
     let result = match listen {
@@ -73,12 +77,19 @@ fn main() -> ExitCode {
         // A PID 1 that returns is a kernel panic; this says the same with less noise.
         eprintln!("cofferdam-agent: {}", boot::power_off());
     }
-    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if result.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn run(listen: Option<PathBuf>) -> Result<()> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
-    let runtime = builder.enable_all().build().what(|| "start the runtime".into())?;
+    let runtime = builder
+        .enable_all()
+        .build()
+        .what(|| "start the runtime".into())?;
     runtime.block_on(serve(listen))
 }
 
@@ -102,27 +113,38 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         None => (vsock(AGENT_PORT)?, vsock(STDIO_PORT)?, None),
     };
     if let Some(port) = parameters.ready_port {
-        // What connects from now on waits in the sockets' queues, and the host needs a moment to do so: the rest is
-        // made ready in that time.
+        // What connects from now on waits in the sockets' queues, and the host needs a moment to do
+        // so: the rest is made ready in that time.
         let notice = tokio::spawn(ready::tell(port, parameters.keyed));
         let _ = tokio::time::timeout(HEAD_START, notice).await;
     }
     let keyed = parameters.keyed;
     let host = match listen {
         Some(path) => Transport::Unix { path },
-        None => Transport::Vsock { cid: VMADDR_CID_HOST },
+        None => Transport::Vsock {
+            cid: VMADDR_CID_HOST,
+        },
     };
-    let sandbox = sandbox::Sandbox::new(PathBuf::from(&cgroups), parameters.hotplug_timeout, host, reaper);
+    let sandbox = sandbox::Sandbox::new(
+        PathBuf::from(&cgroups),
+        parameters.hotplug_timeout,
+        host,
+        reaper,
+    );
     let over = Arc::new(Notify::new());
     tokio::spawn(stdio::serve(Arrivals::of(stdio, keyed), sandbox.clone()));
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(incoming(Arrivals::of(agent, keyed)))
         .register_service(server::services(sandbox, over.clone(), init));
-    server.start().await.map_err(|error| Error::Failed(format!("start the server: {error}")))?;
+    server
+        .start()
+        .await
+        .map_err(|error| Error::Failed(format!("start the server: {error}")))?;
     if init {
         boot::settle();
     }
-    // The host asks for ports only once it knows what this agent can do, and the answer to that comes after this.
+    // The host asks for ports only once it knows what this agent can do, and the answer to that
+    // comes after this.
     let forward = forward.map_or_else(|| vsock(FORWARD_PORT), Ok)?;
     tokio::spawn(forward::serve(Arrivals::of(forward, keyed)));
     log!("ready");
@@ -136,26 +158,35 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
 }
 
 fn unix(path: PathBuf) -> io::Result<Listener> {
-    Ok(Listener::Unix { listener: tokio::net::UnixListener::bind(&path)?, path })
+    Ok(Listener::Unix {
+        listener: tokio::net::UnixListener::bind(&path)?,
+        path,
+    })
 }
 
 /// Only the host may connect: a container in this guest can open vsock sockets too.
 fn vsock(port: u32) -> Result<Listener> {
-    let listener =
-        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).what(|| format!("listen on vsock port {port}"))?;
-    Ok(Listener::Vsock { listener, cid: VMADDR_CID_HOST })
+    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .what(|| format!("listen on vsock port {port}"))?;
+    Ok(Listener::Vsock {
+        listener,
+        cid: VMADDR_CID_HOST,
+    })
 }
 
 /// The server's connections.
 fn incoming(arrivals: Arrivals) -> ttrpc::r#async::transport::Listener {
-    ttrpc::r#async::transport::Listener::new(futures::stream::unfold(arrivals, async |mut arrivals| {
-        let accepted = arrivals.accept().await;
-        if accepted.is_err() {
-            // Out of descriptors, for example: others must close some first.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        Some((accepted, arrivals))
-    }))
+    ttrpc::r#async::transport::Listener::new(futures::stream::unfold(
+        arrivals,
+        async |mut arrivals| {
+            let accepted = arrivals.accept().await;
+            if accepted.is_err() {
+                // Out of descriptors, for example: others must close some first.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Some((accepted, arrivals))
+        },
+    ))
 }
 
 /// Locks; a panic elsewhere does not make the data worse than it is.

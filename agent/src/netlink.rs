@@ -1,12 +1,14 @@
-//! Route netlink in as few words as the agent needs: requests, attributes, dumps. A crate for it would make the agent
-//! larger by 800 kB.
+//! Route netlink in as few words as the agent needs: requests, attributes, dumps. A crate for it
+//! would make the agent larger by 800 kB.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::ReceiveTimeout;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
+};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 /// Bytes of a `struct nlmsghdr`.
@@ -30,7 +32,8 @@ impl Message {
         let mut bytes = vec![0; 4];
         bytes.extend(kind.to_ne_bytes());
         // The flags of a message are 16 bits wide.
-        let flags = u16::try_from(flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK).unwrap_or_default();
+        let flags =
+            u16::try_from(flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK).unwrap_or_default();
         bytes.extend(flags.to_ne_bytes());
         bytes.resize(HEADER, 0);
         bytes.extend(fixed);
@@ -72,12 +75,18 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 
 /// The 16-bit number at `at`.
 pub fn number16(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..)?.first_chunk().map(|bytes| u16::from_ne_bytes(*bytes))
+    bytes
+        .get(at..)?
+        .first_chunk()
+        .map(|bytes| u16::from_ne_bytes(*bytes))
 }
 
 /// The 32-bit number at `at`.
 pub fn number32(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+    bytes
+        .get(at..)?
+        .first_chunk()
+        .map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
 /// A connection to the kernel.
@@ -90,12 +99,18 @@ impl Netlink {
     /// The failed system call.
     pub fn open() -> io::Result<Netlink> {
         let protocol = SockProtocol::NetlinkRoute;
-        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
+        let fd = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            protocol,
+        )?;
         setsockopt(&fd, ReceiveTimeout, &TimeVal::seconds(DEADLINE_SECONDS))?;
         Ok(Netlink(fd))
     }
 
-    /// Sends a request and returns the messages that came before its acknowledgement, without their headers.
+    /// Sends a request and returns the messages that came before its acknowledgement, without their
+    /// headers.
     ///
     /// # Errors
     /// The kernel's refusal, or its silence.
@@ -111,7 +126,9 @@ impl Netlink {
             let mut rest = &buffer[..length];
             while let (Some(length), Some(kind)) = (number32(rest, 0), number16(rest, 4)) {
                 let length = usize::try_from(length).unwrap_or(usize::MAX);
-                let Some(payload) = rest.get(HEADER..length) else { break };
+                let Some(payload) = rest.get(HEADER..length) else {
+                    break;
+                };
                 match i32::from(kind) {
                     libc::NLMSG_DONE | libc::NLMSG_ERROR => {
                         // Both begin with an error number, zero or negative.
@@ -135,14 +152,28 @@ mod tests {
 
     #[test]
     fn attributes_read_back_as_they_were_written() {
-        let bytes = [attribute(3, b"eth0\0"), attribute(1, &[]), attribute(7, &[1, 2, 3, 4])].concat();
+        let bytes = [
+            attribute(3, b"eth0\0"),
+            attribute(1, &[]),
+            attribute(7, &[1, 2, 3, 4]),
+        ]
+        .concat();
         let read: Vec<(u16, &[u8])> = attributes(&bytes).collect();
-        assert_eq!(read, [(3, b"eth0\0".as_slice()), (1, &[]), (7, &[1, 2, 3, 4])]);
+        assert_eq!(
+            read,
+            [(3, b"eth0\0".as_slice()), (1, &[]), (7, &[1, 2, 3, 4])]
+        );
     }
 
     #[test]
     fn broken_attributes_end_the_list() {
-        for bytes in [[0, 0, 1, 0].as_slice(), &[3, 0, 1, 0], &[9, 0, 1, 0, 5], &[4, 0], &[]] {
+        for bytes in [
+            [0, 0, 1, 0].as_slice(),
+            &[3, 0, 1, 0],
+            &[9, 0, 1, 0, 5],
+            &[4, 0],
+            &[],
+        ] {
             assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");
         }
     }
@@ -150,9 +181,17 @@ mod tests {
     #[test]
     fn the_kernel_answers() {
         let netlink = Netlink::open().unwrap();
-        let links = netlink.request(Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; 16])).unwrap();
-        assert!(links.iter().any(|link| attributes(&link[16..]).any(|attribute| attribute == (3, b"lo\0"))));
-        let error = netlink.request(Message::new(libc::RTM_GETLINK, 0, &[0; 16])).unwrap_err();
+        let links = netlink
+            .request(Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; 16]))
+            .unwrap();
+        assert!(
+            links
+                .iter()
+                .any(|link| attributes(&link[16..]).any(|attribute| attribute == (3, b"lo\0")))
+        );
+        let error = netlink
+            .request(Message::new(libc::RTM_GETLINK, 0, &[0; 16]))
+            .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     }
 }

@@ -1,5 +1,5 @@
-//! OOM kills: noticed by the kernel's notice on `memory.events`, queued for the one call that waits for them, and
-//! handed over before the exit that they caused.
+//! OOM kills: noticed by the kernel's notice on `memory.events`, queued for the one call that waits
+//! for them, and handed over before the exit that they caused.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -65,7 +65,8 @@ impl Queue {
         }
     }
 
-    /// Queues an event if there is one, and waits until it was fetched by a caller who is there to do so.
+    /// Queues an event if there is one, and waits until it was fetched by a caller who is there to
+    /// do so.
     pub async fn settle(&self, container: &Container) {
         self.check(container);
         let fetched = async {
@@ -79,7 +80,8 @@ impl Queue {
             }
         };
         let _ = timeout(HANDOVER, fetched).await;
-        // The caller was woken before those who wait for the exit; one turn lets its answer go out first.
+        // The caller was woken before those who wait for the exit; one turn lets its answer go out
+        // first.
         tokio::task::yield_now().await;
     }
 }

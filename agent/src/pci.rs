@@ -13,11 +13,17 @@ pub const POLL: Duration = Duration::from_millis(5);
 
 const ROOT: &str = "/sys/devices/pci0000:00";
 
-/// Waits until `find` finds what it wants in the sysfs directory of the device at `pci_path`, such as `02/01`.
+/// Waits until `find` finds what it wants in the sysfs directory of the device at `pci_path`, such
+/// as `02/01`.
 ///
 /// # Errors
 /// A path that is none, or a device that does not come before the deadline.
-pub async fn wait<T>(pci_path: &str, what: &str, deadline: Duration, find: impl Fn(&Path) -> Option<T>) -> Result<T> {
+pub async fn wait<T>(
+    pci_path: &str,
+    what: &str,
+    deadline: Duration,
+    find: impl Fn(&Path) -> Option<T>,
+) -> Result<T> {
     let elements = parse(pci_path)?;
     let end = Instant::now() + deadline;
     loop {
@@ -25,27 +31,42 @@ pub async fn wait<T>(pci_path: &str, what: &str, deadline: Duration, find: impl 
             return Ok(found);
         }
         if Instant::now() >= end {
-            return Err(Error::Failed(format!("no {what} at PCI path {pci_path} within {deadline:?}")));
+            return Err(Error::Failed(format!(
+                "no {what} at PCI path {pci_path} within {deadline:?}"
+            )));
         }
         sleep(POLL).await;
     }
 }
 
-/// The name of the `class` device (`block`, `net`) of the virtio device in a PCI device's directory.
+/// The name of the `class` device (`block`, `net`) of the virtio device in a PCI device's
+/// directory.
 pub fn virtio_child(device: &Path, class: &str) -> Option<String> {
-    let virtio = fs::read_dir(device)
+    let virtio = fs::read_dir(device).ok()?.flatten().find(|entry| {
+        entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with("virtio"))
+    })?;
+    fs::read_dir(virtio.path().join(class))
         .ok()?
-        .flatten()
-        .find(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("virtio")))?;
-    fs::read_dir(virtio.path().join(class)).ok()?.next()?.ok()?.file_name().into_string().ok()
+        .next()?
+        .ok()?
+        .file_name()
+        .into_string()
+        .ok()
 }
 
 /// `SS` or `SS.F` in hexadecimal, joined by slashes.
 fn parse(path: &str) -> Result<Vec<(u8, u8)>> {
     let element = |text: &str| {
         let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
-        let slot = u8::from_str_radix(slot, 16).ok().filter(|slot| *slot < 32 && text.len() >= 2)?;
-        let function = u8::from_str_radix(function, 16).ok().filter(|function| *function < 8)?;
+        let slot = u8::from_str_radix(slot, 16)
+            .ok()
+            .filter(|slot| *slot < 32 && text.len() >= 2)?;
+        let function = u8::from_str_radix(function, 16)
+            .ok()
+            .filter(|function| *function < 8)?;
         Some((slot, function))
     };
     path.split('/')
@@ -61,7 +82,13 @@ fn device(root: &Path, elements: &[(u8, u8)]) -> Option<PathBuf> {
     for (index, (slot, function)) in elements.iter().enumerate() {
         at.push(format!("{bus}:{slot:02x}.{function}"));
         if index + 1 < elements.len() {
-            bus = fs::read_dir(at.join("pci_bus")).ok()?.next()?.ok()?.file_name().into_string().ok()?;
+            bus = fs::read_dir(at.join("pci_bus"))
+                .ok()?
+                .next()?
+                .ok()?
+                .file_name()
+                .into_string()
+                .ok()?;
         }
     }
     at.is_dir().then_some(at)

@@ -1,4 +1,5 @@
-//! What a privileged container gets: every device of the guest. The host's are nothing that it could use.
+//! What a privileged container gets: every device of the guest. The host's are nothing that it
+//! could use.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -25,7 +26,9 @@ pub fn add_devices(spec: &mut Spec) {
 fn walk(dir: &Path, found: &mut Vec<LinuxDevice>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         // Links are not followed.
-        let Ok(metadata) = entry.metadata() else { continue };
+        let Ok(metadata) = entry.metadata() else {
+            continue;
+        };
         let kind = metadata.file_type();
         if kind.is_dir() {
             if !SKIPPED.iter().any(|name| entry.file_name() == *name) {
@@ -34,7 +37,9 @@ fn walk(dir: &Path, found: &mut Vec<LinuxDevice>) {
             continue;
         }
         // The console of a container is its terminal.
-        if !(kind.is_char_device() || kind.is_block_device()) || entry.path() == Path::new("/dev/console") {
+        if !(kind.is_char_device() || kind.is_block_device())
+            || entry.path() == Path::new("/dev/console")
+        {
             continue;
         }
         found.push(LinuxDevice {

@@ -26,7 +26,13 @@ pub struct Process {
 impl Process {
     /// Takes over a process that was just made.
     pub fn new(pid: libc::pid_t, pidfd: OwnedFd, io: Io) -> Arc<Process> {
-        Arc::new(Process { pid, pidfd, exit: watch::Sender::new(None), io: Arc::new(io), told: AtomicBool::new(false) })
+        Arc::new(Process {
+            pid,
+            pidfd,
+            exit: watch::Sender::new(None),
+            io: Arc::new(io),
+            told: AtomicBool::new(false),
+        })
     }
 
     /// Its id in the guest.
@@ -101,10 +107,12 @@ impl Process {
         }
     }
 
-    /// True if the process would notice a signal: it has a handler, or takes it by sigwait or signalfd, or chose to
-    /// ignore it. The first process of a pid namespace ignores what it has no handler for.
+    /// True if the process would notice a signal: it has a handler, or takes it by sigwait or
+    /// signalfd, or chose to ignore it. The first process of a pid namespace ignores what it has no
+    /// handler for.
     pub fn minds(&self, signal: i32) -> bool {
-        fs::read_to_string(format!("/proc/{}/status", self.pid)).is_ok_and(|status| minds(&status, signal))
+        fs::read_to_string(format!("/proc/{}/status", self.pid))
+            .is_ok_and(|status| minds(&status, signal))
     }
 }
 
@@ -123,11 +131,16 @@ mod tests {
     #[test]
     fn a_handler_a_block_and_an_ignore_count_as_noticing() {
         let status = |block: u64, ignore: u64, catch: u64| {
-            format!("Name:\tx\nSigPnd:\t0\nSigBlk:\t{block:016x}\nSigIgn:\t{ignore:016x}\nSigCgt:\t{catch:016x}\n")
+            format!(
+                "Name:\tx\nSigPnd:\t0\nSigBlk:\t{block:016x}\nSigIgn:\t{ignore:016x}\nSigCgt:\t{catch:016x}\n"
+            )
         };
         let term = 1 << (libc::SIGTERM - 1);
         assert!(!minds(&status(0, 0, 0), libc::SIGTERM));
-        assert!(!minds(&status(0, 0, 1 << (libc::SIGINT - 1)), libc::SIGTERM));
+        assert!(!minds(
+            &status(0, 0, 1 << (libc::SIGINT - 1)),
+            libc::SIGTERM
+        ));
         assert!(minds(&status(term, 0, 0), libc::SIGTERM));
         assert!(minds(&status(0, term, 0), libc::SIGTERM));
         assert!(minds(&status(0, 0, term), libc::SIGTERM));

@@ -1,4 +1,5 @@
-//! Tells the host that the agent can be reached, and takes the key from it that connections have to show.
+//! Tells the host that the agent can be reached, and takes the key from it that connections have to
+//! show.
 
 use std::io;
 use std::time::Duration;
@@ -11,7 +12,8 @@ use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use crate::gate;
 use crate::log::log;
 
-/// How long the notice is tried: the vsock device may come after the agent, and the host may be busy.
+/// How long the notice is tried: the vsock device may come after the agent, and the host may be
+/// busy.
 const PERSEVERANCE: Duration = Duration::from_secs(60);
 
 /// By when one attempt must be through.
@@ -23,7 +25,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// Pause between attempts: where there is no device yet, they fail at once.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Dials the host and sends one line. With `keyed` the host's key is the answer, without which nobody comes in.
+/// Dials the host and sends one line. With `keyed` the host's key is the answer, without which
+/// nobody comes in.
 pub async fn tell(port: u32, keyed: bool) {
     let end = Instant::now() + PERSEVERANCE;
     loop {
@@ -54,5 +57,6 @@ pub async fn tell(port: u32, keyed: bool) {
 async fn key(stream: &mut VsockStream) -> io::Result<Key> {
     let mut line = [0; KEY_LINE];
     stream.read_exact(&mut line).await?;
-    Key::parse(line).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "what the host sends is no key"))
+    Key::parse(line)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "what the host sends is no key"))
 }

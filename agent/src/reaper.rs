@@ -1,4 +1,5 @@
-//! Collects every child that exits: the processes of containers, and the orphans that PID 1 inherits.
+//! Collects every child that exits: the processes of containers, and the orphans that PID 1
+//! inherits.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -25,8 +26,8 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Will carry the exit status of a child: its code, or 128 plus the signal that killed it. To be called before
-    /// anything is awaited after the child was made, so that no exit is missed.
+    /// Will carry the exit status of a child: its code, or 128 plus the signal that killed it. To
+    /// be called before anything is awaited after the child was made, so that no exit is missed.
     pub fn watch(&self, pid: libc::pid_t) -> oneshot::Receiver<i32> {
         let (sender, receiver) = oneshot::channel();
         lock(&self.0).insert(pid, sender);
@@ -52,5 +53,9 @@ impl Reaper {
 }
 
 fn code(status: libc::c_int) -> i32 {
-    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 128 + libc::WTERMSIG(status) }
+    if libc::WIFEXITED(status) {
+        libc::WEXITSTATUS(status)
+    } else {
+        128 + libc::WTERMSIG(status)
+    }
 }

@@ -1,4 +1,5 @@
-//! Connections that are carried through the guest: the line that opens one, and the bytes both ways.
+//! Connections that are carried through the guest: the line that opens one, and the bytes both
+//! ways.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -7,7 +8,9 @@ use std::time::Duration;
 use agent_client::Stream;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_bidirectional_with_sizes, split};
+use tokio::io::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_bidirectional_with_sizes, split,
+};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -56,7 +59,8 @@ where
     }
 }
 
-/// Reads one line of at most `most` bytes and nothing behind it. The newline is not part of the answer.
+/// Reads one line of at most `most` bytes and nothing behind it. The newline is not part of the
+/// answer.
 ///
 /// # Errors
 /// A peer that is late, that hangs up, or whose line has no end.
@@ -67,7 +71,10 @@ pub async fn read_line(stream: &mut Stream, most: usize) -> io::Result<String> {
             match stream.read_u8().await? {
                 b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
                 _ if line.len() == most => {
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, "the first line has no end"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "the first line has no end",
+                    ));
                 }
                 byte => line.push(byte),
             }
@@ -76,7 +83,8 @@ pub async fn read_line(stream: &mut Stream, most: usize) -> io::Result<String> {
     timeout(HANDSHAKE, read).await?
 }
 
-/// Copies both ways until both sides have ended. The end of one is passed on to the other, which may go on.
+/// Copies both ways until both sides have ended. The end of one is passed on to the other, which
+/// may go on.
 ///
 /// # Errors
 /// The failed read or write.
@@ -87,12 +95,14 @@ where
 {
     let sockets = [one.as_raw_fd(), other.as_raw_fd()];
     tokio::select! {
-        done = copy_bidirectional_with_sizes(&mut one, &mut other, CHUNK, CHUNK) => done.map(|_| ()),
+        done = copy_bidirectional_with_sizes(&mut one, &mut other, CHUNK,
+            CHUNK) => done.map(|_| ()),
         () = dead_end(sockets) => Ok(()),
     }
 }
 
-/// Copies both ways until `last` has ended. The end of the other is passed on, and `last` may go on.
+/// Copies both ways until `last` has ended. The end of the other is passed on, and `last` may go
+/// on.
 ///
 /// # Errors
 /// The failed read or write.
@@ -115,9 +125,10 @@ where
     }
 }
 
-/// Waits until neither socket takes anything. A peer that is gone looks like one that has only finished sending, until
-/// something is sent to it, and the other side may never do so; sending nothing tells the two apart. A socket that was
-/// told the other's end takes nothing either, but as long as one does, there is something to carry.
+/// Waits until neither socket takes anything. A peer that is gone looks like one that has only
+/// finished sending, until something is sent to it, and the other side may never do so; sending
+/// nothing tells the two apart. A socket that was told the other's end takes nothing either, but as
+/// long as one does, there is something to carry.
 async fn dead_end(sockets: [RawFd; 2]) {
     let deaf = |socket| {
         let sent = send(socket, &[], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);

@@ -1,5 +1,5 @@
-//! The sandbox: which containers and storages there are. All state is behind one lock that is never held over a wait;
-//! there is one thread, so it is never contended.
+//! The sandbox: which containers and storages there are. All state is behind one lock that is never
+//! held over a wait; there is one thread, so it is never contended.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_client::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
+use agent_client::protocols::agent::{
+    CreateContainerRequest, CreateSandboxRequest, Device, Storage,
+};
 use agent_client::protocols::oci;
 use agent_client::stdio::Header;
 use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
@@ -42,7 +44,8 @@ pub struct Sandbox {
     /// OOM kills that nobody has fetched yet.
     pub oom: Arc<oom::Queue>,
     state: Mutex<State>,
-    /// PID 1 of the pid namespace that containers share, once one of them does. Held while it is made.
+    /// PID 1 of the pid namespace that containers share, once one of them does. Held while it is
+    /// made.
     pod_init: tokio::sync::Mutex<Option<PodInit>>,
 }
 
@@ -72,7 +75,12 @@ impl Drop for Busy<'_> {
 
 impl Sandbox {
     /// A sandbox without anything in it.
-    pub fn new(cgroups: PathBuf, hotplug_timeout: Duration, host: Transport, reaper: Reaper) -> Arc<Sandbox> {
+    pub fn new(
+        cgroups: PathBuf,
+        hotplug_timeout: Duration,
+        host: Transport,
+        reaper: Reaper,
+    ) -> Arc<Sandbox> {
         Arc::new(Sandbox {
             cgroups,
             hotplug_timeout,
@@ -105,10 +113,13 @@ impl Sandbox {
     async fn set_up(&self, request: &CreateSandboxRequest) -> Result<()> {
         if let Some(module) = request.kernel_modules.first() {
             let name = &module.name;
-            return Err(Error::Invalid(format!("kernel module {name}: the guest kernel has everything built in")));
+            return Err(Error::Invalid(format!(
+                "kernel module {name}: the guest kernel has everything built in"
+            )));
         }
         if !request.hostname.is_empty() {
-            nix::unistd::sethostname(&request.hostname).what(|| format!("set hostname {}", request.hostname))?;
+            nix::unistd::sethostname(&request.hostname)
+                .what(|| format!("set hostname {}", request.hostname))?;
         }
         let place = format!("{BASE}/sandbox");
         fs::create_dir_all(&place).what(|| format!("create {place}"))?;
@@ -132,10 +143,14 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Steps into a shared volume, which virtio-fs mounts when somebody does. Here and not first in the container's own
-    /// namespace: there each container would get a file system of its own, with sockets, locks and mappings of its own.
+    /// Steps into a shared volume, which virtio-fs mounts when somebody does. Here and not first in
+    /// the container's own namespace: there each container would get a file system of its own, with
+    /// sockets, locks and mappings of its own.
     fn cross(&self, path: &str) -> Result<()> {
-        let storage = Storage { mount_point: path.to_owned(), ..Default::default() };
+        let storage = Storage {
+            mount_point: path.to_owned(),
+            ..Default::default()
+        };
         let mut state = lock(&self.state);
         if state.storages.reuse(&storage) {
             return Ok(());
@@ -143,8 +158,18 @@ impl Sandbox {
         let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
         let tried = || format!("open the shared volume {path}");
         let inside = device(Path::new(path)).what(tried)?;
-        let outside = Path::new(path).parent().map_or(Ok(inside), device).what(tried)?;
-        state.storages.add(&storage, if inside == outside { Made::Files } else { Made::Mount });
+        let outside = Path::new(path)
+            .parent()
+            .map_or(Ok(inside), device)
+            .what(tried)?;
+        state.storages.add(
+            &storage,
+            if inside == outside {
+                Made::Files
+            } else {
+                Made::Mount
+            },
+        );
         Ok(())
     }
 
@@ -152,7 +177,10 @@ impl Sandbox {
     ///
     /// # Errors
     /// What was wrong; then nothing of it is left.
-    pub async fn create_container(self: &Arc<Self>, mut request: CreateContainerRequest) -> Result<()> {
+    pub async fn create_container(
+        self: &Arc<Self>,
+        mut request: CreateContainerRequest,
+    ) -> Result<()> {
         let id = std::mem::take(&mut request.container_id);
         check_id(&id)?;
         let _busy = self.reserve(&id)?;
@@ -178,8 +206,15 @@ impl Sandbox {
             self.mount(storage).await?;
             mounted.push(storage.mount_point.clone());
         }
-        let mut spec = request.OCI.take().ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
-        for mount in spec.Mounts.iter().filter(|mount| Path::new(&mount.source).starts_with(GUEST_SHARE)) {
+        let mut spec = request
+            .OCI
+            .take()
+            .ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
+        for mount in spec
+            .Mounts
+            .iter()
+            .filter(|mount| Path::new(&mount.source).starts_with(GUEST_SHARE))
+        {
             self.cross(&mount.source)?;
             mounted.push(mount.source.clone());
         }
@@ -189,12 +224,16 @@ impl Sandbox {
             numbers.insert(host, guest);
         }
         translate_rules(&mut spec, &numbers);
-        let pid_namespace = self.pid_namespace(id, request.sandbox_pidns, &mut spec).await?;
+        let pid_namespace = self
+            .pid_namespace(id, request.sandbox_pidns, &mut spec)
+            .await?;
         privileged::add_devices(&mut spec);
         let (claimed, seccomp) = {
             let mut state = lock(&self.state);
             let profile = spec.Linux.as_ref().and_then(|linux| linux.Seccomp.as_ref());
-            let seccomp = profile.map(|profile| state.seccomp.filter(profile)).transpose()?;
+            let seccomp = profile
+                .map(|profile| state.seccomp.filter(profile))
+                .transpose()?;
             (state.parking.claim(id, ""), seccomp)
         };
         let cgroup = Cgroup::create(&self.cgroups, id)?;
@@ -221,17 +260,32 @@ impl Sandbox {
             }
         };
         let container = Arc::new(container);
-        lock(&self.state).containers.insert(id.to_owned(), container.clone());
+        lock(&self.state)
+            .containers
+            .insert(id.to_owned(), container.clone());
         oom::watch(&self.oom, &container);
         self.clone().follow(container, started, true);
         Ok(())
     }
 
-    /// The pid namespace to join: the pod's, or that of the container which the spec's entry names. `None` is a new one.
-    async fn pid_namespace(&self, id: &str, shared: bool, spec: &mut oci::Spec) -> Result<Option<OwnedFd>> {
-        let entries = spec.Linux.as_mut().map(|linux| linux.Namespaces.as_mut_slice()).unwrap_or_default();
+    /// The pid namespace to join: the pod's, or that of the container which the spec's entry names.
+    /// `None` is a new one.
+    async fn pid_namespace(
+        &self,
+        id: &str,
+        shared: bool,
+        spec: &mut oci::Spec,
+    ) -> Result<Option<OwnedFd>> {
+        let entries = spec
+            .Linux
+            .as_mut()
+            .map(|linux| linux.Namespaces.as_mut_slice())
+            .unwrap_or_default();
         let entry = entries.iter_mut().find(|entry| entry.Type == "pid");
-        if let Some(target) = entry.as_ref().and_then(|entry| entry.Path.strip_prefix(POD_PID_PATH)).map(str::to_owned)
+        if let Some(target) = entry
+            .as_ref()
+            .and_then(|entry| entry.Path.strip_prefix(POD_PID_PATH))
+            .map(str::to_owned)
         {
             let namespace = pid_namespace_of(self.container(&target)?.as_ref())?;
             if let Some(entry) = entry {
@@ -256,26 +310,46 @@ impl Sandbox {
         if init.is_none() {
             *init = Some(PodInit::start(&self.cgroups, &self.reaper).await?);
         }
-        let copy = init.as_ref().map(|init| init.namespace().try_clone()).transpose();
+        let copy = init
+            .as_ref()
+            .map(|init| init.namespace().try_clone())
+            .transpose();
         copy.what(|| "copy a descriptor".into())
     }
 
-    /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry for it. Returns the
-    /// numbers that it had there, which are the host's, and its own.
-    async fn place_device(&self, device: &Device, spec: &mut oci::Spec) -> Result<(Numbers, Numbers)> {
+    /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry
+    /// for it. Returns the numbers that it had there, which are the host's, and its own.
+    async fn place_device(
+        &self,
+        device: &Device,
+        spec: &mut oci::Spec,
+    ) -> Result<(Numbers, Numbers)> {
         let node = match device.type_.as_str() {
             "blk" => block_device(&device.id, self.hotplug_timeout).await?,
             other => {
-                return Err(Error::Invalid(format!("unknown device type {other:?} for {}", device.container_path)));
+                return Err(Error::Invalid(format!(
+                    "unknown device type {other:?} for {}",
+                    device.container_path
+                )));
             }
         };
         let number = fs::metadata(&node).what(|| format!("stat {node}"))?.rdev();
         let linux = spec.Linux.mut_or_insert_default();
-        let entry = linux.Devices.iter_mut().find(|entry| entry.Path == device.container_path).ok_or_else(|| {
-            Error::Invalid(format!("device {} is missing in the spec's linux.devices", device.container_path))
-        })?;
+        let entry = linux
+            .Devices
+            .iter_mut()
+            .find(|entry| entry.Path == device.container_path)
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "device {} is missing in the spec's linux.devices",
+                    device.container_path
+                ))
+            })?;
         let host = (entry.Major, entry.Minor);
-        let guest = (i64::from(libc::major(number)), i64::from(libc::minor(number)));
+        let guest = (
+            i64::from(libc::major(number)),
+            i64::from(libc::minor(number)),
+        );
         entry.Type = "b".into();
         (entry.Major, entry.Minor) = guest;
         Ok((host, guest))
@@ -299,14 +373,23 @@ impl Sandbox {
     ///
     /// # Errors
     /// What was wrong, in the words of the child if it got that far.
-    pub async fn exec(self: &Arc<Self>, container_id: &str, exec_id: &str, process: &oci::Process) -> Result<()> {
+    pub async fn exec(
+        self: &Arc<Self>,
+        container_id: &str,
+        exec_id: &str,
+        process: &oci::Process,
+    ) -> Result<()> {
         check_id(exec_id)?;
         let container = self.container(container_id)?;
         if exec_id == container_id {
-            return Err(Error::Invalid(format!("exec id {exec_id} is the container's own")));
+            return Err(Error::Invalid(format!(
+                "exec id {exec_id} is the container's own"
+            )));
         }
         let claimed: Claimed = lock(&self.state).parking.claim(container_id, exec_id);
-        let started = container.exec(exec_id, process, claimed, &self.reaper).await?;
+        let started = container
+            .exec(exec_id, process, claimed, &self.reaper)
+            .await?;
         self.clone().follow(container, started, false);
         Ok(())
     }
@@ -331,7 +414,8 @@ impl Sandbox {
     /// Ends a container and all that belongs to it.
     ///
     /// # Errors
-    /// An unknown container, or one that does not die; then it stays, and removal can be tried again.
+    /// An unknown container, or one that does not die; then it stays, and removal can be tried
+    /// again.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
         let container = self.container(id)?;
         let _busy = self.reserve_existing(id)?;
@@ -342,16 +426,24 @@ impl Sandbox {
         }
         state.parking.forget(id);
         state.containers.remove(id);
-        let used = container.storages().iter().map(String::as_str).chain([container.root()]);
-        state.gone.extend(used.filter_map(|path| shared(Path::new(path))).map(PathBuf::from));
+        let used = container
+            .storages()
+            .iter()
+            .map(String::as_str)
+            .chain([container.root()]);
+        state.gone.extend(
+            used.filter_map(|path| shared(Path::new(path)))
+                .map(PathBuf::from),
+        );
         drop(state);
         self.look_again();
         Ok(())
     }
 
-    /// The guest's kernel remembers what it has seen of a share, and for each file that it remembers the host's file server
-    /// holds a descriptor, until somebody looks again and finds that it is gone. The host takes it away after this removal,
-    /// so what is still there is looked at next time.
+    /// The guest's kernel remembers what it has seen of a share, and for each file that it
+    /// remembers the host's file server holds a descriptor, until somebody looks again and finds
+    /// that it is gone. The host takes it away after this removal, so what is still there is looked
+    /// at next time.
     fn look_again(&self) {
         let mut gone = std::mem::take(&mut lock(&self.state).gone);
         gone.retain(|path| is_shared_yet(path));
@@ -399,7 +491,9 @@ impl Sandbox {
 
     fn reserve_existing<'a>(&'a self, id: &'a str) -> Result<Busy<'a>> {
         if !lock(&self.state).busy.insert(id.to_owned()) {
-            return Err(Error::Failed(format!("container {id} is being removed already")));
+            return Err(Error::Failed(format!(
+                "container {id} is being removed already"
+            )));
         }
         Ok(Busy(self, id))
     }
@@ -407,11 +501,16 @@ impl Sandbox {
 
 /// What the host takes away when nobody uses `path` any more, if that is in a share.
 fn shared(path: &Path) -> Option<&Path> {
-    if path.starts_with(GUEST_ROOTFS) { path.parent() } else { path.starts_with(GUEST_SHARE).then_some(path) }
+    if path.starts_with(GUEST_ROOTFS) {
+        path.parent()
+    } else {
+        path.starts_with(GUEST_SHARE).then_some(path)
+    }
 }
 
-/// The kernel believes its memory of volumes for a second, and that of root file systems for ever: there it asks the host
-/// only before it makes a name. That is as far as this link comes, because `/` is another file system.
+/// The kernel believes its memory of volumes for a second, and that of root file systems for ever:
+/// there it asks the host only before it makes a name. That is as far as this link comes, because
+/// `/` is another file system.
 fn is_shared_yet(path: &Path) -> bool {
     if path.starts_with(GUEST_ROOTFS) {
         fs::hard_link("/", path).is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
@@ -422,7 +521,8 @@ fn is_shared_yet(path: &Path) -> bool {
 
 fn pid_namespace_of(container: &Container) -> Result<OwnedFd> {
     let path = format!("/proc/{}/ns/pid", container.init().pid());
-    let file = File::open(path).map_err(|_| Error::Failed(format!("container {} is not running", container.id())))?;
+    let file = File::open(path)
+        .map_err(|_| Error::Failed(format!("container {} is not running", container.id())))?;
     Ok(file.into())
 }
 
@@ -432,8 +532,15 @@ type Numbers = (i64, i64);
 
 /// Gives the rules about disks of the host the numbers that those have here.
 fn translate_rules(spec: &mut oci::Spec, numbers: &HashMap<Numbers, Numbers>) {
-    let resources = spec.Linux.as_mut().and_then(|linux| linux.Resources.as_mut());
-    for rule in resources.into_iter().flat_map(|resources| &mut resources.Devices).filter(|rule| rule.Type == "b") {
+    let resources = spec
+        .Linux
+        .as_mut()
+        .and_then(|linux| linux.Resources.as_mut());
+    for rule in resources
+        .into_iter()
+        .flat_map(|resources| &mut resources.Devices)
+        .filter(|rule| rule.Type == "b")
+    {
         if let Some(guest) = numbers.get(&(rule.Major, rule.Minor)) {
             (rule.Major, rule.Minor) = *guest;
         }
@@ -447,12 +554,19 @@ fn restrict(cgroup: &Cgroup, spec: &oci::Spec) -> Result<()> {
     devices::restrict(cgroup.dir(), &resources.Devices)
 }
 
-/// Ids become names of directories: the first character is a letter or digit, and there are no separators.
+/// Ids become names of directories: the first character is a letter or digit, and there are no
+/// separators.
 fn check_id(id: &str) -> Result<()> {
     let good = id.len() <= 255 - "ctr-".len()
         && id.starts_with(|first: char| first.is_ascii_alphanumeric())
-        && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
-    if good { Ok(()) } else { Err(Error::Invalid(format!("{id:?} is not an id"))) }
+        && id
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+    if good {
+        Ok(())
+    } else {
+        Err(Error::Invalid(format!("{id:?} is not an id")))
+    }
 }
 
 #[cfg(test)]
@@ -464,7 +578,18 @@ mod tests {
         for good in ["a", "7", "ab", "0a", "web-1_x.y", &"a".repeat(251)] {
             check_id(good).unwrap();
         }
-        for bad in ["", ".", ".a", "-a", "a/b", "a b", "..", "a\n", "\u{e9}a", &"a".repeat(252)] {
+        for bad in [
+            "",
+            ".",
+            ".a",
+            "-a",
+            "a/b",
+            "a b",
+            "..",
+            "a\n",
+            "\u{e9}a",
+            &"a".repeat(252),
+        ] {
             assert!(check_id(bad).is_err(), "{bad:?}");
         }
     }

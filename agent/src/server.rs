@@ -1,4 +1,5 @@
-//! The agent's services on the wire: each call becomes one call of the sandbox, each error a status.
+//! The agent's services on the wire: each call becomes one call of the sandbox, each error a
+//! status.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +14,8 @@ use agent_client::protocols::health_ttrpc::{Health, create_health};
 use agent_client::protocols::types;
 use agent_client::stdio::Channel;
 use agent_client::{
-    ALL_PROCESSES, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
+    ALL_PROCESSES, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
+    FEATURE_UDS,
 };
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
@@ -31,8 +33,14 @@ use crate::storage::{DRIVERS, volume_usage};
 const API_VERSION: &str = "0.0.1";
 
 /// What GetGuestDetails announces beside the version.
-const FEATURES: [&str; 6] =
-    ["seccomp", FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_PORT_FORWARD, FEATURE_UDS, FEATURE_POD];
+const FEATURES: [&str; 6] = [
+    "seccomp",
+    FEATURE_RAW_STDIO,
+    FEATURE_SIGNAL_ALL,
+    FEATURE_PORT_FORWARD,
+    FEATURE_UDS,
+    FEATURE_POD,
+];
 
 /// What is answered; every other method of the service is UNIMPLEMENTED.
 const METHODS: [&str; 28] = [
@@ -68,11 +76,17 @@ const METHODS: [&str; 28] = [
 
 /// The services, for a ttrpc server. `over` is notified when the sandbox was destroyed.
 pub fn services(sandbox: Arc<Sandbox>, over: Arc<Notify>, init: bool) -> HashMap<String, Service> {
-    let agent = Arc::new(Agent { sandbox, over, init });
+    let agent = Arc::new(Agent {
+        sandbox,
+        over,
+        init,
+    });
     let mut services = create_agent_service(agent.clone());
     for service in services.values_mut() {
         // The generated default answers NOT_FOUND, which the protocol uses for processes.
-        service.methods.retain(|name, _| METHODS.contains(&name.as_str()));
+        service
+            .methods
+            .retain(|name, _| METHODS.contains(&name.as_str()));
     }
     services.extend(create_health(agent));
     services
@@ -88,7 +102,9 @@ struct Agent {
 type Reply<T> = ttrpc::Result<T>;
 
 /// Finishes the work even if the caller gives up or goes: half a container helps nobody.
-async fn finish<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Reply<T> {
+async fn finish<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Reply<T> {
     match tokio::spawn(work).await {
         Ok(result) => Ok(result?),
         Err(error) => Err(Error::Failed(format!("the request failed: {error}")).into()),
@@ -101,51 +117,96 @@ async fn finish_empty(work: impl Future<Output = Result<()>> + Send + 'static) -
 
 #[async_trait]
 impl AgentService for Agent {
-    async fn create_sandbox(&self, _: &TtrpcContext, request: api::CreateSandboxRequest) -> Reply<Empty> {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateSandboxRequest,
+    ) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
         finish_empty(async move { sandbox.create(&request).await }).await
     }
 
-    async fn destroy_sandbox(&self, _: &TtrpcContext, _: api::DestroySandboxRequest) -> Reply<Empty> {
+    async fn destroy_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: api::DestroySandboxRequest,
+    ) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
         let result = finish_empty(async move { sandbox.destroy().await }).await;
         self.over.notify_one();
         result
     }
 
-    async fn create_container(&self, _: &TtrpcContext, request: api::CreateContainerRequest) -> Reply<Empty> {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateContainerRequest,
+    ) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
         finish_empty(async move { sandbox.create_container(request).await }).await
     }
 
-    async fn start_container(&self, _: &TtrpcContext, request: api::StartContainerRequest) -> Reply<Empty> {
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::StartContainerRequest,
+    ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         finish_empty(async move { container.start().await }).await
     }
 
-    async fn remove_container(&self, _: &TtrpcContext, request: api::RemoveContainerRequest) -> Reply<Empty> {
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::RemoveContainerRequest,
+    ) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
         finish_empty(async move { sandbox.remove_container(&request.container_id).await }).await
     }
 
-    async fn exec_process(&self, _: &TtrpcContext, mut request: api::ExecProcessRequest) -> Reply<Empty> {
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        mut request: api::ExecProcessRequest,
+    ) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
-        let process = request.process.take().ok_or_else(|| Error::Invalid("the request has no process".into()))?;
-        finish_empty(async move { sandbox.exec(&request.container_id, &request.exec_id, &process).await }).await
+        let process = request
+            .process
+            .take()
+            .ok_or_else(|| Error::Invalid("the request has no process".into()))?;
+        finish_empty(async move {
+            sandbox
+                .exec(&request.container_id, &request.exec_id, &process)
+                .await
+        })
+        .await
     }
 
-    async fn signal_process(&self, _: &TtrpcContext, request: api::SignalProcessRequest) -> Reply<Empty> {
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: api::SignalProcessRequest,
+    ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         let mut signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
         if request.exec_id == ALL_PROCESSES && signal != libc::SIGKILL {
             container.cgroup().signal(signal)?;
             return Ok(Empty::new());
         }
-        let exec_id = if request.exec_id == ALL_PROCESSES { "" } else { &request.exec_id };
+        let exec_id = if request.exec_id == ALL_PROCESSES {
+            ""
+        } else {
+            &request.exec_id
+        };
         let process = container.process(exec_id)?;
         let is_init = Arc::ptr_eq(&process, container.init());
-        // The first process of a namespace ignores a SIGTERM that it has no handler for; who asks wants an end.
-        if is_init && signal == libc::SIGTERM && process.exited().is_none() && !process.minds(signal) {
+        // The first process of a namespace ignores a SIGTERM that it has no handler for; who asks
+        // wants an end.
+        if is_init
+            && signal == libc::SIGTERM
+            && process.exited().is_none()
+            && !process.minds(signal)
+        {
             signal = libc::SIGKILL;
         }
         process.signal(signal)?;
@@ -164,12 +225,21 @@ impl AgentService for Agent {
         let process = container.process(&request.exec_id)?;
         let status = process.wait().await;
         container.tell(&process, &request.exec_id)?;
-        Ok(api::WaitProcessResponse { status, ..Default::default() })
+        Ok(api::WaitProcessResponse {
+            status,
+            ..Default::default()
+        })
     }
 
-    async fn update_container(&self, _: &TtrpcContext, request: api::UpdateContainerRequest) -> Reply<Empty> {
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateContainerRequest,
+    ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        container.cgroup().limit(request.resources.get_or_default())?;
+        container
+            .cgroup()
+            .limit(request.resources.get_or_default())?;
         Ok(Empty::new())
     }
 
@@ -180,48 +250,92 @@ impl AgentService for Agent {
     ) -> Reply<api::StatsContainerResponse> {
         let container = self.sandbox.container(&request.container_id)?;
         let stats = stats::read(container.cgroup());
-        Ok(api::StatsContainerResponse { cgroup_stats: Some(stats).into(), ..Default::default() })
+        Ok(api::StatsContainerResponse {
+            cgroup_stats: Some(stats).into(),
+            ..Default::default()
+        })
     }
 
-    async fn pause_container(&self, _: &TtrpcContext, request: api::PauseContainerRequest) -> Reply<Empty> {
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::PauseContainerRequest,
+    ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         finish_empty(async move { container.pause(true).await }).await
     }
 
-    async fn resume_container(&self, _: &TtrpcContext, request: api::ResumeContainerRequest) -> Reply<Empty> {
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResumeContainerRequest,
+    ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         finish_empty(async move { container.pause(false).await }).await
     }
 
-    async fn write_stdin(&self, _: &TtrpcContext, request: api::WriteStreamRequest) -> Reply<api::WriteStreamResponse> {
-        let process = self.sandbox.process(&request.container_id, &request.exec_id)?;
+    async fn write_stdin(
+        &self,
+        _: &TtrpcContext,
+        request: api::WriteStreamRequest,
+    ) -> Reply<api::WriteStreamResponse> {
+        let process = self
+            .sandbox
+            .process(&request.container_id, &request.exec_id)?;
         process.io().write(&request.data).await?;
         let len = u32::try_from(request.data.len()).unwrap_or(u32::MAX);
-        Ok(api::WriteStreamResponse { len, ..Default::default() })
+        Ok(api::WriteStreamResponse {
+            len,
+            ..Default::default()
+        })
     }
 
-    async fn read_stdout(&self, _: &TtrpcContext, request: api::ReadStreamRequest) -> Reply<api::ReadStreamResponse> {
+    async fn read_stdout(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadStreamRequest,
+    ) -> Reply<api::ReadStreamResponse> {
         self.read(Channel::Stdout, request).await
     }
 
-    async fn read_stderr(&self, _: &TtrpcContext, request: api::ReadStreamRequest) -> Reply<api::ReadStreamResponse> {
+    async fn read_stderr(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadStreamRequest,
+    ) -> Reply<api::ReadStreamResponse> {
         self.read(Channel::Stderr, request).await
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, request: api::CloseStdinRequest) -> Reply<Empty> {
-        self.sandbox.process(&request.container_id, &request.exec_id)?.io().close_stdin();
+        self.sandbox
+            .process(&request.container_id, &request.exec_id)?
+            .io()
+            .close_stdin();
         Ok(Empty::new())
     }
 
-    async fn tty_win_resize(&self, _: &TtrpcContext, request: api::TtyWinResizeRequest) -> Reply<Empty> {
-        let process = self.sandbox.process(&request.container_id, &request.exec_id)?;
+    async fn tty_win_resize(
+        &self,
+        _: &TtrpcContext,
+        request: api::TtyWinResizeRequest,
+    ) -> Reply<Empty> {
+        let process = self
+            .sandbox
+            .process(&request.container_id, &request.exec_id)?;
         process.io().resize(request.row, request.column)?;
         Ok(Empty::new())
     }
 
-    async fn get_oom_event(&self, _: &TtrpcContext, _: api::GetOOMEventRequest) -> Reply<api::OOMEvent> {
+    async fn get_oom_event(
+        &self,
+        _: &TtrpcContext,
+        _: api::GetOOMEventRequest,
+    ) -> Reply<api::OOMEvent> {
         let container_id = self.sandbox.oom.next().await;
-        Ok(api::OOMEvent { container_id, ..Default::default() })
+        Ok(api::OOMEvent {
+            container_id,
+            ..Default::default()
+        })
     }
 
     async fn get_guest_details(
@@ -237,13 +351,18 @@ impl AgentService for Agent {
             extra_features: FEATURES.map(str::to_owned).into(),
             ..Default::default()
         };
-        let mut response = api::GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() };
+        let mut response = api::GuestDetailsResponse {
+            agent_details: Some(details).into(),
+            ..Default::default()
+        };
         if request.mem_block_size {
-            let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes").unwrap_or_default();
+            let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes")
+                .unwrap_or_default();
             response.mem_block_size_bytes = u64::from_str_radix(size.trim(), 16).unwrap_or(0);
         }
         if request.mem_hotplug_probe {
-            response.support_mem_hotplug_probe = fs::exists("/sys/devices/system/memory/probe").unwrap_or(false);
+            response.support_mem_hotplug_probe =
+                fs::exists("/sys/devices/system/memory/probe").unwrap_or(false);
         }
         Ok(response)
     }
@@ -255,16 +374,30 @@ impl AgentService for Agent {
     ) -> Reply<types::Interface> {
         let timeout = self.sandbox.hotplug_timeout;
         let interface = request.interface.take();
-        let interface = interface.ok_or_else(|| Error::Invalid("the request has no interface".into()))?;
-        finish(async move { network::update_interface(&interface, timeout).await.map(|()| interface) }).await
+        let interface =
+            interface.ok_or_else(|| Error::Invalid("the request has no interface".into()))?;
+        finish(async move {
+            network::update_interface(&interface, timeout)
+                .await
+                .map(|()| interface)
+        })
+        .await
     }
 
-    async fn update_routes(&self, _: &TtrpcContext, request: api::UpdateRoutesRequest) -> Reply<api::Routes> {
+    async fn update_routes(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateRoutesRequest,
+    ) -> Reply<api::Routes> {
         network::update_routes(request.routes.get_or_default())?;
         Ok(network::list_routes()?)
     }
 
-    async fn list_interfaces(&self, _: &TtrpcContext, _: api::ListInterfacesRequest) -> Reply<api::Interfaces> {
+    async fn list_interfaces(
+        &self,
+        _: &TtrpcContext,
+        _: api::ListInterfacesRequest,
+    ) -> Reply<api::Interfaces> {
         Ok(network::list_interfaces()?)
     }
 
@@ -272,7 +405,11 @@ impl AgentService for Agent {
         Ok(network::list_routes()?)
     }
 
-    async fn add_arp_neighbors(&self, _: &TtrpcContext, request: api::AddARPNeighborsRequest) -> Reply<Empty> {
+    async fn add_arp_neighbors(
+        &self,
+        _: &TtrpcContext,
+        request: api::AddARPNeighborsRequest,
+    ) -> Reply<Empty> {
         network::add_neighbours(request.neighbors.get_or_default())?;
         Ok(Empty::new())
     }
@@ -285,17 +422,32 @@ impl AgentService for Agent {
         Ok(volume_usage(&request.volume_guest_path)?)
     }
 
-    async fn online_cpu_mem(&self, _: &TtrpcContext, request: api::OnlineCPUMemRequest) -> Reply<Empty> {
+    async fn online_cpu_mem(
+        &self,
+        _: &TtrpcContext,
+        request: api::OnlineCPUMemRequest,
+    ) -> Reply<Empty> {
         finish_empty(async move { guest::online(request.nb_cpus, !request.cpu_only).await }).await
     }
 
-    async fn reseed_random_dev(&self, _: &TtrpcContext, request: api::ReseedRandomDevRequest) -> Reply<Empty> {
+    async fn reseed_random_dev(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReseedRandomDevRequest,
+    ) -> Reply<Empty> {
         guest::reseed(&request.data)?;
         Ok(Empty::new())
     }
 
-    async fn set_guest_date_time(&self, _: &TtrpcContext, request: api::SetGuestDateTimeRequest) -> Reply<Empty> {
-        let time = libc::timeval { tv_sec: request.Sec, tv_usec: request.Usec };
+    async fn set_guest_date_time(
+        &self,
+        _: &TtrpcContext,
+        request: api::SetGuestDateTimeRequest,
+    ) -> Reply<Empty> {
+        let time = libc::timeval {
+            tv_sec: request.Sec,
+            tv_usec: request.Usec,
+        };
         // SAFETY: the time lives over the call; no time zone.
         let result = unsafe { libc::settimeofday(&raw const time, std::ptr::null()) };
         crate::container::check(result.into()).what(|| "set the clock".into())?;
@@ -304,23 +456,41 @@ impl AgentService for Agent {
 }
 
 impl Agent {
-    async fn read(&self, channel: Channel, request: api::ReadStreamRequest) -> Reply<api::ReadStreamResponse> {
+    async fn read(
+        &self,
+        channel: Channel,
+        request: api::ReadStreamRequest,
+    ) -> Reply<api::ReadStreamResponse> {
         let container = self.sandbox.container(&request.container_id)?;
         let process = container.process(&request.exec_id)?;
         let limit = usize::try_from(request.len).unwrap_or(usize::MAX);
         let data = process.io().read(channel, limit).await?;
-        Ok(api::ReadStreamResponse { data, ..Default::default() })
+        Ok(api::ReadStreamResponse {
+            data,
+            ..Default::default()
+        })
     }
 }
 
 #[async_trait]
 impl Health for Agent {
-    async fn check(&self, _: &TtrpcContext, _: health_api::CheckRequest) -> Reply<health_api::HealthCheckResponse> {
+    async fn check(
+        &self,
+        _: &TtrpcContext,
+        _: health_api::CheckRequest,
+    ) -> Reply<health_api::HealthCheckResponse> {
         let status = health_api::health_check_response::ServingStatus::SERVING.into();
-        Ok(health_api::HealthCheckResponse { status, ..Default::default() })
+        Ok(health_api::HealthCheckResponse {
+            status,
+            ..Default::default()
+        })
     }
 
-    async fn version(&self, _: &TtrpcContext, _: health_api::CheckRequest) -> Reply<health_api::VersionCheckResponse> {
+    async fn version(
+        &self,
+        _: &TtrpcContext,
+        _: health_api::CheckRequest,
+    ) -> Reply<health_api::VersionCheckResponse> {
         Ok(health_api::VersionCheckResponse {
             grpc_version: API_VERSION.into(),
             agent_version: env!("CARGO_PKG_VERSION").into(),

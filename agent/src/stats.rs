@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::fs;
 
 use agent_client::protocols::agent::{
-    BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, HugetlbStats, MemoryData, MemoryStats, PidsStats,
-    ThrottlingData,
+    BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, HugetlbStats, MemoryData,
+    MemoryStats, PidsStats, ThrottlingData,
 };
 
 use crate::cgroup::{Cgroup, flat};
@@ -63,10 +63,12 @@ fn cpu(stat: &str) -> CpuStats {
 
 /// `stats` holds memory.stat as it is, and low, high, max, oom and oom_kill of memory.events.
 fn memory(file: impl Fn(&str) -> String) -> MemoryStats {
-    let mut stats: HashMap<String, u64> =
-        flat(&file("memory.stat")).map(|(key, value)| (key.to_owned(), value)).collect();
-    let events: HashMap<String, u64> =
-        flat(&file("memory.events")).map(|(key, value)| (key.to_owned(), value)).collect();
+    let mut stats: HashMap<String, u64> = flat(&file("memory.stat"))
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect();
+    let events: HashMap<String, u64> = flat(&file("memory.events"))
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect();
     let data = |prefix: &str, failures: u64| {
         let data = MemoryData {
             usage: number(&file(&format!("{prefix}.current"))),
@@ -79,7 +81,10 @@ fn memory(file: impl Fn(&str) -> String) -> MemoryStats {
     };
     let usage = data("memory", events.get("max").copied().unwrap_or(0));
     let swap_usage = data("memory.swap", 0);
-    let kernel = MemoryData { usage: stats.get("kernel").copied().unwrap_or(0), ..Default::default() };
+    let kernel = MemoryData {
+        usage: stats.get("kernel").copied().unwrap_or(0),
+        ..Default::default()
+    };
     let cache = stats.get("file").copied().unwrap_or(0);
     stats.extend(events);
     MemoryStats {
@@ -97,8 +102,12 @@ fn block(stat: &str) -> BlkioStats {
     let mut out = BlkioStats::default();
     for line in stat.lines() {
         let mut fields = line.split_whitespace();
-        let Some((major, minor)) = fields.next().and_then(|device| device.split_once(':')) else { continue };
-        let (Ok(major), Ok(minor)) = (major.parse(), minor.parse()) else { continue };
+        let Some((major, minor)) = fields.next().and_then(|device| device.split_once(':')) else {
+            continue;
+        };
+        let (Ok(major), Ok(minor)) = (major.parse(), minor.parse()) else {
+            continue;
+        };
         for (key, value) in fields.filter_map(|field| field.split_once('=')) {
             let (list, op) = match key {
                 "rbytes" => (&mut out.io_service_bytes_recursive, "Read"),
@@ -110,7 +119,13 @@ fn block(stat: &str) -> BlkioStats {
                 _ => continue,
             };
             let value = value.parse().unwrap_or(0);
-            list.push(BlkioStatsEntry { major, minor, op: op.into(), value, ..Default::default() });
+            list.push(BlkioStatsEntry {
+                major,
+                minor,
+                op: op.into(),
+                value,
+                ..Default::default()
+            });
         }
     }
     out
@@ -118,16 +133,31 @@ fn block(stat: &str) -> BlkioStats {
 
 fn hugetlb(cgroup: &Cgroup) -> HashMap<String, HugetlbStats> {
     let mut out = HashMap::new();
-    for entry in fs::read_dir(cgroup.file("")).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(cgroup.file(""))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let name = entry.file_name();
-        let size = name.to_str().and_then(|name| name.strip_prefix("hugetlb.")?.strip_suffix(".current"));
-        let Some(size) = size.filter(|size| !size.ends_with(".rsvd")) else { continue };
-        let file =
-            |suffix: &str| fs::read_to_string(cgroup.file(&format!("hugetlb.{size}.{suffix}"))).unwrap_or_default();
-        let failures = flat(&file("events")).find(|(key, _)| *key == "max").map_or(0, |(_, count)| count);
+        let size = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("hugetlb.")?.strip_suffix(".current"));
+        let Some(size) = size.filter(|size| !size.ends_with(".rsvd")) else {
+            continue;
+        };
+        let file = |suffix: &str| {
+            fs::read_to_string(cgroup.file(&format!("hugetlb.{size}.{suffix}"))).unwrap_or_default()
+        };
+        let failures = flat(&file("events"))
+            .find(|(key, _)| *key == "max")
+            .map_or(0, |(_, count)| count);
         out.insert(
             size.to_owned(),
-            HugetlbStats { usage: number(&file("current")), failcnt: failures, ..Default::default() },
+            HugetlbStats {
+                usage: number(&file("current")),
+                failcnt: failures,
+                ..Default::default()
+            },
         );
     }
     out
@@ -139,8 +169,10 @@ mod tests {
 
     #[test]
     fn cpu_times_become_nanoseconds() {
-        let stats =
-            cpu("usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 4\nnr_throttled 2\nthrottled_usec 7\n");
+        let stats = cpu(
+            "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 4\nnr_throttled \
+             2\nthrottled_usec 7\n",
+        );
         assert_eq!(stats.cpu_usage.total_usage, 1_500_000);
         assert_eq!(stats.cpu_usage.usage_in_usermode, 1_000_000);
         assert_eq!(stats.throttling_data.throttled_time, 7_000);
@@ -159,8 +191,14 @@ mod tests {
             }
             .into()
         });
-        assert_eq!((stats.usage.usage, stats.usage.limit, stats.usage.failcnt), (4096, u64::MAX, 3));
-        assert_eq!((stats.cache, stats.stats["anon"], stats.stats["oom_kill"]), (20, 10, 1));
+        assert_eq!(
+            (stats.usage.usage, stats.usage.limit, stats.usage.failcnt),
+            (4096, u64::MAX, 3)
+        );
+        assert_eq!(
+            (stats.cache, stats.stats["anon"], stats.stats["oom_kill"]),
+            (20, 10, 1)
+        );
         assert_eq!(stats.kernel_usage.usage, 5);
     }
 
@@ -169,6 +207,9 @@ mod tests {
         let stats = block("254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\nnonsense\n");
         assert_eq!(stats.io_service_bytes_recursive.len(), 3);
         let write = &stats.io_serviced_recursive[1];
-        assert_eq!((write.major, write.minor, write.op.as_str(), write.value), (254, 0, "Write", 2));
+        assert_eq!(
+            (write.major, write.minor, write.op.as_str(), write.value),
+            (254, 0, "Write", 2)
+        );
     }
 }

@@ -21,7 +21,14 @@ use crate::pci::{self, POLL};
 use crate::uds;
 
 /// Storage drivers, as GetGuestDetails lists them.
-pub const DRIVERS: [&str; 6] = ["blk", UDS_DRIVER, "ephemeral", "local", "overlayfs", "virtio-fs"];
+pub const DRIVERS: [&str; 6] = [
+    "blk",
+    UDS_DRIVER,
+    "ephemeral",
+    "local",
+    "overlayfs",
+    "virtio-fs",
+];
 
 /// Mounted storages.
 #[derive(Debug, Default)]
@@ -60,12 +67,21 @@ impl Storages {
 
     /// Notes a storage that [`mount_storage`] has made, for its first user.
     pub fn add(&mut self, storage: &Storage, made: Made) {
-        self.0.insert(storage.mount_point.clone(), Entry { users: 1, made, shared: storage.shared });
+        self.0.insert(
+            storage.mount_point.clone(),
+            Entry {
+                users: 1,
+                made,
+                shared: storage.shared,
+            },
+        );
     }
 
     /// One user less; the last one unmounts.
     pub fn release(&mut self, mount_point: &str) {
-        let Some(entry) = self.0.get_mut(mount_point) else { return };
+        let Some(entry) = self.0.get_mut(mount_point) else {
+            return;
+        };
         entry.users = entry.users.saturating_sub(1);
         if entry.users == 0
             && !entry.shared
@@ -98,19 +114,33 @@ fn undo(mount_point: &str, made: Made) {
     }
 }
 
-/// Makes a storage. `host` is the way to what the guest reaches of its host. The answer says what is to be undone.
+/// Makes a storage. `host` is the way to what the guest reaches of its host. The answer says what
+/// is to be undone.
 ///
 /// # Errors
 /// An unknown driver, a device that does not come in time, a failed mount.
-pub async fn mount_storage(storage: &Storage, device_deadline: Duration, host: &Transport) -> Result<Made> {
-    let Storage { driver, mount_point, .. } = storage;
-    let plain =
-        Path::new(mount_point).components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+pub async fn mount_storage(
+    storage: &Storage,
+    device_deadline: Duration,
+    host: &Transport,
+) -> Result<Made> {
+    let Storage {
+        driver,
+        mount_point,
+        ..
+    } = storage;
+    let plain = Path::new(mount_point)
+        .components()
+        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     if !mount_point.starts_with('/') || !plain {
-        return Err(Error::Invalid(format!("storage mount point {mount_point:?} is not an absolute, plain path")));
+        return Err(Error::Invalid(format!(
+            "storage mount point {mount_point:?} is not an absolute, plain path"
+        )));
     }
     if storage.fs_group.is_some() {
-        return Err(Error::Invalid(format!("fs_group of storage {mount_point} is not supported")));
+        return Err(Error::Invalid(format!(
+            "fs_group of storage {mount_point} is not supported"
+        )));
     }
     match driver.as_str() {
         "local" => local(storage).map(|()| Made::Files),
@@ -126,7 +156,9 @@ pub async fn mount_storage(storage: &Storage, device_deadline: Duration, host: &
             };
             plain_mount(storage, &device, &storage.options).map(|()| Made::Mount)
         }
-        other => Err(Error::Invalid(format!("unknown storage driver {other:?} for {mount_point}"))),
+        other => Err(Error::Invalid(format!(
+            "unknown storage driver {other:?} for {mount_point}"
+        ))),
     }
 }
 
@@ -135,7 +167,9 @@ async fn share(storage: &Storage, deadline: Duration) -> Result<()> {
     let end = Instant::now() + deadline;
     loop {
         match plain_mount(storage, &storage.source, &storage.options) {
-            Err(Error::Io { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) && Instant::now() < end => {
+            Err(Error::Io { source, .. })
+                if source.raw_os_error() == Some(libc::EINVAL) && Instant::now() < end =>
+            {
                 sleep(POLL).await;
             }
             result => return result,
@@ -144,7 +178,11 @@ async fn share(storage: &Storage, deadline: Duration) -> Result<()> {
 }
 
 fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()> {
-    let Storage { mount_point, fstype, .. } = storage;
+    let Storage {
+        mount_point,
+        fstype,
+        ..
+    } = storage;
     let options = Options::parse(options);
     let mut flags = options.flags;
     let tried = || format!("mount {source} ({fstype}) on {mount_point}");
@@ -154,22 +192,46 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
             flags.set(MsFlags::MS_REC, recursive);
             if !Path::new(source).is_dir() {
                 return file_target(mount_point).and_then(|()| {
-                    mount(Some(source), mount_point.as_str(), None::<&str>, flags, None::<&str>).what(tried)
+                    mount(
+                        Some(source),
+                        mount_point.as_str(),
+                        None::<&str>,
+                        flags,
+                        None::<&str>,
+                    )
+                    .what(tried)
                 });
             }
         }
-        None if fstype.is_empty() => return Err(Error::Invalid(format!("storage {mount_point} has no fstype"))),
+        None if fstype.is_empty() => {
+            return Err(Error::Invalid(format!(
+                "storage {mount_point} has no fstype"
+            )));
+        }
         None => {}
     }
     fs::create_dir_all(mount_point).what(|| format!("create {mount_point}"))?;
     let data = Some(options.data.as_str()).filter(|data| !data.is_empty());
-    mount(Some(source), mount_point.as_str(), Some(fstype.as_str()), flags, data).what(tried)
+    mount(
+        Some(source),
+        mount_point.as_str(),
+        Some(fstype.as_str()),
+        flags,
+        data,
+    )
+    .what(tried)
 }
 
 fn file_target(path: &str) -> Result<()> {
     let parent = Path::new(path).parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent)
-        .and_then(|()| fs::OpenOptions::new().write(true).create(true).truncate(false).open(path))
+        .and_then(|()| {
+            fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)
+        })
         .what(|| format!("create {path}"))
         .map(|_| ())
 }
@@ -189,7 +251,13 @@ fn ephemeral(storage: &Storage) -> Result<()> {
         reserve_huge_pages(&rest)?;
     } else {
         // The mode is the file system's own option here.
-        rest.extend(storage.options.iter().filter(|option| option.starts_with("mode=")).cloned());
+        rest.extend(
+            storage
+                .options
+                .iter()
+                .filter(|option| option.starts_with("mode="))
+                .cloned(),
+        );
     }
     plain_mount(storage, &storage.source, &rest)?;
     apply(&storage.mount_point, None, group)
@@ -197,17 +265,34 @@ fn ephemeral(storage: &Storage) -> Result<()> {
 
 /// `pagesize=` and `size=` are bytes; the pages must be there before they can be mounted.
 fn reserve_huge_pages(options: &[String]) -> Result<()> {
-    let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key)?.parse::<u64>().ok());
-    let (Some(page), Some(size)) = (value("pagesize="), value("size=")) else {
-        return Err(Error::Invalid("a hugetlbfs storage needs pagesize= and size=".into()));
+    let value = |key: &str| {
+        options
+            .iter()
+            .find_map(|option| option.strip_prefix(key)?.parse::<u64>().ok())
     };
-    let file = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page / 1024);
-    let present: u64 = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let (Some(page), Some(size)) = (value("pagesize="), value("size=")) else {
+        return Err(Error::Invalid(
+            "a hugetlbfs storage needs pagesize= and size=".into(),
+        ));
+    };
+    let file = format!(
+        "/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
+        page / 1024
+    );
+    let present: u64 = fs::read_to_string(&file)
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0);
     let wanted = present + size / page.max(1);
     fs::write(&file, wanted.to_string()).what(|| format!("reserve huge pages in {file}"))?;
-    let got: u64 = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let got: u64 = fs::read_to_string(&file)
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0);
     if got < wanted {
-        return Err(Error::Failed(format!("the guest has room for {got} huge pages of {page} bytes, not {wanted}")));
+        return Err(Error::Failed(format!(
+            "the guest has room for {got} huge pages of {page} bytes, not {wanted}"
+        )));
     }
     Ok(())
 }
@@ -217,10 +302,17 @@ fn permissions(options: &[String]) -> Result<(Option<u32>, Option<u32>, Vec<&str
     let (mut mode, mut group, mut rest) = (None, None, Vec::new());
     for option in options {
         if let Some(text) = option.strip_prefix("mode=") {
-            let value = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
-            mode = Some(value.ok_or_else(|| Error::Invalid(format!("bad storage option {option:?}")))?);
+            let value = u32::from_str_radix(text, 8)
+                .ok()
+                .filter(|mode| *mode <= 0o7777);
+            mode = Some(
+                value.ok_or_else(|| Error::Invalid(format!("bad storage option {option:?}")))?,
+            );
         } else if let Some(text) = option.strip_prefix("fsgid=") {
-            group = Some(text.parse().map_err(|_| Error::Invalid(format!("bad storage option {option:?}")))?);
+            group = Some(
+                text.parse()
+                    .map_err(|_| Error::Invalid(format!("bad storage option {option:?}")))?,
+            );
         } else {
             rest.push(option.as_str());
         }
@@ -247,10 +339,19 @@ fn apply(path: &str, mode: Option<u32>, group: Option<u32>) -> Result<()> {
 fn overlay(storage: &Storage) -> Result<()> {
     const CREATE: &str = "io.katacontainers.volume.overlayfs.create_directory=";
     const WRITABLE: &str = "io.katacontainers.fs-opt.overlay-rw";
-    for dir in storage.driver_options.iter().filter_map(|option| option.strip_prefix(CREATE)) {
+    for dir in storage
+        .driver_options
+        .iter()
+        .filter_map(|option| option.strip_prefix(CREATE))
+    {
         fs::create_dir_all(dir).what(|| format!("create {dir}"))?;
     }
-    let mut options: Vec<String> = storage.options.iter().filter(|option| *option != WRITABLE).cloned().collect();
+    let mut options: Vec<String> = storage
+        .options
+        .iter()
+        .filter(|option| *option != WRITABLE)
+        .cloned()
+        .collect();
     if options.len() != storage.options.len() {
         // Beside the mount point, because both need one file system, which must not be an overlay.
         let place = PathBuf::from(format!("{}.rw", storage.mount_point));
@@ -276,8 +377,20 @@ pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
         unit: unit.into(),
         ..Default::default()
     };
-    let bytes = usage(stat.blocks(), stat.blocks_free(), stat.blocks_available(), stat.fragment_size(), Unit::BYTES);
-    let inodes = usage(stat.files(), stat.files_free(), stat.files_available(), 1, Unit::INODES);
+    let bytes = usage(
+        stat.blocks(),
+        stat.blocks_free(),
+        stat.blocks_available(),
+        stat.fragment_size(),
+        Unit::BYTES,
+    );
+    let inodes = usage(
+        stat.files(),
+        stat.files_free(),
+        stat.files_available(),
+        1,
+        Unit::INODES,
+    );
     Ok(VolumeStatsResponse {
         usage: vec![bytes, inodes],
         volume_condition: Some(VolumeCondition::default()).into(),
@@ -292,7 +405,8 @@ pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
 pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> {
     let node = |device: &Path| {
         let node = format!("/dev/{}", pci::virtio_child(device, "block")?);
-        // The kernel makes the node a moment before there is a disk behind it; until then, opening says ENXIO.
+        // The kernel makes the node a moment before there is a disk behind it; until then, opening
+        // says ENXIO.
         fs::File::open(&node).is_ok().then_some(node)
     };
     pci::wait(pci_path, "block device", deadline, node).await
@@ -304,8 +418,13 @@ mod tests {
 
     #[test]
     fn options_are_sorted_by_whom_they_are_for() {
-        let options: Vec<String> = ["mode=0777", "fsgid=12", "size=1m"].map(str::to_owned).into();
-        assert_eq!(permissions(&options).unwrap(), (Some(0o777), Some(12), vec!["size=1m"]));
+        let options: Vec<String> = ["mode=0777", "fsgid=12", "size=1m"]
+            .map(str::to_owned)
+            .into();
+        assert_eq!(
+            permissions(&options).unwrap(),
+            (Some(0o777), Some(12), vec!["size=1m"])
+        );
         assert!(permissions(&["mode=9".into()]).is_err());
         assert!(permissions(&["fsgid=root".into()]).is_err());
     }
@@ -317,18 +436,30 @@ mod tests {
             mount_point: place.into(),
             ..Default::default()
         };
-        let host = Transport::Unix { path: "/nowhere".into() };
+        let host = Transport::Unix {
+            path: "/nowhere".into(),
+        };
         for bad in ["relative", "/run/../etc", ""] {
-            assert!(mount_storage(&storage("local", bad), Duration::ZERO, &host).await.is_err(), "{bad:?}");
+            assert!(
+                mount_storage(&storage("local", bad), Duration::ZERO, &host)
+                    .await
+                    .is_err(),
+                "{bad:?}"
+            );
         }
-        let error = mount_storage(&storage("9p", "/x"), Duration::ZERO, &host).await.unwrap_err();
+        let error = mount_storage(&storage("9p", "/x"), Duration::ZERO, &host)
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains("9p"));
     }
 
     #[test]
     fn a_storage_is_released_by_its_last_user() {
         let mut storages = Storages::default();
-        let storage = Storage { mount_point: "/nowhere".into(), ..Default::default() };
+        let storage = Storage {
+            mount_point: "/nowhere".into(),
+            ..Default::default()
+        };
         assert!(!storages.reuse(&storage));
         storages.add(&storage, Made::Files);
         assert!(storages.reuse(&storage));
@@ -342,7 +473,11 @@ mod tests {
     #[test]
     fn a_shared_storage_stays_until_the_sandbox_goes() {
         let mut storages = Storages::default();
-        let storage = Storage { mount_point: "/nowhere".into(), shared: true, ..Default::default() };
+        let storage = Storage {
+            mount_point: "/nowhere".into(),
+            shared: true,
+            ..Default::default()
+        };
         storages.add(&storage, Made::Files);
         storages.release("/nowhere");
         assert!(storages.reuse(&storage));
@@ -350,7 +485,13 @@ mod tests {
         storages.clear();
         assert!(!storages.reuse(&storage));
         // It is enough that one user asks for it.
-        storages.add(&Storage { shared: false, ..storage.clone() }, Made::Files);
+        storages.add(
+            &Storage {
+                shared: false,
+                ..storage.clone()
+            },
+            Made::Files,
+        );
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");
         storages.release("/nowhere");

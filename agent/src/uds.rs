@@ -1,4 +1,5 @@
-//! Unix sockets of the host: a socket in the guest whose connections are carried to one on the host.
+//! Unix sockets of the host: a socket in the guest whose connections are carried to one on the
+//! host.
 
 use std::fs;
 use std::io;
@@ -31,22 +32,38 @@ impl Drop for Socket {
     }
 }
 
-/// Listens at the storage's mount point for whoever can reach it; `host` is the way to the other end.
+/// Listens at the storage's mount point for whoever can reach it; `host` is the way to the other
+/// end.
 ///
 /// # Errors
 /// A storage without a port or with a name that is none, a place that cannot hold a socket.
 pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
-    let Storage { source, mount_point, .. } = storage;
-    let port = storage.driver_options.iter().find_map(|option| option.strip_prefix("port=")?.parse::<u32>().ok());
-    let port = port.ok_or_else(|| Error::Invalid(format!("storage {mount_point} has no driver option port=")))?;
+    let Storage {
+        source,
+        mount_point,
+        ..
+    } = storage;
+    let port = storage
+        .driver_options
+        .iter()
+        .find_map(|option| option.strip_prefix("port=")?.parse::<u32>().ok());
+    let port = port.ok_or_else(|| {
+        Error::Invalid(format!("storage {mount_point} has no driver option port="))
+    })?;
     if source.is_empty() || source.contains(char::is_whitespace) {
-        return Err(Error::Invalid(format!("{source:?} is no name for a socket of the host")));
+        return Err(Error::Invalid(format!(
+            "{source:?} is no name for a socket of the host"
+        )));
     }
     let path = PathBuf::from(mount_point);
-    let listener = bind(&path, &Owner::parse(&storage.options)?).what(|| format!("listen on {mount_point}"))?;
-    // The path is empty because the file goes at once with the `Socket`, and the task a moment later: by then there
-    // may be another.
-    let listener = Listener::Unix { listener, path: PathBuf::new() };
+    let listener = bind(&path, &Owner::parse(&storage.options)?)
+        .what(|| format!("listen on {mount_point}"))?;
+    // The path is empty because the file goes at once with the `Socket`, and the task a moment
+    // later: by then there may be another.
+    let listener = Listener::Unix {
+        listener,
+        path: PathBuf::new(),
+    };
     let source = source.clone();
     let carry = move |client| carry(client, host.clone(), port, source.clone());
     let task = tokio::spawn(serve(Arrivals::Open(listener), "host socket", carry)).abort_handle();
@@ -62,12 +79,18 @@ struct Owner {
 
 impl Owner {
     fn parse(options: &[String]) -> Result<Owner> {
-        let mut owner = Owner { mode: 0o600, uid: None, gid: None };
+        let mut owner = Owner {
+            mode: 0o600,
+            uid: None,
+            gid: None,
+        };
         for option in options {
             let bad = || Error::Invalid(format!("bad option {option:?} of a socket of the host"));
             match option.split_once('=').ok_or_else(bad)? {
                 ("mode", text) => {
-                    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
+                    let mode = u32::from_str_radix(text, 8)
+                        .ok()
+                        .filter(|mode| *mode <= 0o7777);
                     owner.mode = mode.ok_or_else(bad)?;
                 }
                 ("uid", text) => owner.uid = Some(text.parse().map_err(|_| bad())?),
@@ -96,7 +119,9 @@ fn bind(path: &Path, owner: &Owner) -> io::Result<UnixListener> {
 
 async fn carry(client: Stream, host: Transport, port: u32, source: String) -> io::Result<()> {
     let Stream::Unix(unix) = &client else {
-        return Err(io::Error::other("a client of a host socket that is on no unix socket"));
+        return Err(io::Error::other(
+            "a client of a host socket that is on no unix socket",
+        ));
     };
     let peer = unix.peer_cred()?;
     let line = format!("{UDS_MAGIC} {source} {} {}\n", peer.uid(), peer.gid());
@@ -106,7 +131,10 @@ async fn carry(client: Stream, host: Transport, port: u32, source: String) -> io
         server.read_u8().await
     };
     if timeout(HANDSHAKE, agree).await?? != ACCEPTED {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the host answered with something unknown"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the host answered with something unknown",
+        ));
     }
     both_ways(client, server).await
 }

@@ -1,4 +1,5 @@
-//! What happens in the child between clone and exec. Only system calls: no allocation, no lock, no destructor.
+//! What happens in the child between clone and exec. Only system calls: no allocation, no lock, no
+//! destructor.
 
 use std::ffi::CStr;
 use std::os::fd::AsRawFd;
@@ -26,15 +27,26 @@ pub(crate) fn run(plan: &Plan) -> ! {
 fn say(Refused(what, on, errno): &Refused) {
     let on = match on.is_null() {
         true => c"",
-        // SAFETY: all these pointers are of C strings in the plan, which outlives this process's use of it.
+        // SAFETY: all these pointers are of C strings in the plan, which outlives this process's
+        // use of it.
         false => unsafe { CStr::from_ptr(*on) },
     };
     let space: &[u8] = if on.is_empty() { b"" } else { b" " };
-    let parts: [&[u8]; 7] =
-        [b"launcher: cannot ", what.as_bytes(), space, on.to_bytes(), b": ", errno.desc().as_bytes(), b"\n"];
+    let parts: [&[u8]; 7] = [
+        b"launcher: cannot ",
+        what.as_bytes(),
+        space,
+        on.to_bytes(),
+        b": ",
+        errno.desc().as_bytes(),
+        b"\n",
+    ];
     // SAFETY: writev(2) reads the parts, which outlive it. Nobody is there to be told of a failure.
     unsafe {
-        let parts = parts.map(|part| libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() });
+        let parts = parts.map(|part| libc::iovec {
+            iov_base: part.as_ptr().cast_mut().cast(),
+            iov_len: part.len(),
+        });
         libc::writev(2, parts.as_ptr(), 7);
     }
 }
@@ -49,42 +61,75 @@ fn confine(plan: &Plan) -> Done {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }
     for (number, fd) in plan.stdio.iter().enumerate() {
-        // SAFETY: integers only; the numbers 0 to 2 are nobody's but stdio's.
-        done("set up stdio", unsafe { libc::dup2(*fd, number as i32) }.into())?;
+        done(
+            "set up stdio",
+            // SAFETY: integers only; the numbers 0 to 2 are nobody's but stdio's.
+            unsafe { libc::dup2(*fd, number as i32) }.into(),
+        )?;
     }
     for cgroup in &plan.cgroups {
-        // SAFETY: writes one byte of a static string.
-        done("enter its cgroup", unsafe { libc::write(cgroup.as_raw_fd(), c"0".as_ptr().cast(), 1) } as c_long)?;
+        done(
+            "enter its cgroup",
+            // SAFETY: writes one byte of a static string.
+            unsafe { libc::write(cgroup.as_raw_fd(), c"0".as_ptr().cast(), 1) } as c_long,
+        )?;
     }
     if let Some(score) = &plan.oom_score {
         set_oom_score(score);
     }
     if let Some(netns) = &plan.netns {
-        // SAFETY: integers only.
-        done("enter the network namespace", unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
+        done(
+            "enter the network namespace",
+            // SAFETY: integers only.
+            unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) }.into(),
+        )?;
     }
     if let Some(jail) = &plan.jail {
         enter_root(jail)?;
     }
-    // SAFETY: integers only; it marks descriptors as close-on-exec and closes none. Linux 5.11 and later.
-    let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    // SAFETY: integers only; it marks descriptors as close-on-exec and closes none. Linux 5.11 and
+    // later.
+    let marked = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
     done("close its parent's descriptors", marked)?;
     for fd in &plan.inherited {
-        // SAFETY: integers only; the descriptor stays open because the parent's `Launch` owns it.
-        done("inherit a descriptor", unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) }.into())?;
+        done(
+            "inherit a descriptor",
+            // SAFETY: integers only; the descriptor stays open because the parent's `Launch` owns it.
+            unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) }.into(),
+        )?;
     }
     if let Some(jail) = &plan.jail {
         drop_privileges(jail)?;
     }
     // After the change of user, which clears it.
-    // SAFETY: integers only.
-    done("ask for its parent's death", unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into())?;
-    let mut parent = libc::pollfd { fd: plan.parent.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // A parent that died before the line above sends no signal any more. Its descriptor can be read then.
-    // SAFETY: poll(2) reads and writes one local pollfd.
+    done(
+        "ask for its parent's death",
+        // SAFETY: integers only.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into(),
+    )?;
+    let mut parent = libc::pollfd {
+        fd: plan.parent.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // A parent that died before the line above sends no signal any more. Its descriptor can be read
+    // then. SAFETY: poll(2) reads and writes one local pollfd.
     match unsafe { libc::poll(&raw mut parent, 1, 0) } {
         0 => {}
-        _ => return Err(Refused("outlive its parent", std::ptr::null(), Errno::ESRCH)),
+        _ => {
+            return Err(Refused(
+                "outlive its parent",
+                std::ptr::null(),
+                Errno::ESRCH,
+            ));
+        }
     }
     match plan.jail.as_ref().and_then(|jail| jail.filter.as_ref()) {
         Some(filter) => install(filter),
@@ -94,8 +139,15 @@ fn confine(plan: &Plan) -> Done {
 
 fn exec(plan: &Plan) -> Result<std::convert::Infallible, Refused> {
     let nothing = [std::ptr::null()];
-    // SAFETY: path, arguments and environment are C strings and arrays that end in null, and outlive the call.
-    unsafe { libc::execve(plan.exec.as_ptr(), plan.argv_pointers.as_ptr(), nothing.as_ptr()) };
+    // SAFETY: path, arguments and environment are C strings and arrays that end in null, and
+    // outlive the call.
+    unsafe {
+        libc::execve(
+            plan.exec.as_ptr(),
+            plan.argv_pointers.as_ptr(),
+            nothing.as_ptr(),
+        )
+    };
     Err(Refused("execute", plan.exec.as_ptr(), Errno::last()))
 }
 
@@ -103,7 +155,10 @@ fn exec(plan: &Plan) -> Result<std::convert::Infallible, Refused> {
 fn set_oom_score(score: &CStr) {
     // SAFETY: opens and writes by C strings that outlive the calls; the descriptor is closed again.
     unsafe {
-        let file = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        let file = libc::open(
+            c"/proc/self/oom_score_adj".as_ptr(),
+            libc::O_WRONLY | libc::O_CLOEXEC,
+        );
         if file >= 0 {
             libc::write(file, score.as_ptr().cast(), score.count_bytes());
             libc::close(file);
@@ -115,22 +170,35 @@ fn set_oom_score(score: &CStr) {
 fn enter_root(jail: &PlannedJail) -> Done {
     let none = std::ptr::null();
     let base = jail.mount_point.as_ptr();
-    // A slave: what the parent mounts below a shared directory later still arrives, and nothing goes back.
+    // A slave: what the parent mounts below a shared directory later still arrives, and nothing
+    // goes back.
     let flags = libc::MS_REC | libc::MS_SLAVE;
     // SAFETY: mount(2) reads C strings that outlive the call.
     let left = unsafe { libc::mount(none, c"/".as_ptr(), none, flags, none.cast()) };
     done("leave its parent's mounts alone", left.into())?;
     let flags = libc::MS_NOSUID | libc::MS_NOEXEC;
-    let (kind, size) = (c"tmpfs".as_ptr(), c"size=64k,nr_inodes=1024,mode=755".as_ptr().cast());
+    let (kind, size) = (
+        c"tmpfs".as_ptr(),
+        c"size=64k,nr_inodes=1024,mode=755".as_ptr().cast(),
+    );
     // SAFETY: as above.
-    on("mount its root at", base, unsafe { libc::mount(kind, base, kind, flags, size) }.into())?;
+    let mounted = unsafe { libc::mount(kind, base, kind, flags, size) };
+    on("mount its root at", base, mounted.into())?;
     for step in &jail.steps {
         take(step)?;
     }
     let read_only = attributes(libc::MOUNT_ATTR_RDONLY);
-    // SAFETY: mount_setattr(2) reads a C string and attributes of the given size, which outlive the call.
+    // SAFETY: mount_setattr(2) reads a C string and attributes of the given size, which outlive the
+    // call.
     let set = unsafe {
-        libc::syscall(libc::SYS_mount_setattr, libc::AT_FDCWD, base, 0, &raw const read_only, size_of_val(&read_only))
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            base,
+            0,
+            &raw const read_only,
+            size_of_val(&read_only),
+        )
     };
     on("make its root read-only at", base, set)?;
     let dot = c".".as_ptr();
@@ -138,8 +206,15 @@ fn enter_root(jail: &PlannedJail) -> Done {
     // SAFETY: C strings that outlive the calls.
     unsafe {
         on("enter its root at", base, libc::chdir(base).into())?;
-        on("make its root of", base, libc::syscall(libc::SYS_pivot_root, dot, dot))?;
-        done("leave the host's root", libc::umount2(dot, libc::MNT_DETACH).into())?;
+        on(
+            "make its root of",
+            base,
+            libc::syscall(libc::SYS_pivot_root, dot, dot),
+        )?;
+        done(
+            "leave the host's root",
+            libc::umount2(dot, libc::MNT_DETACH).into(),
+        )?;
         done("enter its root", libc::chdir(c"/".as_ptr()).into())
     }
 }
@@ -148,41 +223,79 @@ fn take(step: &Step) -> Done {
     let here = libc::AT_FDCWD;
     match step {
         // SAFETY: a C string that outlives the call.
-        Step::Directory(path) => on("make", path.as_ptr(), unsafe { libc::mkdir(path.as_ptr(), 0o755) }.into()),
+        Step::Directory(path) => on(
+            "make",
+            path.as_ptr(),
+            unsafe { libc::mkdir(path.as_ptr(), 0o755) }.into(),
+        ),
         Step::File(path) => {
             let path = path.as_ptr();
             // SAFETY: a C string that outlives the call.
-            on("make", path, unsafe { libc::mknod(path, libc::S_IFREG | 0o644, 0) }.into())
+            on(
+                "make",
+                path,
+                unsafe { libc::mknod(path, libc::S_IFREG | 0o644, 0) }.into(),
+            )
         }
-        Step::Node { path, device, owner: (uid, gid) } => {
+        Step::Node {
+            path,
+            device,
+            owner: (uid, gid),
+        } => {
             let path = path.as_ptr();
             // SAFETY: a C string that outlives the calls.
             unsafe {
-                on("make the device node", path, libc::mknod(path, libc::S_IFCHR | 0o600, *device).into())?;
-                on("hand over the device node", path, libc::chown(path, *uid, *gid).into())
+                on(
+                    "make the device node",
+                    path,
+                    libc::mknod(path, libc::S_IFCHR | 0o600, *device).into(),
+                )?;
+                on(
+                    "hand over the device node",
+                    path,
+                    libc::chown(path, *uid, *gid).into(),
+                )
             }
         }
-        Step::Bind { source, to, attributes: set, recursive } => {
+        Step::Bind {
+            source,
+            to,
+            attributes: set,
+            recursive,
+        } => {
             let recursive = if *recursive { libc::AT_RECURSIVE } else { 0 };
             let clone = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive.cast_unsigned();
             let set = attributes(*set);
             let size = size_of_val(&set);
             let empty = c"".as_ptr();
-            // SAFETY: C strings and attributes of the given size, which outlive the calls; the descriptor is closed.
+            // SAFETY: C strings and attributes of the given size, which outlive the calls; the
+            // descriptor is closed.
             unsafe {
                 let (from, tree) = match source {
-                    Source::Path(from) => {
-                        (from.as_ptr(), libc::syscall(libc::SYS_open_tree, here, from.as_ptr(), clone))
-                    }
+                    Source::Path(from) => (
+                        from.as_ptr(),
+                        libc::syscall(libc::SYS_open_tree, here, from.as_ptr(), clone),
+                    ),
                     Source::Tree(tree) => (to.as_ptr(), tree.as_raw_fd().into()),
                 };
                 on("take", from, tree)?;
                 let tree = tree as i32;
                 let flags = libc::AT_EMPTY_PATH | recursive;
-                let done = libc::syscall(libc::SYS_mount_setattr, tree, empty, flags, &raw const set, size);
+                let done = libc::syscall(
+                    libc::SYS_mount_setattr,
+                    tree,
+                    empty,
+                    flags,
+                    &raw const set,
+                    size,
+                );
                 on("restrict the mount of", from, done)?;
                 let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
-                on("mount", from, libc::syscall(libc::SYS_move_mount, tree, empty, here, to.as_ptr(), flags))?;
+                on(
+                    "mount",
+                    from,
+                    libc::syscall(libc::SYS_move_mount, tree, empty, here, to.as_ptr(), flags),
+                )?;
             }
             Ok(())
         }
@@ -190,13 +303,21 @@ fn take(step: &Step) -> Done {
             let (path, kind) = (path.as_ptr(), c"proc".as_ptr());
             let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
             // SAFETY: C strings that outlive the call.
-            on("mount proc at", path, unsafe { libc::mount(kind, path, kind, flags, std::ptr::null()) }.into())
+            on(
+                "mount proc at",
+                path,
+                unsafe { libc::mount(kind, path, kind, flags, std::ptr::null()) }.into(),
+            )
         }
         Step::Unmount(path) => {
             let path = path.as_ptr();
             // SAFETY: a C string that outlives the calls.
             unsafe {
-                on("unmount", path, libc::umount2(path, libc::MNT_DETACH).into())?;
+                on(
+                    "unmount",
+                    path,
+                    libc::umount2(path, libc::MNT_DETACH).into(),
+                )?;
                 on("remove", path, libc::rmdir(path).into())
             }
         }
@@ -204,7 +325,12 @@ fn take(step: &Step) -> Done {
 }
 
 fn attributes(set: u64) -> libc::mount_attr {
-    libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 }
+    libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    }
 }
 
 fn drop_privileges(jail: &PlannedJail) -> Done {
@@ -212,28 +338,48 @@ fn drop_privileges(jail: &PlannedJail) -> Done {
         // SAFETY: both calls read or write a local variable.
         unsafe {
             let mut old: libc::rlimit = std::mem::zeroed();
-            done("read a limit", libc::getrlimit(resource, &raw mut old).into())?;
+            done(
+                "read a limit",
+                libc::getrlimit(resource, &raw mut old).into(),
+            )?;
             let mut limit = limit.min(old.rlim_max);
-            // At 0 the kernel still hands a dump to a program of the host's (core_pattern with a pipe), at 1 it does not.
-            // Who may not raise a limit of 0 stays there.
-            let one = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+            // At 0 the kernel still hands a dump to a program of the host's (core_pattern with a
+            // pipe), at 1 it does not. Who may not raise a limit of 0 stays there.
+            let one = libc::rlimit {
+                rlim_cur: 1,
+                rlim_max: 1,
+            };
             if resource == libc::RLIMIT_CORE && libc::setrlimit(resource, &raw const one) == 0 {
                 limit = 1;
             }
-            let new = libc::rlimit { rlim_cur: limit, rlim_max: limit };
-            done("set a limit", libc::setrlimit(resource, &raw const new).into())?;
+            let new = libc::rlimit {
+                rlim_cur: limit,
+                rlim_max: limit,
+            };
+            done(
+                "set a limit",
+                libc::setrlimit(resource, &raw const new).into(),
+            )?;
         }
     }
     let (kept, user) = match &jail.user {
         User::Own { uid, gid } => (0, Some((*uid, *gid))),
-        User::Root { capabilities, user_namespace } => {
+        User::Root {
+            capabilities,
+            user_namespace,
+        } => {
             if let Some(namespace) = user_namespace {
                 // It has no power over the namespaces above, which belong to the one it leaves.
                 // SAFETY: integers only.
                 let entered = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER) };
                 done("enter its user namespace", entered.into())?;
             }
-            (capabilities.iter().fold(0_u64, |set, number| set | 1 << number), None)
+            (
+                capabilities
+                    .iter()
+                    .fold(0_u64, |set, number| set | 1 << number),
+                None,
+            )
         }
     };
     for number in 0..64 {
@@ -250,15 +396,27 @@ fn drop_privileges(jail: &PlannedJail) -> Done {
     // Raw system calls, because the C library's would have to tell other threads.
     // SAFETY: integers and a null pointer for an empty list.
     unsafe {
-        done("drop its groups", libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()))?;
+        done(
+            "drop its groups",
+            libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()),
+        )?;
         if let Some((uid, gid)) = user {
-            done("become its group", libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
-            done("become its user", libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
+            done(
+                "become its group",
+                libc::syscall(libc::SYS_setresgid, gid, gid, gid),
+            )?;
+            done(
+                "become its user",
+                libc::syscall(libc::SYS_setresuid, uid, uid, uid),
+            )?;
         }
     }
     set_capabilities(kept)?;
-    // SAFETY: integers only.
-    done("give up new privileges", unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
+    done(
+        "give up new privileges",
+        // SAFETY: integers only.
+        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into(),
+    )
 }
 
 fn set_capabilities(kept: u64) -> Done {
@@ -274,17 +432,36 @@ fn set_capabilities(kept: u64) -> Done {
         inheritable: u32,
     }
     // linux/capability.h: _LINUX_CAPABILITY_VERSION_3.
-    let header = Header { version: 0x2008_0522, pid: 0 };
-    let half = |bits: u64| Data { effective: bits as u32, permitted: bits as u32, inheritable: 0 };
+    let header = Header {
+        version: 0x2008_0522,
+        pid: 0,
+    };
+    let half = |bits: u64| Data {
+        effective: bits as u32,
+        permitted: bits as u32,
+        inheritable: 0,
+    };
     let data = [half(kept & 0xffff_ffff), half(kept >> 32)];
     // SAFETY: a header and two halves of the layout that version 3 has; both outlive the call.
-    done("drop its capabilities", unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })
+    done("drop its capabilities", unsafe {
+        libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr())
+    })
 }
 
 fn install(filter: &[libc::sock_filter]) -> Done {
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
     // SAFETY: seccomp(2) reads a program whose instructions outlive the call.
-    let installed = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    let installed = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const program,
+        )
+    };
     done("install its seccomp filter", installed)
 }
 
@@ -293,5 +470,9 @@ fn done(what: &'static str, result: c_long) -> Done {
 }
 
 fn on(what: &'static str, path: *const libc::c_char, result: c_long) -> Done {
-    if result < 0 { Err(Refused(what, path, Errno::last())) } else { Ok(()) }
+    if result < 0 {
+        Err(Refused(what, path, Errno::last()))
+    } else {
+        Ok(())
+    }
 }

@@ -1,8 +1,9 @@
 //! Which system calls a confined program may make (seccomp(2)).
 //!
-//! Two kinds. QEMU and virtiofsd bring a list of their own of what they may do, which changes with their versions; ours
-//! takes away what none of them needs and a taken-over one would try. vhost-device-vsock brings none, so for it we say
-//! what is allowed. A call that is refused fails with EPERM: the program's own error says more than its death would.
+//! Two kinds. QEMU and virtiofsd bring a list of their own of what they may do, which changes with
+//! their versions; ours takes away what none of them needs and a taken-over one would try.
+//! vhost-device-vsock brings none, so for it we say what is allowed. A call that is refused fails
+//! with EPERM: the program's own error says more than its death would.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,14 +11,18 @@ use std::io;
 use libc::{BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
 use seccompiler::SeccompCmpArgLen::{Dword, Qword};
 use seccompiler::SeccompCmpOp::{MaskedEq, Ne};
-use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
 
 /// A choice of system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {
-    /// All but what serves a break-out: no process, socket, mount, namespace, trace, module, clock or device node.
+    /// All but what serves a break-out: no process, socket, mount, namespace, trace, module, clock
+    /// or device node.
     Qemu,
-    /// As for QEMU, but device nodes can be made: containers make them, with mknod(2), in directories that are served.
+    /// As for QEMU, but device nodes can be made: containers make them, with mknod(2), in
+    /// directories that are served.
     FileServer,
     /// Nothing but what vhost-device-vsock does: threads, files, memory, unix sockets.
     VsockDaemon,
@@ -90,7 +95,8 @@ const DENIED: &[i64] = &[
     libc::SYS_set_mempolicy,
 ];
 
-/// Calls of vhost-device-vsock: a Rust program with threads, epoll, unix sockets and the guest's memory.
+/// Calls of vhost-device-vsock: a Rust program with threads, epoll, unix sockets and the guest's
+/// memory.
 const VSOCK_DAEMON: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_access,
@@ -175,34 +181,63 @@ impl Filter {
         let always = Vec::new();
         let rules = match self {
             Filter::VsockDaemon => {
-                let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-                    VSOCK_DAEMON.iter().map(|number| (*number, always.clone())).collect();
-                rules.insert(libc::SYS_clone, vec![rule(0, Qword, MaskedEq(THREAD), THREAD)?]);
-                rules.insert(libc::SYS_socket, vec![rule(0, Dword, seccompiler::SeccompCmpOp::Eq, UNIX)?]);
-                rules.insert(libc::SYS_socketpair, vec![rule(1, Dword, MaskedEq(SOCKET_TYPE), STREAM)?]);
+                let mut rules: BTreeMap<i64, Vec<SeccompRule>> = VSOCK_DAEMON
+                    .iter()
+                    .map(|number| (*number, always.clone()))
+                    .collect();
+                rules.insert(
+                    libc::SYS_clone,
+                    vec![rule(0, Qword, MaskedEq(THREAD), THREAD)?],
+                );
+                rules.insert(
+                    libc::SYS_socket,
+                    vec![rule(0, Dword, seccompiler::SeccompCmpOp::Eq, UNIX)?],
+                );
+                rules.insert(
+                    libc::SYS_socketpair,
+                    vec![rule(1, Dword, MaskedEq(SOCKET_TYPE), STREAM)?],
+                );
                 SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)
             }
             Filter::Qemu | Filter::FileServer => {
-                let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-                    DENIED.iter().map(|number| (*number, always.clone())).collect();
+                let mut rules: BTreeMap<i64, Vec<SeccompRule>> = DENIED
+                    .iter()
+                    .map(|number| (*number, always.clone()))
+                    .collect();
                 rules.insert(libc::SYS_clone, vec![rule(0, Qword, MaskedEq(THREAD), 0)?]);
                 // A thread of virtiofsd has a umask of its own.
-                rules.insert(libc::SYS_unshare, vec![rule(0, Qword, Ne, libc::CLONE_FS.cast_unsigned().into())?]);
+                rules.insert(
+                    libc::SYS_unshare,
+                    vec![rule(0, Qword, Ne, libc::CLONE_FS.cast_unsigned().into())?],
+                );
                 rules.insert(libc::SYS_socket, always.clone());
-                // Two ends that know nobody else: a datagram socket could send to any name of its network namespace.
+                // Two ends that know nobody else: a datagram socket could send to any name of its
+                // network namespace.
                 rules.insert(
                     libc::SYS_socketpair,
-                    vec![rule(0, Dword, Ne, UNIX)?, rule(1, Dword, MaskedEq(SOCKET_TYPE), DATAGRAM)?],
+                    vec![
+                        rule(0, Dword, Ne, UNIX)?,
+                        rule(1, Dword, MaskedEq(SOCKET_TYPE), DATAGRAM)?,
+                    ],
                 );
                 if *self == Filter::Qemu {
-                    rules.extend([(libc::SYS_mknod, always.clone()), (libc::SYS_mknodat, always)]);
+                    rules.extend([
+                        (libc::SYS_mknod, always.clone()),
+                        (libc::SYS_mknodat, always),
+                    ]);
                 }
                 SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)
             }
         };
-        let program: BpfProgram = rules.and_then(TryInto::try_into).map_err(io::Error::other)?;
-        let program =
-            program.into_iter().map(|one| libc::sock_filter { code: one.code, jt: one.jt, jf: one.jf, k: one.k });
+        let program: BpfProgram = rules
+            .and_then(TryInto::try_into)
+            .map_err(io::Error::other)?;
+        let program = program.into_iter().map(|one| libc::sock_filter {
+            code: one.code,
+            jt: one.jt,
+            jf: one.jf,
+            k: one.k,
+        });
         Ok(unknown_calls().into_iter().chain(program).collect())
     }
 }
@@ -220,21 +255,32 @@ fn rule(
     operator: seccompiler::SeccompCmpOp,
     value: u64,
 ) -> io::Result<SeccompRule> {
-    let condition = SeccompCondition::new(argument, length, operator, value).map_err(io::Error::other)?;
+    let condition =
+        SeccompCondition::new(argument, length, operator, value).map_err(io::Error::other)?;
     SeccompRule::new(vec![condition]).map_err(io::Error::other)
 }
 
-/// Stands before every program: the calls of the x32 ABI, which have numbers of their own and the same architecture, and
-/// clone3, whose flags lie in memory where a filter cannot see them, are unknown; for the latter the C library then
-/// uses clone.
+/// Stands before every program: the calls of the x32 ABI, which have numbers of their own and the
+/// same architecture, and clone3, whose flags lie in memory where a filter cannot see them, are
+/// unknown; for the latter the C library then uses clone.
 fn unknown_calls() -> [libc::sock_filter; 4] {
     const X32_BIT: u32 = 0x4000_0000;
-    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
+    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
     [
         // offsetof(struct seccomp_data, nr) is 0.
         statement(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
         statement(BPF_JMP | BPF_JEQ | BPF_K, libc::SYS_clone3 as u32, 1, 0),
         statement(BPF_JMP | BPF_JGE | BPF_K, X32_BIT, 0, 1),
-        statement(BPF_RET | BPF_K, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(), 0, 0),
+        statement(
+            BPF_RET | BPF_K,
+            libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(),
+            0,
+            0,
+        ),
     ]
 }

@@ -1,15 +1,19 @@
-//! Starts QEMU, virtiofsd and vhost-device-vsock so that one of them that was taken over finds nothing of the host.
+//! Starts QEMU, virtiofsd and vhost-device-vsock so that one of them that was taken over finds
+//! nothing of the host.
 //!
-//! A [`Launch`] says what to run, a [`Jail`] what it is left with: a user, a root directory that holds only what the
-//! program needs, namespaces, system calls, limits. [`spawn`] opens and computes everything that can fail or allocate,
-//! clones, and the child ([`child`]) only makes system calls. They come in this order:
+//! A [`Launch`] says what to run, a [`Jail`] what it is left with: a user, a root directory that
+//! holds only what the program needs, namespaces, system calls, limits. [`spawn`] opens and
+//! computes everything that can fail or allocate, clones, and the child ([`child`]) only makes
+//! system calls. They come in this order:
 //!
-//! 1. descriptors, cgroups, OOM score, network namespace: while /proc and /sys are there and root is root
+//! 1. descriptors, cgroups, OOM score, network namespace: while /proc and /sys are there and root
+//!    is root
 //! 2. an empty tmpfs becomes the root, with binds of what the program needs, read-only
 //! 3. limits, user namespace, capabilities, user, no_new_privs, seccomp filter
 //! 4. the death signal, a look whether the parent still lives, exec
 //!
-//! It fails closed: a step that is refused ends the child with status [`FAILED`] and one line on its stderr.
+//! It fails closed: a step that is refused ends the child with status [`FAILED`] and one line on
+//! its stderr.
 
 mod child;
 pub mod filter;
@@ -34,7 +38,8 @@ pub use userns::user_namespace;
 /// Exit status of a child that could not be confined, or whose program cannot be executed.
 pub const FAILED: i32 = 126;
 
-/// What to run. It gets an empty environment and `/` as its working directory, and dies with the thread that spawned it.
+/// What to run. It gets an empty environment and `/` as its working directory, and dies with the
+/// thread that spawned it.
 #[derive(Debug)]
 pub struct Launch {
     /// Path of the program; not looked up in PATH.
@@ -47,22 +52,24 @@ pub struct Launch {
     pub stdout: Option<OwnedFd>,
     /// Where its stderr goes.
     pub stderr: OwnedFd,
-    /// `cgroup.procs` files it is written to before anything else (one for cgroup v2, several for v1).
+    /// `cgroup.procs` files it is written to before anything else (one for cgroup v2, several for
+    /// v1).
     pub cgroup_procs: Vec<PathBuf>,
     /// The network namespace that it runs in; without one the caller's, or for a jail an empty one.
     pub netns: Option<Arc<OwnedFd>>,
-    /// How gladly the kernel kills it when memory runs out (proc(5), `oom_score_adj`); inherited if none. A value that
-    /// needs a capability which the caller lacks is left alone.
+    /// How gladly the kernel kills it when memory runs out (proc(5), `oom_score_adj`); inherited if
+    /// none. A value that needs a capability which the caller lacks is left alone.
     pub oom_score_adj: Option<i32>,
     /// What it is confined to; nothing if none.
     pub jail: Option<Jail>,
 }
 
-/// What a program is confined to. It always gets mount, pid, ipc and uts namespaces of its own, no_new_privs, no core
-/// dumps, and an empty, read-only root with `root` in it.
+/// What a program is confined to. It always gets mount, pid, ipc and uts namespaces of its own,
+/// no_new_privs, no core dumps, and an empty, read-only root with `root` in it.
 #[derive(Clone, Debug)]
 pub struct Jail {
-    /// An empty directory of the caller's, which the new root is mounted on, in the child's namespace only.
+    /// An empty directory of the caller's, which the new root is mounted on, in the child's
+    /// namespace only.
     pub mount_point: PathBuf,
     /// Who it runs as.
     pub user: User,
@@ -129,16 +136,26 @@ struct PlannedJail {
     limits: Vec<(Limit, u64)>,
 }
 
-/// Starts a program. What is wrong with its place is found out by the child, whose stderr then says so.
+/// Starts a program. What is wrong with its place is found out by the child, whose stderr then says
+/// so.
 ///
 /// # Errors
-/// The program, a file that its root is to hold or a cgroup is not there; the filter cannot be built; no more processes.
+/// The program, a file that its root is to hold or a cgroup is not there; the filter cannot be
+/// built; no more processes.
 pub fn spawn(launch: Launch) -> io::Result<Started> {
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-    let stdout = launch.stdout.as_ref().map_or(null.as_raw_fd(), AsRawFd::as_raw_fd);
+    let null = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    let stdout = launch
+        .stdout
+        .as_ref()
+        .map_or(null.as_raw_fd(), AsRawFd::as_raw_fd);
     let inherited: Vec<RawFd> = launch.fds.iter().map(AsRawFd::as_raw_fd).collect();
     if inherited.iter().any(|fd| *fd <= 2) {
-        return Err(io::Error::other("descriptors 0 to 2 must be open before anything is started"));
+        return Err(io::Error::other(
+            "descriptors 0 to 2 must be open before anything is started",
+        ));
     }
     // Found out here, where there is somebody to tell.
     File::open(&launch.program)?;
@@ -151,7 +168,9 @@ pub fn spawn(launch: Launch) -> io::Result<Started> {
     argv_pointers.push(std::ptr::null());
     let open = |path: &PathBuf| {
         let file = OpenOptions::new().write(true).open(path);
-        file.map_err(|error| io::Error::new(error.kind(), format!("open {}: {error}", path.display())))
+        file.map_err(|error| {
+            io::Error::new(error.kind(), format!("open {}: {error}", path.display()))
+        })
     };
     let jail = launch.jail.as_ref().map(PlannedJail::new).transpose()?;
     let plan = Plan {
@@ -160,9 +179,16 @@ pub fn spawn(launch: Launch) -> io::Result<Started> {
         argv_pointers,
         inherited,
         stdio: [null.as_raw_fd(), stdout, launch.stderr.as_raw_fd()],
-        cgroups: launch.cgroup_procs.iter().map(open).collect::<io::Result<_>>()?,
+        cgroups: launch
+            .cgroup_procs
+            .iter()
+            .map(open)
+            .collect::<io::Result<_>>()?,
         netns: launch.netns.clone(),
-        oom_score: launch.oom_score_adj.map(|score| CString::new(score.to_string())).transpose()?,
+        oom_score: launch
+            .oom_score_adj
+            .map(|score| CString::new(score.to_string()))
+            .transpose()?,
         parent: pidfd_of_self()?,
         jail,
     };
@@ -199,15 +225,26 @@ fn clone(plan: &Plan) -> io::Result<Started> {
     arguments.flags = u64::from(flags.cast_unsigned());
     arguments.pidfd = (&raw mut pidfd).addr() as u64;
     arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    // SAFETY: as fork(2): without CLONE_VM the child has its own copy of the memory, and until its exec it makes system
-    // calls only, because another thread may have held a lock. The kernel writes the pidfd into the local variable.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
+    // SAFETY: as fork(2): without CLONE_VM the child has its own copy of the memory, and until its
+    // exec it makes system calls only, because another thread may have held a lock. The kernel
+    // writes the pidfd into the local variable.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut arguments,
+            size_of::<libc::clone_args>(),
+        )
+    };
     match pid {
         0 => child::run(plan),
         pid if pid > 0 => {
-            // SAFETY: the kernel has just made this descriptor, close-on-exec by definition, and nobody else owns it.
+            // SAFETY: the kernel has just made this descriptor, close-on-exec by definition, and
+            // nobody else owns it.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Started { pid: i32::try_from(pid).map_err(io::Error::other)?, pidfd })
+            Ok(Started {
+                pid: i32::try_from(pid).map_err(io::Error::other)?,
+                pidfd,
+            })
         }
         _ => Err(io::Error::last_os_error()),
     }
@@ -216,7 +253,10 @@ fn clone(plan: &Plan) -> io::Result<Started> {
 fn pidfd_of_self() -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and touches no memory of ours.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
-    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    let fd = i32::try_from(fd)
+        .ok()
+        .filter(|fd| *fd >= 0)
+        .ok_or_else(io::Error::last_os_error)?;
     // SAFETY: a new descriptor (close-on-exec by definition) that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,4 +1,5 @@
-//! Which files a program needs beside itself: its interpreter and libraries, as the interpreter itself finds them.
+//! Which files a program needs beside itself: its interpreter and libraries, as the interpreter
+//! itself finds them.
 
 use std::ffi::OsStr;
 use std::io;
@@ -17,19 +18,31 @@ pub const INDEX: &str = "/etc/ld.so.cache";
 /// The file cannot be read, or is not such a program.
 pub fn interpreter(program: &Path) -> io::Result<Option<PathBuf>> {
     let file = std::fs::File::open(program)?;
-    let not = || io::Error::other(format!("{} is not an ELF program for x86-64", program.display()));
+    let not = || {
+        io::Error::other(format!(
+            "{} is not an ELF program for x86-64",
+            program.display()
+        ))
+    };
     let mut header = [0; 64];
-    let at = |bytes: &mut [u8], offset: u64| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, offset);
+    let at = |bytes: &mut [u8], offset: u64| {
+        std::os::unix::fs::FileExt::read_exact_at(&file, bytes, offset)
+    };
     at(&mut header, 0).map_err(|_| not())?;
     // elf(5): magic and 64 bits, little endian; e_machine 62.
     if header[..6] != [0x7f, b'E', b'L', b'F', 2, 1] || header[18..20] != [62, 0] {
         return Err(not());
     }
     let word = |bytes: &[u8], offset: usize| {
-        let bytes = bytes.get(offset..offset + 8).and_then(|bytes| bytes.try_into().ok());
+        let bytes = bytes
+            .get(offset..offset + 8)
+            .and_then(|bytes| bytes.try_into().ok());
         bytes.map(u64::from_le_bytes).ok_or_else(not)
     };
-    let (table, count) = (word(&header, 32)?, u16::from_le_bytes([header[56], header[57]]));
+    let (table, count) = (
+        word(&header, 32)?,
+        u16::from_le_bytes([header[56], header[57]]),
+    );
     for index in 0..u64::from(count) {
         let mut entry = [0; 56];
         at(&mut entry, table + index * 56).map_err(|_| not())?;
@@ -45,7 +58,8 @@ pub fn interpreter(program: &Path) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// The libraries in what `interpreter --list program` prints, and the one that the C library may open later.
+/// The libraries in what `interpreter --list program` prints, and the one that the C library may
+/// open later.
 ///
 /// # Errors
 /// A library that is not found, by its name.
@@ -66,7 +80,10 @@ pub fn listed(printed: &str) -> io::Result<Vec<PathBuf>> {
     }
     let unwinder = libraries
         .iter()
-        .find(|path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"libc.so")))
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.as_bytes().starts_with(b"libc.so"))
+        })
         .and_then(|libc| Some(libc.parent()?.join(UNWINDER)))
         .filter(|path| path.exists() && !libraries.contains(path));
     libraries.extend(unwinder);
@@ -83,7 +100,12 @@ mod tests {
         assert!(shell.is_absolute() && shell.exists(), "{shell:?}");
         let script = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(script.path(), "#!/bin/sh\n").unwrap();
-        assert!(interpreter(script.path()).unwrap_err().to_string().contains("not an ELF program"));
+        assert!(
+            interpreter(script.path())
+                .unwrap_err()
+                .to_string()
+                .contains("not an ELF program")
+        );
     }
 
     #[test]
@@ -92,9 +114,20 @@ mod tests {
                     \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
         assert_eq!(
             listed(text).unwrap(),
-            [PathBuf::from("/no/such/dir/libc.so.6"), PathBuf::from("/lib64/ld-linux-x86-64.so.2")]
+            [
+                PathBuf::from("/no/such/dir/libc.so.6"),
+                PathBuf::from("/lib64/ld-linux-x86-64.so.2")
+            ]
         );
-        assert_eq!(listed("\tstatically linked\n").unwrap(), Vec::<PathBuf>::new());
-        assert!(listed("\tlibx.so => not found\n").unwrap_err().to_string().contains("libx.so"));
+        assert_eq!(
+            listed("\tstatically linked\n").unwrap(),
+            Vec::<PathBuf>::new()
+        );
+        assert!(
+            listed("\tlibx.so => not found\n")
+                .unwrap_err()
+                .to_string()
+                .contains("libx.so")
+        );
     }
 }

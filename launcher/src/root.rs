@@ -22,8 +22,8 @@ pub enum Entry {
         /// Where it is in the root.
         to: PathBuf,
     },
-    /// A directory of the host, as writable as it is there, with what is mounted below it now and, if it is a shared
-    /// mount, later.
+    /// A directory of the host, as writable as it is there, with what is mounted below it now and,
+    /// if it is a shared mount, later.
     Directory {
         /// On the host.
         from: PathBuf,
@@ -32,7 +32,8 @@ pub enum Entry {
     },
     /// A character device at the same path, which the program's user may read and write.
     Device(PathBuf),
-    /// What a file server needs of /proc: its own descriptors and mounts, and the system's limit of descriptors.
+    /// What a file server needs of /proc: its own descriptors and mounts, and the system's limit of
+    /// descriptors.
     OwnDescriptors,
 }
 
@@ -40,8 +41,8 @@ pub enum Entry {
 #[derive(Debug)]
 pub(crate) enum Source {
     Path(CString),
-    /// A mount that is nowhere yet (open_tree(2)): a descriptor's own mount is one of the parent's namespace, from which
-    /// the child cannot take any more.
+    /// A mount that is nowhere yet (open_tree(2)): a descriptor's own mount is one of the parent's
+    /// namespace, from which the child cannot take any more.
     Tree(OwnedFd),
 }
 
@@ -50,23 +51,41 @@ pub(crate) enum Source {
 pub(crate) enum Step {
     Directory(CString),
     File(CString),
-    Node { path: CString, device: libc::dev_t, owner: (u32, u32) },
-    Bind { source: Source, to: CString, attributes: u64, recursive: bool },
+    Node {
+        path: CString,
+        device: libc::dev_t,
+        owner: (u32, u32),
+    },
+    Bind {
+        source: Source,
+        to: CString,
+        attributes: u64,
+        recursive: bool,
+    },
     MountProc(CString),
     Unmount(CString),
 }
 
 const LOCKED: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 
-/// Directory in the root for the instance of proc that [`Entry::OwnDescriptors`] takes its files from.
+/// Directory in the root for the instance of proc that [`Entry::OwnDescriptors`] takes its files
+/// from.
 const WHOLE_PROC: &str = "/.proc";
 
 /// The steps that make a root of `entries`.
 ///
 /// # Errors
 /// A file that is not there, by its path.
-pub(crate) fn steps(mount_point: &Path, entries: &[Entry], owner: (u32, u32)) -> io::Result<Vec<Step>> {
-    let mut steps = Steps { mount_point, made: BTreeSet::new(), steps: Vec::new() };
+pub(crate) fn steps(
+    mount_point: &Path,
+    entries: &[Entry],
+    owner: (u32, u32),
+) -> io::Result<Vec<Step>> {
+    let mut steps = Steps {
+        mount_point,
+        made: BTreeSet::new(),
+        steps: Vec::new(),
+    };
     for entry in entries {
         steps.add(entry, owner)?;
     }
@@ -85,7 +104,13 @@ impl Steps<'_> {
             Entry::ReadOnly(path) => {
                 let is_dir = metadata(path)?.is_dir();
                 let source = Source::Path(c_string(path)?);
-                self.bind(source, path, is_dir, LOCKED | libc::MOUNT_ATTR_RDONLY, is_dir)
+                self.bind(
+                    source,
+                    path,
+                    is_dir,
+                    LOCKED | libc::MOUNT_ATTR_RDONLY,
+                    is_dir,
+                )
             }
             Entry::Descriptor { file, to } => {
                 let attributes = LOCKED | libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOEXEC;
@@ -98,10 +123,17 @@ impl Steps<'_> {
             Entry::Device(path) => {
                 let metadata = metadata(path)?;
                 if !metadata.file_type().is_char_device() {
-                    return Err(io::Error::other(format!("{} is not a character device", path.display())));
+                    return Err(io::Error::other(format!(
+                        "{} is not a character device",
+                        path.display()
+                    )));
                 }
                 self.parents(path)?;
-                self.steps.push(Step::Node { path: self.below(path)?, device: metadata.rdev(), owner });
+                self.steps.push(Step::Node {
+                    path: self.below(path)?,
+                    device: metadata.rdev(),
+                    owner,
+                });
                 Ok(())
             }
             Entry::OwnDescriptors => {
@@ -115,7 +147,13 @@ impl Steps<'_> {
                     ("sys/fs/nr_open", "/proc/sys/fs/nr_open", false),
                 ] {
                     let source = Source::Path(self.below(&whole.join(from))?);
-                    self.bind(source, Path::new(to), is_dir, LOCKED | libc::MOUNT_ATTR_RDONLY, false)?;
+                    self.bind(
+                        source,
+                        Path::new(to),
+                        is_dir,
+                        LOCKED | libc::MOUNT_ATTR_RDONLY,
+                        false,
+                    )?;
                 }
                 self.steps.push(Step::Unmount(self.below(whole)?));
                 Ok(())
@@ -123,7 +161,14 @@ impl Steps<'_> {
         }
     }
 
-    fn bind(&mut self, source: Source, to: &Path, is_dir: bool, attributes: u64, recursive: bool) -> io::Result<()> {
+    fn bind(
+        &mut self,
+        source: Source,
+        to: &Path,
+        is_dir: bool,
+        attributes: u64,
+        recursive: bool,
+    ) -> io::Result<()> {
         if !self.made.contains(to) {
             match is_dir {
                 true => self.directory(to)?,
@@ -137,12 +182,18 @@ impl Steps<'_> {
             // The same file, named twice.
             return Ok(());
         }
-        self.steps.push(Step::Bind { source, to: self.below(to)?, attributes, recursive });
+        self.steps.push(Step::Bind {
+            source,
+            to: self.below(to)?,
+            attributes,
+            recursive,
+        });
         Ok(())
     }
 
     fn parents(&mut self, path: &Path) -> io::Result<()> {
-        path.parent().map_or(Ok(()), |parent| self.directory(parent))
+        path.parent()
+            .map_or(Ok(()), |parent| self.directory(parent))
     }
 
     fn directory(&mut self, path: &Path) -> io::Result<()> {
@@ -159,19 +210,28 @@ impl Steps<'_> {
     }
 
     fn below(&self, path: &Path) -> io::Result<CString> {
-        c_string(&self.mount_point.join(path.strip_prefix("/").unwrap_or(path)))
+        c_string(
+            &self
+                .mount_point
+                .join(path.strip_prefix("/").unwrap_or(path)),
+        )
     }
 }
 
 fn tree_of(file: &OwnedFd) -> io::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
+    let flags =
+        libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
     // SAFETY: open_tree(2) reads an empty C string.
     let tree = unsafe { libc::syscall(libc::SYS_open_tree, file.as_raw_fd(), c"".as_ptr(), flags) };
-    let tree = i32::try_from(tree).ok().filter(|tree| *tree >= 0).ok_or_else(io::Error::last_os_error)?;
+    let tree = i32::try_from(tree)
+        .ok()
+        .filter(|tree| *tree >= 0)
+        .ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(tree) })
 }
 
 fn metadata(path: &Path) -> io::Result<std::fs::Metadata> {
-    std::fs::metadata(path).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    std::fs::metadata(path)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
 }

@@ -20,7 +20,8 @@ pub struct UidRange {
 pub struct UidLease {
     /// User and group id.
     pub uid: u32,
-    /// A lock on the byte of this id (fcntl(2), open file description locks); it ends with the descriptor.
+    /// A lock on the byte of this id (fcntl(2), open file description locks); it ends with the
+    /// descriptor.
     _lock: File,
 }
 
@@ -47,7 +48,10 @@ impl UidRange {
             }
         }
         let last = self.first + self.count.saturating_sub(1);
-        Err(io::Error::other(format!("every user id from {} to {last} has a sandbox", self.first)))
+        Err(io::Error::other(format!(
+            "every user id from {} to {last} has a sandbox",
+            self.first
+        )))
     }
 }
 
@@ -75,13 +79,22 @@ mod tests {
     #[test]
     fn no_two_sandboxes_have_one_id_and_a_full_range_says_so() {
         let dir = tempfile::tempdir().unwrap();
-        let range = UidRange { first: 1000, count: 3 };
+        let range = UidRange {
+            first: 1000,
+            count: 3,
+        };
         let file = dir.path().join("uids");
         let leases: Vec<_> = (0..3).map(|_| range.lease(&file).unwrap()).collect();
         let mut uids: Vec<_> = leases.iter().map(|lease| lease.uid).collect();
         uids.sort_unstable();
         assert_eq!(uids, [1000, 1001, 1002]);
-        assert!(range.lease(&file).unwrap_err().to_string().contains("from 1000 to 1002"));
+        assert!(
+            range
+                .lease(&file)
+                .unwrap_err()
+                .to_string()
+                .contains("from 1000 to 1002")
+        );
         drop(leases);
         range.lease(&file).unwrap();
     }

@@ -1,4 +1,5 @@
-//! A user namespace in which every id is itself: root in it may act on files as root does, and is nobody elsewhere.
+//! A user namespace in which every id is itself: root in it may act on files as root does, and is
+//! nobody elsewhere.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,11 +19,18 @@ pub fn user_namespace() -> io::Result<OwnedFd> {
     arguments.flags = u64::from((libc::CLONE_NEWUSER | libc::CLONE_PIDFD).cast_unsigned());
     arguments.pidfd = (&raw mut pidfd).addr() as u64;
     arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    // SAFETY: as fork(2); the child makes only system calls. The kernel writes the pidfd into the local variable.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
+    // SAFETY: as fork(2); the child makes only system calls. The kernel writes the pidfd into the
+    // local variable.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut arguments,
+            size_of::<libc::clone_args>(),
+        )
+    };
     if pid == 0 {
-        // It only keeps the namespace until that has a descriptor. A parent that dies takes it along.
-        // SAFETY: integers only; the process never returns to its parent's code.
+        // It only keeps the namespace until that has a descriptor. A parent that dies takes it
+        // along. SAFETY: integers only; the process never returns to its parent's code.
         unsafe {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             libc::alarm(10);

@@ -1,4 +1,5 @@
-//! The shim's command line as containerd writes it: Go flags (`-id x`, `-id=x`, `--id x`), then the action.
+//! The shim's command line as containerd writes it: Go flags (`-id x`, `-id=x`, `--id x`), then the
+//! action.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -38,7 +39,8 @@ struct Flags {
     bundle: Option<PathBuf>,
     #[arg(long)]
     socket: Option<PathBuf>,
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, default_value = "false")]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true,
+        default_value = "false")]
     debug: bool,
     #[arg(long)]
     info: bool,
@@ -72,21 +74,44 @@ impl Args {
     /// # Errors
     /// One line that names the flag or action that is wrong.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args> {
-        let flags = Flags::try_parse_from(args.into_iter().map(double_dash)).map_err(|error| match error.kind() {
-            ErrorKind::UnknownArgument => {
-                let flag = error.get(clap::error::ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
-                Error::invalid(format!("unknown flag {flag}: see containerd's shim v2 contract"))
-            }
-            _ => Error::invalid(error.to_string().lines().next().unwrap_or("bad command line").to_owned()),
-        })?;
+        let flags =
+            Flags::try_parse_from(args.into_iter().map(double_dash)).map_err(
+                |error| match error.kind() {
+                    ErrorKind::UnknownArgument => {
+                        let flag = error
+                            .get(clap::error::ContextKind::InvalidArg)
+                            .map(ToString::to_string)
+                            .unwrap_or_default();
+                        Error::invalid(format!(
+                            "unknown flag {flag}: see containerd's shim v2 contract"
+                        ))
+                    }
+                    _ => Error::invalid(
+                        error
+                            .to_string()
+                            .lines()
+                            .next()
+                            .unwrap_or("bad command line")
+                            .to_owned(),
+                    ),
+                },
+            )?;
         let action = match flags.action.as_deref() {
             _ if flags.version => Action::Version,
             _ if flags.info => Action::Info,
             Some("start") => Action::Start,
             Some("delete") => Action::Delete,
             Some("serve") => Action::Serve,
-            Some(other) => return Err(Error::invalid(format!("unknown action {other:?}: use start or delete"))),
-            None => return Err(Error::invalid("no action: this program is run by containerd, with start or delete")),
+            Some(other) => {
+                return Err(Error::invalid(format!(
+                    "unknown action {other:?}: use start or delete"
+                )));
+            }
+            None => {
+                return Err(Error::invalid(
+                    "no action: this program is run by containerd, with start or delete",
+                ));
+            }
         };
         if matches!(action, Action::Start | Action::Delete | Action::Serve) {
             for (flag, value) in [("-namespace", &flags.namespace), ("-id", &flags.id)] {
@@ -110,7 +135,9 @@ impl Args {
 /// Go's flag package takes `-name` for what is `--name` elsewhere.
 fn double_dash(arg: OsString) -> OsString {
     match arg.to_str() {
-        Some(text) if text.starts_with('-') && !text.starts_with("--") && text.len() > 2 => format!("-{text}").into(),
+        Some(text) if text.starts_with('-') && !text.starts_with("--") && text.len() > 2 => {
+            format!("-{text}").into()
+        }
         _ => arg,
     }
 }
@@ -131,10 +158,17 @@ mod tests {
             "--namespace n --address=/a --publish-binary /b --id i --debug start",
         ] {
             let args = parse(line).unwrap();
-            assert_eq!((args.action, args.namespace.as_str(), args.id.as_str()), (Action::Start, "n", "i"));
+            assert_eq!(
+                (args.action, args.namespace.as_str(), args.id.as_str()),
+                (Action::Start, "n", "i")
+            );
             assert_eq!((args.address.as_str(), args.debug), ("/a", true));
         }
-        assert!(!parse("-namespace n -id i -debug=false delete -bundle /x").unwrap().debug);
+        assert!(
+            !parse("-namespace n -id i -debug=false delete -bundle /x")
+                .unwrap()
+                .debug
+        );
     }
 
     #[test]
@@ -154,7 +188,10 @@ mod tests {
             ("-namespace", "--namespace"),
         ] {
             let message = parse(line).unwrap_err().to_string();
-            assert!(message.contains(part) && !message.contains('\n'), "{line}: {message}");
+            assert!(
+                message.contains(part) && !message.contains('\n'),
+                "{line}: {message}"
+            );
         }
     }
 }

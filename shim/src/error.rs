@@ -2,12 +2,13 @@
 
 use ttrpc::Code;
 
-/// One failed request. Only code and message survive the way to the user, so the message says what failed, on what,
-/// and what to do.
+/// One failed request. Only code and message survive the way to the user, so the message says what
+/// failed, on what, and what to do.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{message}")]
 pub struct Error {
-    /// What containerd's clients act on (`NOT_FOUND`: already gone; `UNIMPLEMENTED`: try another way; …).
+    /// What containerd's clients act on (`NOT_FOUND`: already gone; `UNIMPLEMENTED`: try another
+    /// way; …).
     pub code: Code,
     /// One line for the user.
     pub message: String,
@@ -48,7 +49,10 @@ constructors! {
 impl Error {
     /// Puts what was being done in front of the message.
     pub fn context(self, doing: impl std::fmt::Display) -> Error {
-        Error { message: format!("{doing}: {}", self.message), ..self }
+        Error {
+            message: format!("{doing}: {}", self.message),
+            ..self
+        }
     }
 }
 
@@ -63,8 +67,9 @@ impl From<Error> for ttrpc::Error {
     }
 }
 
-/// What stands at the end of such an error's message (containerd's errdefs). Clients up to 1.7 put it there, and take it
-/// off before that; those from 2.0 on show what they get, and users and scripts look for it.
+/// What stands at the end of such an error's message (containerd's errdefs). Clients up to 1.7 put
+/// it there, and take it off before that; those from 2.0 on show what they get, and users and
+/// scripts look for it.
 fn class(code: Code) -> Option<&'static str> {
     match code {
         Code::INVALID_ARGUMENT => Some("invalid argument"),
@@ -83,7 +88,8 @@ impl From<vmm::Error> for Error {
     }
 }
 
-/// Why a ttrpc call of ours failed. The client has one variant for most reasons and tells them apart in words only.
+/// Why a ttrpc call of ours failed. The client has one variant for most reasons and tells them
+/// apart in words only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
     /// The server answered with an error.
@@ -104,10 +110,14 @@ impl Failure {
         match error {
             ttrpc::Error::RpcStatus(_) => Failure::Answered,
             ttrpc::Error::Others(words) if words == "Request deadline elapsed" => Failure::Late,
-            ttrpc::Error::Others(words) if words.starts_with("message length ") || words.starts_with("Encoding ") => {
+            ttrpc::Error::Others(words)
+                if words.starts_with("message length ") || words.starts_with("Encoding ") =>
+            {
                 Failure::Unsendable
             }
-            ttrpc::Error::Others(words) if words.starts_with("Unpack ") || words.starts_with("Receiver got ") => {
+            ttrpc::Error::Others(words)
+                if words.starts_with("Unpack ") || words.starts_with("Receiver got ") =>
+            {
                 Failure::Garbled
             }
             _ => Failure::Lost,
@@ -136,10 +146,16 @@ mod tests {
 
     #[test]
     fn a_user_sees_the_message_and_nothing_of_rust() {
-        let error: ttrpc::Error = Error::not_found("task \"web\" is not there\nany\u{1b}more").into();
-        let ttrpc::Error::RpcStatus(status) = error else { panic!("not a status") };
+        let error: ttrpc::Error =
+            Error::not_found("task \"web\" is not there\nany\u{1b}more").into();
+        let ttrpc::Error::RpcStatus(status) = error else {
+            panic!("not a status")
+        };
         assert_eq!(status.code(), Code::NOT_FOUND);
-        assert_eq!(status.message(), "task \"web\" is not there any more: not found");
+        assert_eq!(
+            status.message(),
+            "task \"web\" is not there any more: not found"
+        );
     }
 
     #[test]
@@ -148,7 +164,13 @@ mod tests {
             ttrpc::Error::RpcStatus(status) => status.message().to_owned(),
             other => panic!("{other}"),
         };
-        assert_eq!(message(Error::exists("task web already exists")), "task web already exists");
-        assert_eq!(message(Error::internal("cannot mount /x")), "cannot mount /x");
+        assert_eq!(
+            message(Error::exists("task web already exists")),
+            "task web already exists"
+        );
+        assert_eq!(
+            message(Error::internal("cannot mount /x")),
+            "cannot mount /x"
+        );
     }
 }

@@ -1,15 +1,18 @@
-//! Task events to containerd: one queue for the whole sandbox, in order, retried until containerd takes them.
+//! Task events to containerd: one queue for the whole sandbox, in order, retried until containerd
+//! takes them.
 //!
-//! The head of the queue blocks the rest, so a daemon that restarts sees events late but never out of order. Memory is
-//! bounded, in events and in bytes, for each [`Rank`] by itself: what a guest or a client can make many of (out of memory,
-//! execs) never takes the place of an exit. Beyond the bound the newest are dropped with an error in the log.
+//! The head of the queue blocks the rest, so a daemon that restarts sees events late but never out
+//! of order. Memory is bounded, in events and in bytes, for each [`Rank`] by itself: what a guest
+//! or a client can make many of (out of memory, execs) never takes the place of an exit. Beyond the
+//! bound the newest are dropped with an error in the log.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
@@ -74,7 +77,8 @@ macro_rules! topics {
 topics! {
     TaskCreate => topics::TASK_CREATE_EVENT_TOPIC, |_| Rank::Life;
     TaskStart => topics::TASK_START_EVENT_TOPIC, |_| Rank::Life;
-    TaskExit => topics::TASK_EXIT_EVENT_TOPIC, |exit| if exit.id == exit.container_id { Rank::Life } else { Rank::Exec };
+    TaskExit => topics::TASK_EXIT_EVENT_TOPIC,
+        |exit| if exit.id == exit.container_id { Rank::Life } else { Rank::Exec };
     TaskDelete => topics::TASK_DELETE_EVENT_TOPIC, |_| Rank::Life;
     TaskExecAdded => topics::TASK_EXEC_ADDED_EVENT_TOPIC, |_| Rank::Other;
     TaskExecStarted => topics::TASK_EXEC_STARTED_EVENT_TOPIC, |_| Rank::Other;
@@ -153,15 +157,28 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Starts the queue's worker. An empty address (a caller that takes no events) means that nothing is sent.
+    /// Starts the queue's worker. An empty address (a caller that takes no events) means that
+    /// nothing is sent.
     pub fn start(address: &str, namespace: &str) -> Publisher {
         if address.is_empty() {
-            return Publisher { namespace: namespace.to_owned(), queue: None, worker: None };
+            return Publisher {
+                namespace: namespace.to_owned(),
+                queue: None,
+                worker: None,
+            };
         }
         let queue = Arc::new(Queue::default());
-        let address = if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
+        let address = if address.contains("://") {
+            address.to_owned()
+        } else {
+            format!("unix://{address}")
+        };
         let worker = tokio::spawn(deliver(address, queue.clone()));
-        Publisher { namespace: namespace.to_owned(), queue: Some(queue), worker: Some(worker) }
+        Publisher {
+            namespace: namespace.to_owned(),
+            queue: Some(queue),
+            worker: Some(worker),
+        }
     }
 
     /// Queues an event; its time is now.
@@ -169,7 +186,9 @@ impl Publisher {
         let Some(queue) = &self.queue else { return };
         let value = match event.write_to_bytes() {
             Ok(value) => value,
-            Err(error) => return tracing::error!(%error, topic = E::TOPIC, "event cannot be encoded"),
+            Err(error) => {
+                return tracing::error!(%error, topic = E::TOPIC, "event cannot be encoded");
+            }
         };
         // containerd looks events up by their bare name, without the usual type.googleapis.com/.
         let type_url = E::descriptor().full_name().to_owned();
@@ -177,11 +196,19 @@ impl Publisher {
             timestamp: Some(SystemTime::now().into()).into(),
             namespace: self.namespace.clone(),
             topic: E::TOPIC.to_owned(),
-            event: Some(Any { type_url, value, ..Default::default() }).into(),
+            event: Some(Any {
+                type_url,
+                value,
+                ..Default::default()
+            })
+            .into(),
             ..Default::default()
         };
         if !queue.push(event.rank(), envelope) {
-            tracing::error!(topic = E::TOPIC, "event dropped: too many are waiting for containerd already");
+            tracing::error!(
+                topic = E::TOPIC,
+                "event dropped: too many are waiting for containerd already"
+            );
         }
     }
 
@@ -213,7 +240,9 @@ fn next(error: &ttrpc::Error, answers: u32) -> Next {
         (_, ttrpc::Error::RpcStatus(status)) => match status.code() {
             Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED => Next::Wait,
             // A daemon on its way down says this too.
-            Code::UNKNOWN | Code::INTERNAL | Code::ABORTED | Code::RESOURCE_EXHAUSTED if answers < ATTEMPTS => {
+            Code::UNKNOWN | Code::INTERNAL | Code::ABORTED | Code::RESOURCE_EXHAUSTED
+                if answers < ATTEMPTS =>
+            {
                 Next::Wait
             }
             _ => Next::Drop,
@@ -227,7 +256,10 @@ fn next(error: &ttrpc::Error, answers: u32) -> Next {
 async fn deliver(address: String, queue: Arc<Queue>) {
     let mut client = None;
     while let Some(envelope) = queue.pop().await {
-        let request = ForwardRequest { envelope: Some(envelope).into(), ..Default::default() };
+        let request = ForwardRequest {
+            envelope: Some(envelope).into(),
+            ..Default::default()
+        };
         let mut pause = BACKOFF.0;
         let mut answers = 0;
         while let Err(error) = forward(&mut client, &address, &request).await {
@@ -245,12 +277,19 @@ async fn deliver(address: String, queue: Arc<Queue>) {
     }
 }
 
-async fn forward(client: &mut Option<EventsClient>, address: &str, request: &ForwardRequest) -> ttrpc::Result<()> {
+async fn forward(
+    client: &mut Option<EventsClient>,
+    address: &str,
+    request: &ForwardRequest,
+) -> ttrpc::Result<()> {
     let client = match client {
         Some(client) => client,
         None => client.insert(EventsClient::new(Client::connect(address).await?)),
     };
-    client.forward(ttrpc::context::with_duration(FORWARD_DEADLINE), request).await.map(drop)
+    client
+        .forward(ttrpc::context::with_duration(FORWARD_DEADLINE), request)
+        .await
+        .map(drop)
 }
 
 #[cfg(test)]
@@ -267,11 +306,18 @@ mod tests {
     use super::*;
 
     fn exit(container: &str, id: &str) -> TaskExit {
-        TaskExit { container_id: container.into(), id: id.into(), ..Default::default() }
+        TaskExit {
+            container_id: container.into(),
+            id: id.into(),
+            ..Default::default()
+        }
     }
 
     fn oom(container: &str) -> TaskOOM {
-        TaskOOM { container_id: container.into(), ..Default::default() }
+        TaskOOM {
+            container_id: container.into(),
+            ..Default::default()
+        }
     }
 
     /// A containerd that takes events.
@@ -280,9 +326,16 @@ mod tests {
     #[async_trait]
     impl MethodHandler for Daemon {
         async fn handler(&self, _: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
-            let envelope = ForwardRequest::parse_from_bytes(&request.payload).unwrap().envelope.unwrap();
+            let envelope = ForwardRequest::parse_from_bytes(&request.payload)
+                .unwrap()
+                .envelope
+                .unwrap();
             if envelope.topic == TaskPaused::TOPIC {
-                return Ok(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INVALID_ARGUMENT, "no such topic")).into());
+                return Ok(ttrpc::Error::RpcStatus(ttrpc::get_status(
+                    Code::INVALID_ARGUMENT,
+                    "no such topic",
+                ))
+                .into());
             }
             self.0.send(envelope).unwrap();
             Ok(Response::default())
@@ -293,22 +346,38 @@ mod tests {
         let (sender, received) = mpsc::unbounded_channel();
         let method: Box<dyn MethodHandler + Send + Sync> = Box::new(Daemon(sender));
         let methods = HashMap::from([("Forward".to_owned(), method)]);
-        let service = Service { methods, streams: HashMap::new() };
-        let services = HashMap::from([("containerd.services.events.ttrpc.v1.Events".to_owned(), service)]);
+        let service = Service {
+            methods,
+            streams: HashMap::new(),
+        };
+        let services = HashMap::from([(
+            "containerd.services.events.ttrpc.v1.Events".to_owned(),
+            service,
+        )]);
         let listener = UnixListener::bind(path).unwrap();
-        let mut server = Server::new().add_listener(listener.into()).register_service(services);
+        let mut server = Server::new()
+            .add_listener(listener.into())
+            .register_service(services);
         server.start().await.unwrap();
         (server, received)
     }
 
     fn topics(received: &mut mpsc::UnboundedReceiver<Envelope>) -> Vec<String> {
-        std::iter::from_fn(|| received.try_recv().ok()).map(|envelope| envelope.topic).collect()
+        std::iter::from_fn(|| received.try_recv().ok())
+            .map(|envelope| envelope.topic)
+            .collect()
     }
 
     #[test]
     fn subscribers_find_events_by_bare_names() {
-        assert_eq!(TaskExit::descriptor().full_name(), "containerd.events.TaskExit");
-        assert_eq!(TaskOOM::descriptor().full_name(), "containerd.events.TaskOOM");
+        assert_eq!(
+            TaskExit::descriptor().full_name(),
+            "containerd.events.TaskExit"
+        );
+        assert_eq!(
+            TaskOOM::descriptor().full_name(),
+            "containerd.events.TaskOOM"
+        );
         assert_eq!(TaskExecStarted::TOPIC, "/tasks/exec-started");
     }
 
@@ -319,12 +388,23 @@ mod tests {
         let (_server, mut received) = daemon(&path).await;
         // Larger than any frame of the protocol; the queue itself would not take it.
         let queue = Arc::new(Queue::default());
-        let large = Any { value: vec![b'A'; 5 << 20], ..Default::default() };
-        let envelope = Envelope { event: Some(large).into(), topic: "/large".into(), ..Default::default() };
+        let large = Any {
+            value: vec![b'A'; 5 << 20],
+            ..Default::default()
+        };
+        let envelope = Envelope {
+            event: Some(large).into(),
+            topic: "/large".into(),
+            ..Default::default()
+        };
         queue.lock().events.push_back((Rank::Other, 0, envelope));
         queue.lock().used[Rank::Other as usize].0 = 1;
         let worker = tokio::spawn(deliver(format!("unix://{}", path.display()), queue.clone()));
-        let mut publisher = Publisher { namespace: "n".into(), queue: Some(queue), worker: Some(worker) };
+        let mut publisher = Publisher {
+            namespace: "n".into(),
+            queue: Some(queue),
+            worker: Some(worker),
+        };
         publisher.publish(&TaskPaused::default());
         publisher.publish(&exit("web", "web"));
         publisher.flush(Duration::from_secs(10)).await;
@@ -342,7 +422,10 @@ mod tests {
         tokio::time::sleep(BACKOFF.0 / 2).await;
         let (_server, mut received) = daemon(&path).await;
         publisher.flush(Duration::from_secs(10)).await;
-        assert_eq!(topics(&mut received), [TaskOOM::TOPIC, TaskExit::TOPIC, TaskDelete::TOPIC]);
+        assert_eq!(
+            topics(&mut received),
+            [TaskOOM::TOPIC, TaskExit::TOPIC, TaskDelete::TOPIC]
+        );
     }
 
     #[tokio::test]
@@ -368,7 +451,11 @@ mod tests {
     #[tokio::test]
     async fn a_flood_takes_a_bounded_place_and_never_that_of_an_exit() {
         let queue = Arc::new(Queue::default());
-        let publisher = Publisher { namespace: "n".into(), queue: Some(queue.clone()), worker: None };
+        let publisher = Publisher {
+            namespace: "n".into(),
+            queue: Some(queue.clone()),
+            worker: None,
+        };
         let long = "a".repeat(100_000);
         for number in 0..20_000 {
             publisher.publish(&oom("web"));
@@ -384,7 +471,10 @@ mod tests {
             last = Some(envelope);
         }
         let last = TaskExit::parse_from_bytes(&last.unwrap().event.value).unwrap();
-        assert_eq!((last.container_id, last.id), ("web".to_owned(), "web".to_owned()));
+        assert_eq!(
+            (last.container_id, last.id),
+            ("web".to_owned(), "web".to_owned())
+        );
         assert_eq!(queue.lock().used, [(0, 0); 3]);
     }
 
@@ -392,13 +482,23 @@ mod tests {
     fn only_what_may_pass_is_sent_again() {
         let said = |code| ttrpc::Error::RpcStatus(ttrpc::get_status(code, "x"));
         let words = |text: &str| ttrpc::Error::Others(text.to_owned());
-        let away =
-            ["Socket::connect error x", "Request deadline elapsed", "send to wire channel failed: channel closed"];
+        let away = [
+            "Socket::connect error x",
+            "Request deadline elapsed",
+            "send to wire channel failed: channel closed",
+        ];
         for error in away.map(words).into_iter().chain([said(Code::UNAVAILABLE)]) {
             assert_eq!(next(&error, 1_000_000), Next::Wait, "{error}");
         }
-        assert_eq!(next(&ttrpc::Error::Socket("reset".into()), 1_000_000), Next::Wait);
-        for error in [said(Code::INVALID_ARGUMENT), said(Code::UNIMPLEMENTED), words("message length 4194400 exceed")] {
+        assert_eq!(
+            next(&ttrpc::Error::Socket("reset".into()), 1_000_000),
+            Next::Wait
+        );
+        for error in [
+            said(Code::INVALID_ARGUMENT),
+            said(Code::UNIMPLEMENTED),
+            words("message length 4194400 exceed"),
+        ] {
             assert_eq!(next(&error, 1), Next::Drop, "{error}");
         }
         assert_eq!(next(&said(Code::UNKNOWN), 1), Next::Wait);

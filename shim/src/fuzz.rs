@@ -1,5 +1,5 @@
-//! What fuzz targets call: everything of the shim that reads bytes of a guest's, a tenant's or an administrator's. None of
-//! it touches the host.
+//! What fuzz targets call: everything of the shim that reads bytes of a guest's, a tenant's or an
+//! administrator's. None of it touches the host.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,10 @@ pub fn agent(bytes: &[u8]) {
         stats.add(&again);
         for host_is_v2 in [true, false] {
             let packed = metrics::pack(&stats, host_is_v2).map(|any| any.value.len());
-            assert!(packed.is_ok_and(|length| length < 64 << 10), "statistics are bounded");
+            assert!(
+                packed.is_ok_and(|length| length < 64 << 10),
+                "statistics are bounded"
+            );
         }
     }
     if let Ok(details) = AgentDetails::parse_from_bytes(bytes) {
@@ -34,7 +37,10 @@ pub fn agent(bytes: &[u8]) {
     let _ = WaitProcessResponse::parse_from_bytes(bytes);
     let said = String::from_utf8_lossy(bytes);
     let shown = text(&said, TEXT);
-    assert!(shown.len() <= TEXT && !shown.contains(char::is_control), "{shown:?}");
+    assert!(
+        shown.len() <= TEXT && !shown.contains(char::is_control),
+        "{shown:?}"
+    );
     let status = ttrpc::get_status(ttrpc::Code::INTERNAL, said);
     let (error, _) = judge("Fuzz", &ttrpc::Error::RpcStatus(status));
     assert!(!error.message.contains('\n'));
@@ -67,11 +73,16 @@ pub fn spec(bytes: &[u8]) {
 
 /// A configuration and the annotations of a pod.
 pub fn config(bytes: &[u8]) {
-    let Ok(mut config) = Config::load(None, bytes) else { return };
+    let Ok(mut config) = Config::load(None, bytes) else {
+        return;
+    };
     config.enable_annotations = vec!["memory_mib".to_owned(), "kernel_params".to_owned()];
     let value = String::from_utf8_lossy(bytes).into_owned();
     for key in ["memory_mib", "kernel_params", "qemu"] {
-        let _ = config.clone().annotated(&HashMap::from([(format!("io.cofferdam.{key}"), value.clone())]));
+        let _ = config.clone().annotated(&HashMap::from([(
+            format!("io.cofferdam.{key}"),
+            value.clone(),
+        )]));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which sandbox this is, and where its socket and its state are.
 //!
-//! All paths follow from what containerd gives `start` and `delete` alike, so that `delete` finds everything when
-//! nothing but the bundle is left.
+//! All paths follow from what containerd gives `start` and `delete` alike, so that `delete` finds
+//! everything when nothing but the bundle is left.
 
 use std::path::{Path, PathBuf};
 
@@ -24,15 +24,24 @@ pub struct SandboxIdentity {
 }
 
 impl SandboxIdentity {
-    /// Two daemons may use the same namespace and id, so the daemon's address belongs to the identity.
+    /// Two daemons may use the same namespace and id, so the daemon's address belongs to the
+    /// identity.
     pub fn new(daemon_address: &str, namespace: &str, id: &str) -> SandboxIdentity {
         let mut hasher = Sha256::new();
         for part in [daemon_address, namespace, id] {
             hasher.update(part);
             hasher.update([b'/']);
         }
-        let digest = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        SandboxIdentity { namespace: namespace.to_owned(), id: id.to_owned(), digest }
+        let digest = hasher
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        SandboxIdentity {
+            namespace: namespace.to_owned(),
+            id: id.to_owned(),
+            digest,
+        }
     }
 
     /// The server's socket.
@@ -52,14 +61,31 @@ mod tests {
 
     #[test]
     fn the_longest_names_still_fit_a_socket_path() {
-        let identity = SandboxIdentity::new("/run/containerd/containerd.sock", &"n".repeat(76), &"i".repeat(64));
+        let identity = SandboxIdentity::new(
+            "/run/containerd/containerd.sock",
+            &"n".repeat(76),
+            &"i".repeat(64),
+        );
         assert!(identity.socket(Path::new(SOCKET_DIR)).as_os_str().len() <= 106);
-        assert!(identity.state_dir().join("vsock.sock_1029").as_os_str().len() <= 106);
+        assert!(
+            identity
+                .state_dir()
+                .join("vsock.sock_1029")
+                .as_os_str()
+                .len()
+                <= 106
+        );
     }
 
     #[test]
     fn daemon_namespace_and_id_all_tell_sandboxes_apart() {
-        let all = [("/a", "n", "i"), ("/b", "n", "i"), ("/a", "m", "i"), ("/a", "n", "j"), ("/a", "ni", "")];
+        let all = [
+            ("/a", "n", "i"),
+            ("/b", "n", "i"),
+            ("/a", "m", "i"),
+            ("/a", "n", "j"),
+            ("/a", "ni", ""),
+        ];
         for (index, one) in all.iter().enumerate() {
             for other in &all[index + 1..] {
                 assert_ne!(

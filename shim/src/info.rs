@@ -1,5 +1,5 @@
-//! `-info`: what this runtime is and can do, asked by containerd 2.0 and later. Needs no sandbox, no KVM and no
-//! working directory.
+//! `-info`: what this runtime is and can do, asked by containerd 2.0 and later. Needs no sandbox,
+//! no KVM and no working directory.
 
 use std::io::{IsTerminal, Read, Write};
 
@@ -19,41 +19,58 @@ const FEATURES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/fe
 /// stdout or stdin does not work.
 pub fn print() -> Result<()> {
     if !std::io::stdin().is_terminal() {
-        // The options are of no consequence for what we can do, but their writer should not see a broken pipe.
-        std::io::copy(&mut std::io::stdin().take(4 << 20), &mut std::io::sink()).doing(|| "read the options".into())?;
+        // The options are of no consequence for what we can do, but their writer should not see a
+        // broken pipe.
+        std::io::copy(&mut std::io::stdin().take(4 << 20), &mut std::io::sink())
+            .doing(|| "read the options".into())?;
     }
-    let bytes =
-        info().write_to_bytes().map_err(|error| Error::internal(format!("cannot encode the answer: {error}")))?;
+    let bytes = info()
+        .write_to_bytes()
+        .map_err(|error| Error::internal(format!("cannot encode the answer: {error}")))?;
     let mut stdout = std::io::stdout();
-    stdout.write_all(&bytes).and_then(|()| stdout.flush()).doing(|| "print the answer".into())
+    stdout
+        .write_all(&bytes)
+        .and_then(|()| stdout.flush())
+        .doing(|| "print the answer".into())
 }
 
 fn info() -> RuntimeInfo {
-    let features =
-        Any { type_url: FEATURES_URL.to_owned(), value: features().to_string().into_bytes(), ..Default::default() };
+    let features = Any {
+        type_url: FEATURES_URL.to_owned(),
+        value: features().to_string().into_bytes(),
+        ..Default::default()
+    };
     RuntimeInfo {
         name: "io.containerd.cofferdam.v2".to_owned(),
-        version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() }).into(),
+        version: Some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+        .into(),
         features: Some(features).into(),
         ..Default::default()
     }
 }
 
-/// What holds inside the guest. `user` is not among the namespaces: CRI reads that as support for pods with host id
-/// mappings, which is a matter of the host's share and not there yet.
+/// What holds inside the guest. `user` is not among the namespaces: CRI reads that as support for
+/// pods with host id mappings, which is a matter of the host's share and not there yet.
 fn features() -> serde_json::Value {
     json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "mand", "noatime", "nodev",
-            "nodiratime", "noexec", "nomand", "norelatime", "nostrictatime", "nosuid", "nosymfollow", "private", "rbind",
-            "relatime", "remount", "ro", "rprivate", "rro", "rshared", "rslave", "runbindable", "rw", "shared",
+            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "mand",
+                "noatime", "nodev",
+            "nodiratime", "noexec", "nomand", "norelatime", "nostrictatime", "nosuid",
+                "nosymfollow", "private", "rbind",
+            "relatime", "remount", "ro", "rprivate", "rro", "rshared", "rslave", "runbindable",
+                "rw", "shared",
             "slave", "strictatime", "suid", "sync", "tmpcopyup", "unbindable"
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
-            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
+            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false,
+                "rdma": false },
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
@@ -73,7 +90,16 @@ mod tests {
         assert_eq!(info.name, "io.containerd.cofferdam.v2");
         assert_eq!(info.features.type_url, FEATURES_URL);
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
-        assert!(features["mountOptions"].as_array().unwrap().iter().any(|option| option == "rro"));
-        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);
+        assert!(
+            features["mountOptions"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|option| option == "rro")
+        );
+        assert_eq!(
+            features["linux"]["mountExtensions"]["idmap"]["enabled"],
+            false
+        );
     }
 }

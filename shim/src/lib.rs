@@ -1,8 +1,9 @@
-//! `containerd-shim-cofferdam-v2`: what containerd runs for `io.containerd.cofferdam.v2`. A library only so that fuzz
-//! targets reach what reads other people's bytes.
+//! `containerd-shim-cofferdam-v2`: what containerd runs for `io.containerd.cofferdam.v2`. A library
+//! only so that fuzz targets reach what reads other people's bytes.
 //!
-//! Owns the command line and nothing else: `start` leaves a server behind and prints its address, `delete` cleans up
-//! after a server that is gone, `-info` and `-v` answer questions, `serve` is the server itself.
+//! Owns the command line and nothing else: `start` leaves a server behind and prints its address,
+//! `delete` cleans up after a server that is gone, `-info` and `-v` answer questions, `serve` is
+//! the server itself.
 
 mod args;
 mod bootstrap;

@@ -1,7 +1,8 @@
-//! The server's log: lines in logrus style into the bundle's `log` fifo, which containerd copies to its own log.
+//! The server's log: lines in logrus style into the bundle's `log` fifo, which containerd copies to
+//! its own log.
 //!
-//! The fifo fills up while containerd is stopped. A line that does not fit is dropped: a log must never hold up a
-//! container. What a user needs to know also travels in the error of the call.
+//! The fifo fills up while containerd is stopped. A line that does not fit is dropped: a log must
+//! never hold up a container. What a user needs to know also travels in the error of the call.
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
@@ -16,14 +17,26 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
-/// Sends everything that is logged from now on to the bundle's fifo. Without one (a bundle made by hand) nothing is
-/// logged.
+/// Sends everything that is logged from now on to the bundle's fifo. Without one (a bundle made by
+/// hand) nothing is logged.
 pub fn start(bundle: &Path, id: &str, debug: bool) {
     // Read and write: opening never waits for a reader, and containerd's restart is no broken pipe.
-    let fifo = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(bundle.join("log"));
+    let fifo = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(bundle.join("log"));
     let Ok(fifo) = fifo else { return };
-    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    let layer = Fifo { fifo, id: id.to_owned() }.with_filter(level);
+    let level = if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::INFO
+    };
+    let layer = Fifo {
+        fifo,
+        id: id.to_owned(),
+    }
+    .with_filter(level);
     let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer));
     std::panic::set_hook(Box::new(|info| tracing::error!("panic: {info}")));
 }
@@ -51,7 +64,10 @@ fn line(event: &Event<'_>, id: &str) -> String {
     let mut fields = Fields::default();
     event.record(&mut fields);
     let time = rfc3339(SystemTime::now());
-    format!("time=\"{time}\" level={level} msg={:?}{} id={id}\n", fields.message, fields.rest)
+    format!(
+        "time=\"{time}\" level={level} msg={:?}{} id={id}\n",
+        fields.message, fields.rest
+    )
 }
 
 #[derive(Default)]
@@ -79,19 +95,33 @@ impl Visit for Fields {
     }
 }
 
-/// UTC in whole seconds. Days to a date by counting in eras of 400 years that begin on the 1st of March.
+/// UTC in whole seconds. Days to a date by counting in eras of 400 years that begin on the 1st of
+/// March.
 fn rfc3339(time: SystemTime) -> String {
-    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let seconds = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let month = if shifted_month < 10 {
+        shifted_month + 3
+    } else {
+        shifted_month - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3_600, second / 60 % 60, second % 60)
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
+        second / 3_600,
+        second / 60 % 60,
+        second % 60
+    )
 }
 
 #[cfg(test)]
@@ -109,7 +139,10 @@ mod tests {
             (1_709_251_200, "2024-03-01T00:00:00Z"),
             (4_102_444_799, "2099-12-31T23:59:59Z"),
         ] {
-            assert_eq!(rfc3339(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), text);
+            assert_eq!(
+                rfc3339(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
+                text
+            );
         }
     }
 
@@ -118,16 +151,32 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let path = bundle.path().join("log");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let fifo = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
-        let layer = Fifo { fifo, id: "web".into() };
+        let fifo = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .unwrap();
+        let layer = Fifo {
+            fifo,
+            id: "web".into(),
+        };
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             for _ in 0..10_000 {
-                tracing::info!(answer = 42, "a line of some length, far more of them than a pipe can hold");
+                tracing::info!(
+                    answer = 42,
+                    "a line of some length, far more of them than a pipe can hold"
+                );
             }
         });
-        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .unwrap();
         let mut text = Vec::new();
         let _ = std::io::Read::read_to_end(&mut reader, &mut text);
-        // The layer is gone and nobody holds the fifo, so what it held may be gone too; reaching this line is the test.
+        // The layer is gone and nobody holds the fifo, so what it held may be gone too; reaching
+        // this line is the test.
     }
 }

@@ -1,6 +1,7 @@
 //! The guest's numbers in the form that containerd wants: `Metrics` of the host's cgroup version.
 //!
-//! A type of the other version, or none, breaks the statistics of the whole node, so there are only these two.
+//! A type of the other version, or none, breaks the statistics of the whole node, so there are only
+//! these two.
 
 use std::collections::BTreeMap;
 
@@ -17,12 +18,22 @@ use crate::from_guest::{IoEntry, Limited, Op, Stats};
 /// # Errors
 /// protobuf's own.
 pub fn pack(stats: &Stats, host_is_v2: bool) -> Result<Any> {
-    if host_is_v2 { any(&unified(stats)) } else { any(&legacy(stats)) }
+    if host_is_v2 {
+        any(&unified(stats))
+    } else {
+        any(&legacy(stats))
+    }
 }
 
 fn any<M: MessageFull>(message: &M) -> Result<Any> {
-    let value = message.write_to_bytes().map_err(|error| Error::internal(format!("cannot encode metrics: {error}")))?;
-    Ok(Any { type_url: M::descriptor().full_name().to_owned(), value, ..Default::default() })
+    let value = message
+        .write_to_bytes()
+        .map_err(|error| Error::internal(format!("cannot encode metrics: {error}")))?;
+    Ok(Any {
+        type_url: M::descriptor().full_name().to_owned(),
+        value,
+        ..Default::default()
+    })
 }
 
 /// "No limit" as the cgroup file systems write it.
@@ -34,7 +45,12 @@ fn unified(stats: &Stats) -> v2::Metrics {
     let stat = |key| stats.memory_stat(key);
     let (periods, throttled, throttled_time) = stats.throttling;
     v2::Metrics {
-        pids: Some(v2::PidsStat { current: stats.pids.0, limit: stats.pids.1, ..Default::default() }).into(),
+        pids: Some(v2::PidsStat {
+            current: stats.pids.0,
+            limit: stats.pids.1,
+            ..Default::default()
+        })
+        .into(),
         cpu: Some(v2::CPUStat {
             usage_usec: stats.cpu_total / 1000,
             user_usec: stats.cpu_user / 1000,
@@ -78,19 +94,38 @@ fn unified(stats: &Stats) -> v2::Metrics {
             ..Default::default()
         })
         .into(),
-        io: Some(v2::IOStat { usage: io_entries(stats), ..Default::default() }).into(),
-        memory_events: Some(v2::MemoryEvents { oom: stat("oom"), oom_kill: stat("oom_kill"), ..Default::default() })
-            .into(),
+        io: Some(v2::IOStat {
+            usage: io_entries(stats),
+            ..Default::default()
+        })
+        .into(),
+        memory_events: Some(v2::MemoryEvents {
+            oom: stat("oom"),
+            oom_kill: stat("oom_kill"),
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     }
 }
 
-/// One entry a device: v2 has reads and writes side by side where the agent sends one line for each.
+/// One entry a device: v2 has reads and writes side by side where the agent sends one line for
+/// each.
 fn io_entries(stats: &Stats) -> Vec<v2::IOEntry> {
     let mut devices: BTreeMap<(u64, u64), v2::IOEntry> = BTreeMap::new();
     for (list, is_bytes) in [(&stats.io_bytes, true), (&stats.io_requests, false)] {
-        for IoEntry { major, minor, op, value } in list.iter().copied() {
-            let new = || v2::IOEntry { major, minor, ..Default::default() };
+        for IoEntry {
+            major,
+            minor,
+            op,
+            value,
+        } in list.iter().copied()
+        {
+            let new = || v2::IOEntry {
+                major,
+                minor,
+                ..Default::default()
+            };
             let entry = devices.entry((major, minor)).or_insert_with(new);
             match (op, is_bytes) {
                 (Op::Read, true) => entry.rbytes = value,
@@ -128,7 +163,12 @@ fn legacy(stats: &Stats) -> v1::Metrics {
         entries.iter().map(convert).collect()
     };
     v1::Metrics {
-        pids: Some(v1::PidsStat { current: stats.pids.0, limit: stats.pids.1, ..Default::default() }).into(),
+        pids: Some(v1::PidsStat {
+            current: stats.pids.0,
+            limit: stats.pids.1,
+            ..Default::default()
+        })
+        .into(),
         cpu: Some(v1::CPUStat {
             usage: Some(v1::CPUUsage {
                 total: stats.cpu_total,
@@ -138,7 +178,13 @@ fn legacy(stats: &Stats) -> v1::Metrics {
                 ..Default::default()
             })
             .into(),
-            throttling: Some(v1::Throttle { periods, throttled_periods, throttled_time, ..Default::default() }).into(),
+            throttling: Some(v1::Throttle {
+                periods,
+                throttled_periods,
+                throttled_time,
+                ..Default::default()
+            })
+            .into(),
             ..Default::default()
         })
         .into(),
@@ -181,23 +227,41 @@ fn legacy(stats: &Stats) -> v1::Metrics {
             ..Default::default()
         })
         .into(),
-        memory_oom_control: Some(v1::MemoryOomControl { oom_kill: stat("oom_kill"), ..Default::default() }).into(),
+        memory_oom_control: Some(v1::MemoryOomControl {
+            oom_kill: stat("oom_kill"),
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use agent_client::protocols::agent::{BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, MemoryStats};
+    use agent_client::protocols::agent::{
+        BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, MemoryStats,
+    };
     use protobuf::Message;
 
     use super::*;
 
     fn sample() -> Stats {
-        let usage = CpuUsage { total_usage: 5_000_000, ..Default::default() };
-        let io = |op: &str, value| BlkioStatsEntry { major: 8, op: op.into(), value, ..Default::default() };
+        let usage = CpuUsage {
+            total_usage: 5_000_000,
+            ..Default::default()
+        };
+        let io = |op: &str, value| BlkioStatsEntry {
+            major: 8,
+            op: op.into(),
+            value,
+            ..Default::default()
+        };
         Stats::of(&CgroupStats {
-            cpu_stats: Some(CpuStats { cpu_usage: Some(usage).into(), ..Default::default() }).into(),
+            cpu_stats: Some(CpuStats {
+                cpu_usage: Some(usage).into(),
+                ..Default::default()
+            })
+            .into(),
             memory_stats: Some(MemoryStats {
                 stats: [("oom_kill".to_owned(), 1), ("anon".to_owned(), 4096)].into(),
                 ..Default::default()
@@ -219,7 +283,10 @@ mod tests {
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         let metrics = v2::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!(metrics.cpu.usage_usec, 5_000);
-        assert_eq!((metrics.memory.anon, metrics.memory.usage_limit), (4096, u64::MAX));
+        assert_eq!(
+            (metrics.memory.anon, metrics.memory.usage_limit),
+            (4096, u64::MAX)
+        );
         assert_eq!(metrics.memory_events.oom_kill, 1);
         let io = &metrics.io.usage[0];
         assert_eq!((io.rbytes, io.wbytes, io.rios, io.wios), (10, 20, 1, 2));
@@ -231,6 +298,12 @@ mod tests {
         assert_eq!(any.type_url, "io.containerd.cgroups.v1.Metrics");
         let metrics = v1::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!(metrics.cpu.usage.total, 5_000_000);
-        assert_eq!((metrics.memory.total_rss, metrics.memory_oom_control.oom_kill), (4096, 1));
+        assert_eq!(
+            (
+                metrics.memory.total_rss,
+                metrics.memory_oom_control.oom_kill
+            ),
+            (4096, 1)
+        );
     }
 }

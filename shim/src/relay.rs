@@ -1,4 +1,5 @@
-//! A listener whose connections are each joined to another one: the loop that accepts, bounded, and its end.
+//! A listener whose connections are each joined to another one: the loop that accepts, bounded, and
+//! its end.
 
 use std::future::Future;
 use std::io;
@@ -12,7 +13,8 @@ use tokio::time::sleep;
 /// Connections at a time. The next wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 256;
 
-/// How long to wait when the process is out of descriptors: each of its connections that ends gives two back.
+/// How long to wait when the process is out of descriptors: each of its connections that ends gives
+/// two back.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Something that connections come from.
@@ -60,7 +62,8 @@ where
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
-                accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                accepted = listener.accept(),
+                    if connections.len() < MAX_CONNECTIONS => match accepted {
                     Ok(connection) => {
                         connections.spawn(join(connection));
                     }

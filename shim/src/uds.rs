@@ -1,7 +1,8 @@
-//! Unix sockets of the host that containers have as mounts: serves the connections that the guest makes to them.
+//! Unix sockets of the host that containers have as mounts: serves the connections that the guest
+//! makes to them.
 //!
-//! The agent listens on a socket in the guest and dials here for each connection, with the name that the shim gave to
-//! the socket. Only names that were given lead anywhere.
+//! The agent listens on a socket in the guest and dials here for each connection, with the name
+//! that the shim gave to the socket. Only names that were given lead anywhere.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -59,7 +60,8 @@ struct User {
     groups: Vec<u32>,
 }
 
-/// The users that containerd asked for in one container, its first process's first. Clones share them.
+/// The users that containerd asked for in one container, its first process's first. Clones share
+/// them.
 #[derive(Clone, Debug, Default)]
 pub struct Users(Arc<Mutex<Vec<User>>>);
 
@@ -67,30 +69,43 @@ impl Users {
     /// One more: that of the first process or of an exec.
     pub fn add(&self, user: &oci_spec::runtime::User) {
         let groups = user.additional_gids().clone().unwrap_or_default();
-        let user = User { uid: user.uid(), gid: user.gid(), groups };
+        let user = User {
+            uid: user.uid(),
+            gid: user.gid(),
+            groups,
+        };
         let mut users = lock(&self.0);
         if !users.contains(&user) {
             users.push(user);
         }
     }
 
-    /// The guest's word counts only for what its processes could be under any runtime: root can become anybody, others
-    /// stay who they are. Where it says something else, they are the first process.
+    /// The guest's word counts only for what its processes could be under any runtime: root can
+    /// become anybody, others stay who they are. Where it says something else, they are the first
+    /// process.
     fn believe(&self, uid: u32, gid: u32) -> Option<User> {
         let users = lock(&self.0);
-        let known =
-            |gid: Option<u32>| users.iter().find(|user| user.uid == uid && gid.is_none_or(|gid| user.gid == gid));
+        let known = |gid: Option<u32>| {
+            users
+                .iter()
+                .find(|user| user.uid == uid && gid.is_none_or(|gid| user.gid == gid))
+        };
         if let Some(user) = known(Some(gid)) {
             return Some(user.clone());
         }
         if users.iter().any(|user| user.uid == 0) {
-            return Some(User { uid, gid, groups: Vec::new() });
+            return Some(User {
+                uid,
+                gid,
+                groups: Vec::new(),
+            });
         }
         known(None).or(users.first()).cloned()
     }
 }
 
-/// A socket's place: the directory as it was when the container was made, so that no rename leads elsewhere.
+/// A socket's place: the directory as it was when the container was made, so that no rename leads
+/// elsewhere.
 #[derive(Clone, Debug)]
 struct Place {
     directory: Arc<File>,
@@ -107,20 +122,33 @@ type Open = (Place, watch::Sender<()>);
 pub struct Sockets(Arc<Mutex<HashMap<String, Open>>>);
 
 impl Sockets {
-    /// Lets the guest connect to `path` as one of `users` by the name `name`, which has no white space. The file is looked
-    /// up in its directory at each connection: a server that restarts makes its socket anew.
+    /// Lets the guest connect to `path` as one of `users` by the name `name`, which has no white
+    /// space. The file is looked up in its directory at each connection: a server that restarts
+    /// makes its socket anew.
     ///
     /// # Errors
     /// The directory cannot be opened.
     pub fn add(&self, name: &str, path: &Path, users: &Users) -> io::Result<()> {
         let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the root directory is no socket"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the root directory is no socket",
+            ));
         };
         // The path is that of the mount's source as it was judged: a link in it came later.
         let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC);
-        let directory = File::from(openat2(AT_FDCWD, parent, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))?);
+        let directory = File::from(openat2(
+            AT_FDCWD,
+            parent,
+            how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS),
+        )?);
         let file = file.to_owned();
-        let place = Place { directory: Arc::new(directory), file, path: path.to_owned(), users: users.clone() };
+        let place = Place {
+            directory: Arc::new(directory),
+            file,
+            path: path.to_owned(),
+            users: users.clone(),
+        };
         lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
         Ok(())
     }
@@ -131,13 +159,17 @@ impl Sockets {
     }
 
     fn get(&self, name: &str) -> Option<(Place, watch::Receiver<()>)> {
-        lock(&self.0).get(name).map(|(place, over)| (place.clone(), over.subscribe()))
+        lock(&self.0)
+            .get(name)
+            .map(|(place, over)| (place.clone(), over.subscribe()))
     }
 }
 
 /// Nobody panics halfway through a change.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Serves the guest's connections as long as the result lives.
@@ -153,13 +185,26 @@ pub fn serve(listener: Listener, sockets: Sockets) -> relay::Relay {
 }
 
 async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
-    let late = |what: &str| io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {DEADLINE:?}"));
-    let wanted = timeout(DEADLINE, read_line(&mut guest)).await.map_err(|_| late("the agent sent no line"))??;
+    let late = |what: &str| {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("{what} within {DEADLINE:?}"),
+        )
+    };
+    let wanted = timeout(DEADLINE, read_line(&mut guest))
+        .await
+        .map_err(|_| late("the agent sent no line"))??;
     let Wanted { name, uid, gid } = wanted;
     let (place, mut over) = sockets.get(&name).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, format!("the guest asked for the unknown socket {name:?}"))
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("the guest asked for the unknown socket {name:?}"),
+        )
     })?;
-    let user = place.users.believe(uid, gid).ok_or_else(|| io::Error::other("nobody may use the socket"))?;
+    let user = place
+        .users
+        .believe(uid, gid)
+        .ok_or_else(|| io::Error::other("nobody may use the socket"))?;
     let mut host = connect(place, user).await?;
     guest.write_all(&[ACCEPTED]).await?;
     tokio::select! {
@@ -181,7 +226,9 @@ pub(crate) async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Resul
     loop {
         match guest.read_u8().await? {
             b'\n' => break,
-            _ if line.len() + 1 >= MAX_LINE => return Err(io::Error::other("the line is too long")),
+            _ if line.len() + 1 >= MAX_LINE => {
+                return Err(io::Error::other("the line is too long"));
+            }
             byte => line.push(byte),
         }
     }
@@ -189,37 +236,58 @@ pub(crate) async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Resul
     let words: Vec<&str> = line.split(' ').collect();
     let id = |text: &str| text.parse().ok().filter(|id| *id != NO_ID);
     match words.as_slice() {
-        [UDS_MAGIC, name, uid, gid] => {
-            id(uid).zip(id(gid)).map(|(uid, gid)| Wanted { name: (*name).to_owned(), uid, gid })
-        }
+        [UDS_MAGIC, name, uid, gid] => id(uid).zip(id(gid)).map(|(uid, gid)| Wanted {
+            name: (*name).to_owned(),
+            uid,
+            gid,
+        }),
         _ => None,
     }
     .ok_or_else(|| io::Error::other(format!("the line {line:?} is not understood")))
 }
 
-/// Connects on a thread of its own, which is `user` from then on: the server and the permissions of its socket see the
-/// process in the container, not the shim.
+/// Connects on a thread of its own, which is `user` from then on: the server and the permissions of
+/// its socket see the process in the container, not the shim.
 async fn connect(place: Place, user: User) -> io::Result<UnixStream> {
     let (tell, told) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new().name("uds-connect".to_owned()).spawn(move || {
-        let _ = tell.send(connect_as(&place, &user));
-    })?;
+    std::thread::Builder::new()
+        .name("uds-connect".to_owned())
+        .spawn(move || {
+            let _ = tell.send(connect_as(&place, &user));
+        })?;
     let stream = told.await.map_err(io::Error::other)??;
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
 }
 
-/// Waits for room in the server's backlog, as a blocking client would. Only for a thread that ends with it.
+/// Waits for room in the server's backlog, as a blocking client would. Only for a thread that ends
+/// with it.
 fn connect_as(place: &Place, user: &User) -> io::Result<std::os::unix::net::UnixStream> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = File::from(openat(&*place.directory, place.file.as_os_str(), flags, nix::sys::stat::Mode::empty())?);
+    let file = File::from(openat(
+        &*place.directory,
+        place.file.as_os_str(),
+        flags,
+        nix::sys::stat::Mode::empty(),
+    )?);
     if !file.metadata()?.file_type().is_socket() {
-        return Err(io::Error::other(format!("{} is no socket any more", place.path.display())));
+        return Err(io::Error::other(format!(
+            "{} is no socket any more",
+            place.path.display()
+        )));
     }
     become_user(user)?;
-    let address = UnixAddr::new(&PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())))?;
-    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    let address = UnixAddr::new(&PathBuf::from(format!(
+        "/proc/self/fd/{}",
+        file.as_raw_fd()
+    )))?;
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     let end = Instant::now() + DEADLINE;
     loop {
         match connect(fd.as_raw_fd(), &address) {
@@ -230,17 +298,18 @@ fn connect_as(place: &Place, user: &User) -> io::Result<std::os::unix::net::Unix
     }
 }
 
-/// The calling thread alone becomes `user`: the system calls know threads, only their wrappers in the C library change
-/// the whole process.
+/// The calling thread alone becomes `user`: the system calls know threads, only their wrappers in
+/// the C library change the whole process.
 fn become_user(user: &User) -> io::Result<()> {
     let User { uid, gid, groups } = user;
     if *uid == NO_ID || *gid == NO_ID {
         return Err(io::Error::other("an id that is none"));
     }
-    // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only reads there.
+    // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only
+    // reads there.
     Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
-    // The effective ids alone: with the real or saved one a local user of that id could signal this thread, and with it
-    // the process.
+    // The effective ids alone: with the real or saved one a local user of that id could signal this
+    // thread, and with it the process.
     let same = libc::c_long::from(-1);
     // SAFETY: plain numbers.
     Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, same, *gid, same) })?;
@@ -266,10 +335,16 @@ mod tests {
     impl Host {
         fn new() -> Host {
             let dir = tempfile::tempdir().unwrap();
-            let transport = Transport::Unix { path: dir.path().join("vm") };
+            let transport = Transport::Unix {
+                path: dir.path().join("vm"),
+            };
             let sockets = Sockets::default();
             let relay = serve(transport.listen(UDS_PORT).unwrap(), sockets.clone());
-            Host { dir, sockets, _relay: relay }
+            Host {
+                dir,
+                sockets,
+                _relay: relay,
+            }
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -278,7 +353,9 @@ mod tests {
 
         /// The agent's side: its line, and what follows it at once.
         async fn dial(&self, line: &[u8]) -> UnixStream {
-            let mut stream = UnixStream::connect(self.path(&format!("vm_{UDS_PORT}"))).await.unwrap();
+            let mut stream = UnixStream::connect(self.path(&format!("vm_{UDS_PORT}")))
+                .await
+                .unwrap();
             stream.write_all(line).await.unwrap();
             stream
         }
@@ -286,8 +363,14 @@ mod tests {
         async fn is_closed(&self, line: &[u8]) -> bool {
             let mut answer = Vec::new();
             let mut stream = self.dial(line).await;
-            let end = timeout(2 * DEADLINE, stream.read_to_end(&mut answer)).await.unwrap();
-            answer.is_empty() && end.map_or_else(|e| e.kind() == io::ErrorKind::ConnectionReset, |length| length == 0)
+            let end = timeout(2 * DEADLINE, stream.read_to_end(&mut answer))
+                .await
+                .unwrap();
+            answer.is_empty()
+                && end.map_or_else(
+                    |e| e.kind() == io::ErrorKind::ConnectionReset,
+                    |length| length == 0,
+                )
         }
     }
 
@@ -308,7 +391,9 @@ mod tests {
         let server = UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
         host.sockets.add("s", &path, users).unwrap();
-        let _guest = host.dial(format!("cofferdam-uds/2 s {uid} {gid}\n").as_bytes()).await;
+        let _guest = host
+            .dial(format!("cofferdam-uds/2 s {uid} {gid}\n").as_bytes())
+            .await;
         let (stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
         let peer = stream.peer_cred().unwrap();
         (peer.uid(), peer.gid())
@@ -319,12 +404,23 @@ mod tests {
         let plain = users(&[(1000, 100), (2000, 200)]);
         assert_eq!(seen(&plain, 1000, 100).await, (1000, 100));
         assert_eq!(seen(&plain, 2000, 200).await, (2000, 200), "an exec");
-        assert_eq!(seen(&plain, 2000, 0).await, (2000, 200), "the group that was asked for");
-        assert_eq!(seen(&plain, 0, 0).await, (1000, 100), "a guest cannot say that it is root");
+        assert_eq!(
+            seen(&plain, 2000, 0).await,
+            (2000, 200),
+            "the group that was asked for"
+        );
+        assert_eq!(
+            seen(&plain, 0, 0).await,
+            (1000, 100),
+            "a guest cannot say that it is root"
+        );
         let root = users(&[(0, 0)]);
         assert_eq!(seen(&root, 33, 44).await, (33, 44), "root becomes anybody");
         assert_eq!(seen(&root, 0, 0).await, (0, 0));
-        assert!(nix::unistd::geteuid().is_root(), "only that thread has changed");
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "only that thread has changed"
+        );
     }
 
     #[tokio::test]
@@ -334,7 +430,9 @@ mod tests {
         let path = host.path("server");
         let _server = UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        host.sockets.add("s", &path, &users(&[(1000, 100)])).unwrap();
+        host.sockets
+            .add("s", &path, &users(&[(1000, 100)]))
+            .unwrap();
         assert!(host.is_closed(b"cofferdam-uds/2 s 0 0\n").await);
     }
 
@@ -342,7 +440,10 @@ mod tests {
     async fn a_link_in_the_sockets_place_leads_nowhere() {
         let host = Host::new();
         let (path, other) = (host.path("server"), host.path("other"));
-        let _servers = [UnixListener::bind(&path).unwrap(), UnixListener::bind(&other).unwrap()];
+        let _servers = [
+            UnixListener::bind(&path).unwrap(),
+            UnixListener::bind(&other).unwrap(),
+        ];
         host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
@@ -356,7 +457,13 @@ mod tests {
         let path = host.path("dir").join("server");
         let _server = UnixListener::bind(host.path("real").join("server")).unwrap();
         std::os::unix::fs::symlink(host.path("real"), host.path("dir")).unwrap();
-        assert_eq!(host.sockets.add("s", &path, &users(&[])).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+        assert_eq!(
+            host.sockets
+                .add("s", &path, &users(&[]))
+                .unwrap_err()
+                .raw_os_error(),
+            Some(libc::ELOOP)
+        );
     }
 
     #[tokio::test]
@@ -370,8 +477,14 @@ mod tests {
         assert_eq!(guest.read_u8().await.unwrap(), ACCEPTED);
         host.sockets.remove("s");
         let mut rest = Vec::new();
-        timeout(DEADLINE, stream.read_to_end(&mut rest)).await.unwrap().unwrap();
-        timeout(DEADLINE, guest.read_to_end(&mut rest)).await.unwrap().unwrap();
+        timeout(DEADLINE, stream.read_to_end(&mut rest))
+            .await
+            .unwrap()
+            .unwrap();
+        timeout(DEADLINE, guest.read_to_end(&mut rest))
+            .await
+            .unwrap()
+            .unwrap();
         assert!(rest.is_empty());
     }
 
@@ -386,7 +499,10 @@ mod tests {
         let (mut stream, _) = listener.accept().await.unwrap();
         let mut request = Vec::new();
         stream.read_to_end(&mut request).await.unwrap();
-        stream.write_all(request.len().to_string().as_bytes()).await.unwrap();
+        stream
+            .write_all(request.len().to_string().as_bytes())
+            .await
+            .unwrap();
     }
 
     async fn ask(host: &Host, line: &[u8]) -> String {
@@ -408,7 +524,8 @@ mod tests {
             if turn == 0 {
                 host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
             }
-            let (text, ()) = tokio::join!(ask(&host, b"cofferdam-uds/2 vol-1 0 0\n"), answer(&server));
+            let (text, ()) =
+                tokio::join!(ask(&host, b"cofferdam-uds/2 vol-1 0 0\n"), answer(&server));
             assert_eq!(text, "100000", "with the half-close of the client");
             std::fs::remove_file(&path).unwrap();
         }
@@ -421,8 +538,12 @@ mod tests {
         let _server = UnixListener::bind(&path).unwrap();
         host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
         std::fs::write(host.path("plain"), "").unwrap();
-        host.sockets.add("gone", &host.path("plain"), &users(&[(0, 0)])).unwrap();
-        host.sockets.add("nobodys", &path, &Users::default()).unwrap();
+        host.sockets
+            .add("gone", &host.path("plain"), &users(&[(0, 0)]))
+            .unwrap();
+        host.sockets
+            .add("nobodys", &path, &Users::default())
+            .unwrap();
         for line in [
             b"cofferdam-uds/2 vol-2 0 0\n".to_vec(),
             b"cofferdam-uds/2 gone 0 0\n".to_vec(),
@@ -435,7 +556,11 @@ mod tests {
             b"\n".to_vec(),
             vec![b'x'; MAX_LINE],
         ] {
-            assert!(host.is_closed(&line).await, "{}", String::from_utf8_lossy(&line));
+            assert!(
+                host.is_closed(&line).await,
+                "{}",
+                String::from_utf8_lossy(&line)
+            );
         }
         host.sockets.remove("vol-1");
         assert!(host.is_closed(b"cofferdam-uds/2 vol-1 0 0\n").await);
@@ -453,7 +578,10 @@ mod tests {
             waiting.push(host.dial(b"cofferdam-uds/2 vol-1 0 0\n").await);
         }
         for _ in 0..4 {
-            let (stream, _) = timeout(Duration::from_secs(5), server.accept()).await.unwrap().unwrap();
+            let (stream, _) = timeout(Duration::from_secs(5), server.accept())
+                .await
+                .unwrap()
+                .unwrap();
             drop(stream);
         }
         for mut stream in waiting {
@@ -463,9 +591,17 @@ mod tests {
 
     /// A listener with room for one connection.
     fn narrow_listener(path: &Path) -> UnixListener {
-        use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+        use nix::sys::socket::{
+            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+        };
         use std::os::fd::AsRawFd;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+        let fd = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_NONBLOCK,
+            None,
+        )
+        .unwrap();
         bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
         listen(&fd, Backlog::new(0).unwrap()).unwrap();
         UnixListener::from_std(fd.into()).unwrap()

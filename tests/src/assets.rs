@@ -1,5 +1,5 @@
-//! Where the tested things are: the installed shim, the releases of containerd, the image. Each one that is missing is
-//! named together with the command that makes it.
+//! Where the tested things are: the installed shim, the releases of containerd, the image. Each one
+//! that is missing is named together with the command that makes it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,7 +28,12 @@ pub fn prefix() -> PathBuf {
 /// It is not there.
 pub fn installed(relative: &str) -> PathBuf {
     let path = prefix().join(relative);
-    assert!(path.exists(), "{} is not there: run `make install PREFIX={}`", path.display(), prefix().display());
+    assert!(
+        path.exists(),
+        "{} is not there: run `make install PREFIX={}`",
+        path.display(),
+        prefix().display()
+    );
     path
 }
 
@@ -42,7 +47,9 @@ pub fn shim() -> PathBuf {
 
 fn cache() -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
-    std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("cofferdam")
+    std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(home, PathBuf::from)
+        .join("cofferdam")
 }
 
 /// crictl, of the cri-tools that the checkout pins: scripts/lib.sh knows where they are.
@@ -53,9 +60,15 @@ pub fn crictl() -> PathBuf {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     let find = || {
         let mut command = Command::new("bash");
-        command.args(["-c", r#". "$0" && echo "$cri_tools""#]).arg(root().join("scripts/lib.sh"));
+        command
+            .args(["-c", r#". "$0" && echo "$cri_tools""#])
+            .arg(root().join("scripts/lib.sh"));
         let path = PathBuf::from(run(command, Duration::from_secs(10)).ok().text()).join("crictl");
-        assert!(path.exists(), "{} is not there: run `scripts/setup test`", path.display());
+        assert!(
+            path.exists(),
+            "{} is not there: run `scripts/setup test`",
+            path.display()
+        );
         path
     };
     FOUND.get_or_init(find).clone()
@@ -68,16 +81,26 @@ pub fn crictl() -> PathBuf {
 pub fn release_bin(release: Release) -> PathBuf {
     if release == Release::V1_6 {
         let dirs = std::env::var_os("PATH").unwrap_or_default();
-        let found =
-            std::env::split_paths(&dirs).find(|dir| dir.join("containerd").exists() && dir.join("ctr").exists());
+        let found = std::env::split_paths(&dirs)
+            .find(|dir| dir.join("containerd").exists() && dir.join("ctr").exists());
         return found.unwrap_or_else(|| panic!("containerd is not in PATH: run scripts/setup"));
     }
     let cache = cache();
     let wanted = format!("containerd-{}.", release.name());
-    let found = std::fs::read_dir(&cache).into_iter().flatten().flatten().find(|entry| {
-        entry.file_name().to_string_lossy().starts_with(&wanted) && entry.path().join("bin/ctr").exists()
+    let found = std::fs::read_dir(&cache)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .find(|entry| {
+            entry.file_name().to_string_lossy().starts_with(&wanted)
+                && entry.path().join("bin/ctr").exists()
+        });
+    let dir = found.unwrap_or_else(|| {
+        panic!(
+            "{}/{wanted}* is not there: run `scripts/setup test`",
+            cache.display()
+        )
     });
-    let dir = found.unwrap_or_else(|| panic!("{}/{wanted}* is not there: run `scripts/setup test`", cache.display()));
     dir.path().join("bin")
 }
 

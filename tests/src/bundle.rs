@@ -1,4 +1,5 @@
-//! The shim as containerd drives it, without containerd: a bundle made by hand, `start`, `delete`, and the replies.
+//! The shim as containerd drives it, without containerd: a bundle made by hand, `start`, `delete`,
+//! and the replies.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -37,14 +38,24 @@ impl Reply {
     pub fn parse(bytes: &[u8]) -> Reply {
         if let Ok(json) = serde_json::from_slice::<Value>(bytes) {
             let version = i32::try_from(json["version"].as_i64().unwrap()).unwrap();
-            return Reply { address: json["address"].as_str().unwrap().to_owned(), version };
+            return Reply {
+                address: json["address"].as_str().unwrap().to_owned(),
+                version,
+            };
         }
         if bytes.starts_with(b"unix://") {
-            return Reply { address: String::from_utf8(bytes.to_vec()).unwrap(), version: 2 };
+            return Reply {
+                address: String::from_utf8(bytes.to_vec()).unwrap(),
+                version: 2,
+            };
         }
         let result = BootstrapResult::parse_from_bytes(bytes);
-        let result = result.unwrap_or_else(|_| panic!("not a start reply: {:?}", String::from_utf8_lossy(bytes)));
-        Reply { address: result.address, version: result.version }
+        let result = result
+            .unwrap_or_else(|_| panic!("not a start reply: {:?}", String::from_utf8_lossy(bytes)));
+        Reply {
+            address: result.address,
+            version: result.version,
+        }
     }
 }
 
@@ -75,27 +86,46 @@ impl<'e> Bundle<'e> {
         let dir = env.dir.join(id);
         fs::create_dir_all(dir.join("rootfs")).unwrap();
         nix::unistd::mkfifo(&dir.join("log"), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-        let log = File::options().read(true).write(true).open(dir.join("log")).unwrap();
+        let log = File::options()
+            .read(true)
+            .write(true)
+            .open(dir.join("log"))
+            .unwrap();
         let (address, server) = (env.daemon.socket.clone(), RefCell::default());
-        let bundle = Bundle { env, dir, id: id.to_owned(), namespace: namespace(), address, server, _log: log };
+        let bundle = Bundle {
+            env,
+            dir,
+            id: id.to_owned(),
+            namespace: namespace(),
+            address,
+            server,
+            _log: log,
+        };
         let mounts = json!([
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666", "mode=0620"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid",
+                "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid",
+                "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                "options": ["newinstance", "ptmxmode=0666", "mode=0620"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid",
+                "noexec", "nodev", "ro"]},
         ]);
         let capabilities = json!(["CAP_KILL", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID"]);
         let spec = json!({
             "ociVersion": "1.1.0",
             "process": {
-                "user": {"uid": 0, "gid": 0}, "args": args, "env": ["PATH=/bin"], "cwd": "/", "noNewPrivileges": true,
-                "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+                "user": {"uid": 0, "gid": 0}, "args": args, "env": ["PATH=/bin"], "cwd": "/",
+                    "noNewPrivileges": true,
+                "capabilities": {"bounding": capabilities, "effective": capabilities,
+                    "permitted": capabilities},
             },
             "root": {"path": tree()},
             "mounts": mounts,
             "linux": {
                 "cgroupsPath": format!("/{}/{id}", namespace()),
-                "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+                "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"},
+                    {"type": "mount"}, {"type": "network"}],
                 "resources": {"devices": [{"allow": false, "access": "rwm"}]},
             },
         });
@@ -115,7 +145,9 @@ impl<'e> Bundle<'e> {
     pub fn shim_path(env: &Env) -> PathBuf {
         match env.runtime {
             Runtime::Cofferdam => assets::shim(),
-            Runtime::Runc => assets::release_bin(env.daemon.release).join("containerd-shim-runc-v2"),
+            Runtime::Runc => {
+                assets::release_bin(env.daemon.release).join("containerd-shim-runc-v2")
+            }
         }
     }
 
@@ -123,10 +155,21 @@ impl<'e> Bundle<'e> {
     pub fn shim(&self, action: &[&str]) -> Command {
         let socket = &self.address;
         let mut command = Command::new(Bundle::shim_path(self.env));
-        command.args(["-namespace", &self.namespace, "-address"]).arg(socket);
-        command.args(["-publish-binary", "/usr/bin/containerd", "-id", &self.id]).args(action).current_dir(&self.dir);
-        command.env("TTRPC_ADDRESS", format!("{}.ttrpc", socket.display())).env("GRPC_ADDRESS", socket);
-        command.env("NAMESPACE", &self.namespace).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2").env(MARK, mark());
+        command
+            .args(["-namespace", &self.namespace, "-address"])
+            .arg(socket);
+        command
+            .args(["-publish-binary", "/usr/bin/containerd", "-id", &self.id])
+            .args(action)
+            .current_dir(&self.dir);
+        command
+            .env("TTRPC_ADDRESS", format!("{}.ttrpc", socket.display()))
+            .env("GRPC_ADDRESS", socket);
+        command
+            .env("NAMESPACE", &self.namespace)
+            .env("MAX_SHIM_VERSION", "2")
+            .env("GOMAXPROCS", "2")
+            .env(MARK, mark());
         command
     }
 
@@ -159,14 +202,19 @@ impl<'e> Bundle<'e> {
 
     /// Puts it into the pod of another bundle, as CRI's annotations do.
     pub fn join_pod(&self, sandbox: &str, kind: &str) {
-        let annotations = json!({"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox});
+        let annotations = json!({"io.kubernetes.cri.container-type": kind,
+            "io.kubernetes.cri.sandbox-id": sandbox});
         self.edit(|spec| spec["annotations"] = annotations);
     }
 
     /// The sandbox's directory with its state, while there is one.
     pub fn state_dir(&self) -> Option<PathBuf> {
-        let mut dirs = fs::read_dir("/run/cofferdam").into_iter().flatten().flatten();
-        dirs.find(|dir| dir.path().join("share").join(&self.id).exists()).map(|dir| dir.path())
+        let mut dirs = fs::read_dir("/run/cofferdam")
+            .into_iter()
+            .flatten()
+            .flatten();
+        dirs.find(|dir| dir.path().join("share").join(&self.id).exists())
+            .map(|dir| dir.path())
     }
 
     /// The processes that belong to it: the server and whatever names its id.
@@ -186,7 +234,8 @@ impl Drop for Bundle<'_> {
         let _ = Running::start(command, None).outcome(PATIENCE);
         self.processes().iter().for_each(procs::Proc::kill9);
         if self.env.runtime == Runtime::Runc {
-            // The control's server leaves its socket when it is killed, and its `delete` does not know it.
+            // The control's server leaves its socket when it is killed, and its `delete` does not
+            // know it.
             let address = self.server.borrow().clone().unwrap_or_default();
             let _ = fs::remove_file(address.trim_start_matches("unix://"));
         }
@@ -198,7 +247,11 @@ impl Drop for Bundle<'_> {
 pub fn run_with(command: Command, stdin: &[u8]) -> Output {
     let mut running = Running::start_piped(command);
     // A program that does not want it is no failure of the write's.
-    let _ = running.child.stdin.take().map(|mut pipe| pipe.write_all(stdin));
+    let _ = running
+        .child
+        .stdin
+        .take()
+        .map(|mut pipe| pipe.write_all(stdin));
     running.wait(PATIENCE)
 }
 
@@ -207,7 +260,10 @@ pub fn tree() -> &'static Path {
     static TREE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let make = || {
         // On the suite's own /run, which goes away with it: a static is never dropped.
-        let dir = tempfile::Builder::new().prefix("tree-").tempdir_in("/run").unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("tree-")
+            .tempdir_in("/run")
+            .unwrap();
         assets::busybox_tree(dir.path());
         dir
     };

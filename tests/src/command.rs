@@ -41,7 +41,14 @@ impl Output {
     /// Insists on this exit status.
     #[track_caller]
     pub fn exits(self, status: i32) -> Output {
-        assert_eq!(self.status, status, "{}: stdout {:?}, stderr {:?}", self.what, self.text(), self.errors());
+        assert_eq!(
+            self.status,
+            status,
+            "{}: stdout {:?}, stderr {:?}",
+            self.what,
+            self.text(),
+            self.errors()
+        );
         self
     }
 
@@ -49,14 +56,34 @@ impl Output {
     #[track_caller]
     pub fn fails_with(self, parts: &[&str]) -> Output {
         let errors = self.errors();
-        assert_ne!(self.status, 0, "{} succeeded: stdout {:?}, stderr {errors:?}", self.what, self.text());
-        // containerd 1.6 and later may say more with a logger of their own; the user's line begins with "ctr:".
-        let line = errors.lines().find(|line| line.starts_with("ctr: ")).unwrap_or(&errors);
+        assert_ne!(
+            self.status,
+            0,
+            "{} succeeded: stdout {:?}, stderr {errors:?}",
+            self.what,
+            self.text()
+        );
+        // containerd 1.6 and later may say more with a logger of their own; the user's line begins
+        // with "ctr:".
+        let line = errors
+            .lines()
+            .find(|line| line.starts_with("ctr: "))
+            .unwrap_or(&errors);
         for part in parts {
-            assert!(line.contains(part), "{}: no {part:?} in {errors:?}", self.what);
+            assert!(
+                line.contains(part),
+                "{}: no {part:?} in {errors:?}",
+                self.what
+            );
         }
-        assert!(!line.contains("Others("), "Rust debug text reaches the user: {errors:?}");
-        assert!(errors.lines().count() <= 2, "more than a line of error: {errors:?}");
+        assert!(
+            !line.contains("Others("),
+            "Rust debug text reaches the user: {errors:?}"
+        );
+        assert!(
+            errors.lines().count() <= 2,
+            "more than a line of error: {errors:?}"
+        );
         self
     }
 }
@@ -84,38 +111,58 @@ fn collect(stream: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
 }
 
 impl Running {
-    /// Starts `command` with `stdin` (`None`: /dev/null). Output goes where the command says, else into pipes.
+    /// Starts `command` with `stdin` (`None`: /dev/null). Output goes where the command says, else
+    /// into pipes.
     pub fn start(mut command: Command, stdin: Option<File>) -> Running {
         let what = format!("{:?}", command);
-        command.stdin(stdin.map_or(Stdio::null(), Stdio::from)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(stdin.map_or(Stdio::null(), Stdio::from))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         Running::spawn(command, what)
     }
 
     /// Like [`Running::start`], with standard output into a file.
     pub fn start_into(mut command: Command, stdin: Option<File>, stdout: File) -> Running {
         let what = format!("{:?}", command);
-        command.stdin(stdin.map_or(Stdio::null(), Stdio::from)).stdout(stdout).stderr(Stdio::piped());
+        command
+            .stdin(stdin.map_or(Stdio::null(), Stdio::from))
+            .stdout(stdout)
+            .stderr(Stdio::piped());
         Running::spawn(command, what)
     }
 
     /// Like [`Running::start`], with standard input from a pipe that the caller takes from `child`.
     pub fn start_piped(mut command: Command) -> Running {
         let what = format!("{:?}", command);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         Running::spawn(command, what)
     }
 
     fn spawn(mut command: Command, what: String) -> Running {
         let began = Instant::now();
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {what}: {error}"));
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {what}: {error}"));
         let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
-        Running { child, stdout, stderr, began, what }
+        Running {
+            child,
+            stdout,
+            stderr,
+            began,
+            what,
+        }
     }
 
-    /// Waits for the end; a program that takes longer is killed, and the test fails with what it had said.
+    /// Waits for the end; a program that takes longer is killed, and the test fails with what it
+    /// had said.
     #[track_caller]
     pub fn wait(self, deadline: Duration) -> Output {
-        self.outcome(deadline).unwrap_or_else(|message| panic!("{message}"))
+        self.outcome(deadline)
+            .unwrap_or_else(|message| panic!("{message}"))
     }
 
     /// As [`Running::wait`], for those that may not panic.
@@ -136,15 +183,36 @@ impl Running {
             pause = (pause * 2).min(Duration::from_millis(10));
         };
         let took = self.began.elapsed();
-        let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+        let status = status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
         // A grandchild that holds the pipe is a bug worth a message of its own.
-        let held = |_| format!("{}: its output is still held open by another process after its end", self.what);
-        let stdout = self.stdout.recv_timeout(Duration::from_secs(10)).map_err(held)?;
-        let stderr = self.stderr.recv_timeout(Duration::from_secs(10)).map_err(held)?;
-        let output = Output { stdout, stderr, status, took, what: self.what };
+        let held = |_| {
+            format!(
+                "{}: its output is still held open by another process after its end",
+                self.what
+            )
+        };
+        let stdout = self
+            .stdout
+            .recv_timeout(Duration::from_secs(10))
+            .map_err(held)?;
+        let stderr = self
+            .stderr
+            .recv_timeout(Duration::from_secs(10))
+            .map_err(held)?;
+        let output = Output {
+            stdout,
+            stderr,
+            status,
+            took,
+            what: self.what,
+        };
         if late {
             let (what, said, errors) = (&output.what, output.text(), output.errors());
-            return Err(format!("{what} took longer than {deadline:?}: stdout {said:?}, stderr {errors:?}"));
+            return Err(format!(
+                "{what} took longer than {deadline:?}: stdout {said:?}, stderr {errors:?}"
+            ));
         }
         Ok(output)
     }

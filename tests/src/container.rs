@@ -18,7 +18,10 @@ pub struct Container<'e> {
 impl<'e> Container<'e> {
     /// Takes care of a container that something else makes.
     pub fn adopt(env: &'e Env, id: &str) -> Container<'e> {
-        Container { env, id: id.to_owned() }
+        Container {
+            env,
+            id: id.to_owned(),
+        }
     }
 
     /// `ctr task exec` with an exec id of its own.
@@ -35,21 +38,32 @@ impl<'e> Container<'e> {
     }
 
     /// The command line of `ctr task exec`.
-    pub fn exec_command(&self, exec_id: &str, flags: &[&str], command: &[&str]) -> std::process::Command {
+    pub fn exec_command(
+        &self,
+        exec_id: &str,
+        flags: &[&str],
+        command: &[&str],
+    ) -> std::process::Command {
         let base = ["tasks", "exec", "--exec-id", exec_id];
-        self.env.daemon.ctr_command([&base, flags, &[&self.id], command].concat())
+        self.env
+            .daemon
+            .ctr_command([&base, flags, &[&self.id], command].concat())
     }
 
     /// `ctr task kill -s SIGNAL`, with further flags.
     #[track_caller]
     pub fn kill(&self, signal: &str, flags: &[&str]) -> Output {
-        self.env.ctr(&[&["tasks", "kill", "-s", signal], flags, &[&self.id]].concat())
+        self.env
+            .ctr(&[&["tasks", "kill", "-s", signal], flags, &[&self.id]].concat())
     }
 
     /// What `ctr task ls` says of it: pid and status.
     pub fn listed(&self) -> Option<(u32, String)> {
         let list = self.env.ctr(&["tasks", "ls"]).text();
-        let mut fields = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id))?.split_whitespace();
+        let mut fields = list
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(&self.id))?
+            .split_whitespace();
         Some((fields.nth(1)?.parse().ok()?, fields.next()?.to_owned()))
     }
 
@@ -66,11 +80,21 @@ impl<'e> Container<'e> {
     pub fn finish(&self) -> i32 {
         self.wait_for("STOPPED");
         let output = self.env.ctr(&["tasks", "rm", &self.id]).ok();
-        assert!(self.listed().is_none(), "the task is still there: {}", output.errors());
-        // The only place where `ctr task rm` tells the status is a warning, and there is none for 0.
+        assert!(
+            self.listed().is_none(),
+            "the task is still there: {}",
+            output.errors()
+        );
+        // The only place where `ctr task rm` tells the status is a warning, and there is none for
+        // 0.
         let errors = output.errors();
-        let code = errors.split_once("exit with non-zero exit code ").and_then(|(_, rest)| rest.split('"').next());
-        code.map_or(0, |code| code.parse().unwrap_or_else(|_| panic!("not an exit code: {code}")))
+        let code = errors
+            .split_once("exit with non-zero exit code ")
+            .and_then(|(_, rest)| rest.split('"').next());
+        code.map_or(0, |code| {
+            code.parse()
+                .unwrap_or_else(|_| panic!("not an exit code: {code}"))
+        })
     }
 
     /// Waits until a file is there inside, the sign that a command got that far.
@@ -90,14 +114,19 @@ impl<'e> Container<'e> {
     #[track_caller]
     pub fn task(&self) -> Task {
         let read = |name: &str| std::fs::read(self.bundle().join(name));
-        let address = read("address").or_else(|_| read("bootstrap.json")).expect("the shim's address is in the bundle");
+        let address = read("address")
+            .or_else(|_| read("bootstrap.json"))
+            .expect("the shim's address is in the bundle");
         Task::connect(&crate::bundle::Reply::parse(&address).address, &self.id)
     }
 
-    /// Pids of the processes with this command line inside, as `ctr task ps` has them on the host's side.
+    /// Pids of the processes with this command line inside, as `ctr task ps` has them on the host's
+    /// side.
     pub fn pids(&self) -> Vec<u32> {
         let list = self.env.ctr(&["tasks", "ps", &self.id]).ok().text();
-        list.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect()
+        list.lines()
+            .filter_map(|line| line.split_whitespace().next()?.parse().ok())
+            .collect()
     }
 }
 
@@ -106,7 +135,9 @@ impl Drop for Container<'_> {
         let deadline = Duration::from_secs(30);
         let ctr = |args: &[&str]| {
             let running = Running::start(self.env.daemon.ctr_command(args), None);
-            running.outcome(deadline).is_ok_and(|output| output.status == 0)
+            running
+                .outcome(deadline)
+                .is_ok_and(|output| output.status == 0)
         };
         ctr(&["tasks", "rm", "-f", &self.id]);
         if !ctr(&["containers", "rm", &self.id]) {

@@ -1,4 +1,5 @@
-//! A private containerd's CRI plug-in: its configuration of each release, its network of pods, and `crictl` for it.
+//! A private containerd's CRI plug-in: its configuration of each release, its network of pods, and
+//! `crictl` for it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -33,10 +34,17 @@ impl Cri {
     /// Of the daemon at `socket`; its files are in `dir`.
     pub fn new(release: Release, socket: &Path, dir: &Path) -> Cri {
         static NUMBER: AtomicU8 = AtomicU8::new(1);
-        assert!(Path::new("/usr/lib/cni/bridge").exists(), "no CNI plug-ins for {release:?}: run `scripts/setup test`");
-        let cri = Cri { dir: dir.to_owned(), number: NUMBER.fetch_add(1, Ordering::Relaxed) };
+        assert!(
+            Path::new("/usr/lib/cni/bridge").exists(),
+            "no CNI plug-ins for {release:?}: run `scripts/setup test`"
+        );
+        let cri = Cri {
+            dir: dir.to_owned(),
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+        };
         let endpoint = format!("unix://{}", socket.display());
-        let crictl = json!({"runtime-endpoint": endpoint, "image-endpoint": endpoint, "timeout": 60});
+        let crictl =
+            json!({"runtime-endpoint": endpoint, "image-endpoint": endpoint, "timeout": 60});
         std::fs::write(dir.join("crictl.yaml"), crictl.to_string()).unwrap();
         std::fs::create_dir(dir.join("net.d")).unwrap();
         cri.set_network(&[
@@ -60,7 +68,8 @@ impl Cri {
         let number = self.number;
         json!({
             "type": "host-local", "dataDir": self.dir.join("ipam"), "routes": routes,
-            "ranges": [[{"subnet": format!("10.88.{number}.0/24")}], [{"subnet": format!("fd88:{number:x}::/64")}]],
+            "ranges": [[{"subnet": format!("10.88.{number}.0/24")}],
+                [{"subnet": format!("fd88:{number:x}::/64")}]],
         })
     }
 
@@ -71,18 +80,24 @@ impl Cri {
 
     /// The host's own addresses at the bridge.
     pub fn gateways(&self) -> [String; 2] {
-        [format!("10.88.{}.1", self.number), format!("fd88:{:x}::1", self.number)]
+        [
+            format!("10.88.{}.1", self.number),
+            format!("fd88:{:x}::1", self.number),
+        ]
     }
 
     /// CNI keeps a bridge that has no port left.
     pub(crate) fn remove_bridge(&self) {
-        if let Ok(true) = std::fs::read_to_string("/proc/net/dev").map(|links| links.contains(&self.bridge())) {
+        if let Ok(true) =
+            std::fs::read_to_string("/proc/net/dev").map(|links| links.contains(&self.bridge()))
+        {
             crate::network::ip(&["link", "delete", &self.bridge()]);
         }
     }
 
-    /// The version line of a configuration file, and the tables for CRI. Lowering an oom_score_adj needs a capability
-    /// that a container or a CI machine may not have. The snippet that users are given comes last.
+    /// The version line of a configuration file, and the tables for CRI. Lowering an oom_score_adj
+    /// needs a capability that a container or a CI machine may not have. The snippet that users are
+    /// given comes last.
     pub(crate) fn config(&self, release: Release, snapshotter: &str) -> (&'static str, String) {
         let nets = self.dir.join("net.d");
         let (version, snippet, own) = match release {
@@ -93,7 +108,8 @@ impl Cri {
                     "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = {snapshotter:?}\n\
                      [plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = {PAUSE:?}\n\
                      [plugins.'io.containerd.cri.v1.runtime']\nrestrict_oom_score_adj = true\n\
-                     [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dirs = ['/usr/lib/cni']\nconf_dir = {nets:?}\n\
+                     [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dirs = \
+                     ['/usr/lib/cni']\nconf_dir = {nets:?}\n\
                      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
                      runtime_type = 'io.containerd.runc.v2'\n\
                      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{SANDBOX_API}]\n\
@@ -104,16 +120,24 @@ impl Cri {
                 "version = 2",
                 format!("containerd-{}.toml", release.name()),
                 format!(
-                    "[plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = {PAUSE:?}\nrestrict_oom_score_adj = true\n\
-                     [plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = {snapshotter:?}\n\
-                     [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = {nets:?}\n\
+                    "[plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = \
+                     {PAUSE:?}\nrestrict_oom_score_adj = true\n\
+                     [plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = \
+                     {snapshotter:?}\n\
+                     [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = \
+                     '/usr/lib/cni'\nconf_dir = {nets:?}\n\
                      [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n\
                      runtime_type = 'io.containerd.runc.v2'\n"
                 ),
             ),
         };
-        let snippet = std::fs::read_to_string(assets::root().join("configs/containerd").join(snippet)).unwrap();
-        let snippet: Vec<&str> = snippet.lines().filter(|line| !line.starts_with("version")).collect();
+        let snippet =
+            std::fs::read_to_string(assets::root().join("configs/containerd").join(snippet))
+                .unwrap();
+        let snippet: Vec<&str> = snippet
+            .lines()
+            .filter(|line| !line.starts_with("version"))
+            .collect();
         (version, own + &snippet.join("\n") + "\n")
     }
 
@@ -129,7 +153,11 @@ impl Cri {
     /// A `crictl` command for this daemon; no crictl.yaml of the host's has a say.
     pub fn command<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(assets::crictl());
-        command.arg("--config").arg(self.dir.join("crictl.yaml")).args(args).env(MARK, mark());
+        command
+            .arg("--config")
+            .arg(self.dir.join("crictl.yaml"))
+            .args(args)
+            .env(MARK, mark());
         command
     }
 }

@@ -1,5 +1,5 @@
-//! A private containerd: its own root, state and socket, and the shim of the tested prefix in its PATH. One for tasks has
-//! no CRI; one for pods has it, and a network for pods of its own.
+//! A private containerd: its own root, state and socket, and the shim of the tested prefix in its
+//! PATH. One for tasks has no CRI; one for pods has it, and a network for pods of its own.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -44,43 +44,98 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one with its files in `dir` and the images imported, with CRI if it is for `pods`. Extra programs are found
-    /// in `path` first.
+    /// Starts one with its files in `dir` and the images imported, with CRI if it is for `pods`.
+    /// Extra programs are found in `path` first.
     pub fn start(release: Release, dir: &Path, path: Option<&Path>, pods: bool) -> Daemon {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("{}-{}", release.name(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "{}-{}",
+            release.name(),
+            NUMBER.fetch_add(1, Ordering::Relaxed)
+        );
         // Everything that ends with the daemon is on the suite's own /run, with a short path.
         let (run_dir, root) = (Path::new("/run").join(&name), dir.join(&name));
         std::fs::create_dir_all(&run_dir).unwrap();
         std::fs::create_dir_all(&root).unwrap();
         let logs = assets::root().join("target/e2e");
         std::fs::create_dir_all(&logs).unwrap();
-        let suite = std::env::current_exe().unwrap().file_stem().unwrap().to_string_lossy().into_owned();
+        let suite = std::env::current_exe()
+            .unwrap()
+            .file_stem()
+            .unwrap()
+            .to_string_lossy()
+            .into_owned();
         let suite = suite.split('-').next().unwrap_or("suite").to_owned();
-        let (state, socket, config) = (run_dir.join("s"), run_dir.join("c.sock"), root.join("config.toml"));
+        let (state, socket, config) = (
+            run_dir.join("s"),
+            run_dir.join("c.sock"),
+            root.join("config.toml"),
+        );
         let snapshotter = snapshotter(&root);
         let cri = pods.then(|| Cri::new(release, &socket, &run_dir));
         let (version, rest) = match &cri {
             Some(cri) => cri.config(release, snapshotter),
-            None => ("version = 2", "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".to_owned()),
+            None => (
+                "version = 2",
+                "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".to_owned(),
+            ),
         };
         let own = root.join("root");
-        let text = format!("{version}\nroot = {own:?}\nstate = {state:?}\n{rest}\n[grpc]\naddress = {socket:?}\n");
-        let opt = format!("[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n", root.join("opt"));
+        let text = format!(
+            "{version}\nroot = {own:?}\nstate = {state:?}\n{rest}\n[grpc]\naddress = {socket:?}\n"
+        );
+        let opt = format!(
+            "[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n",
+            root.join("opt")
+        );
         let text = text + &opt;
         std::fs::write(&config, text).unwrap();
         let log = logs.join(format!("{suite}-{name}.log"));
         let _ = std::fs::remove_file(&log);
         let bin = assets::release_bin(release);
-        let daemon = Daemon { release, state, socket, snapshotter, log, cri, bin, config, process: Mutex::new(None) };
+        let daemon = Daemon {
+            release,
+            state,
+            socket,
+            snapshotter,
+            log,
+            cri,
+            bin,
+            config,
+            process: Mutex::new(None),
+        };
         daemon.launch(path);
         let version = daemon.ctr(&["version"]).ok().text();
-        assert!(version.contains(release.name()), "wanted containerd {}, found {version}", release.name());
+        assert!(
+            version.contains(release.name()),
+            "wanted containerd {}, found {version}",
+            release.name()
+        );
         let image = assets::image(dir, pods).to_string_lossy().into_owned();
-        // 2.1 imports through its transfer service, which unpacks for the default snapshotter only, unless told otherwise.
-        let local: &[&str] = if release == Release::V2_1 { &["--local"] } else { &[] };
-        daemon.ctr(&[&["images", "import", "--snapshotter", daemon.snapshotter], local, &[&image]].concat()).ok();
-        assert!(daemon.ctr(&["images", "ls", "-q"]).ok().text().contains(IMAGE));
+        // 2.1 imports through its transfer service, which unpacks for the default snapshotter only,
+        // unless told otherwise.
+        let local: &[&str] = if release == Release::V2_1 {
+            &["--local"]
+        } else {
+            &[]
+        };
+        daemon
+            .ctr(
+                &[
+                    &["images", "import", "--snapshotter", daemon.snapshotter],
+                    local,
+                    &[&image],
+                ]
+                .concat(),
+            )
+            .ok();
+        assert!(
+            daemon
+                .ctr(&["images", "ls", "-q"])
+                .ok()
+                .text()
+                .contains(IMAGE)
+        );
         if let Some(cri) = &daemon.cri {
             cri.wait_for_images();
         }
@@ -88,13 +143,26 @@ impl Daemon {
     }
 
     fn launch(&self, path: Option<&Path>) {
-        let log = File::options().create(true).append(true).open(&self.log).unwrap();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .unwrap();
         let mut dirs = path.map(Path::to_owned).into_iter().collect::<Vec<_>>();
         dirs.extend([self.bin.clone(), assets::prefix().join("bin")]);
-        dirs.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+        dirs.extend(std::env::split_paths(
+            &std::env::var_os("PATH").unwrap_or_default(),
+        ));
         let mut command = Command::new(self.bin.join("containerd"));
-        command.arg("--config").arg(&self.config).env(MARK, mark()).env("PATH", std::env::join_paths(dirs).unwrap());
-        command.stdin(std::process::Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command
+            .arg("--config")
+            .arg(&self.config)
+            .env(MARK, mark())
+            .env("PATH", std::env::join_paths(dirs).unwrap());
+        command
+            .stdin(std::process::Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
         *self.process.lock().unwrap() = Some(command.spawn().unwrap());
         eventually("containerd answers", Duration::from_secs(30), || {
             (self.ctr(&["version"]).status == 0).then_some(())
@@ -108,7 +176,10 @@ impl Daemon {
     }
 
     /// A `ctr` command for this daemon.
-    pub fn ctr_command<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+    pub fn ctr_command<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = S>,
+    ) -> Command {
         let mut command = Command::new(self.bin.join("ctr"));
         command
             .arg("--address")
@@ -127,12 +198,19 @@ impl Daemon {
 
     /// The namespace of its containers: CRI's is fixed.
     pub fn namespace(&self) -> String {
-        if self.cri.is_some() { "k8s.io".to_owned() } else { namespace() }
+        if self.cri.is_some() {
+            "k8s.io".to_owned()
+        } else {
+            namespace()
+        }
     }
 
     /// The directory of a task's bundle.
     pub fn bundle(&self, id: &str) -> PathBuf {
-        self.state.join("io.containerd.runtime.v2.task").join(self.namespace()).join(id)
+        self.state
+            .join("io.containerd.runtime.v2.task")
+            .join(self.namespace())
+            .join(id)
     }
 
     /// Ends the process: in order, or as a crash would.
@@ -177,8 +255,19 @@ fn snapshotter(root: &Path) -> &'static str {
         dir
     };
     let (lower, upper, work, merged) = (dir("lower"), dir("upper"), dir("work"), dir("merged"));
-    let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
-    let tried = mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()));
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    let tried = mount(
+        Some("overlay"),
+        &merged,
+        Some("overlay"),
+        MsFlags::empty(),
+        Some(options.as_str()),
+    );
     let works = tried.is_ok() && umount(&merged).is_ok();
     std::fs::remove_dir_all(root.join("try")).unwrap();
     if works { "overlayfs" } else { "native" }

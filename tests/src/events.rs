@@ -31,7 +31,11 @@ impl Event {
     /// Topic, and the exec's id or process' id if it is not the container's own.
     pub fn brief(&self) -> String {
         let text = |key: &str| self.body[key].as_str().unwrap_or_default();
-        let exec = if text("exec_id").is_empty() { text("id") } else { text("exec_id") };
+        let exec = if text("exec_id").is_empty() {
+            text("id")
+        } else {
+            text("exec_id")
+        };
         if exec.is_empty() || exec == text("container_id") {
             self.topic.clone()
         } else {
@@ -50,7 +54,12 @@ impl Events {
     /// Subscribes; everything that happens after the return is seen.
     pub fn subscribe(daemon: &Daemon) -> Events {
         let mut command = daemon.ctr_command(["events"]);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let lines = Arc::new(Mutex::new(Vec::new()));
         let (sink, output) = (Arc::clone(&lines), child.stdout.take().unwrap());
         std::thread::spawn(move || {
@@ -61,11 +70,22 @@ impl Events {
         let events = Events { child, lines };
         let mut number = 0;
         // `ctr events` does not say when it listens: make events until one is seen.
-        eventually("ctr events shows something", Duration::from_secs(20), || {
-            number += 1;
-            daemon.ctr(&["namespaces", "label", &namespace(), &format!("probe={number}")]).ok();
-            (!events.lines.lock().unwrap().is_empty()).then_some(())
-        });
+        eventually(
+            "ctr events shows something",
+            Duration::from_secs(20),
+            || {
+                number += 1;
+                daemon
+                    .ctr(&[
+                        "namespaces",
+                        "label",
+                        &namespace(),
+                        &format!("probe={number}"),
+                    ])
+                    .ok();
+                (!events.lines.lock().unwrap().is_empty()).then_some(())
+            },
+        );
         events
     }
 
@@ -76,7 +96,10 @@ impl Events {
             let (_, rest) = line.split_once(" /tasks/")?;
             let (topic, body) = rest.split_once(' ')?;
             let body: Value = serde_json::from_str(body).ok()?;
-            (body["container_id"] == id).then(|| Event { topic: topic.to_owned(), body })
+            (body["container_id"] == id).then(|| Event {
+                topic: topic.to_owned(),
+                body,
+            })
         };
         lines.iter().filter_map(parse).collect()
     }
@@ -89,10 +112,17 @@ impl Events {
     /// Waits for the container's `/tasks/delete` and gives all of its events.
     #[track_caller]
     pub fn until_delete(&self, id: &str) -> Vec<Event> {
-        eventually(&format!("/tasks/delete of {id}, of {:?}", self.of(id)), Duration::from_secs(30), || {
-            let events = self.of(id);
-            events.iter().any(|event| event.brief() == "delete").then_some(events)
-        })
+        eventually(
+            &format!("/tasks/delete of {id}, of {:?}", self.of(id)),
+            Duration::from_secs(30),
+            || {
+                let events = self.of(id);
+                events
+                    .iter()
+                    .any(|event| event.brief() == "delete")
+                    .then_some(events)
+            },
+        )
     }
 }
 
@@ -103,8 +133,8 @@ impl Drop for Events {
     }
 }
 
-/// Stands in for containerd's ttrpc socket: takes the events of a shim that a test started by hand, in the order in
-/// which they arrive.
+/// Stands in for containerd's ttrpc socket: takes the events of a shim that a test started by hand,
+/// in the order in which they arrive.
 pub struct Sink {
     server: ttrpc::asynchronous::Server,
     seen: Seen,
@@ -123,7 +153,10 @@ impl shim_async::Events for Forward {
             envelope.timestamp.seconds > 0 && !envelope.namespace.is_empty(),
             "containerd refuses it: {envelope:?}"
         );
-        self.0.lock().unwrap().push((envelope.topic.clone(), envelope.event.value.clone()));
+        self.0
+            .lock()
+            .unwrap()
+            .push((envelope.topic.clone(), envelope.event.value.clone()));
         Ok(Empty::default())
     }
 }
@@ -135,7 +168,10 @@ impl Sink {
         let service = shim_async::create_events(Arc::new(Forward(Arc::clone(&seen))));
         let server = runtime().block_on(async {
             let socket = format!("unix://{}.ttrpc", address.display());
-            let mut server = ttrpc::asynchronous::Server::new().bind(&socket).unwrap().register_service(service);
+            let mut server = ttrpc::asynchronous::Server::new()
+                .bind(&socket)
+                .unwrap()
+                .register_service(service);
             server.start().await.unwrap();
             server
         });
@@ -150,11 +186,17 @@ impl Sink {
                 "/tasks/exec-started" => TaskExecStarted::parse_from_bytes(value).unwrap().exec_id,
                 "/tasks/exit" => {
                     let exit = TaskExit::parse_from_bytes(value).unwrap();
-                    if exit.id == exit.container_id { String::new() } else { exit.id }
+                    if exit.id == exit.container_id {
+                        String::new()
+                    } else {
+                        exit.id
+                    }
                 }
                 _ => String::new(),
             };
-            format!("{} {exec}", topic.trim_start_matches("/tasks/")).trim().to_owned()
+            format!("{} {exec}", topic.trim_start_matches("/tasks/"))
+                .trim()
+                .to_owned()
         };
         self.seen.lock().unwrap().iter().map(brief).collect()
     }
@@ -162,10 +204,14 @@ impl Sink {
     /// Waits until this topic was seen.
     #[track_caller]
     pub fn until(&self, topic: &str) -> Vec<String> {
-        eventually(&format!("{topic} among {:?}", self.topics()), Duration::from_secs(60), || {
-            let topics = self.topics();
-            topics.iter().any(|seen| seen == topic).then_some(topics)
-        })
+        eventually(
+            &format!("{topic} among {:?}", self.topics()),
+            Duration::from_secs(60),
+            || {
+                let topics = self.topics();
+                topics.iter().any(|seen| seen == topic).then_some(topics)
+            },
+        )
     }
 }
 

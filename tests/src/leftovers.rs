@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use crate::daemon::namespace;
 use crate::procs;
 
-/// Everything of the kinds that may leak, one line each. The suite's mount namespace and its own /run keep out what
-/// other programs of this machine do.
+/// Everything of the kinds that may leak, one line each. The suite's mount namespace and its own
+/// /run keep out what other programs of this machine do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot(BTreeSet<String>);
 
@@ -20,11 +20,20 @@ impl Snapshot {
         let mut found = BTreeSet::new();
         for process in procs::ours() {
             // The test's own tools come and go.
-            if process.program != "containerd" && process.program != "ctr" && process.program != "crictl" {
-                found.insert(format!("process {}: {} {}", process.pid, process.program, process.args));
+            if process.program != "containerd"
+                && process.program != "ctr"
+                && process.program != "crictl"
+            {
+                found.insert(format!(
+                    "process {}: {} {}",
+                    process.pid, process.program, process.args
+                ));
             }
         }
-        for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
+        for line in fs::read_to_string("/proc/self/mountinfo")
+            .unwrap_or_default()
+            .lines()
+        {
             if let Some(point) = line.split(' ').nth(4) {
                 found.insert(format!("mount {point}"));
             }
@@ -40,7 +49,10 @@ impl Snapshot {
         }
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut found);
         // Not /sys/class/net: the links there are those of the network namespace that mounted /sys.
-        for line in fs::read_to_string("/proc/net/dev").unwrap_or_default().lines() {
+        for line in fs::read_to_string("/proc/net/dev")
+            .unwrap_or_default()
+            .lines()
+        {
             if let Some((link, _)) = line.split_once(':') {
                 found.insert(format!("network link {}", link.trim()));
             }
@@ -65,7 +77,10 @@ impl Snapshot {
                 return Ok(());
             }
             if Instant::now() > end {
-                return Err(format!("left behind after {deadline:?}:\n  {}", more.join("\n  ")));
+                return Err(format!(
+                    "left behind after {deadline:?}:\n  {}",
+                    more.join("\n  ")
+                ));
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -84,19 +99,25 @@ fn files(dir: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
-/// What is `depth` directories below `dir`: a bundle, a pod's directory, an address that is given to a pod.
+/// What is `depth` directories below `dir`: a bundle, a pod's directory, an address that is given
+/// to a pod.
 fn below(dir: &Path, depth: usize, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         match depth {
             // host-local's own notes are not addresses.
-            1 if entry.file_name() == "lock" || entry.file_name().to_string_lossy().starts_with("last_reserved") => {}
+            1 if entry.file_name() == "lock"
+                || entry
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with("last_reserved") => {}
             1 => drop(found.insert(format!("file {}", entry.path().display()))),
             _ => below(&entry.path(), depth - 1, found),
         }
     }
 }
 
-/// Cgroups of containers: `ctr` names them /NAMESPACE/ID, and a pod's are below the parent it asks for.
+/// Cgroups of containers: `ctr` names them /NAMESPACE/ID, and a pod's are below the parent it asks
+/// for.
 fn cgroups(dir: &Path, depth: usize, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();

@@ -1,7 +1,13 @@
-//! End-to-end test harness: private containerd daemons of several releases, `ctr`, `crictl`, terminals, events, a task
-//! API client, and the search for whatever a test left behind. It knows containerd's contract and nothing of the shim's
-//! code, so the same suites also run against runc as the control that proves a test right.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! End-to-end test harness: private containerd daemons of several releases, `ctr`, `crictl`,
+//! terminals, events, a task API client, and the search for whatever a test left behind. It knows
+//! containerd's contract and nothing of the shim's code, so the same suites also run against runc
+//! as the control that proves a test right.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 pub mod assets;
 pub mod bundle;
@@ -25,7 +31,8 @@ pub use suite::{Env, Release, Runtime, Suite};
 
 use std::time::{Duration, Instant};
 
-/// How long anything that has to happen may take, on a slow machine in emulation with a second test beside it.
+/// How long anything that has to happen may take, on a slow machine in emulation with a second test
+/// beside it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Polls `probe` until it gives a value.

@@ -23,7 +23,9 @@ impl Netns {
     /// Makes it, with its loopback up.
     pub fn new(name: &str) -> Netns {
         ip(&["netns", "add", name]).ok();
-        let netns = Netns { name: name.to_owned() };
+        let netns = Netns {
+            name: name.to_owned(),
+        };
         netns.ip(&["link", "set", "lo", "up"]);
         netns
     }
@@ -42,7 +44,9 @@ impl Netns {
     /// Runs a program of the host inside.
     #[track_caller]
     pub fn exec(&self, command: &[&str]) -> String {
-        ip(&[&["netns", "exec", &self.name], command].concat()).ok().text()
+        ip(&[&["netns", "exec", &self.name], command].concat())
+            .ok()
+            .text()
     }
 }
 

@@ -1,4 +1,5 @@
-//! A pod that `crictl` made, its containers, and what a user does with them. It is removed with the value.
+//! A pod that `crictl` made, its containers, and what a user does with them. It is removed with the
+//! value.
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -25,7 +26,8 @@ pub mod mode {
     pub const TARGET: u8 = 3;
 }
 
-/// Puts what is in `patch` into `value`: objects are merged, everything else takes the old one's place.
+/// Puts what is in `patch` into `value`: objects are merged, everything else takes the old one's
+/// place.
 pub fn merge(value: &mut Value, patch: Value) {
     match (value, patch) {
         (Value::Object(value), Value::Object(patch)) => {
@@ -42,7 +44,10 @@ pub fn merge(value: &mut Value, patch: Value) {
 pub fn one_line(output: &Output) -> String {
     let errors = output.errors();
     let last = errors.lines().last().unwrap_or_default();
-    assert!(last.contains("level=fatal") && !last.contains("\\n"), "not one line of error: {errors}");
+    assert!(
+        last.contains("level=fatal") && !last.contains("\\n"),
+        "not one line of error: {errors}"
+    );
     last.to_owned()
 }
 
@@ -119,7 +124,16 @@ impl<'e> Pod<'e> {
         let file = dir.join("pod.json");
         std::fs::write(&file, config.to_string()).unwrap();
         let output = env.crictl(&["runp", "--runtime", handler, &file.to_string_lossy()]);
-        (Pod { env, id: output.text(), dir, config, made: Cell::new(0) }, output)
+        (
+            Pod {
+                env,
+                id: output.text(),
+                dir,
+                config,
+                made: Cell::new(0),
+            },
+            output,
+        )
     }
 
     /// A container that runs `command`.
@@ -146,7 +160,11 @@ impl<'e> Pod<'e> {
     #[track_caller]
     pub fn create(&self, name: &str, command: &[&str], patch: Value) -> Member<'_> {
         let (output, log) = self.try_create(name, command, patch);
-        Member { env: self.env, id: output.ok().text(), log }
+        Member {
+            env: self.env,
+            id: output.ok().text(),
+            log,
+        }
     }
 
     /// `crictl create` and what it says, and the container's log file.
@@ -163,10 +181,18 @@ impl<'e> Pod<'e> {
             "linux": {"security_context": {"namespace_options": options}},
         });
         merge(&mut config, patch);
-        let (file, pod) = (self.dir.join(format!("{name}-{number}.json")), self.dir.join("pod.json"));
+        let (file, pod) = (
+            self.dir.join(format!("{name}-{number}.json")),
+            self.dir.join("pod.json"),
+        );
         std::fs::write(&file, config.to_string()).unwrap();
-        let output =
-            self.env.crictl(&["create", "--no-pull", &self.id, &file.to_string_lossy(), &pod.to_string_lossy()]);
+        let output = self.env.crictl(&[
+            "create",
+            "--no-pull",
+            &self.id,
+            &file.to_string_lossy(),
+            &pod.to_string_lossy(),
+        ]);
         (output, self.dir.join(log))
     }
 
@@ -180,9 +206,15 @@ impl<'e> Pod<'e> {
     #[track_caller]
     pub fn addresses(&self) -> Vec<String> {
         let status = &self.inspect()["status"]["network"];
-        let more = status["additionalIps"].as_array().cloned().unwrap_or_default();
+        let more = status["additionalIps"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
         let first = status["ip"].as_str().into_iter();
-        first.chain(more.iter().filter_map(|ip| ip["ip"].as_str())).map(str::to_owned).collect()
+        first
+            .chain(more.iter().filter_map(|ip| ip["ip"].as_str()))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// `crictl stopp`.
@@ -194,7 +226,9 @@ impl<'e> Pod<'e> {
     /// `crictl rmp` with flags.
     #[track_caller]
     pub fn remove(&self, flags: &[&str]) {
-        self.env.crictl(&[&["rmp"], flags, &[&self.id]].concat()).ok();
+        self.env
+            .crictl(&[&["rmp"], flags, &[&self.id]].concat())
+            .ok();
     }
 }
 
@@ -204,11 +238,17 @@ impl Drop for Pod<'_> {
             return;
         }
         if std::thread::panicking() {
-            eprintln!("pod {}: containerd's log says:\n{}", self.id, self.env.daemon.log_about(&self.id));
+            eprintln!(
+                "pod {}: containerd's log says:\n{}",
+                self.id,
+                self.env.daemon.log_about(&self.id)
+            );
         }
         let crictl = |args: &[&str]| {
             let running = Running::start(self.env.cri().command(args), None);
-            running.outcome(PATIENCE).is_ok_and(|output| output.status == 0)
+            running
+                .outcome(PATIENCE)
+                .is_ok_and(|output| output.status == 0)
         };
         // A second try, as the daemon may have been away in the first.
         let _ = crictl(&["rmp", "-f", &self.id]) || crictl(&["rmp", "-f", &self.id]);
@@ -239,7 +279,9 @@ impl Member<'_> {
 
     /// The command line of `crictl exec`.
     pub fn exec_command(&self, flags: &[&str], command: &[&str]) -> Command {
-        self.env.cri().command([&["exec"], flags, &[&self.id], command].concat())
+        self.env
+            .cri()
+            .command([&["exec"], flags, &[&self.id], command].concat())
     }
 
     /// Waits until a shell condition holds inside.
@@ -260,9 +302,15 @@ impl Member<'_> {
     /// Waits for a text in the log file.
     #[track_caller]
     pub fn wait_for_log(&self, text: &str) {
-        eventually(&format!("{text:?} in {}", self.log.display()), PATIENCE, || {
-            std::fs::read_to_string(&self.log).is_ok_and(|log| log.contains(text)).then_some(())
-        });
+        eventually(
+            &format!("{text:?} in {}", self.log.display()),
+            PATIENCE,
+            || {
+                std::fs::read_to_string(&self.log)
+                    .is_ok_and(|log| log.contains(text))
+                    .then_some(())
+            },
+        );
     }
 
     /// What `crictl inspect` says.
@@ -274,7 +322,10 @@ impl Member<'_> {
     /// Its state, `CONTAINER_RUNNING` for one.
     #[track_caller]
     pub fn state(&self) -> String {
-        self.inspect()["status"]["state"].as_str().unwrap().to_owned()
+        self.inspect()["status"]["state"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     }
 
     /// Waits for its end; gives its status: `exitCode`, `reason` and so on.
@@ -295,12 +346,17 @@ impl Member<'_> {
     /// `crictl stop` with a grace period in seconds; gives how long it took.
     #[track_caller]
     pub fn stop(&self, grace: u32) -> Duration {
-        self.env.crictl(&["stop", "--timeout", &grace.to_string(), &self.id]).ok().took
+        self.env
+            .crictl(&["stop", "--timeout", &grace.to_string(), &self.id])
+            .ok()
+            .took
     }
 
     /// `crictl rm` with flags.
     #[track_caller]
     pub fn remove(&self, flags: &[&str]) {
-        self.env.crictl(&[&["rm"], flags, &[&self.id]].concat()).ok();
+        self.env
+            .crictl(&[&["rm"], flags, &[&self.id]].concat())
+            .ok();
     }
 }

@@ -1,5 +1,6 @@
-//! Processes of this test run: by a mark in their environment that children inherit, and where a parent gives its
-//! children a clean environment, by the files of the run that they name and by the cgroup they are in.
+//! Processes of this test run: by a mark in their environment that children inherit, and where a
+//! parent gives its children a clean environment, by the files of the run that they name and by the
+//! cgroup they are in.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +21,13 @@ pub const MARK: &str = "COFFERDAM_SUITE";
 /// The mark of this run.
 pub fn mark() -> &'static str {
     static VALUE: OnceLock<String> = OnceLock::new();
-    VALUE.get_or_init(|| format!("{}-{}", std::process::id(), start_time(std::process::id()).unwrap_or(0)))
+    VALUE.get_or_init(|| {
+        format!(
+            "{}-{}",
+            std::process::id(),
+            start_time(std::process::id()).unwrap_or(0)
+        )
+    })
 }
 
 /// A process seen in /proc.
@@ -74,18 +81,28 @@ pub fn start_time(pid: u32) -> Option<u64> {
 /// The shim that was started for `id`, and what descends from it: QEMU and the helpers.
 pub fn family(id: &str) -> Vec<u32> {
     let all = ours();
-    let shim = |process: &&Proc| process.program.starts_with("containerd-shim") && process.args.contains(id);
+    let shim = |process: &&Proc| {
+        process.program.starts_with("containerd-shim") && process.args.contains(id)
+    };
     let mut family = vec![all.iter().find(shim).expect("the shim of the sandbox").pid];
     // Children, and their children.
     for _ in 0..2 {
         let is_child = |process: &&Proc| {
             let parent = field(process.pid, 4);
-            !family.contains(&process.pid) && family.iter().any(|pid| Some(u64::from(*pid)) == parent)
+            !family.contains(&process.pid)
+                && family.iter().any(|pid| Some(u64::from(*pid)) == parent)
         };
-        let children: Vec<u32> = all.iter().filter(is_child).map(|process| process.pid).collect();
+        let children: Vec<u32> = all
+            .iter()
+            .filter(is_child)
+            .map(|process| process.pid)
+            .collect();
         family.extend(children);
     }
-    assert!(family.len() >= 3, "the shim, QEMU and virtiofsd at least: {family:?}");
+    assert!(
+        family.len() >= 3,
+        "the shim, QEMU and virtiofsd at least: {family:?}"
+    );
     family
 }
 
@@ -96,11 +113,15 @@ pub fn come_to_rest(pids: &[u32]) {
         let used = |pid: &u32| Some(field(*pid, 14)? + field(*pid, 15)?);
         pids.iter().filter_map(used).sum::<u64>()
     };
-    eventually("two seconds in which the processes use a fiftieth of a CPU at most", PATIENCE, || {
-        let before = ticks();
-        sleep(Duration::from_secs(2));
-        (ticks().saturating_sub(before) <= 4).then_some(())
-    });
+    eventually(
+        "two seconds in which the processes use a fiftieth of a CPU at most",
+        PATIENCE,
+        || {
+            let before = ticks();
+            sleep(Duration::from_secs(2));
+            (ticks().saturating_sub(before) <= 4).then_some(())
+        },
+    );
 }
 
 fn program(pid: u32) -> Option<String> {
@@ -114,11 +135,19 @@ fn in_our_cgroup(pid: u32) -> bool {
     cgroups.contains(&format!("/{}/", namespace()))
 }
 
-/// A program of the tested prefix, or QEMU, that sees the suite's own /run: the daemons' directories are there.
+/// A program of the tested prefix, or QEMU, that sees the suite's own /run: the daemons'
+/// directories are there.
 fn helper_of_ours(pid: u32) -> bool {
-    let relevant = ["qemu-system", "virtiofsd", "vhost-device", "containerd-shim"];
-    let helper = program(pid).is_some_and(|program| relevant.iter().any(|name| program.starts_with(name)));
-    // The tmpfs on the suite's /run has a device number of its own, in every mount namespace made from ours.
+    let relevant = [
+        "qemu-system",
+        "virtiofsd",
+        "vhost-device",
+        "containerd-shim",
+    ];
+    let helper =
+        program(pid).is_some_and(|program| relevant.iter().any(|name| program.starts_with(name)));
+    // The tmpfs on the suite's /run has a device number of its own, in every mount namespace made
+    // from ours.
     let device = |path: &str| fs::metadata(path).map(|meta| meta.dev()).ok();
     helper && device(&format!("/proc/{pid}/root/run")) == device("/run")
 }
@@ -133,12 +162,20 @@ pub fn ours() -> Vec<Proc> {
         .filter_map(|pid: u32| {
             let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
             let args = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            let args = String::from_utf8_lossy(&args).trim_end_matches('\0').replace('\0', " ");
-            let marked = environ.split(|byte| *byte == 0).any(|pair| pair == wanted.as_bytes());
+            let args = String::from_utf8_lossy(&args)
+                .trim_end_matches('\0')
+                .replace('\0', " ");
+            let marked = environ
+                .split(|byte| *byte == 0)
+                .any(|pair| pair == wanted.as_bytes());
             if !(marked || in_our_cgroup(pid) || helper_of_ours(pid)) {
                 return None;
             }
-            Some(Proc { pid, program: program(pid)?, args })
+            Some(Proc {
+                pid,
+                program: program(pid)?,
+                args,
+            })
         })
         .filter(Proc::is_alive)
         .collect();
@@ -148,12 +185,16 @@ pub fn ours() -> Vec<Proc> {
 
 /// The processes whose program's name begins with `program`.
 pub fn named(program: &str) -> Vec<Proc> {
-    ours().into_iter().filter(|process| process.program.starts_with(program)).collect()
+    ours()
+        .into_iter()
+        .filter(|process| process.program.starts_with(program))
+        .collect()
 }
 
 /// Proportional share of memory of a process, in KiB.
 pub fn pss_kib(pid: u32) -> u64 {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = rollup.lines().find(|line| line.starts_with("Pss:"));
-    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+        .unwrap_or(0)
 }

@@ -25,7 +25,12 @@ pub struct Terminal {
 }
 
 fn size(rows: u16, columns: u16) -> Winsize {
-    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
+    Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    }
 }
 
 impl Terminal {
@@ -36,7 +41,8 @@ impl Terminal {
         command.stdin(io()).stdout(io()).stderr(io());
         let become_leader = || {
             nix::unistd::setsid()?;
-            // SAFETY: standard input is the terminal's slave, and the new session has no terminal yet.
+            // SAFETY: standard input is the terminal's slave, and the new session has no terminal
+            // yet.
             unsafe { ioctls::set_controlling(0, 0) }?;
             Ok(())
         };
@@ -51,7 +57,11 @@ impl Terminal {
                 sink.lock().unwrap().extend_from_slice(&buffer[..count]);
             }
         });
-        Terminal { child, master, seen }
+        Terminal {
+            child,
+            master,
+            seen,
+        }
     }
 
     /// Everything on the screen so far.
@@ -75,7 +85,11 @@ impl Terminal {
     pub fn expect(&self, text: &str) {
         let end = std::time::Instant::now() + PATIENCE;
         while !self.screen().contains(text) {
-            assert!(std::time::Instant::now() < end, "{text:?} does not appear, but {:?}", self.screen());
+            assert!(
+                std::time::Instant::now() < end,
+                "{text:?} does not appear, but {:?}",
+                self.screen()
+            );
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
     }
@@ -83,7 +97,9 @@ impl Terminal {
     /// Waits for the end; gives the exit code.
     #[track_caller]
     pub fn wait(mut self) -> i32 {
-        let status = eventually("the end of the command on the terminal", PATIENCE, || self.child.try_wait().unwrap());
+        let status = eventually("the end of the command on the terminal", PATIENCE, || {
+            self.child.try_wait().unwrap()
+        });
         status.code().unwrap_or(-1)
     }
 }

@@ -29,5 +29,7 @@ impl Random {
 /// # Panics
 /// What is there is no number.
 pub fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
+    std::env::var(name)
+        .ok()
+        .map_or(default, |text| text.parse().expect("a number"))
 }

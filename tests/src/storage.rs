@@ -1,5 +1,6 @@
-//! A file system that works until it is dead, as a hard mount of an NFS server that is gone: whoever asks it for anything
-//! then waits, until he is killed. It is the smallest that FUSE knows: an empty directory.
+//! A file system that works until it is dead, as a hard mount of an NFS server that is gone:
+//! whoever asks it for anything then waits, until he is killed. It is the smallest that FUSE knows:
+//! an empty directory.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -35,13 +36,32 @@ impl Storage {
     /// Mounts it at a directory that is made.
     pub fn mount(path: &Path) -> Storage {
         std::fs::create_dir_all(path).unwrap();
-        let connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", connection.as_raw_fd());
-        mount(Some("storage"), path, Some("fuse"), MsFlags::MS_NOSUID, Some(options.as_str())).unwrap();
+        let connection = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .unwrap();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+            connection.as_raw_fd()
+        );
+        mount(
+            Some("storage"),
+            path,
+            Some("fuse"),
+            MsFlags::MS_NOSUID,
+            Some(options.as_str()),
+        )
+        .unwrap();
         let dead = Arc::new(AtomicBool::new(false));
         let (ours, is_dead) = (connection.try_clone().unwrap(), dead.clone());
         let server = std::thread::spawn(move || serve(ours, &is_dead));
-        Storage { path: path.to_owned(), dead, server: Some(server), _connection: connection }
+        Storage {
+            path: path.to_owned(),
+            dead,
+            server: Some(server),
+            _connection: connection,
+        }
     }
 
     /// From now on nobody gets an answer.
@@ -63,13 +83,19 @@ impl Drop for Storage {
 fn serve(mut connection: File, dead: &AtomicBool) {
     let mut request = vec![0; 1 << 17];
     while !dead.load(Ordering::Acquire) {
-        // A request that is read and not answered could not even be killed, so none is read that will not be answered.
-        let ready = poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)], 20_u8);
+        // A request that is read and not answered could not even be killed, so none is read that
+        // will not be answered.
+        let ready = poll(
+            &mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)],
+            20_u8,
+        );
         if ready != Ok(1) {
             continue;
         }
         // Unmounted, or a request that was interrupted.
-        let Ok(length) = connection.read(&mut request) else { continue };
+        let Ok(length) = connection.read(&mut request) else {
+            continue;
+        };
         let number = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
         assert!(length >= 40, "a request of {length} bytes");
         let (opcode, unique) = (number(4), &request[8..16]);

@@ -1,4 +1,5 @@
-//! A suite's main: which test runs against which runtime and release, what they share, and the check at the end.
+//! A suite's main: which test runs against which runtime and release, what they share, and the
+//! check at the end.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -115,20 +116,48 @@ impl Suite {
     }
 
     fn with(pods: bool) -> Suite {
-        assert!(nix::unistd::geteuid().is_root(), "these tests make mounts and namespaces: run them as root");
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "these tests make mounts and namespaces: run them as root"
+        );
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )
+        .unwrap();
         tmpfs("/run");
         if pods {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             crate::network::ip(&["link", "set", "lo", "up"]).ok();
-            // Shared, as on a host: what is unmounted here goes away in the shims' own mount namespaces too.
+            // Shared, as on a host: what is unmounted here goes away in the shims' own mount
+            // namespaces too.
             std::fs::create_dir("/run/netns").unwrap();
             tmpfs("/run/netns");
-            mount(None::<&str>, "/run/netns", None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+            mount(
+                None::<&str>,
+                "/run/netns",
+                None::<&str>,
+                MsFlags::MS_SHARED,
+                None::<&str>,
+            )
+            .unwrap();
         }
-        let dir = tempfile::Builder::new().prefix("cofferdam-e2e-").tempdir().unwrap();
-        Suite { shared: Arc::new(Shared { dir, pods, daemons: Mutex::default() }), before: Snapshot::take() }
+        let dir = tempfile::Builder::new()
+            .prefix("cofferdam-e2e-")
+            .tempdir()
+            .unwrap();
+        Suite {
+            shared: Arc::new(Shared {
+                dir,
+                pods,
+                daemons: Mutex::default(),
+            }),
+            before: Snapshot::take(),
+        }
     }
 
     /// Runs `cases` and then insists that nothing is left on the host.
@@ -136,16 +165,20 @@ impl Suite {
         self.run_on(&[Release::V1_7, Release::V1_6, Release::V2_1], cases)
     }
 
-    /// As [`Suite::run`], with these releases only; the first one is that of the tests with the scope of one.
+    /// As [`Suite::run`], with these releases only; the first one is that of the tests with the
+    /// scope of one.
     ///
-    /// With `COFFERDAM_TESTS`, whole names between blanks, those run and no others, whatever their scope.
+    /// With `COFFERDAM_TESTS`, whole names between blanks, those run and no others, whatever their
+    /// scope.
     ///
     /// # Panics
     /// One of the names is not a test's.
     pub fn run_on(self, releases: &[Release], cases: &[Case]) -> ExitCode {
         let arguments = Arguments::from_args();
         let only = std::env::var("COFFERDAM_TESTS").ok();
-        let mut only = only.as_ref().map(|names| names.split_whitespace().collect::<HashSet<_>>());
+        let mut only = only
+            .as_ref()
+            .map(|names| names.split_whitespace().collect::<HashSet<_>>());
         let mut trials = Vec::new();
         for &release in releases {
             for runtime in [Runtime::Cofferdam, Runtime::Runc] {
@@ -155,11 +188,16 @@ impl Suite {
                     }
                     let unasked = match scope {
                         Scope::Core => release == releases[0] || runtime == Runtime::Cofferdam,
-                        Scope::Once | Scope::Ours => release == releases[0] && runtime == Runtime::Cofferdam,
+                        Scope::Once | Scope::Ours => {
+                            release == releases[0] && runtime == Runtime::Cofferdam
+                        }
                         Scope::Long => false,
                     };
                     let full = format!("{name}::{}::{}", runtime.short(), release.name());
-                    if only.as_mut().is_some_and(|only| !only.remove(full.as_str())) {
+                    if only
+                        .as_mut()
+                        .is_some_and(|only| !only.remove(full.as_str()))
+                    {
                         continue;
                     }
                     let shared = Arc::clone(&self.shared);
@@ -167,11 +205,15 @@ impl Suite {
                         test(&Env::new(shared, release, runtime, name));
                         Ok(())
                     };
-                    trials.push(Trial::test(full, run).with_ignored_flag(!unasked && only.is_none()));
+                    trials
+                        .push(Trial::test(full, run).with_ignored_flag(!unasked && only.is_none()));
                 }
             }
         }
-        assert!(only.iter().all(HashSet::is_empty), "COFFERDAM_TESTS names what is no test: {only:?}");
+        assert!(
+            only.iter().all(HashSet::is_empty),
+            "COFFERDAM_TESTS names what is no test: {only:?}"
+        );
         let conclusion = libtest_mimic::run(&arguments, trials);
         self.finish(conclusion.has_failed())
     }
@@ -183,20 +225,37 @@ impl Suite {
 
     /// Ends the daemons and insists that nothing is left on the host.
     pub fn finish(self, failed: bool) -> ExitCode {
-        self.shared.daemons.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        self.shared
+            .daemons
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clear();
         let left = self.before.wait_gone(Duration::from_secs(15));
         remove_empty_cgroups(Path::new("/sys/fs/cgroup"));
         if let Err(left) = &left {
             eprintln!("error: {left}");
             // A failed test may leave a virtual machine; it must not outlive the suite.
-            crate::procs::ours().iter().for_each(crate::procs::Proc::kill9);
+            crate::procs::ours()
+                .iter()
+                .for_each(crate::procs::Proc::kill9);
         }
-        if failed || left.is_err() { ExitCode::from(101) } else { ExitCode::SUCCESS }
+        if failed || left.is_err() {
+            ExitCode::from(101)
+        } else {
+            ExitCode::SUCCESS
+        }
     }
 }
 
 fn tmpfs(path: &str) {
-    mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755")).unwrap();
+    mount(
+        Some("tmpfs"),
+        path,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=755"),
+    )
+    .unwrap();
 }
 
 impl Default for Suite {
@@ -231,7 +290,10 @@ impl Env {
             crate::assets::shim();
         }
         let daemon = {
-            let mut daemons = shared.daemons.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut daemons = shared
+                .daemons
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
             let start = || Arc::new(Daemon::start(release, shared.dir.path(), None, shared.pods));
             Arc::clone(daemons.entry(release).or_insert_with(start))
         };
@@ -240,10 +302,17 @@ impl Env {
         let dir = shared.dir.path().join(number.to_string());
         std::fs::create_dir_all(&dir).unwrap();
         let short: String = name.chars().take(28).collect();
-        Env { daemon, runtime, dir, shared, name: format!("{}-{number}", short.trim_end_matches('_')) }
+        Env {
+            daemon,
+            runtime,
+            dir,
+            shared,
+            name: format!("{}-{number}", short.trim_end_matches('_')),
+        }
     }
 
-    /// The same test with a containerd of its own, for tests that stop it. `path`: programs to be found first.
+    /// The same test with a containerd of its own, for tests that stop it. `path`: programs to be
+    /// found first.
     pub fn with_own_daemon(&self, path: Option<&Path>) -> Env {
         let (dir, pods) = (self.shared.dir.path(), self.shared.pods);
         Env {
@@ -255,7 +324,8 @@ impl Env {
         }
     }
 
-    /// Whether the runtime under test is Cofferdam, for what a virtual machine does otherwise by its nature.
+    /// Whether the runtime under test is Cofferdam, for what a virtual machine does otherwise by
+    /// its nature.
     pub fn is_vm(&self) -> bool {
         self.runtime == Runtime::Cofferdam
     }
@@ -276,20 +346,38 @@ impl Env {
     #[track_caller]
     pub fn run(&self, flags: &[&str], command: &[&str]) -> Output {
         let id = self.id();
-        crate::command::run(self.run_command(&id, &[&["--rm"], flags].concat(), command), crate::PATIENCE)
+        crate::command::run(
+            self.run_command(&id, &[&["--rm"], flags].concat(), command),
+            crate::PATIENCE,
+        )
     }
 
     /// The `ctr run` command line for container `id`.
     pub fn run_command(&self, id: &str, flags: &[&str], command: &[&str]) -> std::process::Command {
-        let base = ["run", "--snapshotter", self.daemon.snapshotter, "--runtime", self.runtime.name()];
-        let image: &[&str] = if flags.contains(&"--rootfs") { &[] } else { &[crate::assets::IMAGE] };
+        let base = [
+            "run",
+            "--snapshotter",
+            self.daemon.snapshotter,
+            "--runtime",
+            self.runtime.name(),
+        ];
+        let image: &[&str] = if flags.contains(&"--rootfs") {
+            &[]
+        } else {
+            &[crate::assets::IMAGE]
+        };
         // Not /k8s.io, which may be the host's too.
         let cgroup = format!("/{}/{id}", namespace());
         let (mut base, own) = (base.to_vec(), ["--cgroup", cgroup.as_str()]);
         base.extend(own.iter().filter(|_| self.daemon.cri.is_some()));
         // With --rootfs, the tree's path is the last of the flags and stands where the image would.
-        let (flags, tree) = if image.is_empty() { flags.split_at(flags.len() - 1) } else { (flags, &[][..]) };
-        self.daemon.ctr_command([&base[..], flags, image, tree, &[id], command].concat())
+        let (flags, tree) = if image.is_empty() {
+            flags.split_at(flags.len() - 1)
+        } else {
+            (flags, &[][..])
+        };
+        self.daemon
+            .ctr_command([&base[..], flags, image, tree, &[id], command].concat())
     }
 
     /// Runs `crictl ARGS` to its end.
@@ -310,7 +398,11 @@ impl Env {
     #[track_caller]
     pub fn detached(&self, flags: &[&str], command: &[&str]) -> Container<'_> {
         let id = self.id();
-        crate::command::run(self.run_command(&id, &[&["-d"], flags].concat(), command), crate::PATIENCE).ok();
+        crate::command::run(
+            self.run_command(&id, &[&["-d"], flags].concat(), command),
+            crate::PATIENCE,
+        )
+        .ok();
         Container { env: self, id }
     }
 
@@ -324,7 +416,11 @@ impl Env {
 impl Drop for Env {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}: containerd's log says:\n{}", self.name, self.daemon.log_about(&self.name));
+            eprintln!(
+                "{}: containerd's log says:\n{}",
+                self.name,
+                self.daemon.log_about(&self.name)
+            );
         }
     }
 }

@@ -4,10 +4,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
-    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
-    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
-    StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+    PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest,
+    StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse,
+    UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
@@ -45,20 +46,45 @@ pub struct Task {
 /// The runtime of all clients.
 pub fn runtime() -> &'static tokio::runtime::Runtime {
     static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
-    let build = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let build = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
     RUNTIME.get_or_init(build)
 }
 
-async fn request<A: Message>(client: Client, service: String, method: String, payload: Vec<u8>) -> Answer<A> {
-    let request = ttrpc::Request { service, method, payload, ..Default::default() };
+async fn request<A: Message>(
+    client: Client,
+    service: String,
+    method: String,
+    payload: Vec<u8>,
+) -> Answer<A> {
+    let request = ttrpc::Request {
+        service,
+        method,
+        payload,
+        ..Default::default()
+    };
     match client.request(request).await {
         Ok(response) => Ok(A::parse_from_bytes(&response.payload).unwrap()),
         Err(ttrpc::Error::RpcStatus(status)) => {
             let message = status.message().to_owned();
-            assert!(!message.contains("Others("), "Rust debug text in an answer: {message}");
-            Err(Refused { code: status.code(), message })
+            assert!(
+                !message.contains("Others("),
+                "Rust debug text in an answer: {message}"
+            );
+            Err(Refused {
+                code: status.code(),
+                message,
+            })
         }
-        Err(error) => Err(Refused { code: Code::UNAVAILABLE, message: format!("connection: {error}") }),
+        Err(error) => Err(Refused {
+            code: Code::UNAVAILABLE,
+            message: format!("connection: {error}"),
+        }),
     }
 }
 
@@ -68,21 +94,43 @@ impl Task {
     pub fn connect(address: &str, id: &str) -> Task {
         let client = runtime().block_on(Client::connect(address));
         let client = client.unwrap_or_else(|error| panic!("cannot connect to {address}: {error}"));
-        Task { client, id: id.to_owned(), bundle: String::new(), version: 2 }
+        Task {
+            client,
+            id: id.to_owned(),
+            bundle: String::new(),
+            version: 2,
+        }
     }
 
     /// The same connection, for another id.
     pub fn other(&self, id: &str) -> Task {
-        Task { client: self.client.clone(), id: id.to_owned(), bundle: self.bundle.clone(), version: self.version }
+        Task {
+            client: self.client.clone(),
+            id: id.to_owned(),
+            bundle: self.bundle.clone(),
+            version: self.version,
+        }
     }
 
     /// Calls any method of any service.
     #[track_caller]
-    pub fn call<A: Message>(&self, service: &str, method: &str, message: &impl Message) -> Answer<A> {
-        let call =
-            request(self.client.clone(), service.to_owned(), method.to_owned(), message.write_to_bytes().unwrap());
-        // Sent by the runtime's one worker, like parked calls: the stream ids of a connection have to increase.
-        let answer = runtime().block_on(runtime().spawn(async move { timeout(PATIENCE, call).await })).unwrap();
+    pub fn call<A: Message>(
+        &self,
+        service: &str,
+        method: &str,
+        message: &impl Message,
+    ) -> Answer<A> {
+        let call = request(
+            self.client.clone(),
+            service.to_owned(),
+            method.to_owned(),
+            message.write_to_bytes().unwrap(),
+        );
+        // Sent by the runtime's one worker, like parked calls: the stream ids of a connection have
+        // to increase.
+        let answer = runtime()
+            .block_on(runtime().spawn(async move { timeout(PATIENCE, call).await }))
+            .unwrap();
         answer.unwrap_or_else(|_| panic!("{method} never answers"))
     }
 
@@ -103,8 +151,15 @@ impl Task {
 
     /// Create with a changed request.
     #[track_caller]
-    pub fn create_with(&self, change: impl FnOnce(&mut CreateTaskRequest)) -> Answer<CreateTaskResponse> {
-        let mut request = CreateTaskRequest { id: self.id.clone(), bundle: self.bundle.clone(), ..Default::default() };
+    pub fn create_with(
+        &self,
+        change: impl FnOnce(&mut CreateTaskRequest),
+    ) -> Answer<CreateTaskResponse> {
+        let mut request = CreateTaskRequest {
+            id: self.id.clone(),
+            bundle: self.bundle.clone(),
+            ..Default::default()
+        };
         change(&mut request);
         self.task("Create", &request)
     }
@@ -112,13 +167,27 @@ impl Task {
     /// Start of init, or of an exec.
     #[track_caller]
     pub fn start(&self, exec_id: &str) -> Answer<StartResponse> {
-        self.task("Start", &StartRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() })
+        self.task(
+            "Start",
+            &StartRequest {
+                id: self.id.clone(),
+                exec_id: exec_id.into(),
+                ..Default::default()
+            },
+        )
     }
 
     /// State of init, or of an exec.
     #[track_caller]
     pub fn state(&self, exec_id: &str) -> Answer<StateResponse> {
-        self.task("State", &StateRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() })
+        self.task(
+            "State",
+            &StateRequest {
+                id: self.id.clone(),
+                exec_id: exec_id.into(),
+                ..Default::default()
+            },
+        )
     }
 
     /// The state's name, `RUNNING` and the like.
@@ -131,35 +200,73 @@ impl Task {
     /// Wait for init, or for an exec.
     #[track_caller]
     pub fn wait(&self, exec_id: &str) -> Answer<WaitResponse> {
-        self.task("Wait", &WaitRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() })
+        self.task(
+            "Wait",
+            &WaitRequest {
+                id: self.id.clone(),
+                exec_id: exec_id.into(),
+                ..Default::default()
+            },
+        )
     }
 
     /// A Wait that is parked while the test goes on.
     pub fn wait_beside(&self, exec_id: &str) -> JoinHandle<Answer<WaitResponse>> {
-        let message = WaitRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() };
+        let message = WaitRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
         let (client, service) = (self.client.clone(), self.service());
-        runtime()
-            .spawn(async move { request(client, service, "Wait".to_owned(), message.write_to_bytes().unwrap()).await })
+        runtime().spawn(async move {
+            request(
+                client,
+                service,
+                "Wait".to_owned(),
+                message.write_to_bytes().unwrap(),
+            )
+            .await
+        })
     }
 
     /// Kill.
     #[track_caller]
     pub fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Answer<Empty> {
         let id = self.id.clone();
-        self.task("Kill", &KillRequest { id, exec_id: exec_id.into(), signal, all, ..Default::default() })
+        self.task(
+            "Kill",
+            &KillRequest {
+                id,
+                exec_id: exec_id.into(),
+                signal,
+                all,
+                ..Default::default()
+            },
+        )
     }
 
     /// Delete of the task, or of an exec.
     #[track_caller]
     pub fn delete(&self, exec_id: &str) -> Answer<DeleteResponse> {
-        self.task("Delete", &DeleteRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() })
+        self.task(
+            "Delete",
+            &DeleteRequest {
+                id: self.id.clone(),
+                exec_id: exec_id.into(),
+                ..Default::default()
+            },
+        )
     }
 
     /// Exec with an OCI process document.
     #[track_caller]
     pub fn exec(&self, exec_id: &str, process: &Value) -> Answer<Empty> {
         let type_url = "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned();
-        let spec = Any { type_url, value: process.to_string().into_bytes(), ..Default::default() };
+        let spec = Any {
+            type_url,
+            value: process.to_string().into_bytes(),
+            ..Default::default()
+        };
         let request = ExecProcessRequest {
             id: self.id.clone(),
             exec_id: exec_id.into(),
@@ -173,68 +280,139 @@ impl Task {
     /// Pids.
     #[track_caller]
     pub fn pids(&self) -> Answer<PidsResponse> {
-        self.task("Pids", &PidsRequest { id: self.id.clone(), ..Default::default() })
+        self.task(
+            "Pids",
+            &PidsRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            },
+        )
     }
 
     /// Pause.
     #[track_caller]
     pub fn pause(&self) -> Answer<Empty> {
-        self.task("Pause", &PauseRequest { id: self.id.clone(), ..Default::default() })
+        self.task(
+            "Pause",
+            &PauseRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            },
+        )
     }
 
     /// Resume.
     #[track_caller]
     pub fn resume(&self) -> Answer<Empty> {
-        self.task("Resume", &ResumeRequest { id: self.id.clone(), ..Default::default() })
+        self.task(
+            "Resume",
+            &ResumeRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            },
+        )
     }
 
     /// Checkpoint.
     #[track_caller]
     pub fn checkpoint(&self) -> Answer<Empty> {
-        self.task("Checkpoint", &CheckpointTaskRequest { id: self.id.clone(), ..Default::default() })
+        self.task(
+            "Checkpoint",
+            &CheckpointTaskRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            },
+        )
     }
 
     /// `ResizePty`.
     #[track_caller]
     pub fn resize(&self, exec_id: &str, width: u32, height: u32) -> Answer<Empty> {
         let id = self.id.clone();
-        self.task("ResizePty", &ResizePtyRequest { id, exec_id: exec_id.into(), width, height, ..Default::default() })
+        self.task(
+            "ResizePty",
+            &ResizePtyRequest {
+                id,
+                exec_id: exec_id.into(),
+                width,
+                height,
+                ..Default::default()
+            },
+        )
     }
 
     /// `CloseIO` of standard input.
     #[track_caller]
     pub fn close_io(&self, exec_id: &str) -> Answer<Empty> {
         let id = self.id.clone();
-        self.task("CloseIO", &CloseIORequest { id, exec_id: exec_id.into(), stdin: true, ..Default::default() })
+        self.task(
+            "CloseIO",
+            &CloseIORequest {
+                id,
+                exec_id: exec_id.into(),
+                stdin: true,
+                ..Default::default()
+            },
+        )
     }
 
     /// Update with an OCI resources document.
     #[track_caller]
     pub fn update(&self, resources: &Value) -> Answer<Empty> {
-        let type_url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
-        let resources = Any { type_url, value: resources.to_string().into_bytes(), ..Default::default() };
+        let type_url =
+            "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
+        let resources = Any {
+            type_url,
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
         let id = self.id.clone();
-        self.task("Update", &UpdateTaskRequest { id, resources: Some(resources).into(), ..Default::default() })
+        self.task(
+            "Update",
+            &UpdateTaskRequest {
+                id,
+                resources: Some(resources).into(),
+                ..Default::default()
+            },
+        )
     }
 
     /// Stats.
     #[track_caller]
     pub fn stats(&self) -> Answer<Any> {
-        let response: StatsResponse =
-            self.task("Stats", &StatsRequest { id: self.id.clone(), ..Default::default() })?;
+        let response: StatsResponse = self.task(
+            "Stats",
+            &StatsRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            },
+        )?;
         Ok(response.stats.unwrap_or_default())
     }
 
     /// Connect.
     #[track_caller]
     pub fn connected(&self) -> Answer<ConnectResponse> {
-        self.task("Connect", &ConnectRequest { id: self.id.clone(), ..Default::default() })
+        self.task(
+            "Connect",
+            &ConnectRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            },
+        )
     }
 
     /// Shutdown.
     #[track_caller]
     pub fn shutdown(&self, now: bool) -> Answer<Empty> {
-        self.task("Shutdown", &ShutdownRequest { id: self.id.clone(), now, ..Default::default() })
+        self.task(
+            "Shutdown",
+            &ShutdownRequest {
+                id: self.id.clone(),
+                now,
+                ..Default::default()
+            },
+        )
     }
 }
 
@@ -242,7 +420,9 @@ impl Task {
 #[track_caller]
 pub fn join<T>(handle: JoinHandle<T>, deadline: Duration) -> T {
     let joined = runtime().block_on(async { timeout(deadline, handle).await });
-    joined.unwrap_or_else(|_| panic!("a parked call is not answered within {deadline:?}")).unwrap()
+    joined
+        .unwrap_or_else(|_| panic!("a parked call is not answered within {deadline:?}"))
+        .unwrap()
 }
 
 /// Insists on a refusal with this code and one line of text.
@@ -250,6 +430,10 @@ pub fn join<T>(handle: JoinHandle<T>, deadline: Duration) -> T {
 pub fn refused<T: std::fmt::Debug>(answer: Answer<T>, code: Code) -> String {
     let refused = answer.expect_err("this call has to be refused");
     assert_eq!(refused.code, code, "{}", refused.message);
-    assert!(!refused.message.contains('\n'), "more than one line: {:?}", refused.message);
+    assert!(
+        !refused.message.contains('\n'),
+        "more than one line: {:?}",
+        refused.message
+    );
     refused.message
 }

@@ -1,5 +1,10 @@
 //! The shim's command line: what containerd runs before and after it talks to the server.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -24,22 +29,36 @@ const SLEEP: [&str; 2] = ["sleep", "3600"];
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Once: delete_after_the_normal_end;
-        Ours: version, info, spellings_of_flags, wrong_command_lines, start_prints_the_address_alone, start_fails_in_one_line,
-            plain_address_for_older_daemons, protobuf_for_newer_daemons, start_is_quick, server_inherits_nothing, longest_names,
-            twenty_starts_of_one_pod, stale_socket_is_replaced, missing_config_is_tolerated, oom_score, shim_is_in_its_cgroup,
-            delete_after_a_crash_tells_the_exit_status, delete_without_anything, delete_with_garbage_in_the_state,
+        Ours: version, info, spellings_of_flags, wrong_command_lines,
+            start_prints_the_address_alone, start_fails_in_one_line,
+            plain_address_for_older_daemons, protobuf_for_newer_daemons, start_is_quick,
+            server_inherits_nothing, longest_names,
+            twenty_starts_of_one_pod, stale_socket_is_replaced, missing_config_is_tolerated,
+            oom_score, shim_is_in_its_cgroup,
+            delete_after_a_crash_tells_the_exit_status, delete_without_anything,
+            delete_with_garbage_in_the_state,
             delete_of_one_container_spares_the_pod;
     ])
 }
 
 fn shim(args: &[&str]) -> Command {
     let mut command = Command::new(assets::shim());
-    command.args(args).current_dir("/").env(MARK, mark()).env("RUST_LOG", "trace");
+    command
+        .args(args)
+        .current_dir("/")
+        .env(MARK, mark())
+        .env("RUST_LOG", "trace");
     command
 }
 
 fn any(type_url: &str, value: &[u8]) -> Vec<u8> {
-    Any { type_url: type_url.into(), value: value.into(), ..Default::default() }.write_to_bytes().unwrap()
+    Any {
+        type_url: type_url.into(),
+        value: value.into(),
+        ..Default::default()
+    }
+    .write_to_bytes()
+    .unwrap()
 }
 
 fn params(id: &str, namespace: &str) -> BootstrapParams {
@@ -57,29 +76,51 @@ fn params(id: &str, namespace: &str) -> BootstrapParams {
 fn one_line(output: Output, parts: &[&str]) {
     let (output, errors) = (output.exits(1), String::new());
     let errors = errors + &output.errors();
-    assert_eq!((output.text().as_str(), errors.lines().count()), ("", 1), "{errors}");
-    parts.iter().for_each(|part| assert!(errors.contains(part), "no {part:?} in {errors:?}"));
+    assert_eq!(
+        (output.text().as_str(), errors.lines().count()),
+        ("", 1),
+        "{errors}"
+    );
+    parts
+        .iter()
+        .for_each(|part| assert!(errors.contains(part), "no {part:?} in {errors:?}"));
 }
 
 fn version(_: &Env) {
     for flag in ["-v", "-version", "--version"] {
         let output = run(shim(&[flag]), PATIENCE).ok();
-        assert!(output.text().contains(env!("CARGO_PKG_VERSION")), "{:?}", output.text());
+        assert!(
+            output.text().contains(env!("CARGO_PKG_VERSION")),
+            "{:?}",
+            output.text()
+        );
         assert_eq!(output.errors(), "");
     }
 }
 
 fn info(_: &Env) {
     let mut times = Vec::new();
-    for stdin in [vec![], any("runtimeoptions.v1.Options", b"\x12\x04/etc"), any("containerd.runc.v1.Options", b"")] {
+    for stdin in [
+        vec![],
+        any("runtimeoptions.v1.Options", b"\x12\x04/etc"),
+        any("containerd.runc.v1.Options", b""),
+    ] {
         let output = run_with(shim(&["-info"]), &stdin).ok();
         assert_eq!(output.errors(), "");
         times.push(output.took);
         let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!(info.name, "io.containerd.cofferdam.v2");
-        assert_eq!(info.features.type_url, "types.containerd.io/opencontainers/runtime-spec/1/features/Features");
+        assert_eq!(
+            info.features.type_url,
+            "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
+        );
         let features: Value = serde_json::from_slice(&info.features.value).unwrap();
-        assert!(features["linux"]["namespaces"].as_array().unwrap().contains(&"pid".into()));
+        assert!(
+            features["linux"]["namespaces"]
+                .as_array()
+                .unwrap()
+                .contains(&"pid".into())
+        );
     }
     times.sort();
     assert!(times[0] < Duration::from_millis(100), "{times:?}");
@@ -108,13 +149,19 @@ fn spellings_of_flags(env: &Env) {
     ] {
         let mut command = shim(&[]);
         command.args(flags).arg("start").current_dir(&bundle.dir);
-        assert_eq!(Reply::parse(&run(command, PATIENCE).ok().stdout).address, address);
+        assert_eq!(
+            Reply::parse(&run(command, PATIENCE).ok().stdout).address,
+            address
+        );
     }
 }
 
 fn wrong_command_lines(_: &Env) {
     one_line(run(shim(&["-teleport", "start"]), PATIENCE), &["teleport"]);
-    one_line(run(shim(&["-namespace", "n", "-id", "i", "teleport"]), PATIENCE), &["teleport"]);
+    one_line(
+        run(shim(&["-namespace", "n", "-id", "i", "teleport"]), PATIENCE),
+        &["teleport"],
+    );
     one_line(run(shim(&["-namespace", "n", "start"]), PATIENCE), &["-id"]);
     one_line(run(shim(&[]), PATIENCE), &["start"]);
 }
@@ -127,9 +174,15 @@ fn start_prints_the_address_alone(env: &Env) {
     assert_eq!(output.errors(), "");
     let address = output.text();
     let socket = address.strip_prefix("unix://").unwrap();
-    assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        fs::metadata(socket).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     UnixStream::connect(socket).expect("the socket accepts at once");
-    assert_eq!(fs::read_to_string(bundle.dir.join("address")).unwrap(), address);
+    assert_eq!(
+        fs::read_to_string(bundle.dir.join("address")).unwrap(),
+        address
+    );
     assert_eq!(output.stdout, address.as_bytes(), "not a byte more");
 }
 
@@ -137,7 +190,10 @@ fn start_fails_in_one_line(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
     let mut params = params(&bundle.id, &bundle.namespace);
     params.socket_dir = Some(format!("/run/{}", "x".repeat(60)));
-    one_line(bundle.run(&["start"], &params.write_to_bytes().unwrap()), &["socket_dir"]);
+    one_line(
+        bundle.run(&["start"], &params.write_to_bytes().unwrap()),
+        &["socket_dir"],
+    );
     assert!(bundle.processes().is_empty() && !bundle.dir.join("address").exists());
     fs::create_dir(bundle.dir.join("address")).unwrap();
     one_line(bundle.run(&["start"], &[]), &["address"]);
@@ -148,10 +204,14 @@ fn start_fails_in_one_line(env: &Env) {
 fn plain_address_for_older_daemons(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
     let address = bundle.run(&["start"], &[]).ok().text();
-    assert!(address.starts_with("unix:///run/containerd/s/"), "{address}");
-    for stdin in
-        [any("runtimeoptions.v1.Options", b"\x12\x04/etc\x1a\x02hi"), any("containerd.runc.v1.Options", b"\x1a\x03abc")]
-    {
+    assert!(
+        address.starts_with("unix:///run/containerd/s/"),
+        "{address}"
+    );
+    for stdin in [
+        any("runtimeoptions.v1.Options", b"\x12\x04/etc\x1a\x02hi"),
+        any("containerd.runc.v1.Options", b"\x1a\x03abc"),
+    ] {
         assert_eq!(bundle.run(&["start"], &stdin).ok().text(), address);
     }
 }
@@ -164,9 +224,18 @@ fn protobuf_for_newer_daemons(env: &Env) {
     let output = bundle.run(&["start"], &good.write_to_bytes().unwrap()).ok();
     let result = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
     assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
-    assert!(result.address.starts_with("unix:///run/own/"), "{}", result.address);
-    assert_eq!(fs::metadata("/run/own").unwrap().permissions().mode() & 0o777, 0o700);
-    Task::connect(&result.address, &bundle.id).connected().unwrap();
+    assert!(
+        result.address.starts_with("unix:///run/own/"),
+        "{}",
+        result.address
+    );
+    assert_eq!(
+        fs::metadata("/run/own").unwrap().permissions().mode() & 0o777,
+        0o700
+    );
+    Task::connect(&result.address, &bundle.id)
+        .connected()
+        .unwrap();
     let other = params("other", &bundle.namespace).write_to_bytes().unwrap();
     one_line(bundle.run(&["start"], &other), &["other", &bundle.id]);
 }
@@ -184,18 +253,44 @@ fn start_is_quick(env: &Env) {
 
 fn server_inherits_nothing(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
-    // The runner itself insists on the end of stdout and stderr, that is, that nobody else holds them.
+    // The runner itself insists on the end of stdout and stderr, that is, that nobody else holds
+    // them.
     let pid = bundle.start().connected().unwrap().shim_pid;
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
-        let target = fs::read_link(entry.unwrap().path()).unwrap_or_default().to_string_lossy().into_owned();
-        let known = ["/dev/null", "socket:", "anon_inode:", "pipe:", "/proc/", "/sys/", "/run/cofferdam"];
-        assert!(known.iter().any(|known| target.starts_with(known)) || target.ends_with("/log"), "{target}");
+        let target = fs::read_link(entry.unwrap().path())
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let known = [
+            "/dev/null",
+            "socket:",
+            "anon_inode:",
+            "pipe:",
+            "/proc/",
+            "/sys/",
+            "/run/cofferdam",
+        ];
+        assert!(
+            known.iter().any(|known| target.starts_with(known)) || target.ends_with("/log"),
+            "{target}"
+        );
     }
     for fd in 0..3 {
-        assert_eq!(fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap().to_string_lossy(), "/dev/null");
+        assert_eq!(
+            fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+                .unwrap()
+                .to_string_lossy(),
+            "/dev/null"
+        );
     }
     let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
-    assert_eq!((nix::unistd::getsid(Some(pid)), nix::unistd::getpgid(Some(pid))), (Ok(pid), Ok(pid)));
+    assert_eq!(
+        (
+            nix::unistd::getsid(Some(pid)),
+            nix::unistd::getpgid(Some(pid))
+        ),
+        (Ok(pid), Ok(pid))
+    );
 }
 
 fn longest_names(env: &Env) {
@@ -220,10 +315,19 @@ fn twenty_starts_of_one_pod(env: &Env) {
         })
         .collect();
     let all: Vec<&Bundle> = members.iter().chain([&sandbox]).collect();
-    let starts: Vec<Running> = all.iter().map(|bundle| Running::start(bundle.shim(&["start"]), None)).collect();
-    let mut addresses: Vec<String> = starts.into_iter().map(|start| start.wait(PATIENCE).ok().text()).collect();
+    let starts: Vec<Running> = all
+        .iter()
+        .map(|bundle| Running::start(bundle.shim(&["start"]), None))
+        .collect();
+    let mut addresses: Vec<String> = starts
+        .into_iter()
+        .map(|start| start.wait(PATIENCE).ok().text())
+        .collect();
     for (bundle, address) in all.iter().zip(&addresses) {
-        assert_eq!(&fs::read_to_string(bundle.dir.join("address")).unwrap(), address);
+        assert_eq!(
+            &fs::read_to_string(bundle.dir.join("address")).unwrap(),
+            address
+        );
     }
     addresses.dedup();
     assert_eq!(addresses.len(), 1, "{addresses:?}");
@@ -235,7 +339,9 @@ fn stale_socket_is_replaced(env: &Env) {
     let first = bundle.run(&["start"], &[]).ok().text();
     let server = bundle.processes().remove(0);
     server.kill9();
-    eventually("the server is dead", PATIENCE, || (!server.is_alive()).then_some(()));
+    eventually("the server is dead", PATIENCE, || {
+        (!server.is_alive()).then_some(())
+    });
     assert_eq!(bundle.run(&["start"], &[]).ok().text(), first);
     Task::connect(&first, &bundle.id).connected().unwrap();
 }
@@ -249,8 +355,13 @@ fn missing_config_is_tolerated(env: &Env) {
 fn oom_score(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
     let server = bundle.start().connected().unwrap().shim_pid;
-    let score =
-        |pid: u32| -> i32 { fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().parse().unwrap() };
+    let score = |pid: u32| -> i32 {
+        fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
     assert_eq!(score(server), (score(std::process::id()) + 1).min(1000));
 }
 
@@ -275,7 +386,9 @@ fn delete_after_the_normal_end(env: &Env) {
     assert_eq!(task.wait("").unwrap().exit_status, 7);
     task.delete("").unwrap();
     task.shutdown(false).unwrap();
-    let output = bundle.run(&["-bundle", &bundle.dir.to_string_lossy(), "delete"], &[]).ok();
+    let output = bundle
+        .run(&["-bundle", &bundle.dir.to_string_lossy(), "delete"], &[])
+        .ok();
     DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
 }
 
@@ -309,8 +422,11 @@ fn delete_with_garbage_in_the_state(env: &Env) {
     let task = bundle.start();
     task.create().unwrap();
     let state = bundle.state_dir().unwrap();
-    let ledger =
-        fs::read_dir(&state).unwrap().find(|entry| entry.as_ref().unwrap().file_name() == "ledger").unwrap().unwrap();
+    let ledger = fs::read_dir(&state)
+        .unwrap()
+        .find(|entry| entry.as_ref().unwrap().file_name() == "ledger")
+        .unwrap()
+        .unwrap();
     let mut text = fs::read(ledger.path()).unwrap();
     text.extend_from_slice(b"\xff\xfe{garbage\n[]\n");
     fs::write(ledger.path(), text).unwrap();

@@ -1,5 +1,10 @@
 //! Events: each once, in order, also over a restart of containerd.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,7 +19,8 @@ fn main() -> ExitCode {
     Suite::new().run(cases![
         Core: events_of_a_run;
         Once: events_of_an_exec, pause_and_resume_are_told;
-        Ours: execs_end_before_their_container, oom_is_told_before_the_exit, death_of_the_machine_is_an_exit,
+        Ours: execs_end_before_their_container, oom_is_told_before_the_exit,
+            death_of_the_machine_is_an_exit,
             death_of_the_shim_is_an_exit, events_wait_for_containerd, two_hundred_short_processes;
         Long: a_thousand_short_processes;
     ])
@@ -27,7 +33,10 @@ fn briefs(events: &[Event]) -> Vec<String> {
 /// A container's own exit status, from the only exit event it may have.
 #[track_caller]
 fn exit_status(events: &[Event]) -> u64 {
-    let exits: Vec<&Event> = events.iter().filter(|event| event.brief() == "exit").collect();
+    let exits: Vec<&Event> = events
+        .iter()
+        .filter(|event| event.brief() == "exit")
+        .collect();
     assert_eq!(exits.len(), 1, "{events:?}");
     exits[0].body["exit_status"].as_u64().unwrap_or(0)
 }
@@ -36,23 +45,45 @@ fn events_of_a_run(env: &Env) {
     let events = Events::subscribe(&env.daemon);
     let id = env.id();
     let _container = Container::adopt(env, &id);
-    run(env.run_command(&id, &["--rm"], &["sh", "-c", "exit 7"]), PATIENCE).exits(7);
+    run(
+        env.run_command(&id, &["--rm"], &["sh", "-c", "exit 7"]),
+        PATIENCE,
+    )
+    .exits(7);
     let seen = events.until_delete(&id);
     assert_eq!(briefs(&seen), ["create", "start", "exit", "delete"]);
     assert_eq!(exit_status(&seen), 7);
     let pid = |event: &Event| event.body["pid"].as_u64().unwrap_or(0);
-    assert!(pid(&seen[0]) > 0 && seen[1..3].iter().all(|event| pid(event) == pid(&seen[0])), "{seen:?}");
-    assert!(seen[0].body["bundle"].as_str().unwrap().ends_with(&id), "{seen:?}");
+    assert!(
+        pid(&seen[0]) > 0 && seen[1..3].iter().all(|event| pid(event) == pid(&seen[0])),
+        "{seen:?}"
+    );
+    assert!(
+        seen[0].body["bundle"].as_str().unwrap().ends_with(&id),
+        "{seen:?}"
+    );
 }
 
 fn events_of_an_exec(env: &Env) {
     let events = Events::subscribe(&env.daemon);
     let container = env.idle();
-    run(container.exec_command("one", &[], &["sh", "-c", "exit 3"]), PATIENCE).exits(3);
+    run(
+        container.exec_command("one", &[], &["sh", "-c", "exit 3"]),
+        PATIENCE,
+    )
+    .exits(3);
     container.kill("SIGKILL", &[]).ok();
     container.finish();
     let seen = events.until_delete(&container.id);
-    let wanted = ["create", "start", "exec-added one", "exec-started one", "exit one", "exit", "delete"];
+    let wanted = [
+        "create",
+        "start",
+        "exec-added one",
+        "exec-started one",
+        "exit one",
+        "exit",
+        "delete",
+    ];
     assert_eq!(briefs(&seen), wanted);
 }
 
@@ -60,7 +91,11 @@ fn execs_end_before_their_container(env: &Env) {
     let events = Events::subscribe(&env.daemon);
     let container = env.idle();
     for exec in ["one", "two"] {
-        run(container.exec_command(exec, &["-d"], &["sleep", "3600"]), PATIENCE).ok();
+        run(
+            container.exec_command(exec, &["-d"], &["sleep", "3600"]),
+            PATIENCE,
+        )
+        .ok();
     }
     container.kill("SIGKILL", &[]).ok();
     container.finish();
@@ -68,7 +103,13 @@ fn execs_end_before_their_container(env: &Env) {
     seen.retain(|brief| brief.starts_with("exit"));
     let last = seen.pop();
     seen.sort();
-    assert_eq!((seen, last.as_deref()), (vec!["exit one".to_owned(), "exit two".to_owned()], Some("exit")));
+    assert_eq!(
+        (seen, last.as_deref()),
+        (
+            vec!["exit one".to_owned(), "exit two".to_owned()],
+            Some("exit")
+        )
+    );
 }
 
 fn pause_and_resume_are_told(env: &Env) {
@@ -79,12 +120,18 @@ fn pause_and_resume_are_told(env: &Env) {
     container.kill("SIGKILL", &[]).ok();
     container.finish();
     let seen = briefs(&events.until_delete(&container.id));
-    assert_eq!(seen, ["create", "start", "paused", "resumed", "exit", "delete"]);
+    assert_eq!(
+        seen,
+        ["create", "start", "paused", "resumed", "exit", "delete"]
+    );
 }
 
 fn oom_is_told_before_the_exit(env: &Env) {
     let events = Events::subscribe(&env.daemon);
-    let container = env.detached(&["--null-io", "--memory-limit", "33554432"], &["tail", "/dev/zero"]);
+    let container = env.detached(
+        &["--null-io", "--memory-limit", "33554432"],
+        &["tail", "/dev/zero"],
+    );
     assert_eq!(container.finish(), 137);
     let seen = events.until_delete(&container.id);
     assert_eq!(briefs(&seen), ["create", "start", "oom", "exit", "delete"]);
@@ -94,7 +141,11 @@ fn death_of_the_machine_is_an_exit(env: &Env) {
     let env = env.with_own_daemon(None);
     let events = Events::subscribe(&env.daemon);
     let container = env.idle();
-    run(container.exec_command("one", &["-d"], &["sleep", "3600"]), PATIENCE).ok();
+    run(
+        container.exec_command("one", &["-d"], &["sleep", "3600"]),
+        PATIENCE,
+    )
+    .ok();
     machines_of(&env).iter().for_each(procs::Proc::kill9);
     assert_eq!(container.finish(), 137);
     let seen = events.until_delete(&container.id);
@@ -105,14 +156,22 @@ fn death_of_the_machine_is_an_exit(env: &Env) {
 /// QEMU of this daemon's only container: the one whose shim has this daemon's address.
 fn machines_of(env: &Env) -> Vec<procs::Proc> {
     let socket = env.daemon.socket.to_string_lossy().into_owned();
-    let shims = procs::named("containerd-shim").into_iter().filter(|shim| shim.args.contains(&socket));
+    let shims = procs::named("containerd-shim")
+        .into_iter()
+        .filter(|shim| shim.args.contains(&socket));
     let parents: Vec<String> = shims.map(|shim| shim.pid.to_string()).collect();
     let is_child = |process: &procs::Proc| {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
-        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1).map(str::to_owned));
+        let stat =
+            std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
+        let parent = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split(' ').nth(1).map(str::to_owned));
         parent.is_some_and(|parent| parents.contains(&parent))
     };
-    let found: Vec<_> = procs::named("qemu-system").into_iter().filter(is_child).collect();
+    let found: Vec<_> = procs::named("qemu-system")
+        .into_iter()
+        .filter(is_child)
+        .collect();
     assert!(!found.is_empty(), "no QEMU below the shims {parents:?}");
     found
 }
@@ -120,7 +179,10 @@ fn machines_of(env: &Env) -> Vec<procs::Proc> {
 fn death_of_the_shim_is_an_exit(env: &Env) {
     let events = Events::subscribe(&env.daemon);
     let container = env.idle();
-    let shim = procs::named("containerd-shim").into_iter().find(|shim| shim.args.contains(&container.id)).unwrap();
+    let shim = procs::named("containerd-shim")
+        .into_iter()
+        .find(|shim| shim.args.contains(&container.id))
+        .unwrap();
     shim.kill9();
     let seen = events.until_delete(&container.id);
     assert_eq!(briefs(&seen), ["create", "start", "exit", "delete"]);
@@ -153,9 +215,13 @@ fn events_wait_for_containerd(env: &Env) {
     std::thread::sleep(Duration::from_secs(2)); // an absence longer than a first retry
     let sink = Sink::listen(&bundle.address);
     let seen = sink.until("delete");
-    let of = |exec: &str| ["exec-added", "exec-started", "exit"].map(|topic| format!("{topic} {exec}"));
-    let wanted: Vec<String> =
-        [of("one"), of("two")].concat().into_iter().chain(["exit".into(), "delete".into()]).collect();
+    let of =
+        |exec: &str| ["exec-added", "exec-started", "exit"].map(|topic| format!("{topic} {exec}"));
+    let wanted: Vec<String> = [of("one"), of("two")]
+        .concat()
+        .into_iter()
+        .chain(["exit".into(), "delete".into()])
+        .collect();
     assert_eq!(seen, wanted);
 }
 
@@ -183,13 +249,22 @@ fn short_processes(env: &Env, count: usize) {
     task.delete("").unwrap();
     let seen = sink.until("delete");
     for number in 0..count {
-        let mine: Vec<&str> =
-            seen.iter().filter_map(|topic| topic.strip_suffix(&format!(" {}", exec(number)))).collect();
-        assert_eq!(mine, ["exec-added", "exec-started", "exit"], "of exec {number}");
+        let mine: Vec<&str> = seen
+            .iter()
+            .filter_map(|topic| topic.strip_suffix(&format!(" {}", exec(number))))
+            .collect();
+        assert_eq!(
+            mine,
+            ["exec-added", "exec-started", "exit"],
+            "of exec {number}"
+        );
     }
     assert_eq!(
         (&seen[..2], &seen[seen.len() - 2..]),
-        (&["create", "start"].map(String::from)[..], &["exit", "delete"].map(String::from)[..])
+        (
+            &["create", "start"].map(String::from)[..],
+            &["exit", "delete"].map(String::from)[..]
+        )
     );
     assert_eq!(seen.len(), count * 3 + 4);
 }

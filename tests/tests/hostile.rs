@@ -1,6 +1,12 @@
-//! A guest that somebody has taken over, and that breaks its word by its agent (tests/hostile): the host keeps its files,
-//! its memory, and its hold on the sandbox; containerd hears of nothing that is not so.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! A guest that somebody has taken over, and that breaks its word by its agent (tests/hostile): the
+//! host keeps its files, its memory, and its hold on the sandbox; containerd hears of nothing that
+//! is not so.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +24,8 @@ use cofferdam_tests::{Container, Env, PATIENCE, Suite, assets, cases, eventually
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Ours: agent_that_does_nothing, agent_that_does_not_answer, agent_whose_answers_are_none,
-            agent_that_says_too_much, agent_that_lies_about_ends, links_for_every_name_in_the_shares,
+            agent_that_says_too_much, agent_that_lies_about_ends,
+            links_for_every_name_in_the_shares,
             connections_to_every_port_of_the_host;
     ])
 }
@@ -50,19 +57,29 @@ struct Peak {
 
 impl Peak {
     fn watch() -> Peak {
-        let (kib, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (kib, over) = (
+            Arc::new(AtomicU64::new(0)),
+            Arc::new(AtomicBool::new(false)),
+        );
         let (seen, end) = (kib.clone(), over.clone());
         let watcher = spawn(move || {
             while !end.load(Ordering::Acquire) {
                 for shim in procs::named("containerd-shim-cofferdam") {
-                    let status = fs::read_to_string(format!("/proc/{}/status", shim.pid)).unwrap_or_default();
-                    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+                    let status = fs::read_to_string(format!("/proc/{}/status", shim.pid))
+                        .unwrap_or_default();
+                    let peak = status
+                        .lines()
+                        .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
                     seen.fetch_max(peak.map_or(0, |kib| kib.parse().unwrap()), Ordering::AcqRel);
                 }
                 sleep(Duration::from_millis(20));
             }
         });
-        Peak { kib, over, watcher: Some(watcher) }
+        Peak {
+            kib,
+            over,
+            watcher: Some(watcher),
+        }
     }
 
     fn end(&mut self) -> u64 {
@@ -76,9 +93,25 @@ impl Peak {
 fn archive(name: &str, text: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (name, mode, text) in [(name, 0o100_644, text), ("TRAILER!!!", 0, "")] {
-        let fields = [1, mode, 0, 0, 1, 0, text.len(), 0, 0, 0, 0, name.len() + 1, 0];
+        let fields = [
+            1,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            text.len(),
+            0,
+            0,
+            0,
+            0,
+            name.len() + 1,
+            0,
+        ];
         bytes.extend(b"070701");
-        fields.iter().for_each(|field| bytes.extend(format!("{field:08x}").bytes()));
+        fields
+            .iter()
+            .for_each(|field| bytes.extend(format!("{field:08x}").bytes()));
         for part in [format!("{name}\0").as_str(), text] {
             bytes.extend(part.bytes());
             bytes.resize(bytes.len().next_multiple_of(4), 0);
@@ -88,8 +121,8 @@ fn archive(name: &str, text: &str) -> Vec<u8> {
 }
 
 impl<'e> Hostile<'e> {
-    /// Starts the first container of a guest whose agent does harm in this `mode` from the first call of the method
-    /// `from` on.
+    /// Starts the first container of a guest whose agent does harm in this `mode` from the first
+    /// call of the method `from` on.
     fn start(env: &'e Env, mode: &str, from: &str, config: &str) -> (Hostile<'e>, Output) {
         let before = Snapshot::take();
         let dir = env.dir.join(format!("{mode}-{from}"));
@@ -102,16 +135,27 @@ impl<'e> Hostile<'e> {
         guest.extend(archive("victim", &victim.to_string_lossy()));
         fs::write(dir.join("initramfs"), guest).unwrap();
         let initramfs = dir.join("initramfs");
-        let text = format!("initramfs = {:?}\nboot_timeout_seconds = 180\n{config}", initramfs.display().to_string());
+        let text = format!(
+            "initramfs = {:?}\nboot_timeout_seconds = 180\n{config}",
+            initramfs.display().to_string()
+        );
         fs::write(dir.join("cofferdam.toml"), text).unwrap();
         let id = env.id();
         // The shim's log has the sandbox's name.
         let group = format!("io.containerd.runc.v2.group={id}");
-        let volume = format!("type=bind,src={},dst=/data,options=rbind:rw", dir.join("volume").display());
+        let volume = format!(
+            "type=bind,src={},dst=/data,options=rbind:rw",
+            dir.join("volume").display()
+        );
         let config = dir.join("cofferdam.toml").to_string_lossy().into_owned();
         let flags = [
             &["--runtime-config-path", &config, "--annotation", &group][..],
-            &["--mount", &volume, "--mount", "type=bind,src=/etc/hostname,dst=/h,options=rbind:ro"],
+            &[
+                "--mount",
+                &volume,
+                "--mount",
+                "type=bind,src=/etc/hostname,dst=/h,options=rbind:ro",
+            ],
         ];
         let hostile = Hostile {
             events: Events::subscribe(&env.daemon),
@@ -129,8 +173,14 @@ impl<'e> Hostile<'e> {
 
     /// One more container of the same guest's.
     fn run(&self, id: &str) -> Output {
-        let flags: Vec<&str> = ["-d"].into_iter().chain(self.flags.iter().map(String::as_str)).collect();
-        run(self.env.run_command(id, &flags, &["sleep", "3600"]), PATIENCE)
+        let flags: Vec<&str> = ["-d"]
+            .into_iter()
+            .chain(self.flags.iter().map(String::as_str))
+            .collect();
+        run(
+            self.env.run_command(id, &flags, &["sleep", "3600"]),
+            PATIENCE,
+        )
     }
 
     /// Ends a container as a user does who has had enough.
@@ -138,31 +188,68 @@ impl<'e> Hostile<'e> {
     fn kill(&self, container: &Container<'_>) {
         let began = Instant::now();
         container.kill("SIGKILL", &[]);
-        while container.listed().is_some_and(|(_, status)| status != "STOPPED") {
-            assert!(began.elapsed() < END, "{} has not ended: {:?}", container.id, container.listed());
+        while container
+            .listed()
+            .is_some_and(|(_, status)| status != "STOPPED")
+        {
+            assert!(
+                began.elapsed() < END,
+                "{} has not ended: {:?}",
+                container.id,
+                container.listed()
+            );
             sleep(Duration::from_millis(50));
         }
         self.env.ctr(&["tasks", "rm", "-f", &container.id]);
-        assert!(container.listed().is_none(), "{} is still there: {:?}", container.id, container.listed());
-        assert!(began.elapsed() < END, "{} took {:?} to be removed", container.id, began.elapsed());
+        assert!(
+            container.listed().is_none(),
+            "{} is still there: {:?}",
+            container.id,
+            container.listed()
+        );
+        assert!(
+            began.elapsed() < END,
+            "{} took {:?} to be removed",
+            container.id,
+            began.elapsed()
+        );
     }
 
     /// Ends what is left, and looks at what the host has of it. Gives what containerd's log says.
     #[track_caller]
     fn end(mut self) -> String {
         self.kill(&self.first);
-        let started =
-            |topic: &str| self.events.of(&self.first.id).iter().filter(|event| event.brief() == topic).count();
+        let started = |topic: &str| {
+            self.events
+                .of(&self.first.id)
+                .iter()
+                .filter(|event| event.brief() == topic)
+                .count()
+        };
         let (starts, exits) = (started("start"), started("exit"));
-        assert!(exits <= 1 && starts <= exits, "{:?}", self.events.of(&self.first.id));
-        assert!(started("oom") <= 1, "an OOM is told once: {:?}", self.events.of(&self.first.id));
+        assert!(
+            exits <= 1 && starts <= exits,
+            "{:?}",
+            self.events.of(&self.first.id)
+        );
+        assert!(
+            started("oom") <= 1,
+            "an OOM is told once: {:?}",
+            self.events.of(&self.first.id)
+        );
         let told = self.events.text();
-        assert!(!told.contains("somebody-elses") && !told.contains("xxxxxxxx"), "{told}");
+        assert!(
+            !told.contains("somebody-elses") && !told.contains("xxxxxxxx"),
+            "{told}"
+        );
         assert_eq!(fs::read_to_string(&self.victim).unwrap(), "precious");
         let peak = self.peak.end();
         assert!((1..PEAK_KIB).contains(&peak), "the shim had {peak} KiB");
         let log = self.env.daemon.log_about(&self.first.id);
-        eprintln!("{}: the shim had {peak} KiB", self.dir.file_name().unwrap().display());
+        eprintln!(
+            "{}: the shim had {peak} KiB",
+            self.dir.file_name().unwrap().display()
+        );
         drop(self.first);
         drop(self.events);
         self.before.wait_gone(Duration::from_secs(10)).unwrap();
@@ -196,9 +283,18 @@ fn agent_that_does_nothing(env: &Env) {
 
 fn agent_that_does_not_answer(env: &Env) {
     let _alone = alone();
-    for (mode, from) in [("never", "SignalProcess"), ("late", "SignalProcess"), ("never", "GetGuestDetails")] {
+    for (mode, from) in [
+        ("never", "SignalProcess"),
+        ("late", "SignalProcess"),
+        ("never", "GetGuestDetails"),
+    ] {
         let (hostile, output) = Hostile::start(env, mode, from, "kill_timeout_seconds = 3\n");
-        assert_eq!(output.status == 0, from == "SignalProcess", "{}", output.errors());
+        assert_eq!(
+            output.status == 0,
+            from == "SignalProcess",
+            "{}",
+            output.errors()
+        );
         hostile.end();
     }
 }
@@ -210,10 +306,16 @@ fn agent_whose_answers_are_none(env: &Env) {
             let (hostile, output) = Hostile::start(env, mode, from, "kill_timeout_seconds = 3\n");
             let errors = output.errors();
             assert_eq!(output.status == 0, from == "SignalProcess", "{errors}");
-            assert!(errors.trim().lines().count() <= 1 && errors.len() < 2000, "{errors}");
+            assert!(
+                errors.trim().lines().count() <= 1 && errors.len() < 2000,
+                "{errors}"
+            );
             assert!(!errors.contains('\u{1b}'), "{errors:?}");
             let log = hostile.end();
-            eprintln!("{mode} {from}: {errors} {}", log.lines().last().unwrap_or_default());
+            eprintln!(
+                "{mode} {from}: {errors} {}",
+                log.lines().last().unwrap_or_default()
+            );
         }
     }
 }
@@ -230,10 +332,14 @@ fn agent_that_says_too_much(env: &Env) {
                 "again" => "what it was not asked",
                 _ => "which is no response",
             };
-            assert!(format!("{errors}{log}").contains(reason), "{mode} {from}: {errors} {log}");
+            assert!(
+                format!("{errors}{log}").contains(reason),
+                "{mode} {from}: {errors} {log}"
+            );
         }
     }
-    let (hostile, output) = Hostile::start(env, "flood", "CreateSandbox", "kill_timeout_seconds = 3\n");
+    let (hostile, output) =
+        Hostile::start(env, "flood", "CreateSandbox", "kill_timeout_seconds = 3\n");
     output.ok();
     // As long as a user needs to look, several times over.
     for _ in 0..20 {
@@ -247,7 +353,11 @@ fn agent_that_lies_about_ends(env: &Env) {
     let (hostile, _) = Hostile::start(env, "status", "CreateSandbox", "kill_timeout_seconds = 3\n");
     hostile.first.wait_for("STOPPED");
     let exit = eventually("the exit is told", PATIENCE, || {
-        hostile.events.of(&hostile.first.id).into_iter().find(|event| event.brief() == "exit")
+        hostile
+            .events
+            .of(&hostile.first.id)
+            .into_iter()
+            .find(|event| event.brief() == "exit")
     });
     // A status of 0 does not stand in the event.
     let status = exit.body["exit_status"].as_u64().unwrap_or(0);
@@ -255,10 +365,12 @@ fn agent_that_lies_about_ends(env: &Env) {
     hostile.end();
 }
 
-/// The guest goes on while the host makes containers, volumes and their names in the shares, and removes them.
+/// The guest goes on while the host makes containers, volumes and their names in the shares, and
+/// removes them.
 fn links_for_every_name_in_the_shares(env: &Env) {
     let _alone = alone();
-    let (hostile, output) = Hostile::start(env, "links", "CreateSandbox", "kill_timeout_seconds = 3\n");
+    let (hostile, output) =
+        Hostile::start(env, "links", "CreateSandbox", "kill_timeout_seconds = 3\n");
     output.ok();
     let more: Vec<Container<'_>> = (0..5).map(|_| Container::adopt(env, &env.id())).collect();
     for container in &more {
@@ -267,7 +379,10 @@ fn links_for_every_name_in_the_shares(env: &Env) {
     for sandbox in fs::read_dir("/run/cofferdam").unwrap().flatten() {
         insist_on_no_links(&sandbox.path(), 2);
     }
-    assert!(fs::read_dir(hostile.dir.join("volume")).unwrap().count() > 0, "the guest has planted nothing at all");
+    assert!(
+        fs::read_dir(hostile.dir.join("volume")).unwrap().count() > 0,
+        "the guest has planted nothing at all"
+    );
     for container in &more {
         hostile.kill(container);
     }
@@ -288,7 +403,8 @@ fn insist_on_no_links(dir: &Path, depth: usize) {
 
 fn connections_to_every_port_of_the_host(env: &Env) {
     let _alone = alone();
-    let (hostile, output) = Hostile::start(env, "dials", "CreateSandbox", "kill_timeout_seconds = 3\n");
+    let (hostile, output) =
+        Hostile::start(env, "dials", "CreateSandbox", "kill_timeout_seconds = 3\n");
     output.ok();
     let second = Container::adopt(env, &env.id());
     hostile.run(&second.id).ok();

@@ -1,5 +1,11 @@
-//! A pod's network as CNI made it, seen from inside, from other pods and from the host; and a container's without CNI.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! A pod's network as CNI made it, seen from inside, from other pods and from the host; and a
+//! container's without CNI.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -18,7 +24,8 @@ use serde_json::json;
 
 fn main() -> ExitCode {
     Suite::of_pods().run(cases![
-        Core: pods_reach_each_other, pod_and_host_reach_each_other, container_without_network_has_loopback_only,
+        Core: pods_reach_each_other, pod_and_host_reach_each_other,
+            container_without_network_has_loopback_only,
             network_namespace_given_to_ctr_is_used_and_left_as_it_was;
         Once: port_forward_reaches_a_server_on_loopback, host_port, link_is_as_cni_made_it, macvlan,
             names_of_the_network_survive_a_second_container;
@@ -29,26 +36,40 @@ fn main() -> ExitCode {
 
 /// Asks the server at `address` over TCP, until it is there.
 fn ask_tcp(address: SocketAddr, text: &str) -> String {
-    eventually(&format!("an answer of {address} over TCP"), PATIENCE, || {
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-        stream.write_all(text.as_bytes()).ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        (!answer.is_empty()).then_some(answer)
-    })
+    eventually(
+        &format!("an answer of {address} over TCP"),
+        PATIENCE,
+        || {
+            let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
+            stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+            stream.write_all(text.as_bytes()).ok()?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).ok()?;
+            (!answer.is_empty()).then_some(answer)
+        },
+    )
 }
 
 fn ask_udp(address: SocketAddr, text: &str) -> String {
-    let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let any: IpAddr = if address.is_ipv4() {
+        [0; 4].into()
+    } else {
+        [0; 16].into()
+    };
     let socket = UdpSocket::bind((any, 0)).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-    eventually(&format!("an answer of {address} over UDP"), PATIENCE, || {
-        socket.send_to(text.as_bytes(), address).ok()?;
-        let mut answer = [0; 100];
-        let (count, _) = socket.recv_from(&mut answer).ok()?;
-        Some(String::from_utf8_lossy(&answer[..count]).into_owned())
-    })
+    socket
+        .set_read_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    eventually(
+        &format!("an answer of {address} over UDP"),
+        PATIENCE,
+        || {
+            socket.send_to(text.as_bytes(), address).ok()?;
+            let mut answer = [0; 100];
+            let (count, _) = socket.recv_from(&mut answer).ok()?;
+            Some(String::from_utf8_lossy(&answer[..count]).into_owned())
+        },
+    )
 }
 
 fn at(address: &str, port: u16) -> SocketAddr {
@@ -61,7 +82,11 @@ fn pods_reach_each_other(env: &Env) {
     server.run("udp", &["talk", "serve", "udp", "::", "7000"]);
     let client = client.idle("client");
     let addresses = server.addresses();
-    assert_eq!(addresses.len(), 2, "an address of each family: {addresses:?}");
+    assert_eq!(
+        addresses.len(),
+        2,
+        "an address of each family: {addresses:?}"
+    );
     for address in &addresses {
         for protocol in ["tcp", "udp"] {
             let answer = client.sh(&format!("talk ask {protocol} {address} 7000 hello"));
@@ -89,9 +114,15 @@ fn pod_and_host_reach_each_other(env: &Env) {
             stream.write_all(&text[..count]).unwrap();
             peer
         });
-        assert_eq!(client.sh(&format!("talk ask tcp {gateway} {port} hello")), "hello");
+        assert_eq!(
+            client.sh(&format!("talk ask tcp {gateway} {port} hello")),
+            "hello"
+        );
         let peer = serve.join().unwrap().ip().to_string();
-        assert!(pod.addresses().contains(&peer), "{peer} is not the pod's address");
+        assert!(
+            pod.addresses().contains(&peer),
+            "{peer} is not the pod's address"
+        );
         let server = UdpSocket::bind((gateway.as_str(), 0)).unwrap();
         let port = server.local_addr().unwrap().port();
         let serve = std::thread::spawn(move || {
@@ -99,28 +130,44 @@ fn pod_and_host_reach_each_other(env: &Env) {
             let (count, peer) = server.recv_from(&mut text).unwrap();
             server.send_to(&text[..count], peer).unwrap();
         });
-        assert_eq!(client.sh(&format!("talk ask udp {gateway} {port} hello")), "hello");
+        assert_eq!(
+            client.sh(&format!("talk ask udp {gateway} {port} hello")),
+            "hello"
+        );
         serve.join().unwrap();
     }
 }
 
 fn port_forward_reaches_a_server_on_loopback(env: &Env) {
     let pod = Pod::new(env);
-    pod.run("loopback", &["talk", "serve", "tcp", "127.0.0.1", "7001"]).wait_for_log("listening");
-    pod.run("everywhere", &["talk", "serve", "tcp", "::", "7002"]).wait_for_log("listening");
+    pod.run("loopback", &["talk", "serve", "tcp", "127.0.0.1", "7001"])
+        .wait_for_log("listening");
+    pod.run("everywhere", &["talk", "serve", "tcp", "::", "7002"])
+        .wait_for_log("listening");
     let said = env.dir.join("said");
-    let forward = env.cri().command(["port-forward", &pod.id, ":7001", ":7002"]);
+    let forward = env
+        .cri()
+        .command(["port-forward", &pod.id, ":7001", ":7002"]);
     let mut forward = Running::start_into(forward, None, File::create(&said).unwrap());
     for port in [7001, 7002] {
         let local = eventually(&format!("port {port} is forwarded"), PATIENCE, || {
             let said = std::fs::read_to_string(&said).unwrap();
-            let line =
-                said.lines().find(|line| line.contains("127.0.0.1:") && line.ends_with(&format!("-> {port}")))?;
-            line.split_once("127.0.0.1:")?.1.split(' ').next()?.parse::<u16>().ok()
+            let line = said.lines().find(|line| {
+                line.contains("127.0.0.1:") && line.ends_with(&format!("-> {port}"))
+            })?;
+            line.split_once("127.0.0.1:")?
+                .1
+                .split(' ')
+                .next()?
+                .parse::<u16>()
+                .ok()
         });
         for round in 0..3 {
             let text = format!("hello{round}");
-            assert_eq!(ask_tcp(at("127.0.0.1", local), &text), format!("you said {text}"));
+            assert_eq!(
+                ask_tcp(at("127.0.0.1", local), &text),
+                format!("you said {text}")
+            );
         }
     }
     forward.child.kill().unwrap();
@@ -128,7 +175,8 @@ fn port_forward_reaches_a_server_on_loopback(env: &Env) {
 }
 
 fn host_port(env: &Env) {
-    let mapping = |protocol: u8| json!({"protocol": protocol, "container_port": 7000, "host_port": 7080});
+    let mapping =
+        |protocol: u8| json!({"protocol": protocol, "container_port": 7000, "host_port": 7080});
     let pod = Pod::with(env, json!({"port_mappings": [mapping(0), mapping(1)]}));
     pod.run("tcp", &["talk", "serve", "tcp", "::", "7000"]);
     pod.run("udp", &["talk", "serve", "udp", "::", "7000"]);
@@ -144,18 +192,39 @@ fn link_is_as_cni_made_it(env: &Env) {
     assert_eq!(container.sh("ls /sys/class/net"), "eth0\nlo");
     assert_eq!(container.sh("cat /sys/class/net/eth0/mtu"), MTU.to_string());
     let (addresses, seen) = (pod.addresses(), container.sh("ip -o addr show dev eth0"));
-    assert!(seen.contains(&format!(" {}/24 ", addresses[0])), "{addresses:?}: {seen}");
-    assert!(seen.contains(&format!(" {}/64 ", addresses[1])), "{addresses:?}: {seen}");
+    assert!(
+        seen.contains(&format!(" {}/24 ", addresses[0])),
+        "{addresses:?}: {seen}"
+    );
+    assert!(
+        seen.contains(&format!(" {}/64 ", addresses[1])),
+        "{addresses:?}: {seen}"
+    );
     let routes = container.sh("ip route; ip -6 route");
-    assert!(routes.contains(&format!("default via {gateway} dev eth0")), "{routes}");
-    assert!(routes.contains(&format!("default via {gateway6} dev eth0")), "{routes}");
-    assert!(container.sh("ip link show lo").contains("UP"), "loopback is down");
+    assert!(
+        routes.contains(&format!("default via {gateway} dev eth0")),
+        "{routes}"
+    );
+    assert!(
+        routes.contains(&format!("default via {gateway6} dev eth0")),
+        "{routes}"
+    );
+    assert!(
+        container.sh("ip link show lo").contains("UP"),
+        "loopback is down"
+    );
     // What CNI answered the kubelet with is what others send to.
     let neighbours = ip(&["neigh", "show", "dev", &env.cri().bridge()]);
     let mac = container.sh("cat /sys/class/net/eth0/address");
     container.sh(&format!("ping -c 1 {gateway}"));
-    let known = ip(&["neigh", "show", &addresses[0], "dev", &env.cri().bridge()]).ok().text();
-    assert!(known.contains(&mac), "{mac} is not in {known:?}; before: {:?}", neighbours.text());
+    let known = ip(&["neigh", "show", &addresses[0], "dev", &env.cri().bridge()])
+        .ok()
+        .text();
+    assert!(
+        known.contains(&mac),
+        "{mac} is not in {known:?}; before: {:?}",
+        neighbours.text()
+    );
 }
 
 fn names_of_the_network_survive_a_second_container(env: &Env) {
@@ -165,7 +234,8 @@ fn names_of_the_network_survive_a_second_container(env: &Env) {
     let second = pod.idle("second");
     second.sh("ip -o addr | cmp - /dev/shm/addresses");
     first.remove(&["-f"]);
-    pod.idle("third").sh("ip -o addr | cmp - /dev/shm/addresses");
+    pod.idle("third")
+        .sh("ip -o addr | cmp - /dev/shm/addresses");
 }
 
 fn macvlan(env: &Env) {
@@ -174,13 +244,25 @@ fn macvlan(env: &Env) {
     ip(&["link", "add", lower, "type", "veth", "peer", "name", host]).ok();
     let [gateway, gateway6] = env.cri().gateways();
     ip(&["addr", "add", &format!("{gateway}/24"), "dev", host]).ok();
-    ip(&["addr", "add", &format!("{gateway6}/64"), "dev", host, "nodad"]).ok();
+    ip(&[
+        "addr",
+        "add",
+        &format!("{gateway6}/64"),
+        "dev",
+        host,
+        "nodad",
+    ])
+    .ok();
     for link in [lower, host] {
         ip(&["link", "set", link, "up"]).ok();
     }
     env.daemon.stop(Signal::SIGTERM);
-    let ipam = env.cri().ipam(json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]));
-    env.cri().set_network(&[json!({"type": "macvlan", "master": lower, "mode": "bridge", "ipam": ipam})]);
+    let ipam = env
+        .cri()
+        .ipam(json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]));
+    env.cri().set_network(&[
+        json!({"type": "macvlan", "master": lower, "mode": "bridge", "ipam": ipam}),
+    ]);
     env.daemon.start_again();
     {
         let pod = Pod::new(&env);
@@ -191,40 +273,90 @@ fn macvlan(env: &Env) {
         let two = Pod::new(&env);
         let client = two.idle("client");
         for address in pod.addresses() {
-            assert_eq!(client.sh(&format!("talk ask tcp {address} 7000 hello")), "you said hello");
+            assert_eq!(
+                client.sh(&format!("talk ask tcp {address} 7000 hello")),
+                "you said hello"
+            );
         }
     }
     ip(&["link", "delete", lower]).ok();
 }
 
 fn container_without_network_has_loopback_only(env: &Env) {
-    let seen = env.run(&[], &["sh", "-c", "ls /sys/class/net; ip -o addr show lo | head -n 1"]).ok().text();
+    let seen = env
+        .run(
+            &[],
+            &[
+                "sh",
+                "-c",
+                "ls /sys/class/net; ip -o addr show lo | head -n 1",
+            ],
+        )
+        .ok()
+        .text();
     assert!(seen.starts_with("lo\n"), "{seen}");
 }
 
 fn network_namespace_given_to_ctr_is_used_and_left_as_it_was(env: &Env) {
     let netns = Netns::new(&env.id());
     let (host, inside) = ("vns0", "vns1");
-    ip(&["link", "add", host, "type", "veth", "peer", "name", inside, "netns", &netns.name]).ok();
+    ip(&[
+        "link",
+        "add",
+        host,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        inside,
+        "netns",
+        &netns.name,
+    ])
+    .ok();
     ip(&["addr", "add", "10.87.0.1/24", "dev", host]).ok();
     ip(&["link", "set", host, "up"]).ok();
     netns.ip(&["addr", "add", "10.87.0.2/24", "dev", inside]);
     netns.ip(&["link", "set", inside, "up", "mtu", "1300"]);
     let state = || {
-        let qdiscs = netns.exec(&["tc", "qdisc", "show"]) + &netns.exec(&["tc", "filter", "show", "dev", inside]);
+        let qdiscs = netns.exec(&["tc", "qdisc", "show"])
+            + &netns.exec(&["tc", "filter", "show", "dev", inside]);
         // Carrier and flags settle by themselves; names, kinds and MTUs do not.
-        let links = netns.ip(&["-br", "link"]).lines().map(|line| line.split('@').next().unwrap().to_owned()).collect();
-        (qdiscs, netns.ip(&["-br", "addr", "show", "dev", inside]), links)
+        let links = netns
+            .ip(&["-br", "link"])
+            .lines()
+            .map(|line| line.split('@').next().unwrap().to_owned())
+            .collect();
+        (
+            qdiscs,
+            netns.ip(&["-br", "addr", "show", "dev", inside]),
+            links,
+        )
     };
     let before: (String, String, Vec<String>) = state();
     let with = format!("network:{}", netns.path());
     {
-        let container = env.detached(&["--null-io", "--with-ns", &with], &["nc", "-ll", "-p", "7000", "-e", "cat"]);
-        let seen = container.exec(&["sh", "-c", "cat /sys/class/net/vns1/mtu; ip -o addr show dev vns1"]).ok().text();
-        assert!(seen.starts_with("1300\n") && seen.contains("10.87.0.2/24"), "{seen}");
+        let container = env.detached(
+            &["--null-io", "--with-ns", &with],
+            &["nc", "-ll", "-p", "7000", "-e", "cat"],
+        );
+        let seen = container
+            .exec(&[
+                "sh",
+                "-c",
+                "cat /sys/class/net/vns1/mtu; ip -o addr show dev vns1",
+            ])
+            .ok()
+            .text();
+        assert!(
+            seen.starts_with("1300\n") && seen.contains("10.87.0.2/24"),
+            "{seen}"
+        );
         let answer = eventually("an answer from the container", PATIENCE, || {
-            let mut stream = TcpStream::connect_timeout(&at("10.87.0.2", 7000), Duration::from_secs(5)).ok()?;
-            stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+            let mut stream =
+                TcpStream::connect_timeout(&at("10.87.0.2", 7000), Duration::from_secs(5)).ok()?;
+            stream
+                .set_read_timeout(Some(Duration::from_secs(10)))
+                .ok()?;
             stream.write_all(b"hello").ok()?;
             let mut answer = [0; 5];
             stream.read_exact(&mut answer).ok()?;
@@ -232,9 +364,13 @@ fn network_namespace_given_to_ctr_is_used_and_left_as_it_was(env: &Env) {
         });
         assert_eq!(&answer, b"hello");
     }
-    eventually("the namespace is as it was", PATIENCE, || (state() == before).then_some(()));
+    eventually("the namespace is as it was", PATIENCE, || {
+        (state() == before).then_some(())
+    });
     drop(netns);
-    eventually("its link is gone", PATIENCE, || (ip(&["link", "show", host]).status != 0).then_some(()));
+    eventually("its link is gone", PATIENCE, || {
+        (ip(&["link", "show", host]).status != 0).then_some(())
+    });
 }
 
 /// What a mesh does to a pod's namespace: its rules would be passed by.
@@ -242,13 +378,29 @@ fn rules_that_would_not_bind_the_guest_keep_it_from_starting(env: &Env) {
     let netns = Netns::new(&env.id());
     let namespace = format!("network:{}", netns.path());
     env.run(&["--with-ns", &namespace], &["true"]).ok();
-    netns.exec(&["iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15001"]);
+    netns.exec(&[
+        "iptables",
+        "-t",
+        "nat",
+        "-A",
+        "OUTPUT",
+        "-p",
+        "tcp",
+        "-j",
+        "REDIRECT",
+        "--to-ports",
+        "15001",
+    ]);
     let refused = env.run(&["--with-ns", &namespace], &["true"]);
     refused.fails_with(&["do not bind a virtual machine", "OUTPUT", "netns_rules"]);
     let config = env.dir.join("cofferdam.toml");
     fs::write(&config, "netns_rules = 'ignore'\n").unwrap();
     let config = config.to_string_lossy();
-    env.run(&["--runtime-config-path", &config, "--with-ns", &namespace], &["true"]).ok();
+    env.run(
+        &["--runtime-config-path", &config, "--with-ns", &namespace],
+        &["true"],
+    )
+    .ok();
 }
 
 /// Makes a link between the host and the namespace of a process, as nerdctl and docker do it.
@@ -258,11 +410,17 @@ const MAKE_LINK: &str = "ip link add $1 type veth peer name eth0 netns $2
 
 /// Starts a container whose network is made by then, and gives what it sees of it.
 fn seen_of(env: &Env, prepare: impl FnOnce(&Bundle), between: impl FnOnce(u32)) -> String {
-    let bundle = Bundle::new(env, &["sh", "-c", "ip -o -4 address show dev eth0; ip route"]);
+    let bundle = Bundle::new(
+        env,
+        &["sh", "-c", "ip -o -4 address show dev eth0; ip route"],
+    );
     prepare(&bundle);
     let log = env.dir.join("log");
     let task = bundle.start();
-    let pid = task.create_with(|request| request.stdout = format!("file://{}", log.display())).unwrap().pid;
+    let pid = task
+        .create_with(|request| request.stdout = format!("file://{}", log.display()))
+        .unwrap()
+        .pid;
     between(pid);
     task.start("").unwrap();
     assert_eq!(task.wait("").unwrap().exit_status, 0);
@@ -272,14 +430,18 @@ fn seen_of(env: &Env, prepare: impl FnOnce(&Bundle), between: impl FnOnce(u32)) 
 }
 
 fn assert_network(seen: &str) {
-    assert!(seen.contains("inet 10.99.0.2/24") && seen.contains("default via 10.99.0.1 dev eth0"), "{seen}");
+    assert!(
+        seen.contains("inet 10.99.0.2/24") && seen.contains("default via 10.99.0.1 dev eth0"),
+        "{seen}"
+    );
 }
 
 fn network_made_by_a_hook(env: &Env) {
     let seen = seen_of(
         env,
         |bundle| {
-            let script = format!("set -- hook0 $(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')\n{MAKE_LINK}");
+            let script =
+                format!("set -- hook0 $(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')\n{MAKE_LINK}");
             let path = format!("PATH={}", std::env::var("PATH").unwrap());
             let hook = json!({"path": "/bin/sh", "args": ["sh", "-ec", script], "env": [path]});
             bundle.edit(|spec| spec["hooks"] = json!({"createRuntime": [hook]}));

@@ -1,6 +1,11 @@
-//! The life of pods as a user of `crictl` sees it: containers that come and go and share things, exec, attach, logs, stop,
-//! removal in any order, restarts of containerd.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! The life of pods as a user of `crictl` sees it: containers that come and go and share things,
+//! exec, attach, logs, stop, removal in any order, restarts of containerd.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -15,12 +20,14 @@ use serde_json::json;
 
 fn main() -> ExitCode {
     Suite::of_pods().run(cases![
-        Core: full_cycle, five_containers_share_their_host_name_network_and_ipc, only_container_is_replaced,
+        Core: full_cycle, five_containers_share_their_host_name_network_and_ipc,
+            only_container_is_replaced,
             shared_pid_namespace_has_a_reaper, containerd_crashes_and_the_pod_stays;
         Once: pid_namespace_of_ones_own, pid_namespace_of_another_container, terminal_and_its_size,
             exec_with_input, exec_times_out, attach_reads_and_writes, logs_go_on_after_rotation,
             stop_waits_for_a_trapped_signal, stop_kills_after_the_grace_period, fifty_execs_at_once,
-            container_starts_again_after_its_end, pod_is_stopped_before_its_containers, removal_by_force,
+            container_starts_again_after_its_end, pod_is_stopped_before_its_containers,
+            removal_by_force,
             containers_are_removed_in_any_order, pause_and_resume, container_and_pod_statistics,
             twenty_pods_one_after_another, eight_pods_at_once;
         Ours: exit_code_is_kept_while_containerd_is_away, host_namespaces_are_refused;
@@ -34,8 +41,13 @@ fn full_cycle(env: &Env) {
     container.wait_for_log("err");
     assert_eq!(container.logs(), "outerr");
     assert_eq!(container.sh("cat /proc/1/comm; hostname"), "sh\npod");
-    let errors = container.exec(&["sh", "-c", "echo err >&2; exit 3"]).errors();
-    assert!(errors.contains("exited with 3") && errors.contains(": err"), "{errors}");
+    let errors = container
+        .exec(&["sh", "-c", "echo err >&2; exit 3"])
+        .errors();
+    assert!(
+        errors.contains("exited with 3") && errors.contains(": err"),
+        "{errors}"
+    );
     assert_eq!(container.state(), "CONTAINER_RUNNING");
     container.stop(20);
     assert_eq!(container.exit_code(), 5);
@@ -49,7 +61,9 @@ fn full_cycle(env: &Env) {
 fn five_containers_share_their_host_name_network_and_ipc(env: &Env) {
     let pod = Pod::new(env);
     let server = pod.run("server", &["talk", "serve", "tcp", "127.0.0.1", "7000"]);
-    let others: Vec<Member> = (0..4).map(|number| pod.idle(&format!("other{number}"))).collect();
+    let others: Vec<Member> = (0..4)
+        .map(|number| pod.idle(&format!("other{number}")))
+        .collect();
     server.sh("echo from the server >/dev/shm/note; echo private >/tmp/note");
     let namespaces = "for n in net ipc uts; do readlink /proc/self/ns/$n; done; hostname";
     let expected = server.sh(namespaces);
@@ -58,7 +72,10 @@ fn five_containers_share_their_host_name_network_and_ipc(env: &Env) {
         assert_eq!(other.sh(namespaces), expected);
         let answer = other.sh(&format!("talk ask tcp 127.0.0.1 7000 hello{number}"));
         assert_eq!(answer, format!("you said hello{number}"));
-        assert_eq!(other.sh("cat /dev/shm/note; ls /tmp; hostname"), "from the server\npod");
+        assert_eq!(
+            other.sh("cat /dev/shm/note; ls /tmp; hostname"),
+            "from the server\npod"
+        );
     }
 }
 
@@ -66,9 +83,16 @@ fn only_container_is_replaced(env: &Env) {
     let pod = Pod::new(env);
     let addresses = pod.addresses();
     for round in 0..3 {
-        let container = pod.run("only", &["sh", "-c", "ip -o addr; touch /root/mark; sleep 3600"]);
+        let container = pod.run(
+            "only",
+            &["sh", "-c", "ip -o addr; touch /root/mark; sleep 3600"],
+        );
         container.wait_until("test -e /root/mark");
-        assert!(container.logs().contains(&addresses[0]), "round {round}: {addresses:?} in {}", container.logs());
+        assert!(
+            container.logs().contains(&addresses[0]),
+            "round {round}: {addresses:?} in {}",
+            container.logs()
+        );
         container.stop(0);
         assert_eq!(container.exit_code(), 137);
         container.remove(&[]);
@@ -78,15 +102,27 @@ fn only_container_is_replaced(env: &Env) {
 
 fn shared_pid_namespace_has_a_reaper(env: &Env) {
     let pod = Pod::with(env, shares_pids());
-    let (one, two) = (pod.run("one", &["sleep", "3601"]), pod.run("two", &["sleep", "3602"]));
+    let (one, two) = (
+        pod.run("one", &["sleep", "3601"]),
+        pod.run("two", &["sleep", "3602"]),
+    );
     let seen = one.sh("ps -o pid,args");
-    assert!(seen.contains("sleep 3601") && seen.contains("sleep 3602"), "{seen}");
-    assert!(!seen.lines().any(|line| line.trim_start().starts_with("1 sleep")), "a container is PID 1: {seen}");
+    assert!(
+        seen.contains("sleep 3601") && seen.contains("sleep 3602"),
+        "{seen}"
+    );
+    assert!(
+        !seen
+            .lines()
+            .any(|line| line.trim_start().starts_with("1 sleep")),
+        "a container is PID 1: {seen}"
+    );
     // An orphan whose parent has gone: who is PID 1 has to wait for it.
     one.sh("for i in 1 2 3; do sh -c 'sleep 0.1 & exec true' & done; wait");
     two.wait_until("! ps -o stat,args | grep -q '^Z'");
     two.sh(
-        "kill -KILL $(pidof sleep | tr ' ' '\\n' | while read p; do grep -q 3601 /proc/$p/cmdline && echo $p; done)",
+        "kill -KILL $(pidof sleep | tr ' ' '\\n' | while read p; do grep -q 3601 /proc/$p/cmdline \
+         && echo $p; done)",
     );
     assert_eq!(one.exit_code(), 137);
     two.exec(&["true"]).ok();
@@ -98,10 +134,16 @@ fn shares_pids() -> serde_json::Value {
 
 fn pid_namespace_of_ones_own(env: &Env) {
     let pod = Pod::new(env);
-    let (one, two) = (pod.run("one", &["sleep", "3601"]), pod.run("two", &["sleep", "3602"]));
+    let (one, two) = (
+        pod.run("one", &["sleep", "3601"]),
+        pod.run("two", &["sleep", "3602"]),
+    );
     for (container, own, other) in [(&one, "3601", "3602"), (&two, "3602", "3601")] {
         let seen = container.sh("cat /proc/1/cmdline | tr '\\0' ' '; echo; ps -o args");
-        assert!(seen.starts_with(&format!("sleep {own}")) && !seen.contains(other), "{seen}");
+        assert!(
+            seen.starts_with(&format!("sleep {own}")) && !seen.contains(other),
+            "{seen}"
+        );
     }
 }
 
@@ -115,7 +157,10 @@ fn pid_namespace_of_another_container(env: &Env) {
         json!({"linux": {"security_context": {"namespace_options": options}}}),
     );
     let seen = debugger.sh("cat /proc/1/cmdline | tr '\\0' ' '; echo; ps -o args");
-    assert!(seen.starts_with("sleep 3601") && seen.contains("sleep 3602"), "{seen}");
+    assert!(
+        seen.starts_with("sleep 3601") && seen.contains("sleep 3602"),
+        "{seen}"
+    );
     assert!(one.sh("ps -o args").contains("sleep 3602"));
 }
 
@@ -137,7 +182,8 @@ fn exec_with_input(env: &Env) {
     let pod = Pod::new(env);
     let container = pod.idle("main");
     let text = "0123456789abcde\n".repeat(64 << 10);
-    let mut exec = Running::start_piped(container.exec_command(&["-i"], &["sh", "-c", "md5sum; exit 4"]));
+    let mut exec =
+        Running::start_piped(container.exec_command(&["-i"], &["sh", "-c", "md5sum; exit 4"]));
     let mut input = exec.child.stdin.take().unwrap();
     input.write_all(text.as_bytes()).unwrap();
     drop(input);
@@ -151,10 +197,16 @@ fn exec_with_input(env: &Env) {
 fn exec_times_out(env: &Env) {
     let pod = Pod::new(env);
     let container = pod.idle("main");
-    let exec = Running::start(container.exec_command(&["--sync", "--timeout", "2"], &["sleep", "3602"]), None);
+    let exec = Running::start(
+        container.exec_command(&["--sync", "--timeout", "2"], &["sleep", "3602"]),
+        None,
+    );
     let output = exec.wait(PATIENCE);
     assert_ne!(output.status, 0);
-    assert!(output.errors().to_lowercase().contains("timeout") || output.errors().contains("timed out"), "{output:?}");
+    assert!(
+        output.errors().to_lowercase().contains("timeout") || output.errors().contains("timed out"),
+        "{output:?}"
+    );
     container.wait_until("! ps -o args | grep -q '[s]leep 3602'");
 }
 
@@ -183,13 +235,25 @@ fn logs_go_on_after_rotation(env: &Env) {
     std::fs::rename(&container.log, &rotated).unwrap();
     env.crictl(&["logs", "--reopen", &container.id]).ok();
     eventually("lines in the new file", PATIENCE, || {
-        std::fs::metadata(&container.log).is_ok_and(|file| file.len() > 200).then_some(())
+        std::fs::metadata(&container.log)
+            .is_ok_and(|file| file.len() > 200)
+            .then_some(())
     });
     container.stop(0);
-    let lines = |path| std::fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect::<Vec<_>>();
+    let lines = |path| {
+        std::fs::read_to_string(path)
+            .unwrap()
+            .lines()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
     let all = [lines(&rotated), lines(&container.log)].concat();
     for (number, line) in all.iter().enumerate() {
-        assert!(line.ends_with(&format!(" stdout F line {number}")), "line {number} of {}: {line}", all.len());
+        assert!(
+            line.ends_with(&format!(" stdout F line {number}")),
+            "line {number} of {}: {line}",
+            all.len()
+        );
     }
 }
 
@@ -205,12 +269,25 @@ fn stop_waits_for_a_trapped_signal(env: &Env) {
 
 fn stop_kills_after_the_grace_period(env: &Env) {
     let pod = Pod::new(env);
-    let container = pod.run("main", &["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]);
+    let container = pod.run(
+        "main",
+        &[
+            "sh",
+            "-c",
+            "trap '' TERM; echo ready; while :; do sleep 0.1; done",
+        ],
+    );
     container.wait_for_log("ready");
     let took = container.stop(2);
-    assert!(took >= Duration::from_secs(2) && took < Duration::from_secs(20), "{took:?}");
+    assert!(
+        took >= Duration::from_secs(2) && took < Duration::from_secs(20),
+        "{took:?}"
+    );
     let status = container.wait();
-    assert_eq!((status["exitCode"].as_i64(), status["reason"].as_str()), (Some(137), Some("Error")));
+    assert_eq!(
+        (status["exitCode"].as_i64(), status["reason"].as_str()),
+        (Some(137), Some("Error"))
+    );
 }
 
 fn fifty_execs_at_once(env: &Env) {
@@ -222,7 +299,10 @@ fn fifty_execs_at_once(env: &Env) {
     };
     let running: Vec<_> = (0..50).map(start).collect();
     for (number, exec) in running {
-        assert_eq!(exec.wait(Duration::from_secs(180)).ok().text(), number.to_string());
+        assert_eq!(
+            exec.wait(Duration::from_secs(180)).ok().text(),
+            number.to_string()
+        );
     }
 }
 
@@ -230,10 +310,16 @@ fn container_starts_again_after_its_end(env: &Env) {
     let pod = Pod::new(env);
     let first = pod.run("main", &["sh", "-c", "echo x >/root/mark; exit 1"]);
     let status = first.wait();
-    assert_eq!((status["exitCode"].as_i64(), status["reason"].as_str()), (Some(1), Some("Error")));
+    assert_eq!(
+        (status["exitCode"].as_i64(), status["reason"].as_str()),
+        (Some(1), Some("Error"))
+    );
     let second = pod.run("main", &["sh", "-c", "test -e /root/mark || exit 0"]);
     let status = second.wait();
-    assert_eq!((status["exitCode"].as_i64(), status["reason"].as_str()), (Some(0), Some("Completed")));
+    assert_eq!(
+        (status["exitCode"].as_i64(), status["reason"].as_str()),
+        (Some(0), Some("Completed"))
+    );
     assert_eq!(second.inspect()["status"]["metadata"]["attempt"], 1);
     assert_eq!(first.exit_code(), 1);
 }
@@ -245,26 +331,49 @@ fn pod_is_stopped_before_its_containers(env: &Env) {
     assert_eq!((one.exit_code(), two.exit_code()), (137, 137));
     // 2.1 creates one, but starts it no more than the others do.
     let (three, _) = pod.try_create("three", &["true"], json!({}));
-    assert!(three.status != 0 || env.crictl(&["start", &three.text()]).status != 0, "a container started: {three:?}");
+    assert!(
+        three.status != 0 || env.crictl(&["start", &three.text()]).status != 0,
+        "a container started: {three:?}"
+    );
     pod.stop();
     pod.remove(&[]);
-    assert!(!env.crictl(&["ps", "-a", "-q"]).ok().text().contains(&one.id));
+    assert!(
+        !env.crictl(&["ps", "-a", "-q"])
+            .ok()
+            .text()
+            .contains(&one.id)
+    );
 }
 
 fn removal_by_force(env: &Env) {
     let pod = Pod::new(env);
-    let (_running, _made) = (pod.idle("running"), pod.create("made", &["true"], json!({})));
-    assert_ne!(env.crictl(&["rmp", &pod.id]).status, 0, "a pod that runs is removed without force");
+    let (_running, _made) = (
+        pod.idle("running"),
+        pod.create("made", &["true"], json!({})),
+    );
+    assert_ne!(
+        env.crictl(&["rmp", &pod.id]).status,
+        0,
+        "a pod that runs is removed without force"
+    );
     pod.remove(&["-f"]);
     assert!(!env.crictl(&["pods", "-q"]).ok().text().contains(&pod.id));
 }
 
 fn containers_are_removed_in_any_order(env: &Env) {
     let pod = Pod::new(env);
-    let (one, two, three) = (pod.idle("one"), pod.create("two", &["true"], json!({})), pod.run("three", &["true"]));
+    let (one, two, three) = (
+        pod.idle("one"),
+        pod.create("two", &["true"], json!({})),
+        pod.run("three", &["true"]),
+    );
     assert_eq!(three.exit_code(), 0);
     two.remove(&[]);
-    assert_ne!(env.crictl(&["rm", &one.id]).status, 0, "a container that runs is removed without force");
+    assert_ne!(
+        env.crictl(&["rm", &one.id]).status,
+        0,
+        "a container that runs is removed without force"
+    );
     one.remove(&["-f"]);
     three.remove(&[]);
     pod.idle("four").exec(&["true"]).ok();
@@ -279,11 +388,16 @@ fn containerd_crashes_and_the_pod_stays(env: &Env) {
     env.daemon.stop(Signal::SIGKILL);
     env.daemon.start_again();
     assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_READY");
-    assert_eq!((one.state().as_str(), two.state().as_str()), ("CONTAINER_RUNNING", "CONTAINER_RUNNING"));
+    assert_eq!(
+        (one.state().as_str(), two.state().as_str()),
+        ("CONTAINER_RUNNING", "CONTAINER_RUNNING")
+    );
     assert_eq!(one.sh("hostname"), "pod");
     let lines = || std::fs::read_to_string(&one.log).unwrap().lines().count();
     let before = lines();
-    eventually("more lines in the log", PATIENCE, || (lines() > before + 3).then_some(()));
+    eventually("more lines in the log", PATIENCE, || {
+        (lines() > before + 3).then_some(())
+    });
     one.stop(20);
     assert_eq!(one.exit_code(), 9);
     pod.idle("three").exec(&["true"]).ok();
@@ -296,19 +410,28 @@ fn exit_code_is_kept_while_containerd_is_away(env: &Env) {
     let pod = Pod::new(&env);
     let gate = env.dir.join("gate");
     std::fs::create_dir(&gate).unwrap();
-    let script = "while ! test -e /gate/open; do sleep 0.1; done; echo bye; touch /gate/passed; exit 8";
+    let script =
+        "while ! test -e /gate/open; do sleep 0.1; done; echo bye; touch /gate/passed; exit 8";
     let mounts = json!({"mounts": [{"container_path": "/gate", "host_path": gate}]});
     let container = pod.run_with("main", &["sh", "-c", script], mounts);
     env.daemon.stop(Signal::SIGKILL);
     std::fs::write(gate.join("open"), "").unwrap();
-    eventually("the container has seen it", PATIENCE, || gate.join("passed").exists().then_some(()));
+    eventually("the container has seen it", PATIENCE, || {
+        gate.join("passed").exists().then_some(())
+    });
     env.daemon.start_again();
     assert_eq!(container.exit_code(), 8);
 }
 
 fn pause_and_resume(env: &Env) {
     let pod = Pod::new(env);
-    let (one, two) = (pod.run("one", &["sh", "-c", "while :; do date +%s%N; sleep 0.05; done"]), pod.idle("two"));
+    let (one, two) = (
+        pod.run(
+            "one",
+            &["sh", "-c", "while :; do date +%s%N; sleep 0.05; done"],
+        ),
+        pod.idle("two"),
+    );
     env.ctr(&["tasks", "pause", &one.id]).ok();
     let size = || std::fs::metadata(&one.log).unwrap().len();
     // What was on its way may still come.
@@ -324,34 +447,65 @@ fn pause_and_resume(env: &Env) {
 
 fn host_namespaces_are_refused(env: &Env) {
     for (namespace, word) in [("network", "network"), ("pid", "PID"), ("ipc", "IPC")] {
-        let message =
-            Pod::refused(env, json!({"linux": {"security_context": {"namespace_options": {namespace: mode::NODE}}}}));
-        assert!(message.to_lowercase().contains(&word.to_lowercase()), "{namespace}: {message}");
+        let message = Pod::refused(
+            env,
+            json!({"linux": {"security_context": {"namespace_options": {namespace: mode::NODE}}}}),
+        );
+        assert!(
+            message.to_lowercase().contains(&word.to_lowercase()),
+            "{namespace}: {message}"
+        );
     }
-    assert_eq!(env.crictl(&["pods", "-q", "--name", "host_namespaces"]).ok().text(), "");
+    assert_eq!(
+        env.crictl(&["pods", "-q", "--name", "host_namespaces"])
+            .ok()
+            .text(),
+        ""
+    );
 }
 
 fn container_and_pod_statistics(env: &Env) {
     let pod = Pod::new(env);
-    let container = pod.run("main", &["sh", "-c", "head -c 64m /dev/zero >/dev/shm/x; while :; do :; done"]);
+    let container = pod.run(
+        "main",
+        &[
+            "sh",
+            "-c",
+            "head -c 64m /dev/zero >/dev/shm/x; while :; do :; done",
+        ],
+    );
     container.wait_until("test $(stat -c %s /dev/shm/x) = 67108864");
     let cpu = || {
-        let stats = env.crictl(&["stats", "-o", "json", "--id", &container.id]).ok().text();
+        let stats = env
+            .crictl(&["stats", "-o", "json", "--id", &container.id])
+            .ok()
+            .text();
         let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
         let stats = &stats["stats"][0];
-        let number = |value: &serde_json::Value| value["value"].as_str().and_then(|n| n.parse::<u64>().ok());
-        let memory = number(&stats["memory"]["workingSetBytes"]).unwrap_or_else(|| panic!("no memory in {stats}"));
+        let number =
+            |value: &serde_json::Value| value["value"].as_str().and_then(|n| n.parse::<u64>().ok());
+        let memory = number(&stats["memory"]["workingSetBytes"])
+            .unwrap_or_else(|| panic!("no memory in {stats}"));
         assert!(memory > 60 << 20, "64 MiB of shared memory count: {memory}");
         number(&stats["cpu"]["usageCoreNanoSeconds"]).unwrap_or_else(|| panic!("no CPU in {stats}"))
     };
     let first = cpu();
     eventually("CPU time grows", PATIENCE, || (cpu() > first).then_some(()));
     if env.daemon.release != Release::V1_6 {
-        let stats = env.crictl(&["statsp", "-o", "json", "--id", &pod.id]).ok().text();
+        let stats = env
+            .crictl(&["statsp", "-o", "json", "--id", &pod.id])
+            .ok()
+            .text();
         let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
         let linux = &stats["stats"][0]["linux"];
-        assert!(linux["memory"]["workingSetBytes"]["value"].is_string(), "{stats}");
-        assert!(linux["network"]["defaultInterface"]["rxBytes"]["value"].is_string(), "{stats}");
+        assert!(
+            linux["memory"]["workingSetBytes"]["value"].is_string(),
+            "{stats}"
+        );
+        assert!(
+            linux["network"]["defaultInterface"]["rxBytes"]["value"].is_string(),
+            "{stats}"
+        );
     }
 }
 

@@ -1,5 +1,11 @@
-//! The task API where `ctr` cannot ask: codes, orders and corners that containerd's clients depend on.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! The task API where `ctr` cannot ask: codes, orders and corners that containerd's clients depend
+//! on.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -30,14 +36,20 @@ const SLEEP: [&str; 2] = ["sleep", "3600"];
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
-        Once: states_of_a_task, created_task_can_be_deleted, created_task_can_be_killed, exec_from_start_to_delete,
-            exec_that_fails_to_start, pids_name_their_execs, pause_is_a_state, size_of_a_terminal_any_time,
-            input_ends_after_what_is_buffered, output_is_complete_before_it_ends, stats_are_of_the_hosts_kind,
+        Once: states_of_a_task, created_task_can_be_deleted, created_task_can_be_killed,
+            exec_from_start_to_delete,
+            exec_that_fails_to_start, pids_name_their_execs, pause_is_a_state,
+            size_of_a_terminal_any_time,
+            input_ends_after_what_is_buffered, output_is_complete_before_it_ends,
+            stats_are_of_the_hosts_kind,
             state_answers_beside_parked_waits, overlay_with_very_long_options, bind_mount_as_root,
             image_file_as_root;
-        Ours: duplicate_ids, delete_of_what_runs, unknown_ids, exec_after_the_end, what_is_not_implemented,
-            both_versions_answer_the_same, connect_knows_the_sandbox, shutdown_waits_for_the_last_task, shutdown_now,
-            oom_kill_is_counted_after_the_end, options_of_create, unknown_names_in_a_spec, update_keeps_the_rest,
+        Ours: duplicate_ids, delete_of_what_runs, unknown_ids, exec_after_the_end,
+            what_is_not_implemented,
+            both_versions_answer_the_same, connect_knows_the_sandbox,
+            shutdown_waits_for_the_last_task, shutdown_now,
+            oom_kill_is_counted_after_the_end, options_of_create, unknown_names_in_a_spec,
+            update_keeps_the_rest,
             many_execs_leave_nothing_open, unknown_stdio_scheme, sigterm_ends_the_sandbox;
     ])
 }
@@ -63,12 +75,22 @@ fn end(task: &Task) {
 }
 
 fn states_of_a_task(env: &Env) {
-    let bundle = Bundle::new(env, &["sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.1; done; exit 7"]);
+    let bundle = Bundle::new(
+        env,
+        &[
+            "sh",
+            "-c",
+            "while [ ! -e /tmp/go ]; do sleep 0.1; done; exit 7",
+        ],
+    );
     let task = bundle.start();
     let pid = task.create().unwrap().pid;
     assert!(pid > 0);
     let state = task.state("").unwrap();
-    assert_eq!((state.pid, state.id.as_str(), task.status("").as_str()), (pid, task.id.as_str(), "CREATED"));
+    assert_eq!(
+        (state.pid, state.id.as_str(), task.status("").as_str()),
+        (pid, task.id.as_str(), "CREATED")
+    );
     let waiting = task.wait_beside("");
     assert_eq!(task.start("").unwrap().pid, pid);
     assert_eq!(task.status(""), "RUNNING");
@@ -76,13 +98,24 @@ fn states_of_a_task(env: &Env) {
     task.start("go").unwrap();
     let exit = join(waiting, PATIENCE).unwrap();
     assert_eq!(exit.exit_status, 7);
-    assert!(exit.exited_at.seconds > 1_600_000_000, "{:?}", exit.exited_at);
+    assert!(
+        exit.exited_at.seconds > 1_600_000_000,
+        "{:?}",
+        exit.exited_at
+    );
     fs::remove_file(tree().join("tmp/go")).unwrap();
     let state = task.state("").unwrap();
-    assert_eq!((task.status("").as_str(), state.exit_status), ("STOPPED", 7));
+    assert_eq!(
+        (task.status("").as_str(), state.exit_status),
+        ("STOPPED", 7)
+    );
     assert_eq!(state.exited_at, exit.exited_at);
     refused(task.kill("", KILL, false), Code::NOT_FOUND);
-    assert_eq!(task.wait("").unwrap().exit_status, 7, "a second Wait after the end");
+    assert_eq!(
+        task.wait("").unwrap().exit_status,
+        7,
+        "a second Wait after the end"
+    );
     let deleted = task.delete("").unwrap();
     assert_eq!((deleted.pid, deleted.exit_status), (pid, 7));
     refused(task.state(""), Code::NOT_FOUND);
@@ -132,7 +165,11 @@ fn delete_of_what_runs(env: &Env) {
 fn unknown_ids(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
     let task = running(&bundle);
-    for (task, exec) in [(&task, "none"), (&task.other("none"), ""), (&task.other("none"), "none")] {
+    for (task, exec) in [
+        (&task, "none"),
+        (&task.other("none"), ""),
+        (&task.other("none"), "none"),
+    ] {
         refused(task.state(exec), Code::NOT_FOUND);
         refused(task.kill(exec, KILL, false), Code::NOT_FOUND);
         refused(task.wait(exec), Code::NOT_FOUND);
@@ -141,7 +178,10 @@ fn unknown_ids(env: &Env) {
     }
     refused(task.other("none").pids(), Code::NOT_FOUND);
     refused(task.other("none").stats(), Code::NOT_FOUND);
-    refused(task.other("none").exec("x", &process(&SLEEP)), Code::NOT_FOUND);
+    refused(
+        task.other("none").exec("x", &process(&SLEEP)),
+        Code::NOT_FOUND,
+    );
     end(&task);
 }
 
@@ -155,7 +195,10 @@ fn exec_from_start_to_delete(env: &Env) {
     assert!(pid > 0 && pid != task.state("").unwrap().pid);
     assert_eq!(join(waiting, PATIENCE).unwrap().exit_status, 5);
     let state = task.state("one").unwrap();
-    assert_eq!((state.exit_status, task.status("one").as_str()), (5, "STOPPED"));
+    assert_eq!(
+        (state.exit_status, task.status("one").as_str()),
+        (5, "STOPPED")
+    );
     refused(task.kill("one", KILL, false), Code::NOT_FOUND);
     assert_eq!(task.delete("one").unwrap().exit_status, 5);
     refused(task.state("one"), Code::NOT_FOUND);
@@ -187,7 +230,10 @@ fn exec_after_the_end(env: &Env) {
     task.kill("", KILL, false).unwrap();
     task.wait("").unwrap();
     refused(task.start("late"), Code::FAILED_PRECONDITION);
-    refused(task.exec("later", &process(&SLEEP)), Code::FAILED_PRECONDITION);
+    refused(
+        task.exec("later", &process(&SLEEP)),
+        Code::FAILED_PRECONDITION,
+    );
     task.delete("late").unwrap();
     task.delete("").unwrap();
 }
@@ -198,10 +244,19 @@ fn pids_name_their_execs(env: &Env) {
     task.exec("one", &process(&SLEEP)).unwrap();
     let exec_pid = task.start("one").unwrap().pid;
     let pids = task.pids().unwrap().processes;
-    assert!(pids.iter().any(|process| process.pid == task.state("").unwrap().pid), "{pids:?}");
+    assert!(
+        pids.iter()
+            .any(|process| process.pid == task.state("").unwrap().pid),
+        "{pids:?}"
+    );
     let exec = pids.iter().find(|process| process.pid == exec_pid).unwrap();
     assert_eq!(exec.info.type_url, "containerd.runc.v1.ProcessDetails");
-    assert_eq!(ProcessDetails::parse_from_bytes(&exec.info.value).unwrap().exec_id, "one");
+    assert_eq!(
+        ProcessDetails::parse_from_bytes(&exec.info.value)
+            .unwrap()
+            .exec_id,
+        "one"
+    );
     end(&task);
 }
 
@@ -229,8 +284,13 @@ fn size_of_a_terminal_any_time(env: &Env) {
 fn fifo(env: &Env, name: &str) -> (String, File) {
     let path = env.dir.join(name);
     nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-    // Opened for reading only, and without waiting for a writer: end of file is seen once the shim has closed its end.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+    // Opened for reading only, and without waiting for a writer: end of file is seen once the shim
+    // has closed its end.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&path)
+        .unwrap();
     (path.to_string_lossy().into_owned(), file)
 }
 
@@ -251,10 +311,14 @@ fn drain(file: &mut File) -> Vec<u8> {
 
 fn input_ends_after_what_is_buffered(env: &Env) {
     let bundle = Bundle::new(env, &["cat"]);
-    let ((stdin, _), (stdout, mut output), (stderr, _errors)) = (fifo(env, "in"), fifo(env, "out"), fifo(env, "err"));
+    let ((stdin, _), (stdout, mut output), (stderr, _errors)) =
+        (fifo(env, "in"), fifo(env, "out"), fifo(env, "err"));
     let task = bundle.start();
     let mut input = File::options().read(true).write(true).open(&stdin).unwrap();
-    task.create_with(|request| (request.stdin, request.stdout, request.stderr) = (stdin, stdout, stderr)).unwrap();
+    task.create_with(|request| {
+        (request.stdin, request.stdout, request.stderr) = (stdin, stdout, stderr)
+    })
+    .unwrap();
     input.write_all(b"buffered").unwrap();
     task.start("").unwrap();
     drop(input);
@@ -266,29 +330,55 @@ fn input_ends_after_what_is_buffered(env: &Env) {
 }
 
 fn output_is_complete_before_it_ends(env: &Env) {
-    let bundle = Bundle::new(env, &["sh", "-c", "dd if=/dev/zero bs=1k count=60 2>/dev/null; echo error >&2"]);
+    let bundle = Bundle::new(
+        env,
+        &[
+            "sh",
+            "-c",
+            "dd if=/dev/zero bs=1k count=60 2>/dev/null; echo error >&2",
+        ],
+    );
     let ((stdout, mut output), (stderr, mut errors)) = (fifo(env, "out"), fifo(env, "err"));
     let task = bundle.start();
-    task.create_with(|request| (request.stdout, request.stderr) = (stdout, stderr)).unwrap();
+    task.create_with(|request| (request.stdout, request.stderr) = (stdout, stderr))
+        .unwrap();
     task.start("").unwrap();
-    assert_eq!(task.wait("").unwrap().exit_status, 0, "the exit does not wait for a reader");
-    assert_eq!((drain(&mut output).len(), drain(&mut errors)), (60 << 10, b"error\n".to_vec()));
+    assert_eq!(
+        task.wait("").unwrap().exit_status,
+        0,
+        "the exit does not wait for a reader"
+    );
+    assert_eq!(
+        (drain(&mut output).len(), drain(&mut errors)),
+        (60 << 10, b"error\n".to_vec())
+    );
     end(&task);
 }
 
-/// Memory usage and limit in bytes, CPU time, and the number of OOM kills, from either kind of metrics.
+/// Memory usage and limit in bytes, CPU time, and the number of OOM kills, from either kind of
+/// metrics.
 fn numbers(stats: &Any) -> (u64, u64, u64, u64) {
     let host_is_v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
     if host_is_v2 {
         assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
         let metrics = V2::parse_from_bytes(&stats.value).unwrap();
         let (memory, oom) = (metrics.memory, metrics.memory_events.oom_kill);
-        (memory.usage, memory.usage_limit, metrics.cpu.usage_usec, oom)
+        (
+            memory.usage,
+            memory.usage_limit,
+            metrics.cpu.usage_usec,
+            oom,
+        )
     } else {
         assert_eq!(stats.type_url, "io.containerd.cgroups.v1.Metrics");
         let metrics = V1::parse_from_bytes(&stats.value).unwrap();
         let oom = metrics.memory_oom_control.oom_kill;
-        (metrics.memory.usage.usage, metrics.memory.usage.limit, metrics.cpu.usage.total, oom)
+        (
+            metrics.memory.usage.usage,
+            metrics.memory.usage.limit,
+            metrics.cpu.usage.total,
+            oom,
+        )
     }
 }
 
@@ -296,8 +386,13 @@ fn stats_are_of_the_hosts_kind(env: &Env) {
     let bundle = Bundle::new(env, &["sh", "-c", "while :; do :; done"]);
     let task = running(&bundle);
     let (usage, limit, cpu, _) = numbers(&task.stats().unwrap());
-    assert!(usage > 0 && limit > 1 << 62, "usage {usage}, no limit: {limit}");
-    eventually("CPU time grows", PATIENCE, || (numbers(&task.stats().unwrap()).2 > cpu).then_some(()));
+    assert!(
+        usage > 0 && limit > 1 << 62,
+        "usage {usage}, no limit: {limit}"
+    );
+    eventually("CPU time grows", PATIENCE, || {
+        (numbers(&task.stats().unwrap()).2 > cpu).then_some(())
+    });
     end(&task);
 }
 
@@ -323,7 +418,10 @@ fn state_answers_beside_parked_waits(env: &Env) {
         })
         .collect();
     times.sort();
-    assert!(times[10] < Duration::from_millis(50), "State beside 100 parked Waits: {times:?}");
+    assert!(
+        times[10] < Duration::from_millis(50),
+        "State beside 100 parked Waits: {times:?}"
+    );
     task.kill("", KILL, false).unwrap();
     for wait in waits {
         assert_eq!(join(wait, PATIENCE).unwrap().exit_status, 137);
@@ -339,20 +437,29 @@ fn output_on(env: &Env, rootfs: Vec<Mount>, script: &str) -> String {
     let ((stdout, mut output), (stderr, _errors)) = (named("out"), named("err"));
     let task = bundle.start();
     let io = (rootfs, stdout, stderr);
-    task.create_with(|request| (request.rootfs, request.stdout, request.stderr) = io).unwrap();
+    task.create_with(|request| (request.rootfs, request.stdout, request.stderr) = io)
+        .unwrap();
     task.start("").unwrap();
     let status = task.wait("").unwrap().exit_status;
     let text = String::from_utf8_lossy(&drain(&mut output)).into_owned();
     assert_eq!(status, 0, "{text}");
     end(&task);
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    assert!(!mounts.contains(&*bundle.dir.to_string_lossy()), "still mounted after Delete");
+    assert!(
+        !mounts.contains(&*bundle.dir.to_string_lossy()),
+        "still mounted after Delete"
+    );
     fs::remove_dir(bundle.dir.join("rootfs")).expect("containerd can remove the bundle");
     text
 }
 
 fn mount(kind: &str, source: &str, options: &[String]) -> Mount {
-    Mount { type_: kind.into(), source: source.into(), options: options.to_vec(), ..Default::default() }
+    Mount {
+        type_: kind.into(),
+        source: source.into(),
+        options: options.to_vec(),
+        ..Default::default()
+    }
 }
 
 fn overlay_with_very_long_options(env: &Env) {
@@ -372,10 +479,21 @@ fn overlay_with_very_long_options(env: &Env) {
     assets::busybox_tree(Path::new(layers.last().unwrap()));
     let lower = format!("lowerdir={}", layers.join(":"));
     assert!(lower.len() > 4096);
-    let options = [format!("workdir={}", dir("work")), format!("upperdir={}", dir("upper")), lower];
-    let text = output_on(env, vec![mount("overlay", "overlay", &options)], "ls -d /file* | wc -l; echo new >/file1");
+    let options = [
+        format!("workdir={}", dir("work")),
+        format!("upperdir={}", dir("upper")),
+        lower,
+    ];
+    let text = output_on(
+        env,
+        vec![mount("overlay", "overlay", &options)],
+        "ls -d /file* | wc -l; echo new >/file1",
+    );
     assert_eq!(text.trim(), "100");
-    assert_eq!(fs::read_to_string(env.dir.join("upper/file1")).unwrap(), "new\n");
+    assert_eq!(
+        fs::read_to_string(env.dir.join("upper/file1")).unwrap(),
+        "new\n"
+    );
 }
 
 /// As the blockfile snapshotter gives it; devmapper gives a device in the same way.
@@ -383,18 +501,34 @@ fn image_file_as_root(env: &Env) {
     let image = env.dir.join("image");
     File::create(&image).unwrap().set_len(64 << 20).unwrap();
     let mut mkfs = Command::new("mke2fs");
-    mkfs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(tree()).arg(&image);
+    mkfs.args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(tree())
+        .arg(&image);
     run(mkfs, PATIENCE).ok();
-    let rootfs = || vec![mount("ext4", &image.to_string_lossy(), &["loop".to_owned()])];
+    let rootfs = || {
+        vec![mount(
+            "ext4",
+            &image.to_string_lossy(),
+            &["loop".to_owned()],
+        )]
+    };
     output_on(env, rootfs(), "echo kept >/file");
-    let text = output_on(env, rootfs(), "cat /file; grep ' / ' /proc/mounts | cut -d' ' -f3");
+    let text = output_on(
+        env,
+        rootfs(),
+        "cat /file; grep ' / ' /proc/mounts | cut -d' ' -f3",
+    );
     assert_eq!(text.trim(), "kept\next4");
 }
 
 fn bind_mount_as_root(env: &Env) {
     let options = ["rbind".to_owned(), "ro".to_owned()];
     let source = tree().to_string_lossy().into_owned();
-    let text = output_on(env, vec![mount("bind", &source, &options)], "touch /x || echo read-only");
+    let text = output_on(
+        env,
+        vec![mount("bind", &source, &options)],
+        "touch /x || echo read-only",
+    );
     assert_eq!(text.trim(), "read-only");
 }
 
@@ -408,7 +542,10 @@ fn what_is_not_implemented(env: &Env) {
         ("containerd.runtime.sandbox.v1.Sandbox", "Teleport"),
         ("containerd.services.streaming.v1.Streaming", "Stream"),
     ] {
-        refused(task.call::<Empty>(service, method, &Empty::default()), Code::UNIMPLEMENTED);
+        refused(
+            task.call::<Empty>(service, method, &Empty::default()),
+            Code::UNIMPLEMENTED,
+        );
     }
     end(&task);
 }
@@ -419,7 +556,12 @@ fn both_versions_answer_the_same(env: &Env) {
     let mut answers = [2, 3].map(|version| {
         task.version = version;
         let refusal = task.state("none").unwrap_err();
-        (task.state("").unwrap(), task.pids().unwrap(), task.connected().unwrap(), refusal)
+        (
+            task.state("").unwrap(),
+            task.pids().unwrap(),
+            task.connected().unwrap(),
+            refusal,
+        )
     });
     let (v2, v3) = answers.split_at_mut(1);
     assert_eq!(v2, v3);
@@ -433,13 +575,17 @@ fn connect_knows_the_sandbox(env: &Env) {
     assert!(before.shim_pid > 0 && before.task_pid == 0, "{before:?}");
     let pid = task.create().unwrap().pid;
     assert_eq!(task.connected().unwrap().task_pid, pid);
-    let server = procs::named("containerd-shim").into_iter().find(|process| process.pid == before.shim_pid);
+    let server = procs::named("containerd-shim")
+        .into_iter()
+        .find(|process| process.pid == before.shim_pid);
     assert!(server.is_some(), "no process {}", before.shim_pid);
     refused(task.other("none").connected(), Code::NOT_FOUND);
 }
 
 fn gone_within(bundle: &Bundle, deadline: Duration) {
-    eventually("the server's end", deadline, || bundle.processes().is_empty().then_some(()));
+    eventually("the server's end", deadline, || {
+        bundle.processes().is_empty().then_some(())
+    });
 }
 
 fn shutdown_waits_for_the_last_task(env: &Env) {
@@ -453,7 +599,10 @@ fn shutdown_waits_for_the_last_task(env: &Env) {
     task.delete("").unwrap();
     task.shutdown(false).unwrap();
     gone_within(&bundle, Duration::from_secs(2));
-    assert!(!Path::new(socket.trim_start_matches("unix://")).exists(), "the socket is left");
+    assert!(
+        !Path::new(socket.trim_start_matches("unix://")).exists(),
+        "the socket is left"
+    );
     bundle.delete();
 }
 
@@ -475,8 +624,11 @@ fn sigterm_ends_the_sandbox(env: &Env) {
 }
 
 fn options_of_create(env: &Env) {
-    let any =
-        |type_url: &str, value: &[u8]| Any { type_url: type_url.into(), value: value.into(), ..Default::default() };
+    let any = |type_url: &str, value: &[u8]| Any {
+        type_url: type_url.into(),
+        value: value.into(),
+        ..Default::default()
+    };
     let bundle = Bundle::new(env, &SLEEP);
     let task = bundle.start();
     let error = refused(
@@ -485,9 +637,13 @@ fn options_of_create(env: &Env) {
     );
     assert!(error.contains("windows.Options"), "{error}");
     let garbage = any("runtimeoptions.v1.Options", b"\x12\xff");
-    refused(task.create_with(|request| request.options = Some(garbage).into()), Code::INVALID_ARGUMENT);
+    refused(
+        task.create_with(|request| request.options = Some(garbage).into()),
+        Code::INVALID_ARGUMENT,
+    );
     let runc = any("containerd.runc.v1.Options", b"\x1a\x03abc");
-    task.create_with(|request| request.options = Some(runc).into()).unwrap();
+    task.create_with(|request| request.options = Some(runc).into())
+        .unwrap();
     task.delete("").unwrap();
 }
 
@@ -495,7 +651,10 @@ fn unknown_names_in_a_spec(env: &Env) {
     let bundle = Bundle::new(env, &["sh", "-c", "exit 3"]);
     bundle.edit(|spec| {
         let process = &mut spec["process"];
-        process["capabilities"]["bounding"].as_array_mut().unwrap().push(json!("CAP_TIME_TRAVEL"));
+        process["capabilities"]["bounding"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!("CAP_TIME_TRAVEL"));
         spec["linux"]["seccomp"] = json!({
             "defaultAction": "SCMP_ACT_ALLOW",
             "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_ABACUS"],
@@ -508,7 +667,9 @@ fn unknown_names_in_a_spec(env: &Env) {
     task.delete("").unwrap();
     // A limit is a restriction: it is kept or refused, as with runc.
     let limited = Bundle::new(env, &["true"]);
-    limited.edit(|spec| spec["process"]["rlimits"] = json!([{"type": "RLIMIT_PATIENCE", "hard": 1, "soft": 1}]));
+    limited.edit(|spec| {
+        spec["process"]["rlimits"] = json!([{"type": "RLIMIT_PATIENCE", "hard": 1, "soft": 1}])
+    });
     let error = refused(limited.start().create(), Code::INVALID_ARGUMENT);
     assert!(error.contains("RLIMIT_PATIENCE"), "{error}");
 }
@@ -516,10 +677,16 @@ fn unknown_names_in_a_spec(env: &Env) {
 fn update_keeps_the_rest(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
     let task = running(&bundle);
-    task.update(&json!({"memory": {"limit": 64 << 20}})).unwrap();
+    task.update(&json!({"memory": {"limit": 64 << 20}}))
+        .unwrap();
     assert_eq!(numbers(&task.stats().unwrap()).1, 64 << 20);
-    task.update(&json!({"cpu": {"shares": 512}, "pids": {"limit": 100}})).unwrap();
-    assert_eq!(numbers(&task.stats().unwrap()).1, 64 << 20, "the memory limit stays");
+    task.update(&json!({"cpu": {"shares": 512}, "pids": {"limit": 100}}))
+        .unwrap();
+    assert_eq!(
+        numbers(&task.stats().unwrap()).1,
+        64 << 20,
+        "the memory limit stays"
+    );
     end(&task);
 }
 
@@ -538,14 +705,18 @@ fn many_execs_leave_nothing_open(env: &Env) {
     (0..5).for_each(once);
     let before = count();
     (5..105).for_each(once);
-    eventually(&format!("descriptors back to {before}"), PATIENCE, || (count() <= before + 1).then_some(()));
+    eventually(&format!("descriptors back to {before}"), PATIENCE, || {
+        (count() <= before + 1).then_some(())
+    });
     end(&task);
 }
 
 fn unknown_stdio_scheme(env: &Env) {
     let bundle = Bundle::new(env, &SLEEP);
     let task = bundle.start();
-    let error = task.create_with(|request| request.stdout = "pigeon:///x".into()).unwrap_err();
+    let error = task
+        .create_with(|request| request.stdout = "pigeon:///x".into())
+        .unwrap_err();
     assert!(error.message.contains("pigeon"), "{error:?}");
     refused(task.state(""), Code::NOT_FOUND);
 }

@@ -1,5 +1,11 @@
-//! Standard input and output through containerd: every byte, in order, to its end, and never in the way of the rest.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! Standard input and output through containerd: every byte, in order, to its end, and never in the
+//! way of the rest.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -15,8 +21,10 @@ use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually, procs}
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Core: a_hundred_mib_through_cat, terminal_that_is_resized;
-        Once: every_byte_value, output_of_a_process_that_exits_at_once, standard_input_ends, input_written_before_it_is_read,
-            input_that_nobody_reads, output_after_input_ended, null_io, log_file, log_program, nobody_reads_the_output,
+        Once: every_byte_value, output_of_a_process_that_exits_at_once, standard_input_ends,
+            input_written_before_it_is_read,
+            input_that_nobody_reads, output_after_input_ended, null_io, log_file, log_program,
+            nobody_reads_the_output,
             a_stopped_reader_blocks_nobody_else, attach_to_a_running_container, terminal_of_an_exec,
             child_that_keeps_the_output_open;
         Long: a_gib_of_output;
@@ -40,7 +48,10 @@ fn noise(path: &Path, mib: usize) {
 
 #[track_caller]
 fn assert_same(one: &Path, two: &Path) {
-    let (size, wanted) = (fs::metadata(two).unwrap().len(), fs::metadata(one).unwrap().len());
+    let (size, wanted) = (
+        fs::metadata(two).unwrap().len(),
+        fs::metadata(one).unwrap().len(),
+    );
     assert_eq!(size, wanted, "bytes that came back");
     let (mut one, mut two) = (File::open(one).unwrap(), File::open(two).unwrap());
     let (mut left, mut right) = (vec![0; 1 << 20], vec![0; 1 << 20]);
@@ -56,7 +67,11 @@ fn a_hundred_mib_through_cat(env: &Env) {
     noise(&input, 100);
     let container = Container::adopt(env, &env.id());
     let command = env.run_command(&container.id, &["--rm"], &["cat"]);
-    let cat = Running::start_into(command, Some(File::open(&input).unwrap()), File::create(&output).unwrap());
+    let cat = Running::start_into(
+        command,
+        Some(File::open(&input).unwrap()),
+        File::create(&output).unwrap(),
+    );
     cat.wait(Duration::from_secs(180)).ok();
     assert_same(&input, &output);
     fs::remove_file(input).unwrap();
@@ -67,7 +82,9 @@ fn a_gib_of_output(env: &Env) {
     let output = env.dir.join("out");
     let script = "dd if=/dev/zero bs=1M count=1024 2>/dev/null | tr '\\0' x";
     let command = env.run_command(&env.id(), &["--rm"], &["sh", "-c", script]);
-    Running::start_into(command, None, File::create(&output).unwrap()).wait(Duration::from_secs(900)).ok();
+    Running::start_into(command, None, File::create(&output).unwrap())
+        .wait(Duration::from_secs(900))
+        .ok();
     assert_eq!(fs::metadata(&output).unwrap().len(), 1 << 30);
     fs::remove_file(output).unwrap();
 }
@@ -77,23 +94,36 @@ fn every_byte_value(env: &Env) {
     let bytes: Vec<u8> = (0..=255).cycle().take(64 << 10).collect();
     fs::write(env.dir.join("bytes"), &bytes).unwrap();
     let input = File::open(env.dir.join("bytes")).unwrap();
-    let output = Running::start(container.exec_command("cat", &[], &["cat"]), Some(input)).wait(PATIENCE).ok();
-    assert!(output.stdout == bytes, "{} bytes came back, or other ones", output.stdout.len());
+    let output = Running::start(container.exec_command("cat", &[], &["cat"]), Some(input))
+        .wait(PATIENCE)
+        .ok();
+    assert!(
+        output.stdout == bytes,
+        "{} bytes came back, or other ones",
+        output.stdout.len()
+    );
 }
 
 fn output_of_a_process_that_exits_at_once(env: &Env) {
     assert_eq!(env.run(&[], &["echo", "gone"]).ok().text(), "gone");
     let container = env.idle();
     for number in 0..20 {
-        let output = container.exec(&["sh", "-c", &format!("echo {number}; echo e{number} >&2")]).ok();
-        assert_eq!((output.text(), output.errors()), (number.to_string(), format!("e{number}")));
+        let output = container
+            .exec(&["sh", "-c", &format!("echo {number}; echo e{number} >&2")])
+            .ok();
+        assert_eq!(
+            (output.text(), output.errors()),
+            (number.to_string(), format!("e{number}"))
+        );
     }
 }
 
-/// Starts an exec whose standard input is a pipe, and waits until it runs: `ctr` loses an end of input that comes before.
+/// Starts an exec whose standard input is a pipe, and waits until it runs: `ctr` loses an end of
+/// input that comes before.
 fn piped_exec(container: &Container, script: &str) -> (Running, ChildStdin) {
     let script = format!("touch /ready; {script}");
-    let mut running = Running::start_piped(container.exec_command("piped", &[], &["sh", "-c", &script]));
+    let mut running =
+        Running::start_piped(container.exec_command("piped", &[], &["sh", "-c", &script]));
     let input = running.child.stdin.take().unwrap();
     container.wait_for_file("/ready");
     (running, input)
@@ -140,39 +170,78 @@ fn output_after_input_ended(env: &Env) {
 }
 
 fn null_io(env: &Env) {
-    let output = env.run(&["--null-io"], &["sh", "-c", "cat; dd if=/dev/zero bs=1M count=4; exit 6"]).exits(6);
-    assert_eq!((output.text(), output.errors()), (String::new(), String::new()));
+    let output = env
+        .run(
+            &["--null-io"],
+            &["sh", "-c", "cat; dd if=/dev/zero bs=1M count=4; exit 6"],
+        )
+        .exits(6);
+    assert_eq!(
+        (output.text(), output.errors()),
+        (String::new(), String::new())
+    );
 }
 
 fn log_file(env: &Env) {
     let file = env.dir.join("sub/log");
     let uri = format!("file://{}", file.display());
-    env.run(&["--log-uri", &uri], &["sh", "-c", "echo out; echo err >&2"]).ok();
+    env.run(
+        &["--log-uri", &uri],
+        &["sh", "-c", "echo out; echo err >&2"],
+    )
+    .ok();
     let logged = fs::read_to_string(&file).unwrap();
-    assert!(logged.contains("out\n") && logged.contains("err\n"), "{logged:?}");
+    assert!(
+        logged.contains("out\n") && logged.contains("err\n"),
+        "{logged:?}"
+    );
     env.run(&["--log-uri", &uri], &["echo", "more"]).ok();
-    assert!(fs::read_to_string(&file).unwrap().ends_with("more\n"), "the file is appended to");
+    assert!(
+        fs::read_to_string(&file).unwrap().ends_with("more\n"),
+        "the file is appended to"
+    );
 }
 
 fn log_program(env: &Env) {
     let logger = env.dir.join("logger");
     // Descriptor 5 closed: the logger is ready.
-    let script =
-        "#!/bin/sh\nexec 5>&-\ncat <&3 >\"$2/$CONTAINER_NAMESPACE.$CONTAINER_ID.out\" &\ncat <&4 >\"$2/$1\" &\nwait\n";
+    let script = "#!/bin/sh\nexec 5>&-\ncat <&3 >\"$2/$CONTAINER_NAMESPACE.$CONTAINER_ID.out\" &\ncat <&4 >\"$2/$1\" &\nwait\n";
     fs::write(&logger, script).unwrap();
     fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).unwrap();
     let uri = format!("binary://{}?errors={}", logger.display(), env.dir.display());
-    let container = env.detached(&["--log-uri", &uri], &["sh", "-c", "echo out; echo err >&2; exit 2"]);
+    let container = env.detached(
+        &["--log-uri", &uri],
+        &["sh", "-c", "echo out; echo err >&2; exit 2"],
+    );
     assert_eq!(container.finish(), 2);
-    let name = format!("{}.{}.out", cofferdam_tests::daemon::namespace(), container.id);
+    let name = format!(
+        "{}.{}.out",
+        cofferdam_tests::daemon::namespace(),
+        container.id
+    );
     for (name, text) in [(name.as_str(), "out\n"), ("errors", "err\n")] {
-        let read = || fs::read_to_string(env.dir.join(name)).ok().filter(|logged| logged == text);
-        eventually(&format!("the logger's file {name} has {text:?}"), PATIENCE, read);
+        let read = || {
+            fs::read_to_string(env.dir.join(name))
+                .ok()
+                .filter(|logged| logged == text)
+        };
+        eventually(
+            &format!("the logger's file {name} has {text:?}"),
+            PATIENCE,
+            read,
+        );
     }
 }
 
 fn nobody_reads_the_output(env: &Env) {
-    let container = env.detached(&[], &["sh", "-c", "dd if=/dev/zero bs=64k count=64 2>/dev/null; sleep 3600"]);
+    let container = env.detached(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "dd if=/dev/zero bs=64k count=64 2>/dev/null; sleep 3600",
+        ],
+    );
     container.exec(&["echo", "alive"]).ok();
     container.kill("SIGKILL", &[]).ok();
     assert_eq!(container.finish(), 137);
@@ -182,11 +251,23 @@ fn a_stopped_reader_blocks_nobody_else(env: &Env) {
     let container = env.idle();
     let flood = ["dd", "if=/dev/zero", "bs=64k", "count=4096"];
     let mut stopped = container.exec_command("flood", &[], &flood);
-    let mut stopped = stopped.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut stopped = stopped
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut first = [0; 1];
-    stopped.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    stopped
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut first)
+        .unwrap();
     let took = container.exec(&["echo", "quick"]).ok().took;
-    assert!(took < Duration::from_secs(10), "an exec beside the blocked one took {took:?}");
+    assert!(
+        took < Duration::from_secs(10),
+        "an exec beside the blocked one took {took:?}"
+    );
     container.kill("SIGKILL", &["--exec-id", "flood"]).ok();
     drop(stopped.stdout.take());
     let _ = stopped.kill();
@@ -195,15 +276,29 @@ fn a_stopped_reader_blocks_nobody_else(env: &Env) {
 }
 
 fn attach_to_a_running_container(env: &Env) {
-    let container = env.detached(&[], &["sh", "-c", "while [ ! -e /go ]; do sleep 0.1; done; echo attached; exit 4"]);
-    let attach = Running::start(env.daemon.ctr_command(["tasks", "attach", &container.id]), None);
+    let container = env.detached(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "while [ ! -e /go ]; do sleep 0.1; done; echo attached; exit 4",
+        ],
+    );
+    let attach = Running::start(
+        env.daemon.ctr_command(["tasks", "attach", &container.id]),
+        None,
+    );
     container.exec(&["touch", "/go"]).ok();
     assert_eq!(attach.wait(PATIENCE).exits(4).text(), "attached");
 }
 
 fn terminal_that_is_resized(env: &Env) {
     let container = Container::adopt(env, &env.id());
-    let mut terminal = Terminal::run(env.run_command(&container.id, &["--rm", "-t"], &["sh"]), 33, 99);
+    let mut terminal = Terminal::run(
+        env.run_command(&container.id, &["--rm", "-t"], &["sh"]),
+        33,
+        99,
+    );
     terminal.send("tty\n");
     terminal.expect("/dev/pts/0");
     // ctr sets the size after the start: it may be there a moment later.
@@ -233,6 +328,9 @@ fn terminal_of_an_exec(env: &Env) {
 fn child_that_keeps_the_output_open(env: &Env) {
     // The exit of a process must not wait for a child that still holds its output.
     let container = env.idle();
-    let output = run(container.exec_command("parent", &[], &["sh", "-c", "sleep 25 & echo parent"]), PATIENCE);
+    let output = run(
+        container.exec_command("parent", &[], &["sh", "-c", "sleep 25 & echo parent"]),
+        PATIENCE,
+    );
     assert_eq!(output.ok().text(), "parent");
 }

@@ -1,5 +1,11 @@
-//! The life of containers as a user of `ctr` sees it: run, exec, kill, pause, limits, users, restarts of containerd.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! The life of containers as a user of `ctr` sees it: run, exec, kill, pause, limits, users,
+//! restarts of containerd.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,40 +17,75 @@ use nix::sys::signal::Signal;
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
-        Core: output_and_exit_code, exec_kill_and_remove_in_the_background, memory_limit_ends_in_137,
+        Core: output_and_exit_code, exec_kill_and_remove_in_the_background,
+            memory_limit_ends_in_137,
             containerd_restarts_and_the_container_stays;
         Ours: guest_has_its_own_kernel, exit_code_is_kept_while_containerd_is_away;
         Once: signals_reach_the_process, containerd_crashes_and_the_container_stays,
-            pause_and_resume, metrics, read_only_root, capability_is_dropped, seccomp_and_privileged, user_of_run_and_exec,
-            environment_and_directory, bind_mounts, root_file_system_of_ones_own, devices, missing_command, missing_exec_command,
-            id_that_is_taken, kill_everything_in_it, signal_to_all_reaches_children, kill_of_what_has_ended, processes_are_listed, large_exec_arguments,
-            fifty_execs_at_once, two_at_once, created_started_and_started_again, host_processes_are_not_visible;
+            pause_and_resume, metrics, read_only_root, capability_is_dropped,
+            seccomp_and_privileged, user_of_run_and_exec,
+            environment_and_directory, bind_mounts, root_file_system_of_ones_own, devices,
+            missing_command, missing_exec_command,
+            id_that_is_taken, kill_everything_in_it, signal_to_all_reaches_children,
+            kill_of_what_has_ended, processes_are_listed, large_exec_arguments,
+            fifty_execs_at_once, two_at_once, created_started_and_started_again,
+            host_processes_are_not_visible;
     ])
 }
 
 fn output_and_exit_code(env: &Env) {
-    let output = env.run(&[], &["sh", "-c", "echo out; echo err >&2; exit 7"]).exits(7);
-    assert_eq!((output.text().as_str(), output.errors().as_str()), ("out", "err"));
+    let output = env
+        .run(&[], &["sh", "-c", "echo out; echo err >&2; exit 7"])
+        .exits(7);
+    assert_eq!(
+        (output.text().as_str(), output.errors().as_str()),
+        ("out", "err")
+    );
 }
 
 fn guest_has_its_own_kernel(env: &Env) {
     let guest = env.run(&[], &["uname", "-r"]).ok().text();
-    let host = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
-    assert!(!guest.is_empty() && guest != host, "the guest's kernel is {guest:?}, the host's {host:?}");
+    let host = nix::sys::utsname::uname()
+        .unwrap()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    assert!(
+        !guest.is_empty() && guest != host,
+        "the guest's kernel is {guest:?}, the host's {host:?}"
+    );
 }
 
 fn host_processes_are_not_visible(env: &Env) {
-    let seen = env.run(&[], &["sh", "-c", "ps -o pid,comm; cat /proc/1/cgroup"]).ok().text();
-    assert!(seen.lines().nth(1).unwrap().trim().starts_with("1 "), "the command is not PID 1: {seen}");
-    assert!(seen.lines().take_while(|line| !line.contains('/')).count() < 6, "other processes are visible: {seen}");
+    let seen = env
+        .run(&[], &["sh", "-c", "ps -o pid,comm; cat /proc/1/cgroup"])
+        .ok()
+        .text();
+    assert!(
+        seen.lines().nth(1).unwrap().trim().starts_with("1 "),
+        "the command is not PID 1: {seen}"
+    );
+    assert!(
+        seen.lines().take_while(|line| !line.contains('/')).count() < 6,
+        "other processes are visible: {seen}"
+    );
 }
 
 fn exec_kill_and_remove_in_the_background(env: &Env) {
     let container = env.idle();
     let (pid, status) = container.listed().unwrap();
     assert!(pid != 0 && status == "RUNNING", "{pid} {status}");
-    let output = container.exec(&["sh", "-c", "echo in; cat /proc/1/comm; echo err >&2; exit 3"]).exits(3);
-    assert_eq!((output.text().as_str(), output.errors().as_str()), ("in\nsleep", "err"));
+    let output = container
+        .exec(&[
+            "sh",
+            "-c",
+            "echo in; cat /proc/1/comm; echo err >&2; exit 3",
+        ])
+        .exits(3);
+    assert_eq!(
+        (output.text().as_str(), output.errors().as_str()),
+        ("in\nsleep", "err")
+    );
     container.kill("SIGKILL", &[]).ok();
     assert_eq!(container.finish(), 137);
     env.ctr(&["containers", "rm", &container.id]).ok();
@@ -52,18 +93,22 @@ fn exec_kill_and_remove_in_the_background(env: &Env) {
 
 fn signals_reach_the_process(env: &Env) {
     for (signal, code) in [("SIGTERM", 31), ("SIGHUP", 30)] {
-        let script = "trap 'exit 30' HUP; trap 'exit 31' TERM; touch /ready; while :; do sleep 0.1; done";
+        let script =
+            "trap 'exit 30' HUP; trap 'exit 31' TERM; touch /ready; while :; do sleep 0.1; done";
         let container = env.detached(&["--null-io"], &["sh", "-c", script]);
         container.wait_for_file("/ready");
         container.kill(signal, &[]).ok();
         assert_eq!(container.finish(), code);
     }
-    let output = env.run(&[], &["sh", "-c", "sh -c 'kill -9 $$'; echo $?"]).ok();
+    let output = env
+        .run(&[], &["sh", "-c", "sh -c 'kill -9 $$'; echo $?"])
+        .ok();
     assert_eq!(output.text(), "137");
 }
 
 fn memory_limit_ends_in_137(env: &Env) {
-    env.run(&["--memory-limit", "33554432"], &["tail", "/dev/zero"]).exits(137);
+    env.run(&["--memory-limit", "33554432"], &["tail", "/dev/zero"])
+        .exits(137);
 }
 
 const EXIT_9_ON_TERM: &str = "trap 'exit 9' TERM; touch /ready; while :; do sleep 0.1; done";
@@ -76,8 +121,15 @@ fn away_and_back(env: &Env, signal: Signal) {
     container.wait_for_file("/ready");
     env.daemon.stop(signal);
     env.daemon.start_again();
-    assert_eq!(container.listed(), before, "pid and status are the same after the restart");
-    assert_eq!(container.exec(&["echo", "still here"]).ok().text(), "still here");
+    assert_eq!(
+        container.listed(),
+        before,
+        "pid and status are the same after the restart"
+    );
+    assert_eq!(
+        container.exec(&["echo", "still here"]).ok().text(),
+        "still here"
+    );
     container.kill("SIGTERM", &[]).ok();
     assert_eq!(container.finish(), 9);
 }
@@ -103,7 +155,10 @@ fn exit_code_is_kept_while_containerd_is_away(env: &Env) {
 }
 
 fn pause_and_resume(env: &Env) {
-    let container = env.detached(&["--null-io"], &["sh", "-c", "while :; do date +%s%N >/now; sleep 0.05; done"]);
+    let container = env.detached(
+        &["--null-io"],
+        &["sh", "-c", "while :; do date +%s%N >/now; sleep 0.05; done"],
+    );
     container.wait_for_file("/now");
     env.ctr(&["tasks", "pause", &container.id]).ok();
     container.wait_for("PAUSED");
@@ -112,18 +167,36 @@ fn pause_and_resume(env: &Env) {
     env.ctr(&["tasks", "resume", &container.id]).ok();
     container.wait_for("RUNNING");
     let first = container.exec(&["cat", "/now"]).ok().text();
-    eventually("it runs on", PATIENCE, || (container.exec(&["cat", "/now"]).ok().text() != first).then_some(()));
+    eventually("it runs on", PATIENCE, || {
+        (container.exec(&["cat", "/now"]).ok().text() != first).then_some(())
+    });
 }
 
 fn metrics(env: &Env) {
     let container = env.idle();
-    let metrics = env.ctr(&["tasks", "metrics", "--format", "json", &container.id]).ok().text();
+    let metrics = env
+        .ctr(&["tasks", "metrics", "--format", "json", &container.id])
+        .ok()
+        .text();
     let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
-    let usage = [&metrics["memory"]["usage"]["usage"], &metrics["memory"]["usage"]].into_iter().find_map(number);
+    let usage = [
+        &metrics["memory"]["usage"]["usage"],
+        &metrics["memory"]["usage"],
+    ]
+    .into_iter()
+    .find_map(number);
     assert!(usage.unwrap() > 0.0, "memory usage: {metrics}");
-    let cpu = [&metrics["cpu"]["usage"]["total"], &metrics["cpu"]["usage_usec"]].into_iter().find_map(number);
+    let cpu = [
+        &metrics["cpu"]["usage"]["total"],
+        &metrics["cpu"]["usage_usec"],
+    ]
+    .into_iter()
+    .find_map(number);
     assert!(cpu.unwrap() > 0.0, "CPU usage: {metrics}");
-    assert!(number(&metrics["pids"]["current"]).unwrap() >= 1.0, "processes: {metrics}");
+    assert!(
+        number(&metrics["pids"]["current"]).unwrap() >= 1.0,
+        "processes: {metrics}"
+    );
 }
 
 fn number(value: &serde_json::Value) -> Option<f64> {
@@ -131,27 +204,54 @@ fn number(value: &serde_json::Value) -> Option<f64> {
 }
 
 fn read_only_root(env: &Env) {
-    let output = env.run(&["--read-only"], &["sh", "-c", "touch /x || touch /dev/shm/y && echo shm"]).ok();
-    assert!(output.errors().contains("Read-only file system"), "{}", output.errors());
+    let output = env
+        .run(
+            &["--read-only"],
+            &["sh", "-c", "touch /x || touch /dev/shm/y && echo shm"],
+        )
+        .ok();
+    assert!(
+        output.errors().contains("Read-only file system"),
+        "{}",
+        output.errors()
+    );
     assert_eq!(output.text(), "shm", "/dev/shm stays writable");
 }
 
 fn capability_is_dropped(env: &Env) {
     let effective = |flags: &[&str]| {
-        let line = env.run(flags, &["grep", "CapEff", "/proc/self/status"]).ok().text();
+        let line = env
+            .run(flags, &["grep", "CapEff", "/proc/self/status"])
+            .ok()
+            .text();
         u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap()
     };
-    let (all, less) = (effective(&[]), effective(&["--cap-drop", "CAP_CHOWN", "--cap-add", "CAP_SYS_ADMIN"]));
+    let (all, less) = (
+        effective(&[]),
+        effective(&["--cap-drop", "CAP_CHOWN", "--cap-add", "CAP_SYS_ADMIN"]),
+    );
     assert_eq!(all & 1, 1, "CAP_CHOWN is there by default: {all:x}");
     assert_eq!(less & 1, 0, "CAP_CHOWN is dropped: {less:x}");
     assert_eq!(less & 1 << 21, 1 << 21, "CAP_SYS_ADMIN is added: {less:x}");
 }
 
 fn seccomp_and_privileged(env: &Env) {
-    let status = env.run(&["--seccomp"], &["grep", "Seccomp:", "/proc/self/status"]).ok().text();
-    assert!(status.ends_with('2'), "the default profile filters: {status}");
-    let status =
-        env.run(&["--privileged"], &["sh", "-c", "grep -E 'CapEff|Seccomp:' /proc/self/status; mount -t tmpfs t /tmp"]);
+    let status = env
+        .run(&["--seccomp"], &["grep", "Seccomp:", "/proc/self/status"])
+        .ok()
+        .text();
+    assert!(
+        status.ends_with('2'),
+        "the default profile filters: {status}"
+    );
+    let status = env.run(
+        &["--privileged"],
+        &[
+            "sh",
+            "-c",
+            "grep -E 'CapEff|Seccomp:' /proc/self/status; mount -t tmpfs t /tmp",
+        ],
+    );
     let status = status.ok().text();
     assert!(status.ends_with('0') && status.contains("ff"), "{status}");
 }
@@ -159,19 +259,39 @@ fn seccomp_and_privileged(env: &Env) {
 fn user_of_run_and_exec(env: &Env) {
     // `ctr run` of 1.6 knows no --user.
     if env.daemon.release != Release::V1_6 {
-        assert_eq!(env.run(&["--user", "65534:1000"], &["sh", "-c", "id -u; id -g"]).ok().text(), "65534\n1000");
+        assert_eq!(
+            env.run(&["--user", "65534:1000"], &["sh", "-c", "id -u; id -g"])
+                .ok()
+                .text(),
+            "65534\n1000"
+        );
     }
     let container = env.idle();
     let output = container.exec_with(&["--user", "65534"], &["sh", "-c", "id -u; touch /root/x"]);
     assert_eq!(output.text(), "65534");
-    assert!(output.errors().contains("Permission denied"), "{}", output.errors());
+    assert!(
+        output.errors().contains("Permission denied"),
+        "{}",
+        output.errors()
+    );
 }
 
 fn environment_and_directory(env: &Env) {
-    let output = env.run(&["--env", "A=b c", "--cwd", "/tmp"], &["sh", "-c", "echo \"$A\"; pwd"]).ok();
+    let output = env
+        .run(
+            &["--env", "A=b c", "--cwd", "/tmp"],
+            &["sh", "-c", "echo \"$A\"; pwd"],
+        )
+        .ok();
     assert_eq!(output.text(), "b c\n/tmp");
     let container = env.idle();
-    assert_eq!(container.exec_with(&["--cwd", "/usr"], &["pwd"]).ok().text(), "/usr");
+    assert_eq!(
+        container
+            .exec_with(&["--cwd", "/usr"], &["pwd"])
+            .ok()
+            .text(),
+        "/usr"
+    );
 }
 
 fn bind_mounts(env: &Env) {
@@ -179,14 +299,24 @@ fn bind_mounts(env: &Env) {
     std::fs::write(&file, "from the host").unwrap();
     std::fs::create_dir(&dir).unwrap();
     let mount = |source: &std::path::Path, to: &str, mode: &str| {
-        format!("type=bind,src={},dst={to},options=rbind:{mode}", source.display())
+        format!(
+            "type=bind,src={},dst={to},options=rbind:{mode}",
+            source.display()
+        )
     };
     let (one, two) = (mount(&file, "/file", "ro"), mount(&dir, "/dir", "rw"));
     let script = "cat /file; echo from the guest >/dir/new; echo x >/file";
     let output = env.run(&["--mount", &one, "--mount", &two], &["sh", "-c", script]);
     assert_eq!(output.text(), "from the host");
-    assert!(output.errors().contains("Read-only file system"), "{}", output.errors());
-    assert_eq!(std::fs::read_to_string(dir.join("new")).unwrap(), "from the guest\n");
+    assert!(
+        output.errors().contains("Read-only file system"),
+        "{}",
+        output.errors()
+    );
+    assert_eq!(
+        std::fs::read_to_string(dir.join("new")).unwrap(),
+        "from the guest\n"
+    );
 }
 
 fn root_file_system_of_ones_own(env: &Env) {
@@ -195,28 +325,51 @@ fn root_file_system_of_ones_own(env: &Env) {
     std::fs::write(tree.join("mark"), "mine").unwrap();
     let path = tree.to_string_lossy().into_owned();
     let script = "cat /mark; echo written >/new";
-    assert_eq!(env.run(&["--env", "PATH=/bin", "--rootfs", &path], &["sh", "-c", script]).ok().text(), "mine");
-    assert_eq!(std::fs::read_to_string(tree.join("new")).unwrap(), "written\n");
+    assert_eq!(
+        env.run(
+            &["--env", "PATH=/bin", "--rootfs", &path],
+            &["sh", "-c", script]
+        )
+        .ok()
+        .text(),
+        "mine"
+    );
+    assert_eq!(
+        std::fs::read_to_string(tree.join("new")).unwrap(),
+        "written\n"
+    );
 }
 
 fn devices(env: &Env) {
     let script = "echo x >/dev/null && head -c 3 /dev/zero | wc -c; echo x >/dev/full; \
-                  for d in random urandom tty ptmx; do test -e /dev/$d || echo no $d; done; test -w /dev/shm && echo shm";
+                  for d in random urandom tty ptmx; do test -e /dev/$d || echo no $d; done; test \
+                  -w /dev/shm && echo shm";
     let output = env.run(&[], &["sh", "-c", script]).ok();
     assert_eq!(output.text(), "3\nshm");
-    assert!(output.errors().contains("No space left"), "{}", output.errors());
+    assert!(
+        output.errors().contains("No space left"),
+        "{}",
+        output.errors()
+    );
 }
 
 fn missing_command(env: &Env) {
-    env.run(&[], &["/no/such/program"]).fails_with(&["/no/such/program", "no such file or directory"]);
-    env.run(&[], &["no-such-program"]).fails_with(&["no-such-program", "executable file not found in $PATH"]);
-    env.run(&[], &["/etc/passwd"]).fails_with(&["/etc/passwd", "permission denied"]);
+    env.run(&[], &["/no/such/program"])
+        .fails_with(&["/no/such/program", "no such file or directory"]);
+    env.run(&[], &["no-such-program"])
+        .fails_with(&["no-such-program", "executable file not found in $PATH"]);
+    env.run(&[], &["/etc/passwd"])
+        .fails_with(&["/etc/passwd", "permission denied"]);
 }
 
 fn missing_exec_command(env: &Env) {
     let container = env.idle();
-    container.exec(&["/no/such/program"]).fails_with(&["/no/such/program", "no such file or directory"]);
-    container.exec(&["/etc/passwd"]).fails_with(&["/etc/passwd", "permission denied"]);
+    container
+        .exec(&["/no/such/program"])
+        .fails_with(&["/no/such/program", "no such file or directory"]);
+    container
+        .exec(&["/etc/passwd"])
+        .fails_with(&["/etc/passwd", "permission denied"]);
     container.exec(&["echo", "fine"]).ok();
 }
 
@@ -230,14 +383,23 @@ fn id_that_is_taken(env: &Env) {
 }
 
 fn kill_everything_in_it(env: &Env) {
-    let container = env.detached(&["--null-io"], &["sh", "-c", "sleep 3600 & sleep 3600 & wait"]);
+    let container = env.detached(
+        &["--null-io"],
+        &["sh", "-c", "sleep 3600 & sleep 3600 & wait"],
+    );
     container.kill("SIGKILL", &["--all"]).ok();
     assert_eq!(container.finish(), 137);
 }
 
 fn signal_to_all_reaches_children(env: &Env) {
-    let container =
-        env.detached(&["--null-io"], &["sh", "-c", "sleep 3600 & touch /ready; wait; touch /ended; sleep 3600"]);
+    let container = env.detached(
+        &["--null-io"],
+        &[
+            "sh",
+            "-c",
+            "sleep 3600 & touch /ready; wait; touch /ended; sleep 3600",
+        ],
+    );
     container.wait_for_file("/ready");
     container.kill("SIGTERM", &["--all"]).ok();
     container.wait_for_file("/ended");
@@ -254,12 +416,21 @@ fn kill_of_what_has_ended(env: &Env) {
 fn processes_are_listed(env: &Env) {
     let container = env.idle();
     let exec_id = env.id();
-    run(container.exec_command(&exec_id, &["-d"], &["sleep", "3600"]), PATIENCE).ok();
+    run(
+        container.exec_command(&exec_id, &["-d"], &["sleep", "3600"]),
+        PATIENCE,
+    )
+    .ok();
     let pids = container.pids();
-    assert!(pids.len() >= 2 && pids.contains(&container.listed().unwrap().0), "{pids:?}");
+    assert!(
+        pids.len() >= 2 && pids.contains(&container.listed().unwrap().0),
+        "{pids:?}"
+    );
     assert!(pids.iter().all(|pid| *pid != 0), "{pids:?}");
     container.kill("SIGKILL", &["--exec-id", &exec_id]).ok();
-    eventually("the exec is gone from the list", PATIENCE, || (container.pids().len() < pids.len()).then_some(()));
+    eventually("the exec is gone from the list", PATIENCE, || {
+        (container.pids().len() < pids.len()).then_some(())
+    });
     container.exec(&["true"]).ok();
 }
 
@@ -274,20 +445,35 @@ fn large_exec_arguments(env: &Env) {
 fn fifty_execs_at_once(env: &Env) {
     let container = env.idle();
     let start = |number: usize| {
-        let command = container.exec_command(&format!("exec{number}"), &[], &["echo", "-n", &number.to_string()]);
+        let command = container.exec_command(
+            &format!("exec{number}"),
+            &[],
+            &["echo", "-n", &number.to_string()],
+        );
         (number, Running::start(command, None))
     };
     let running: Vec<_> = (0..50).map(start).collect();
     for (number, exec) in running {
-        assert_eq!(exec.wait(Duration::from_secs(120)).ok().text(), number.to_string());
+        assert_eq!(
+            exec.wait(Duration::from_secs(120)).ok().text(),
+            number.to_string()
+        );
     }
 }
 
 fn two_at_once(env: &Env) {
     let (one, two) = (env.idle(), env.idle());
     one.exec(&["sh", "-c", "echo one >/tmp/mark"]).ok();
-    assert_ne!(two.exec(&["cat", "/tmp/mark"]).status, 0, "they share a file system");
-    assert_ne!(one.listed().unwrap().0, two.listed().unwrap().0, "they share a pid");
+    assert_ne!(
+        two.exec(&["cat", "/tmp/mark"]).status,
+        0,
+        "they share a file system"
+    );
+    assert_ne!(
+        one.listed().unwrap().0,
+        two.listed().unwrap().0,
+        "they share a pid"
+    );
     one.kill("SIGKILL", &[]).ok();
     assert_eq!(one.finish(), 137);
     two.exec(&["true"]).ok();
@@ -297,11 +483,23 @@ fn created_started_and_started_again(env: &Env) {
     let id = env.id();
     let Daemon { snapshotter, .. } = &*env.daemon;
     let runtime = env.runtime.name();
-    let create = ["containers", "create", "--snapshotter", snapshotter, "--runtime", runtime, assets::IMAGE, &id];
+    let create = [
+        "containers",
+        "create",
+        "--snapshotter",
+        snapshotter,
+        "--runtime",
+        runtime,
+        assets::IMAGE,
+        &id,
+    ];
     env.ctr(&[&create[..], &["echo", "started"]].concat()).ok();
     let container = Container::adopt(env, &id);
     for _ in 0..2 {
         // `ctr task start` without -d removes the task at its end.
-        assert_eq!(env.ctr(&["tasks", "start", &container.id]).ok().text(), "started");
+        assert_eq!(
+            env.ctr(&["tasks", "start", &container.id]).ok().text(),
+            "started"
+        );
     }
 }

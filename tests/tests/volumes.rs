@@ -1,6 +1,11 @@
-//! A pod's volumes as the kubelet gives them: directories, files, sockets and devices of the host, and what changes there
-//! while the pod runs.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! A pod's volumes as the kubelet gives them: directories, files, sockets and devices of the host,
+//! and what changes there while the pod runs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs;
 use std::io::{Read, Write};
@@ -18,8 +23,10 @@ use serde_json::{Value, json};
 
 fn main() -> ExitCode {
     Suite::of_pods().run(cases![
-        Core: directory_and_file_of_the_host, unix_socket_between_two_containers, config_map_is_updated_live;
-        Once: empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes, recursively_read_only,
+        Core: directory_and_file_of_the_host, unix_socket_between_two_containers,
+            config_map_is_updated_live;
+        Once: empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes,
+            recursively_read_only,
             sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm, block_device,
             directory_that_is_missing_is_made, owners_and_modes_are_the_hosts;
         Ours: mounts_that_would_go_to_the_host_are_refused, root_of_the_host_read_only;
@@ -55,12 +62,26 @@ struct Mounted(PathBuf);
 impl Mounted {
     fn tmpfs(at: &Path, options: &str) -> Mounted {
         fs::create_dir_all(at).unwrap();
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
+        mount(
+            Some("tmpfs"),
+            at,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options),
+        )
+        .unwrap();
         Mounted(at.to_owned())
     }
 
     fn shared(self) -> Mounted {
-        mount(None::<&str>, &self.0, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        mount(
+            None::<&str>,
+            &self.0,
+            None::<&str>,
+            MsFlags::MS_SHARED,
+            None::<&str>,
+        )
+        .unwrap();
         self
     }
 }
@@ -76,9 +97,14 @@ fn directory_and_file_of_the_host(env: &Env) {
     fs::write(&file, "one file").unwrap();
     fs::write(dir.join("old"), "from the host").unwrap();
     let pod = Pod::new(env);
-    let container = idle(&pod, "main", &[volume(&dir, "/data"), volume(&file, "/etc/one")]);
+    let container = idle(
+        &pod,
+        "main",
+        &[volume(&dir, "/data"), volume(&file, "/etc/one")],
+    );
     assert_eq!(
-        container.sh("cat /etc/one; echo; cat /data/old; echo new >/data/new; echo changed >/etc/one"),
+        container
+            .sh("cat /etc/one; echo; cat /data/old; echo new >/data/new; echo changed >/etc/one"),
         "one file\nfrom the host"
     );
     assert_eq!(fs::read_to_string(dir.join("new")).unwrap(), "new\n");
@@ -105,46 +131,79 @@ fn owners_and_modes_are_the_hosts(env: &Env) {
     let container = pod.run_with("main", &["sleep", "3600"], config);
     container.sh("umask 027; echo x >/data/file; ln -s file /data/link; mkfifo /data/fifo");
     let meta = fs::metadata(dir.join("file")).unwrap();
-    assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o7777), (1000, 2000, 0o640));
+    assert_eq!(
+        (meta.uid(), meta.gid(), meta.mode() & 0o7777),
+        (1000, 2000, 0o640)
+    );
     assert_eq!(fs::read_link(dir.join("link")).unwrap(), Path::new("file"));
-    assert!(fs::symlink_metadata(dir.join("fifo")).unwrap().file_type().is_fifo());
+    assert!(
+        fs::symlink_metadata(dir.join("fifo"))
+            .unwrap()
+            .file_type()
+            .is_fifo()
+    );
 }
 
 fn read_only_volumes(env: &Env) {
     let (dir, file) = (dir(env, "dir"), env.dir.join("file"));
     fs::write(&file, "text").unwrap();
     let pod = Pod::new(env);
-    let container = idle(&pod, "main", &[read_only(&dir, "/data"), read_only(&file, "/file"), volume(&dir, "/same")]);
+    let container = idle(
+        &pod,
+        "main",
+        &[
+            read_only(&dir, "/data"),
+            read_only(&file, "/file"),
+            volume(&dir, "/same"),
+        ],
+    );
     let seen = container.sh("touch /data/x 2>&1; echo x 2>&1 >/file; cat /file; touch /same/y");
-    assert!(seen.contains("Read-only file system") && seen.ends_with("text"), "{seen}");
+    assert!(
+        seen.contains("Read-only file system") && seen.ends_with("text"),
+        "{seen}"
+    );
     assert!(dir.join("y").exists() && !dir.join("x").exists());
 }
 
-/// By ctr: containerd 2.1's CRI panics when a pod asks for it with any runtime whose features it has not read, which is
-/// every one but runc.
+/// By ctr: containerd 2.1's CRI panics when a pod asks for it with any runtime whose features it
+/// has not read, which is every one but runc.
 fn recursively_read_only(env: &Env) {
     let dir = dir(env, "dir");
     let _below = Mounted::tmpfs(&dir.join("below"), "size=1m");
-    let mount =
-        |inside: &str, options: &str| format!("type=bind,src={},dst={inside},options=rbind:{options}", dir.display());
+    let mount = |inside: &str, options: &str| {
+        format!(
+            "type=bind,src={},dst={inside},options=rbind:{options}",
+            dir.display()
+        )
+    };
     let (all, top) = (mount("/data", "rro"), mount("/plain", "ro"));
-    let script =
-        "touch /data/below/x 2>&1; touch /data/x 2>&1; touch /plain/x 2>&1; touch /plain/below/y && echo plain";
-    let seen = env.run(&["--mount", &all, "--mount", &top], &["sh", "-c", script]).ok().text();
+    let script = "touch /data/below/x 2>&1; touch /data/x 2>&1; touch /plain/x 2>&1; touch /plain/below/y && echo plain";
+    let seen = env
+        .run(&["--mount", &all, "--mount", &top], &["sh", "-c", script])
+        .ok()
+        .text();
     assert_eq!(seen.matches("Read-only file system").count(), 3, "{seen}");
     assert!(seen.ends_with("plain"), "{seen}");
 }
 
-/// As node exporters and log collectors have it: below are /proc and /sys, by which a host can be changed.
+/// As node exporters and log collectors have it: below are /proc and /sys, by which a host can be
+/// changed.
 fn root_of_the_host_read_only(env: &Env) {
     let script = "test -e /host/etc/passwd; mkdir /host/x /host/run/x 2>&1; \
                   echo x 2>&1 >/host/proc/sys/kernel/core_pattern; echo over";
     let mount = "type=bind,src=/,dst=/host,options=rbind:ro";
-    let seen = env.run(&["--mount", mount], &["sh", "-c", script]).ok().text();
-    assert!(seen.matches("Read-only file system").count() == 3 && seen.ends_with("over"), "{seen}");
+    let seen = env
+        .run(&["--mount", mount], &["sh", "-c", script])
+        .ok()
+        .text();
+    assert!(
+        seen.matches("Read-only file system").count() == 3 && seen.ends_with("over"),
+        "{seen}"
+    );
 }
 
-/// As the kubelet writes a configMap: each version in a directory of its own, which `..data` points to.
+/// As the kubelet writes a configMap: each version in a directory of its own, which `..data` points
+/// to.
 fn config_map_is_updated_live(env: &Env) {
     let map = dir(env, "map");
     let write = |version: &str| {
@@ -166,10 +225,17 @@ fn config_map_is_updated_live(env: &Env) {
 fn empty_dir_of_two_containers(env: &Env) {
     let shared = dir(env, "pods/uid/volumes/kubernetes.io~empty-dir/shared");
     let pod = pod_with_uid(env);
-    let (one, two) = (idle(&pod, "one", &[volume(&shared, "/a")]), idle(&pod, "two", &[volume(&shared, "/b")]));
+    let (one, two) = (
+        idle(&pod, "one", &[volume(&shared, "/a")]),
+        idle(&pod, "two", &[volume(&shared, "/b")]),
+    );
     one.sh("echo hello >/a/file; mkfifo /a/fifo; ln /a/file /a/hard");
     assert_eq!(two.sh("cat /b/hard"), "hello");
-    let reader = pod.run_with("reader", &["cat", "/c/fifo"], json!({"mounts": [volume(&shared, "/c")]}));
+    let reader = pod.run_with(
+        "reader",
+        &["cat", "/c/fifo"],
+        json!({"mounts": [volume(&shared, "/c")]}),
+    );
     two.sh("echo through >/b/fifo");
     assert_eq!(reader.exit_code(), 0);
     assert_eq!(reader.logs(), "through");
@@ -179,7 +245,11 @@ fn unix_socket_between_two_containers(env: &Env) {
     let shared = dir(env, "pods/uid/volumes/kubernetes.io~empty-dir/socket");
     let pod = pod_with_uid(env);
     let server = ["talk", "serve", "unix", "/a/s.sock"];
-    let server = pod.run_with("server", &server, json!({"mounts": [volume(&shared, "/a")]}));
+    let server = pod.run_with(
+        "server",
+        &server,
+        json!({"mounts": [volume(&shared, "/a")]}),
+    );
     let client = idle(&pod, "client", &[volume(&shared, "/b")]);
     assert_eq!(client.sh("talk ask unix /b/s.sock hello"), "you said hello");
     server.remove(&["-f"]);
@@ -188,14 +258,22 @@ fn unix_socket_between_two_containers(env: &Env) {
 }
 
 fn empty_dir_in_memory(env: &Env) {
-    let path = env.dir.join("pods/uid/volumes/kubernetes.io~empty-dir/memory");
+    let path = env
+        .dir
+        .join("pods/uid/volumes/kubernetes.io~empty-dir/memory");
     let _mounted = Mounted::tmpfs(&path, "size=8m");
     let pod = pod_with_uid(env);
-    let (one, two) = (idle(&pod, "one", &[volume(&path, "/a")]), idle(&pod, "two", &[volume(&path, "/b")]));
+    let (one, two) = (
+        idle(&pod, "one", &[volume(&path, "/a")]),
+        idle(&pod, "two", &[volume(&path, "/b")]),
+    );
     one.sh("echo hello >/a/file");
     assert_eq!(two.sh("cat /b/file; stat -f -c %T /b"), "hello\ntmpfs");
     let output = one.exec(&["dd", "if=/dev/zero", "of=/a/large", "bs=1M", "count=16"]);
-    assert!(output.errors().contains("No space left"), "the size limit of 8 MiB does not hold: {output:?}");
+    assert!(
+        output.errors().contains("No space left"),
+        "the size limit of 8 MiB does not hold: {output:?}"
+    );
 }
 
 fn sub_path(env: &Env) {
@@ -205,11 +283,28 @@ fn sub_path(env: &Env) {
     // The kubelet binds a subPath by itself and gives the bind's place.
     let bind = env.dir.join("volume-subpaths/0");
     fs::create_dir_all(&bind).unwrap();
-    mount(Some(&dir.join("sub")), &bind, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    mount(
+        Some(&dir.join("sub")),
+        &bind,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .unwrap();
     let _mounted = Mounted(bind.clone());
     let pod = Pod::new(env);
-    let container = idle(&pod, "main", &[volume(&bind, "/sub"), volume(&dir.join("sub/deep/file"), "/file")]);
-    assert_eq!(container.sh("cat /sub/deep/file; echo; cat /file; echo; ls /sub"), "deep\ndeep\ndeep");
+    let container = idle(
+        &pod,
+        "main",
+        &[
+            volume(&bind, "/sub"),
+            volume(&dir.join("sub/deep/file"), "/file"),
+        ],
+    );
+    assert_eq!(
+        container.sh("cat /sub/deep/file; echo; cat /file; echo; ls /sub"),
+        "deep\ndeep\ndeep"
+    );
 }
 
 fn socket_of_the_host(env: &Env) {
@@ -229,7 +324,11 @@ fn socket_of_the_host(env: &Env) {
     };
     serve(&alone);
     let pod = Pod::new(env);
-    let client = idle(&pod, "client", &[volume(&alone, "/run/host.sock"), volume(&dir, "/run/dir")]);
+    let client = idle(
+        &pod,
+        "client",
+        &[volume(&alone, "/run/host.sock"), volume(&dir, "/run/dir")],
+    );
     for _ in 0..3 {
         // One read may bring less than all of it.
         let said = client.sh("talk ask unix /run/host.sock hello");
@@ -237,7 +336,11 @@ fn socket_of_the_host(env: &Env) {
     }
     if !env.is_vm() {
         serve(&within);
-        assert!(client.sh("talk ask unix /run/dir/within.sock hello").starts_with("the host heard"));
+        assert!(
+            client
+                .sh("talk ask unix /run/dir/within.sock hello")
+                .starts_with("the host heard")
+        );
     }
 }
 
@@ -263,17 +366,30 @@ fn mounts_that_would_go_to_the_host_are_refused(env: &Env) {
     let config = json!({"mounts": [both]});
     let (output, _) = pod.try_create("main", &["sleep", "3600"], config);
     // Which of the two says no is the runtime's business.
-    let output = if output.status == 0 { env.crictl(&["start", &output.text()]) } else { output };
+    let output = if output.status == 0 {
+        env.crictl(&["start", &output.text()])
+    } else {
+        output
+    };
     let errors = one_line(&output);
-    assert!(errors.contains("/data") && errors.contains("Bidirectional"), "{errors}");
+    assert!(
+        errors.contains("/data") && errors.contains("Bidirectional"),
+        "{errors}"
+    );
     pod.idle("next").exec(&["true"]).ok();
 }
 
 fn size_of_dev_shm(env: &Env) {
     let pod = Pod::new(env);
     let container = pod.idle("main");
-    assert_eq!(container.sh("df -k /dev/shm | awk 'NR == 2 {print $2}'"), "65536");
-    assert_eq!(container.sh("stat -c %a /dev/shm; stat -f -c %T /dev/shm"), "1777\ntmpfs");
+    assert_eq!(
+        container.sh("df -k /dev/shm | awk 'NR == 2 {print $2}'"),
+        "65536"
+    );
+    assert_eq!(
+        container.sh("stat -c %a /dev/shm; stat -f -c %T /dev/shm"),
+        "1777\ntmpfs"
+    );
 }
 
 /// A loop device on a file, until the value goes.
@@ -297,16 +413,23 @@ impl Drop for Loop {
 
 fn block_device(env: &Env) {
     let file = env.dir.join("disk");
-    let disk = fs::File::options().create_new(true).read(true).write(true).open(&file).unwrap();
+    let disk = fs::File::options()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .open(&file)
+        .unwrap();
     disk.set_len(8 << 20).unwrap();
     disk.write_all_at(b"from the host", 0).unwrap();
     disk.sync_all().unwrap();
     let device = Loop::new(&file);
     let pod = Pod::new(env);
-    let devices = json!({"devices": [{"host_path": device.0, "container_path": "/dev/xvda", "permissions": "rwm"}]});
+    let devices = json!({"devices": [{"host_path": device.0, "container_path": "/dev/xvda",
+        "permissions": "rwm"}]});
     let container = pod.run_with("main", &["sleep", "3600"], devices);
     assert_eq!(
-        container.sh("test -b /dev/xvda; head -c 13 /dev/xvda; echo; blockdev --getsize64 /dev/xvda"),
+        container
+            .sh("test -b /dev/xvda; head -c 13 /dev/xvda; echo; blockdev --getsize64 /dev/xvda"),
         "from the host\n8388608"
     );
     container.sh("printf 'from the guest' | dd of=/dev/xvda bs=512 seek=8 conv=fsync 2>/dev/null");

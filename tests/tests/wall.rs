@@ -1,6 +1,11 @@
-//! What stands between a container and the host: the directories that the shim works in, and the processes that serve the
-//! guest, as somebody finds them who has got that far.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! What stands between a container and the host: the directories that the shim works in, and the
+//! processes that serve the guest, as somebody finds them who has got that far.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,42 +18,77 @@ use cofferdam_tests::{Env, PATIENCE, Suite, cases};
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Ours: guest_cannot_write_where_the_shim_makes_names, device_nodes_and_setuid_programs_work,
-            qemu_and_helpers_have_nothing_of_the_host, stranger_on_the_host_gets_nothing_of_the_agent,
-            pid_of_a_task_does_not_lead_to_the_hosts_files, sandbox_without_a_user_of_its_own_does_not_start;
+            qemu_and_helpers_have_nothing_of_the_host,
+            stranger_on_the_host_gets_nothing_of_the_agent,
+            pid_of_a_task_does_not_lead_to_the_hosts_files,
+            sandbox_without_a_user_of_its_own_does_not_start;
     ])
 }
 
-/// A privileged container mounts what the host shares, and plants a link for every name that may come next.
+/// A privileged container mounts what the host shares, and plants a link for every name that may
+/// come next.
 fn guest_cannot_write_where_the_shim_makes_names(env: &Env) {
     let victim = env.dir.join("victim");
     fs::write(&victim, "precious").unwrap();
-    let group = format!("io.containerd.runc.v2.group={}", env.dir.file_name().unwrap().to_string_lossy());
-    let container = env.detached(&["--privileged", "--annotation", &group], &["sleep", "3600"]);
-    // The second share shows the container's own root, which it may write to, so only the first one is said to be closed.
+    let group = format!(
+        "io.containerd.runc.v2.group={}",
+        env.dir.file_name().unwrap().to_string_lossy()
+    );
+    let container = env.detached(
+        &["--privileged", "--annotation", &group],
+        &["sleep", "3600"],
+    );
+    // The second share shows the container's own root, which it may write to, so only the first one
+    // is said to be closed.
     let script = format!(
-        "mkdir /m /r; mount -t virtiofs kataShared /m && mount -t virtiofs cofferdamRootfs /r || exit 9
+        "mkdir /m /r; mount -t virtiofs kataShared /m && mount -t virtiofs cofferdamRootfs /r || \
+         exit 9
          for n in .volumes $(seq 1 30); do
              ln -s {victim} /m/$n && echo made /m/$n; mkdir /m/d$n && echo made /m/d$n; ln -s {victim} /r/$n
          done
          touch /m/file && echo made /m/file; mkdir -p /m/.volumes && echo made /m/.volumes; echo own >/own; echo over",
         victim = victim.display()
     );
-    let output = container.exec(&["sh", "-c", &format!("({script}) 2>/dev/null")]).ok().text();
+    let output = container
+        .exec(&["sh", "-c", &format!("({script}) 2>/dev/null")])
+        .ok()
+        .text();
     assert_eq!(output, "over", "nothing can be made in the shares");
     let volume = env.dir.join("volume");
     fs::create_dir_all(&volume).unwrap();
-    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", volume.display());
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rw",
+        volume.display()
+    );
     let host_name = "type=bind,src=/etc/hostname,dst=/h,options=rbind:ro";
-    let flags = ["--annotation", &group, "--mount", host_name, "--mount", &mount];
+    let flags = [
+        "--annotation",
+        &group,
+        "--mount",
+        host_name,
+        "--mount",
+        &mount,
+    ];
     let second = env.detached(&flags, &["sleep", "3600"]);
-    second.exec(&["sh", "-c", "test -s /h && echo mine >/data/mine"]).ok();
-    assert_eq!(fs::read_to_string(volume.join("mine")).unwrap(), "mine\n", "a volume is as writable as it was");
+    second
+        .exec(&["sh", "-c", "test -s /h && echo mine >/data/mine"])
+        .ok();
+    assert_eq!(
+        fs::read_to_string(volume.join("mine")).unwrap(),
+        "mine\n",
+        "a volume is as writable as it was"
+    );
     assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
     // The directories themselves, below everything that is mounted in the shim's namespace.
     for sandbox in fs::read_dir("/run/cofferdam").unwrap().flatten() {
         for share in ["share", "rootfs"] {
-            let names = fs::read_dir(sandbox.path().join(share)).into_iter().flatten().flatten();
-            let links: Vec<_> = names.filter(|name| name.file_type().unwrap().is_symlink()).collect();
+            let names = fs::read_dir(sandbox.path().join(share))
+                .into_iter()
+                .flatten()
+                .flatten();
+            let links: Vec<_> = names
+                .filter(|name| name.file_type().unwrap().is_symlink())
+                .collect();
             assert!(links.is_empty(), "{links:?}");
         }
     }
@@ -62,16 +102,29 @@ fn device_nodes_and_setuid_programs_work(env: &Env) {
     // Not busybox, which gives a user's rights back by itself.
     let mut flags = vec!["--null-io".to_owned(), "--allow-new-privs".to_owned()];
     for dir in ["/usr", "/lib", "/lib64"] {
-        flags.extend(["--mount".to_owned(), format!("type=bind,src={dir},dst={dir},options=rbind:ro")]);
+        flags.extend([
+            "--mount".to_owned(),
+            format!("type=bind,src={dir},dst={dir},options=rbind:ro"),
+        ]);
     }
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let container = env.detached(&flags, &["sleep", "3600"]);
     let script = "mknod /null c 1 3 && echo gone >/null && mknod /disk b 8 0 && ! cat /disk 2>/dev/null && \
                   cp /usr/bin/cat /su && chmod 4755 /su";
     container.exec(&["sh", "-c", script]).ok();
-    let status = container.exec_with(&["--user", "1000"], &["/su", "/proc/self/status"]).ok().text();
-    let line = status.lines().find(|line| line.starts_with("Uid:")).unwrap();
-    assert_eq!(line.split_whitespace().collect::<Vec<_>>()[1..3], ["1000", "0"], "the file's owner has its rights");
+    let status = container
+        .exec_with(&["--user", "1000"], &["/su", "/proc/self/status"])
+        .ok()
+        .text();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("Uid:"))
+        .unwrap();
+    assert_eq!(
+        line.split_whitespace().collect::<Vec<_>>()[1..3],
+        ["1000", "0"],
+        "the file's owner has its rights"
+    );
     container.kill("SIGKILL", &[]).ok();
     container.finish();
 }
@@ -84,7 +137,9 @@ fn status(pid: i32, key: &str) -> String {
 
 fn children(pid: i32) -> Vec<i32> {
     let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    list.split_ascii_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    list.split_ascii_whitespace()
+        .map(|pid| pid.parse().unwrap())
+        .collect()
 }
 
 fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
@@ -96,52 +151,105 @@ fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
         let name = status(pid, "Name:");
         for kind in ["mnt", "pid", "ipc", "uts", "net"] {
             let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
-            assert_ne!(of(&pid.to_string()), of("self"), "{name} is in the host's {kind} namespace");
+            assert_ne!(
+                of(&pid.to_string()),
+                of("self"),
+                "{name} is in the host's {kind} namespace"
+            );
         }
-        assert_eq!((status(pid, "NoNewPrivs:"), status(pid, "Seccomp:")), ("1".into(), "2".into()), "{name}");
+        assert_eq!(
+            (status(pid, "NoNewPrivs:"), status(pid, "Seccomp:")),
+            ("1".into(), "2".into()),
+            "{name}"
+        );
         let capabilities = u64::from_str_radix(&status(pid, "CapEff:"), 16).unwrap();
         if name == "virtiofsd" {
-            // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP, and MKNOD for what is a container's own.
-            assert_eq!(capabilities & !0x8800_00db, 0, "{name} has {capabilities:x}");
+            // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP, and MKNOD for what is a
+            // container's own.
+            assert_eq!(
+                capabilities & !0x8800_00db,
+                0,
+                "{name} has {capabilities:x}"
+            );
         } else {
-            assert_eq!((capabilities, status(pid, "CapBnd:").trim_start_matches('0')), (0, ""), "{name}");
-            assert!(status(pid, "Uid:").parse::<u32>().unwrap() >= 1_900_000_000, "{name} is {}", status(pid, "Uid:"));
+            assert_eq!(
+                (capabilities, status(pid, "CapBnd:").trim_start_matches('0')),
+                (0, ""),
+                "{name}"
+            );
+            assert!(
+                status(pid, "Uid:").parse::<u32>().unwrap() >= 1_900_000_000,
+                "{name} is {}",
+                status(pid, "Uid:")
+            );
         }
         let root = Path::new("/proc").join(pid.to_string()).join("root");
-        for path in ["etc/shadow", "etc/passwd", "run/containerd", "dev/sda", "bin/sh", "proc/1/mem", "var/lib"] {
+        for path in [
+            "etc/shadow",
+            "etc/passwd",
+            "run/containerd",
+            "dev/sda",
+            "bin/sh",
+            "proc/1/mem",
+            "var/lib",
+        ] {
             assert!(!root.join(path).exists(), "{name} sees /{path}");
         }
         let error = fs::write(root.join("new"), "").unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(nix::libc::EROFS), "{name} can write to its root");
-        assert!(fs::read(format!("/proc/{pid}/environ")).unwrap().is_empty(), "{name} has an environment");
+        assert_eq!(
+            error.raw_os_error(),
+            Some(nix::libc::EROFS),
+            "{name} can write to its root"
+        );
+        assert!(
+            fs::read(format!("/proc/{pid}/environ")).unwrap().is_empty(),
+            "{name} has an environment"
+        );
         names.push(name);
     }
     names.sort();
     names.dedup();
-    assert!(names.contains(&"virtiofsd".to_owned()) && names.len() >= 2, "{names:?}");
+    assert!(
+        names.contains(&"virtiofsd".to_owned()) && names.len() >= 2,
+        "{names:?}"
+    );
     container.kill("SIGKILL", &[]).ok();
     container.finish();
 }
 
-/// Whoever reaches the guest's ports, as every local user does on a host with /dev/vhost-vsock, lacks the key.
+/// Whoever reaches the guest's ports, as every local user does on a host with /dev/vhost-vsock,
+/// lacks the key.
 fn stranger_on_the_host_gets_nothing_of_the_agent(env: &Env) {
     let container = env.idle();
-    let shims = fs::read_dir("/run/cofferdam").unwrap().flatten().map(|sandbox| sandbox.path().join("vsock/vm"));
+    let shims = fs::read_dir("/run/cofferdam")
+        .unwrap()
+        .flatten()
+        .map(|sandbox| sandbox.path().join("vsock/vm"));
     let sockets: Vec<_> = shims.filter(|socket| socket.exists()).collect();
     assert!(!sockets.is_empty(), "no sandbox has a vsock daemon");
     let wrong = format!("cofferdam-key/1 {}\n", "0".repeat(64));
     // What the agent answers with a plus to whoever is let in.
     let header = format!("cofferdam-stdio/1 stdout {} stranger\n", container.id);
     let mut reached = 0;
-    for (socket, key) in sockets.iter().flat_map(|socket| [(socket, ""), (socket, wrong.as_str())]) {
+    for (socket, key) in sockets
+        .iter()
+        .flat_map(|socket| [(socket, ""), (socket, wrong.as_str())])
+    {
         // Another test's sandbox may have ended.
-        let Ok(stream) = UnixStream::connect(socket) else { continue };
+        let Ok(stream) = UnixStream::connect(socket) else {
+            continue;
+        };
         let mut stream = BufReader::new(stream);
         stream.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
         stream.get_mut().write_all(b"CONNECT 1028\n").unwrap();
         let mut answer = String::new();
         let _ = stream.read_line(&mut answer);
-        if !answer.starts_with("OK ") || stream.get_mut().write_all(format!("{key}{header}").as_bytes()).is_err() {
+        if !answer.starts_with("OK ")
+            || stream
+                .get_mut()
+                .write_all(format!("{key}{header}").as_bytes())
+                .is_err()
+        {
             continue;
         }
         reached += 1;
@@ -165,7 +273,8 @@ fn sandbox_without_a_user_of_its_own_does_not_start(env: &Env) {
     let container = env.detached(&flags, &["sleep", "3600"]);
     let qemu = i32::try_from(container.listed().unwrap().0).unwrap();
     assert_eq!(status(qemu, "Uid:"), "1950000001");
-    env.run(&flags[1..], &["true"]).fails_with(&["every user id from 1950000001 to 1950000001", "uid_range"]);
+    env.run(&flags[1..], &["true"])
+        .fails_with(&["every user id from 1950000001 to 1950000001", "uid_range"]);
     container.kill("SIGKILL", &[]).ok();
     container.finish();
     env.run(&flags[1..], &["true"]).ok();
@@ -174,7 +283,10 @@ fn sandbox_without_a_user_of_its_own_does_not_start(env: &Env) {
 fn pid_of_a_task_does_not_lead_to_the_hosts_files(env: &Env) {
     let container = env.idle();
     let root = format!("/proc/{}/root", container.listed().unwrap().0);
-    assert!(!Path::new(&root).join("etc/hostname").exists() && fs::write(Path::new(&root).join("x"), "").is_err());
+    assert!(
+        !Path::new(&root).join("etc/hostname").exists()
+            && fs::write(Path::new(&root).join("x"), "").is_err()
+    );
     container.kill("SIGKILL", &[]).ok();
     container.finish();
 }

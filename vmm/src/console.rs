@@ -1,5 +1,5 @@
-//! The guest's console, for debugging: QEMU writes it into a socket, and the end of it is kept in a file. The guest
-//! decides how much comes, so what is kept is bounded.
+//! The guest's console, for debugging: QEMU writes it into a socket, and the end of it is kept in a
+//! file. The guest decides how much comes, so what is kept is bounded.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -36,8 +36,15 @@ pub(crate) fn keep(file: &Path) -> Result<(Option<OwnedFd>, Option<Console>)> {
     let (ours, theirs) = StdUnixStream::pair().doing(doing)?;
     ours.set_nonblocking(true).doing(doing)?;
     let stream = UnixStream::from_std(ours).doing(doing)?;
-    let log = Log { path: file.to_owned(), size: 0, file: open(file, false).doing(doing)? };
-    Ok((Some(theirs.into()), Some(Console(tokio::spawn(copy(stream, log))))))
+    let log = Log {
+        path: file.to_owned(),
+        size: 0,
+        file: open(file, false).doing(doing)?,
+    };
+    Ok((
+        Some(theirs.into()),
+        Some(Console(tokio::spawn(copy(stream, log)))),
+    ))
 }
 
 struct Log {
@@ -60,15 +67,24 @@ impl Log {
 
 fn open(path: &Path, anew: bool) -> std::io::Result<File> {
     let mut options = OpenOptions::new();
-    options.append(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-    if anew { options.create_new(true) } else { options.create(true) }.open(path)
+    options
+        .append(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW);
+    if anew {
+        options.create_new(true)
+    } else {
+        options.create(true)
+    }
+    .open(path)
 }
 
 async fn copy(mut stream: UnixStream, mut log: Log) {
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = stream.read(&mut buffer).await {
         if let Err(error) = log.write(&buffer[..count]) {
-            tracing::warn!(%error, path = %log.path.display(), "the guest's console is not kept any more");
+            tracing::warn!(%error, path = %log.path.display(),
+                "the guest's console is not kept any more");
             // It is still read, because the guest waits for room.
             while let Ok(1..) = stream.read(&mut buffer).await {}
         }
@@ -94,7 +110,10 @@ mod tests {
         });
         writer.await.unwrap();
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
-        while !std::fs::read_to_string(&path).unwrap().ends_with("last words\n") {
+        while !std::fs::read_to_string(&path)
+            .unwrap()
+            .ends_with("last words\n")
+        {
             assert!(tokio::time::Instant::now() < end, "the last words are kept");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -1,4 +1,5 @@
-//! The error of this crate: one line that says what failed, on what, and where it is known, what to do.
+//! The error of this crate: one line that says what failed, on what, and where it is known, what to
+//! do.
 
 use std::io;
 use std::time::Duration;
@@ -69,6 +70,9 @@ pub(crate) trait Doing<T> {
 
 impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     fn doing(self, doing: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| Error::Io { doing: doing(), source: error.into() })
+        self.map_err(|error| Error::Io {
+            doing: doing(),
+            source: error.into(),
+        })
     }
 }

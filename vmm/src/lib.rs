@@ -1,11 +1,11 @@
-//! QEMU, and nothing but QEMU: what this runtime asks of one (start, attach a device, run, watch, stop), with argv and
-//! QMP hidden behind it, and the two vhost-user helpers that stand beside it.
+//! QEMU, and nothing but QEMU: what this runtime asks of one (start, attach a device, run, watch,
+//! stop), with argv and QMP hidden behind it, and the two vhost-user helpers that stand beside it.
 //!
-//! What it never does: it knows nothing of containerd, containers or the guest agent, and it keeps nothing on disk but
-//! a cache of what a binary can do.
+//! What it never does: it knows nothing of containerd, containers or the guest agent, and it keeps
+//! nothing on disk but a cache of what a binary can do.
 //!
-//! Every child dies with the thread that spawned it (`PR_SET_PDEATHSIG`): spawn from a thread that lives as long as the
-//! virtual machine should, and inside a tokio runtime.
+//! Every child dies with the thread that spawned it (`PR_SET_PDEATHSIG`): spawn from a thread that
+//! lives as long as the virtual machine should, and inside a tokio runtime.
 
 mod cache;
 mod confine;

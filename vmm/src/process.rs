@@ -1,4 +1,5 @@
-//! Child processes: how they are started, watched through a pidfd, killed, and known again by another process.
+//! Child processes: how they are started, watched through a pidfd, killed, and known again by
+//! another process.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -41,30 +42,39 @@ impl Identity {
     /// # Errors
     /// `NotFound` if there is none.
     pub fn of(pid: i32) -> io::Result<Identity> {
-        Ok(Identity { pid, start_time: read_stat(pid)?.1 })
+        Ok(Identity {
+            pid,
+            start_time: read_stat(pid)?.1,
+        })
     }
 
     /// Whether it runs. A zombie does not.
     pub fn is_alive(&self) -> bool {
-        matches!(read_stat(self.pid), Ok((state, start)) if start == self.start_time && !matches!(state, 'Z' | 'X'))
+        matches!(read_stat(self.pid), Ok((state,
+            start)) if start == self.start_time && !matches!(state, 'Z' | 'X'))
     }
 
-    /// SIGKILL, then blocks until it is dead (a zombie is dead). Any process may do this, any number of times; one that
-    /// is gone already, or whose number another process has now, is a success.
+    /// SIGKILL, then blocks until it is dead (a zombie is dead). Any process may do this, any
+    /// number of times; one that is gone already, or whose number another process has now, is a
+    /// success.
     ///
     /// # Errors
     /// No permission, or it did not die in time (it hangs in the kernel).
     pub fn kill_and_wait(&self, timeout: Duration) -> Result<()> {
         let doing = || format!("kill process {}", self.pid);
         if self.pid <= 1 {
-            return Err(Error::Unsupported(format!("process {} is not one of ours", self.pid)));
+            return Err(Error::Unsupported(format!(
+                "process {} is not one of ours",
+                self.pid
+            )));
         }
         let pidfd = match pidfd_open(self.pid) {
             Ok(pidfd) => pidfd,
             Err(error) if is_gone(&error) => return Ok(()),
             Err(error) => return Err(error).doing(doing),
         };
-        // The descriptor holds whoever has the number now; only then is it worth asking who that is.
+        // The descriptor holds whoever has the number now; only then is it worth asking who that
+        // is.
         if !self.is_alive() {
             return Ok(());
         }
@@ -77,7 +87,12 @@ impl Identity {
             let left = until.saturating_duration_since(Instant::now());
             let millis = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], millis) {
-                Ok(0) if left.is_zero() => return Err(Error::Deadline { doing: doing(), timeout }),
+                Ok(0) if left.is_zero() => {
+                    return Err(Error::Deadline {
+                        doing: doing(),
+                        timeout,
+                    });
+                }
                 Ok(0) | Err(Errno::EINTR) => {}
                 Ok(_) => return Ok(()),
                 Err(errno) => return Err(errno).doing(doing),
@@ -91,10 +106,15 @@ fn read_stat(pid: i32) -> io::Result<(char, u64)> {
     let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
     let stat = String::from_utf8_lossy(&stat);
     // The name in parentheses may hold anything, parentheses and spaces too.
-    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace();
+    let mut fields = stat
+        .rsplit_once(')')
+        .map_or("", |(_, rest)| rest)
+        .split_ascii_whitespace();
     let state = fields.next().and_then(|state| state.chars().next());
     let start = fields.nth(18).and_then(|field| field.parse().ok());
-    state.zip(start).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+    state
+        .zip(start)
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
 }
 
 fn is_gone(error: &io::Error) -> bool {
@@ -102,13 +122,16 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).map_err(|errno| match errno {
-        // Kernels such as Debian 12's 6.1 say so of a number that no process has any more while something still holds
-        // it (a pidfd, a process group), or that a thread has.
-        Errno::EINVAL if pid > 0 => Errno::ESRCH,
-        other => other,
-    })?;
+    let fd =
+        // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+        Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).map_err(|errno| {
+            match errno {
+                // Kernels such as Debian 12's 6.1 say so of a number that no process has any more while
+                // something still holds it (a pidfd, a process group), or that a thread has.
+                Errno::EINVAL if pid > 0 => Errno::ESRCH,
+                other => other,
+            }
+        })?;
     // SAFETY: a new descriptor (close-on-exec by definition) that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -159,13 +182,15 @@ pub struct Spawn {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Descriptors it inherits, under the numbers they have here; all others are closed. Closed here afterwards.
+    /// Descriptors it inherits, under the numbers they have here; all others are closed. Closed
+    /// here afterwards.
     pub fds: Vec<OwnedFd>,
     /// Where its stdout goes; `/dev/null` if nowhere.
     pub stdout: Option<OwnedFd>,
     /// `cgroup.procs` files it is written to before it runs (one for cgroup v2, several for v1).
     pub cgroup_procs: Vec<PathBuf>,
-    /// The network namespace that it runs in; without one the caller's, or with a jail an empty one.
+    /// The network namespace that it runs in; without one the caller's, or with a jail an empty
+    /// one.
     pub netns: Option<Arc<OwnedFd>>,
     /// How gladly the kernel kills it when memory runs out; the caller's own score if none.
     pub oom_score_adj: Option<i32>,
@@ -204,8 +229,8 @@ pub(crate) struct Process {
 }
 
 impl Child {
-    /// Starts a process with `/dev/null` for stdin, stderr kept ([`Child::stderr_tail`]), that dies when the calling
-    /// thread does. Must be called in a tokio runtime.
+    /// Starts a process with `/dev/null` for stdin, stderr kept ([`Child::stderr_tail`]), that dies
+    /// when the calling thread does. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// A cgroup or program that is not there. What else keeps it from running is in its last words.
@@ -227,7 +252,8 @@ impl Child {
         let Started { pid, pidfd } = started.doing(doing)?;
         let watched = pidfd.try_clone().and_then(|pidfd| {
             let stderr = pipe::Receiver::from_owned_fd(stderr.into())?;
-            // SAFETY: an OwnedFd always gives the same descriptor, which stays open until it is dropped with the AsyncFd.
+            // SAFETY: an OwnedFd always gives the same descriptor, which stays open until it is
+            // dropped with the AsyncFd.
             let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
             Ok((pidfd, stderr, Identity::of(pid)?))
         });
@@ -241,7 +267,13 @@ impl Child {
             }
         };
         let (sender, exit) = watch::channel(None);
-        let process = Arc::new(Process { identity, program, pidfd, exit, tail: Mutex::default() });
+        let process = Arc::new(Process {
+            identity,
+            program,
+            pidfd,
+            exit,
+            tail: Mutex::default(),
+        });
         tokio::spawn(watch_over(process.clone(), stderr, sender));
         Ok(Child(process))
     }
@@ -277,10 +309,16 @@ impl Child {
     /// It did not die in time.
     pub async fn kill_and_wait(&self, timeout: Duration) -> Result<Exit> {
         self.kill();
-        tokio::time::timeout(timeout, self.exited()).await.map_err(|_| Error::Deadline {
-            doing: format!("the end of {} (process {}) after SIGKILL", self.0.program.display(), self.0.identity.pid),
-            timeout,
-        })
+        tokio::time::timeout(timeout, self.exited())
+            .await
+            .map_err(|_| Error::Deadline {
+                doing: format!(
+                    "the end of {} (process {}) after SIGKILL",
+                    self.0.program.display(),
+                    self.0.identity.pid
+                ),
+                timeout,
+            })
     }
 
     pub(crate) fn process(&self) -> &Arc<Process> {
@@ -327,7 +365,10 @@ impl Process {
     }
 
     pub(crate) fn died(&self, exit: Exit) -> Error {
-        Error::Died { what: self.program.display().to_string(), why: self.last_words(exit) }
+        Error::Died {
+            what: self.program.display().to_string(),
+            why: self.last_words(exit),
+        }
     }
 
     fn tail(&self) -> MutexGuard<'_, Tail> {
@@ -337,17 +378,27 @@ impl Process {
 
 /// The last line that may say why a process ended: QEMU's warnings do not.
 pub(crate) fn last_words(stderr: &[String]) -> Option<&str> {
-    stderr.iter().map(String::as_str).rfind(|line| !line.contains(": warning: "))
+    stderr
+        .iter()
+        .map(String::as_str)
+        .rfind(|line| !line.contains(": warning: "))
 }
 
-/// What a program prints on stdout, at most as much as a pipe holds (64 KiB); for asking programs what they are.
+/// What a program prints on stdout, at most as much as a pipe holds (64 KiB); for asking programs
+/// what they are.
 pub(crate) async fn stdout_of(program: &Path, args: &[&str], timeout: Duration) -> Result<String> {
     let doing = || format!("run {} {}", program.display(), args.join(" "));
     let (output, pipe) = io::pipe().doing(doing)?;
-    let spawn = Spawn { stdout: Some(pipe.into()), ..Spawn::new(program, args.iter().map(Into::into).collect()) };
+    let spawn = Spawn {
+        stdout: Some(pipe.into()),
+        ..Spawn::new(program, args.iter().map(Into::into).collect())
+    };
     let child = Child::spawn(spawn)?;
     if tokio::time::timeout(timeout, child.exited()).await.is_err() {
-        return Err(Error::Deadline { doing: doing(), timeout });
+        return Err(Error::Deadline {
+            doing: doing(),
+            timeout,
+        });
     }
     let mut text = vec![0; 64 << 10];
     let count = nix::unistd::read(&output, &mut text).doing(doing)?;
@@ -355,7 +406,11 @@ pub(crate) async fn stdout_of(program: &Path, args: &[&str], timeout: Duration) 
 }
 
 /// Reads stderr while the process lives, reaps it, and tells how it ended.
-async fn watch_over(process: Arc<Process>, mut stderr: pipe::Receiver, sender: watch::Sender<Option<Exit>>) {
+async fn watch_over(
+    process: Arc<Process>,
+    mut stderr: pipe::Receiver,
+    sender: watch::Sender<Option<Exit>>,
+) {
     let mut buffer = [0; 4096];
     let mut open = true;
     let exit = loop {
@@ -367,7 +422,8 @@ async fn watch_over(process: Arc<Process>, mut stderr: pipe::Receiver, sender: w
             exit = reaped(&process.pidfd) => break exit,
         }
     };
-    // What it still wrote lies in the pipe. A grandchild may hold the other end, so never wait for the end of file.
+    // What it still wrote lies in the pipe. A grandchild may hold the other end, so never wait for
+    // the end of file.
     while let Ok(count @ 1..) = nix::unistd::read(&stderr, &mut buffer) {
         process.tail().push(&buffer[..count]);
     }
@@ -376,8 +432,13 @@ async fn watch_over(process: Arc<Process>, mut stderr: pipe::Receiver, sender: w
 
 async fn reaped(pidfd: &AsyncFd<OwnedFd>) -> Exit {
     loop {
-        let Ok(mut ready) = pidfd.readable().await else { return Exit::Unknown };
-        match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+        let Ok(mut ready) = pidfd.readable().await else {
+            return Exit::Unknown;
+        };
+        match waitid(
+            Id::PIDFd(pidfd.as_fd()),
+            WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
+        ) {
             Ok(WaitStatus::Exited(_, code)) => return Exit::Code(code),
             Ok(WaitStatus::Signaled(_, signal, _)) => return Exit::Signal(signal as i32),
             Ok(_) | Err(Errno::EINTR) => ready.clear_ready(),
@@ -419,7 +480,10 @@ impl Tail {
 
 fn printable(line: &[u8]) -> String {
     let line = String::from_utf8_lossy(line);
-    line.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    line.trim()
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }
 
 #[cfg(test)]

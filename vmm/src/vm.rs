@@ -25,10 +25,12 @@ use crate::qemu::{FIRST_PORT_SLOT, Inherited, MachineConfig, arguments, port_bus
 use crate::qmp::Qmp;
 use crate::qmp::commands::{Cont, DeviceDel, QueryVirtioStatus, Quit};
 
-/// How long the last event may take to be read after QEMU has died, or QEMU to die after its monitor has closed.
+/// How long the last event may take to be read after QEMU has died, or QEMU to die after its
+/// monitor has closed.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// How long the kernel may take to end a process after SIGKILL; longer means that it hangs in a driver.
+/// How long the kernel may take to end a process after SIGKILL; longer means that it hangs in a
+/// driver.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Between two looks whether a device is still there.
@@ -76,7 +78,8 @@ pub struct Death {
     pub exit: Exit,
     /// Its last lines on stderr.
     pub stderr: Vec<String>,
-    /// The last event that explains it: a guest that powered off, panicked or rebooted, or our own quit.
+    /// The last event that explains it: a guest that powered off, panicked or rebooted, or our own
+    /// quit.
     pub event: Option<String>,
 }
 
@@ -94,11 +97,12 @@ impl fmt::Display for Death {
 }
 
 impl Vm {
-    /// Starts QEMU, with its CPUs stopped. The process exists when this returns; [`Starting::connect`] finds out whether
-    /// it likes what it was given.
+    /// Starts QEMU, with its CPUs stopped. The process exists when this returns;
+    /// [`Starting::connect`] finds out whether it likes what it was given.
     ///
     /// # Errors
-    /// The binary cannot be executed, a cgroup is not there, or the configuration asks for what cannot be.
+    /// The binary cannot be executed, a cgroup is not there, or the configuration asks for what
+    /// cannot be.
     pub async fn spawn(config: &MachineConfig) -> Result<Starting> {
         let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
         let (console, shown) = match &config.console {
@@ -106,7 +110,10 @@ impl Vm {
             None => (None, None),
         };
         let (kernel, initramfs) = match config.confinement {
-            Some(_) => (Path::new(KERNEL), config.initramfs.is_some().then_some(Path::new(INITRAMFS))),
+            Some(_) => (
+                Path::new(KERNEL),
+                config.initramfs.is_some().then_some(Path::new(INITRAMFS)),
+            ),
             None => (config.kernel.as_path(), config.initramfs.as_deref()),
         };
         let inherited = Inherited {
@@ -117,7 +124,10 @@ impl Vm {
         };
         let arguments = arguments(config, &inherited)?;
         let child = Child::spawn(Spawn {
-            fds: [Some(OwnedFd::from(theirs)), console].into_iter().flatten().collect(),
+            fds: [Some(OwnedFd::from(theirs)), console]
+                .into_iter()
+                .flatten()
+                .collect(),
             cgroup_procs: config.cgroup_procs.clone(),
             netns: config.netns.clone(),
             oom_score_adj: config.oom_score_adj,
@@ -132,7 +142,14 @@ impl Vm {
             max_memory_mib: config.max_memory_mib,
             vcpus_can_go: config.accel.kvm,
         };
-        Ok(Starting { child, socket: ours, ports: config.root_ports, virtio_status, limits, console: shown })
+        Ok(Starting {
+            child,
+            socket: ours,
+            ports: config.root_ports,
+            virtio_status,
+            limits,
+            console: shown,
+        })
     }
 
     /// Who QEMU is.
@@ -140,7 +157,8 @@ impl Vm {
         self.child.identity()
     }
 
-    /// Adds a device, before the CPUs run or after. Several may be added side by side. If it fails, nothing of it stays.
+    /// Adds a device, before the CPUs run or after. Several may be added side by side. If it fails,
+    /// nothing of it stays.
     ///
     /// # Errors
     /// No free root port, a helper that is gone, QEMU's own.
@@ -148,18 +166,28 @@ impl Vm {
         let (id, port) = {
             let mut devices = self.devices();
             let Some(port) = devices.free.pop() else {
-                return Err(Error::Unsupported("every PCI port of the virtual machine has a device".into()));
+                return Err(Error::Unsupported(
+                    "every PCI port of the virtual machine has a device".into(),
+                ));
             };
             devices.next += 1;
             (format!("{}{}", device.kind(), devices.next), port)
         };
-        let mut plug = Plug { qmp: &self.qmp, id: id.clone(), bus: port_bus(port), undo: Vec::new() };
+        let mut plug = Plug {
+            qmp: &self.qmp,
+            id: id.clone(),
+            bus: port_bus(port),
+            undo: Vec::new(),
+        };
         let plugged = device.plug(&mut plug).await;
         let undo = plug.undo;
         match plugged {
             Ok(()) => {
                 self.devices().attached.insert(id.clone(), (port, undo));
-                Ok(Attached { id, pci_path: format!("{:02x}/00", FIRST_PORT_SLOT + port) })
+                Ok(Attached {
+                    id,
+                    pci_path: format!("{:02x}/00", FIRST_PORT_SLOT + port),
+                })
             }
             Err(error) => {
                 let error = self.explained(error).await;
@@ -192,7 +220,11 @@ impl Vm {
     /// Asks the guest to let go of what has this id, and waits until it has.
     async fn unplug(&self, id: &str, timeout: Duration) -> Result<()> {
         let mut events = self.qmp.events();
-        match self.qmp.execute_within(&DeviceDel { id: id.into() }, timeout).await {
+        match self
+            .qmp
+            .execute_within(&DeviceDel { id: id.into() }, timeout)
+            .await
+        {
             Ok(_) => {}
             Err(error) if error.is_class("DeviceNotFound") => return Ok(()),
             Err(error) => return Err(error),
@@ -205,7 +237,8 @@ impl Vm {
                 Ok(Ok(_)) => {}
                 Ok(Err(RecvError::Closed)) => break false,
                 Err(_) if Instant::now() >= until => break false,
-                // Some events were missed and this one may be among them, or QEMU sends none, as for an emulated CPU.
+                // Some events were missed and this one may be among them, or QEMU sends none, as
+                // for an emulated CPU.
                 Ok(Err(RecvError::Lagged(_))) | Err(_) => {
                     if !devices::exists(&self.qmp, id).await? {
                         return Ok(());
@@ -216,8 +249,13 @@ impl Vm {
         // An event is a hint, a query is the truth.
         match devices::exists(&self.qmp, id).await? {
             false => Ok(()),
-            true if refused => Err(Error::Unsupported(format!("the guest keeps the device {id}"))),
-            true => Err(Error::Deadline { doing: format!("the guest to let go of {id}"), timeout }),
+            true if refused => Err(Error::Unsupported(format!(
+                "the guest keeps the device {id}"
+            ))),
+            true => Err(Error::Deadline {
+                doing: format!("the guest to let go of {id}"),
+                timeout,
+            }),
         }
     }
 
@@ -258,7 +296,10 @@ impl Vm {
     /// Waits for the end of QEMU, however it comes; any number of callers may, at any time.
     pub async fn died(&self) -> Death {
         let mut death = self.death.clone();
-        let seen = death.wait_for(Option::is_some).await.map(|death| death.clone());
+        let seen = death
+            .wait_for(Option::is_some)
+            .await
+            .map(|death| death.clone());
         seen.ok().flatten().unwrap_or_else(|| Death {
             pid: self.identity().pid,
             exit: Exit::Unknown,
@@ -267,7 +308,8 @@ impl Vm {
         })
     }
 
-    /// Ends QEMU: asks it to quit, kills it when `timeout` has passed, and waits for the end. May be called again.
+    /// Ends QEMU: asks it to quit, kills it when `timeout` has passed, and waits for the end. May
+    /// be called again.
     ///
     /// # Errors
     /// The kernel does not let it die (10 s after SIGKILL).
@@ -278,7 +320,11 @@ impl Vm {
             self.child.exited().await
         };
         if tokio::time::timeout(timeout, asked).await.is_err() {
-            tracing::warn!(pid = self.identity().pid, ?timeout, "QEMU did not quit in time and is killed");
+            tracing::warn!(
+                pid = self.identity().pid,
+                ?timeout,
+                "QEMU did not quit in time and is killed"
+            );
             self.child.kill_and_wait(KILL_DEADLINE).await?;
         }
         Ok(self.died().await)
@@ -326,10 +372,24 @@ impl Starting {
         };
         tracing::debug!(version, pid = self.child.identity().pid, "QEMU is up");
         let (sender, death) = watch::channel(None);
-        tokio::spawn(watch_over(self.child.process().clone(), qmp.closing(), qmp.last_word(), sender));
+        tokio::spawn(watch_over(
+            self.child.process().clone(),
+            qmp.closing(),
+            qmp.last_word(),
+            sender,
+        ));
         let free = (0..self.ports).rev().collect();
-        let devices = Mutex::new(Devices { free, ..Devices::default() });
-        let Starting { child, virtio_status, limits, console, .. } = self;
+        let devices = Mutex::new(Devices {
+            free,
+            ..Devices::default()
+        });
+        let Starting {
+            child,
+            virtio_status,
+            limits,
+            console,
+            ..
+        } = self;
         Ok(Vm {
             child,
             _console: console,
@@ -343,19 +403,38 @@ impl Starting {
     }
 }
 
-/// QEMU's jail; the guest's kernel and initramfs are in it as they are now, whatever becomes of their paths.
+/// QEMU's jail; the guest's kernel and initramfs are in it as they are now, whatever becomes of
+/// their paths.
 async fn jail(config: &MachineConfig) -> Result<Option<launcher::Jail>> {
-    let Some(confinement) = &config.confinement else { return Ok(None) };
-    let mut boot: Vec<_> = config.capabilities.data_dirs.iter().cloned().map(launcher::Entry::ReadOnly).collect();
-    for (path, to) in [(Some(&config.kernel), KERNEL), (config.initramfs.as_ref(), INITRAMFS)] {
+    let Some(confinement) = &config.confinement else {
+        return Ok(None);
+    };
+    let mut boot: Vec<_> = config
+        .capabilities
+        .data_dirs
+        .iter()
+        .cloned()
+        .map(launcher::Entry::ReadOnly)
+        .collect();
+    for (path, to) in [
+        (Some(&config.kernel), KERNEL),
+        (config.initramfs.as_ref(), INITRAMFS),
+    ] {
         let Some(path) = path else { continue };
         let file = File::open(path).doing(|| format!("open {}", path.display()))?;
-        boot.push(launcher::Entry::Descriptor { file: Arc::new(file.into()), to: to.into() });
+        boot.push(launcher::Entry::Descriptor {
+            file: Arc::new(file.into()),
+            to: to.into(),
+        });
     }
-    confinement.qemu(&config.qemu, &config.cache_dir, config.accel.kvm, boot).await.map(Some)
+    confinement
+        .qemu(&config.qemu, &config.cache_dir, config.accel.kvm, boot)
+        .await
+        .map(Some)
 }
 
-/// Waits for what comes first, the end of the process or of its monitor, and makes sure of the other.
+/// Waits for what comes first, the end of the process or of its monitor, and makes sure of the
+/// other.
 async fn watch_over(
     process: Arc<Process>,
     closing: impl Future<Output = String>,
@@ -378,8 +457,16 @@ async fn watch_over(
             }
         },
     };
-    let event = last_word.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let death = Death { pid: process.identity().pid, exit, stderr: process.stderr_tail(), event };
+    let event = last_word
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    let death = Death {
+        pid: process.identity().pid,
+        exit,
+        stderr: process.stderr_tail(),
+        event,
+    };
     sender.send_replace(Some(death));
 }
 

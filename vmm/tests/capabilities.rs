@@ -1,6 +1,11 @@
 //! Asking binaries what they can do: a real QEMU, and things that are none.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 #[allow(dead_code, reason = "each test file uses a part of it")]
 mod common;
@@ -15,7 +20,10 @@ use vmm::capabilities::query;
 async fn qemu_is_asked_once_and_the_answer_is_kept() {
     let cache = tempfile::tempdir().unwrap();
     let first = query(&qemu(), cache.path()).await.unwrap();
-    assert!(first.version.starts_with(|c: char| c.is_ascii_digit()), "{first:?}");
+    assert!(
+        first.version.starts_with(|c: char| c.is_ascii_digit()),
+        "{first:?}"
+    );
     assert!(first.vhost_user_fs && (first.tcg || first.kvm), "{first:?}");
     assert_eq!(names(cache.path()).len(), 1);
     // What is in the cache is believed, so QEMU was not asked again.
@@ -41,7 +49,9 @@ async fn a_spoilt_cache_is_written_anew() {
 #[tokio::test]
 async fn a_cache_that_cannot_be_written_costs_time_only() {
     let file = tempfile::NamedTempFile::new().unwrap();
-    query(&qemu(), &file.path().join("below-a-file")).await.unwrap();
+    query(&qemu(), &file.path().join("below-a-file"))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -51,22 +61,46 @@ async fn what_is_no_qemu_is_one_line_that_names_it() {
     std::fs::write(&plain, "hello").unwrap();
     let other_arch = dir.path().join("other");
     std::fs::write(&other_arch, b"\x7fELF\x02\x01\x01").unwrap();
-    std::fs::set_permissions(&other_arch, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let dies = program(dir.path(), "dies", "echo >&2 'no such option: -nodefaults'; exit 7");
+    std::fs::set_permissions(
+        &other_arch,
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    let dies = program(
+        dir.path(),
+        "dies",
+        "echo >&2 'no such option: -nodefaults'; exit 7",
+    );
     let hello = "for a; do case $a in *fd=*) echo hello >&${a##*fd=};; esac; done; exec sleep 100";
-    let garbage = program(dir.path(), "garbage", &format!("exec bash -c '{hello}' bash \"$@\""));
+    let garbage = program(
+        dir.path(),
+        "garbage",
+        &format!("exec bash -c '{hello}' bash \"$@\""),
+    );
     for (binary, wanted) in [
         (Path::new("/no/qemu"), "cannot use /no/qemu: No such file"),
         (dir.path(), "not an executable file"),
         (&plain, "not an executable file"),
         (&other_arch, "other exited with status "),
-        (&dies, "dies exited with status 7: no such option: -nodefaults"),
+        (
+            &dies,
+            "dies exited with status 7: no such option: -nodefaults",
+        ),
         (&garbage, "connection to QEMU's monitor is closed: "),
         (Path::new("/bin/true"), "/bin/true exited with status 0"),
     ] {
         let began = Instant::now();
         let error = query(binary, dir.path()).await.unwrap_err().to_string();
-        assert!(error.contains(wanted) && !error.contains('\n'), "{}: {error}", binary.display());
-        assert!(began.elapsed() < Duration::from_secs(5), "{} took {:?}", binary.display(), began.elapsed());
+        assert!(
+            error.contains(wanted) && !error.contains('\n'),
+            "{}: {error}",
+            binary.display()
+        );
+        assert!(
+            began.elapsed() < Duration::from_secs(5),
+            "{} took {:?}",
+            binary.display(),
+            began.elapsed()
+        );
     }
 }

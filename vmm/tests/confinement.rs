@@ -1,6 +1,11 @@
-//! What a QEMU or helper that was taken over can do to the host: this program is run in the place of each, confined as it
-//! would be, and tries. Whatever succeeds is named.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+//! What a QEMU or helper that was taken over can do to the host: this program is run in the place
+//! of each, confined as it would be, and tries. Whatever succeeds is named.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 #[allow(dead_code, reason = "no guest boots here")]
 mod common;
@@ -17,7 +22,12 @@ use vmm::process::{Child, Spawn};
 use vmm::{MachineConfig, Vm};
 
 /// Arguments by which QEMU, virtiofsd and vhost-device-vsock are started, and one for the control.
-const PLACES: [&str; 4] = ["-nodefaults", "--shared-dir", "--guest-cid", "--in-the-open"];
+const PLACES: [&str; 4] = [
+    "-nodefaults",
+    "--shared-dir",
+    "--guest-cid",
+    "--in-the-open",
+];
 
 /// Where a jail has the directory that virtiofsd serves.
 const SHARED: &str = "/shared";
@@ -28,7 +38,10 @@ fn main() -> ExitCode {
         println!("virtiofsd 1.14.0");
         return ExitCode::SUCCESS;
     }
-    if arguments.iter().any(|argument| PLACES.contains(&argument.as_str())) {
+    if arguments
+        .iter()
+        .any(|argument| PLACES.contains(&argument.as_str()))
+    {
         return probe();
     }
     let trial = |name: &str, test: fn() -> Result<(), Failed>| Trial::test(name, test);
@@ -37,9 +50,16 @@ fn main() -> ExitCode {
         vec![
             trial("the_probe_succeeds_in_the_open", in_the_open),
             trial("qemu_can_do_nothing_to_the_host", in_qemus_place),
-            trial("file_server_of_roots_can_do_nothing_to_the_host", || in_virtiofsds_place(FsCache::Always)),
-            trial("file_server_of_volumes_can_do_nothing_to_the_host", || in_virtiofsds_place(FsCache::Auto)),
-            trial("vsock_daemon_can_do_nothing_to_the_host", in_vsock_daemons_place),
+            trial("file_server_of_roots_can_do_nothing_to_the_host", || {
+                in_virtiofsds_place(FsCache::Always)
+            }),
+            trial("file_server_of_volumes_can_do_nothing_to_the_host", || {
+                in_virtiofsds_place(FsCache::Auto)
+            }),
+            trial(
+                "vsock_daemon_can_do_nothing_to_the_host",
+                in_vsock_daemons_place,
+            ),
         ],
     )
     .exit_code()
@@ -47,9 +67,16 @@ fn main() -> ExitCode {
 
 /// Tries everything and says what succeeded in one last line on stderr.
 fn probe() -> ExitCode {
-    let succeeded: Vec<&str> =
-        attempts().into_iter().filter(|(_, attempt)| attempt().is_ok()).map(|(n, _)| n).collect();
-    eprintln!("tried {}, succeeded: [{}]", attempts().len(), succeeded.join(", "));
+    let succeeded: Vec<&str> = attempts()
+        .into_iter()
+        .filter(|(_, attempt)| attempt().is_ok())
+        .map(|(n, _)| n)
+        .collect();
+    eprintln!(
+        "tried {}, succeeded: [{}]",
+        attempts().len(),
+        succeeded.join(", ")
+    );
     ExitCode::from(7)
 }
 
@@ -59,7 +86,11 @@ fn call(number: libc::c_long, arguments: [libc::c_long; 5]) -> io::Result<()> {
     let [a, b, c, d, e] = arguments;
     // SAFETY: every call below passes numbers, or pointers to what lives in the caller.
     let result = unsafe { libc::syscall(number, a, b, c, d, e) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn path(text: &str) -> CString {
@@ -81,18 +112,27 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
         ("read /etc/passwd", || open("/etc/passwd")),
         ("read /proc/1/environ", || open("/proc/1/environ")),
         ("read /proc/1/mem", || open("/proc/1/mem")),
-        ("read core_pattern", || open("/proc/sys/kernel/core_pattern")),
+        ("read core_pattern", || {
+            open("/proc/sys/kernel/core_pattern")
+        }),
         ("read /sys/kernel", || open("/sys/kernel/uevent_seqnum")),
         ("list /dev/pts", || std::fs::read_dir("/dev/pts").map(drop)),
         ("list /run", || std::fs::read_dir("/run").map(drop)),
         ("list /root", || std::fs::read_dir("/root").map(drop)),
         ("write to its root", || {
-            std::fs::write("/tmp/cofferdam-probe", "").and_then(|()| std::fs::remove_file("/tmp/cofferdam-probe"))
+            std::fs::write("/tmp/cofferdam-probe", "")
+                .and_then(|()| std::fs::remove_file("/tmp/cofferdam-probe"))
         }),
         ("write to its top", || {
-            std::fs::write("/cofferdam-probe", "").and_then(|()| std::fs::remove_file("/cofferdam-probe"))
+            std::fs::write("/cofferdam-probe", "")
+                .and_then(|()| std::fs::remove_file("/cofferdam-probe"))
         }),
-        ("run a shell", || std::process::Command::new("/bin/sh").args(["-c", "true"]).status().map(drop)),
+        ("run a shell", || {
+            std::process::Command::new("/bin/sh")
+                .args(["-c", "true"])
+                .status()
+                .map(drop)
+        }),
         ("fork", || {
             // SAFETY: the child ends at once.
             match unsafe { libc::fork() } {
@@ -107,22 +147,54 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
                 },
             }
         }),
-        ("clone into a user namespace", || call(libc::SYS_unshare, [libc::CLONE_NEWUSER.into(), 0, 0, 0, 0])),
-        ("make a mount namespace", || call(libc::SYS_unshare, [libc::CLONE_NEWNS.into(), 0, 0, 0, 0])),
-        ("open a mount tree", || {
-            call(libc::SYS_open_tree, [libc::AT_FDCWD.into(), path("/").as_ptr().addr() as i64, 1, 0, 0])
+        ("clone into a user namespace", || {
+            call(libc::SYS_unshare, [libc::CLONE_NEWUSER.into(), 0, 0, 0, 0])
         }),
-        ("make a file system", || call(libc::SYS_fsopen, [path("tmpfs").as_ptr().addr() as i64, 0, 0, 0, 0])),
-        ("change its root", || call(libc::SYS_chroot, [path("/").as_ptr().addr() as i64, 0, 0, 0, 0])),
+        ("make a mount namespace", || {
+            call(libc::SYS_unshare, [libc::CLONE_NEWNS.into(), 0, 0, 0, 0])
+        }),
+        ("open a mount tree", || {
+            call(
+                libc::SYS_open_tree,
+                [
+                    libc::AT_FDCWD.into(),
+                    path("/").as_ptr().addr() as i64,
+                    1,
+                    0,
+                    0,
+                ],
+            )
+        }),
+        ("make a file system", || {
+            call(
+                libc::SYS_fsopen,
+                [path("tmpfs").as_ptr().addr() as i64, 0, 0, 0, 0],
+            )
+        }),
+        ("change its root", || {
+            call(
+                libc::SYS_chroot,
+                [path("/").as_ptr().addr() as i64, 0, 0, 0, 0],
+            )
+        }),
         ("read another's memory", || {
             // Nothing of its own: whether it may at all.
-            call(libc::SYS_process_vm_readv, [std::process::id().into(), 0, 0, 0, 0])
+            call(
+                libc::SYS_process_vm_readv,
+                [std::process::id().into(), 0, 0, 0, 0],
+            )
         }),
         ("make a disk's node", || {
             for directory in [SHARED, "/", "/tmp"] {
                 let node = format!("{directory}/cofferdam-node");
                 // SAFETY: a C string that outlives the call.
-                let made = unsafe { libc::mknod(path(&node).as_ptr(), libc::S_IFBLK | 0o666, libc::makedev(254, 0)) };
+                let made = unsafe {
+                    libc::mknod(
+                        path(&node).as_ptr(),
+                        libc::S_IFBLK | 0o666,
+                        libc::makedev(254, 0),
+                    )
+                };
                 let opened = open(&node);
                 let _ = std::fs::remove_file(&node);
                 if made == 0 && opened.is_ok() {
@@ -132,35 +204,59 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
             Err(io::Error::other("no node, or one that cannot be opened"))
         }),
         ("raise a limit", || {
-            let limit = libc::rlimit { rlim_cur: 1 << 19, rlim_max: 1 << 19 };
+            let limit = libc::rlimit {
+                rlim_cur: 1 << 19,
+                rlim_max: 1 << 19,
+            };
             // SAFETY: reads a local variable.
             match unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const limit) } {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
             }
         }),
-        ("become root again", || call(libc::SYS_setresuid, [0, 0, 0, 0, 0]).and_then(|()| open("/proc/1/environ"))),
+        ("become root again", || {
+            call(libc::SYS_setresuid, [0, 0, 0, 0, 0]).and_then(|()| open("/proc/1/environ"))
+        }),
         ("datagrams", || {
             let mut pair = [0; 2];
             let (family, kind) = (libc::AF_UNIX.into(), libc::SOCK_DGRAM.into());
-            call(libc::SYS_socketpair, [family, kind, 0, pair.as_mut_ptr().addr() as i64, 0])
+            call(
+                libc::SYS_socketpair,
+                [family, kind, 0, pair.as_mut_ptr().addr() as i64, 0],
+            )
         }),
         ("execveat", || {
             // There is none here: whether it may at all.
             let empty = path("");
-            call(libc::SYS_execveat, [-1, empty.as_ptr().addr() as i64, 0, 0, 0]).or_else(allowed)
+            call(
+                libc::SYS_execveat,
+                [-1, empty.as_ptr().addr() as i64, 0, 0, 0],
+            )
+            .or_else(allowed)
         }),
         ("dial vsock", || socket(libc::AF_VSOCK, libc::SOCK_STREAM)),
-        ("use the network", || socket(libc::AF_INET, libc::SOCK_STREAM)),
+        ("use the network", || {
+            socket(libc::AF_INET, libc::SOCK_STREAM)
+        }),
         ("use netlink", || socket(libc::AF_NETLINK, libc::SOCK_RAW)),
         ("use packets", || socket(libc::AF_PACKET, libc::SOCK_RAW)),
-        ("load a BPF program", || call(libc::SYS_bpf, [0, 0, 0, 0, 0]).or_else(allowed)),
-        ("use io_uring", || call(libc::SYS_io_uring_setup, [0, 0, 0, 0, 0]).or_else(allowed)),
-        ("watch faults", || call(libc::SYS_userfaultfd, [0, 0, 0, 0, 0])),
+        ("load a BPF program", || {
+            call(libc::SYS_bpf, [0, 0, 0, 0, 0]).or_else(allowed)
+        }),
+        ("use io_uring", || {
+            call(libc::SYS_io_uring_setup, [0, 0, 0, 0, 0]).or_else(allowed)
+        }),
+        ("watch faults", || {
+            call(libc::SYS_userfaultfd, [0, 0, 0, 0, 0])
+        }),
         ("use keys", || call(libc::SYS_keyctl, [0, -3, 0, 0, 0])),
-        ("take any file by its handle", || call(libc::SYS_open_by_handle_at, [-1, 0, 0, 0, 0]).or_else(allowed)),
+        ("take any file by its handle", || {
+            call(libc::SYS_open_by_handle_at, [-1, 0, 0, 0, 0]).or_else(allowed)
+        }),
         // The last one: whoever is traced stops at its next signal.
-        ("trace", || call(libc::SYS_ptrace, [libc::PTRACE_TRACEME.into(), 0, 0, 0, 0])),
+        ("trace", || {
+            call(libc::SYS_ptrace, [libc::PTRACE_TRACEME.into(), 0, 0, 0, 0])
+        }),
     ]
 }
 
@@ -177,14 +273,29 @@ fn here() -> std::path::PathBuf {
 }
 
 fn block_on<T>(test: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(test)
 }
 
 fn nothing_succeeded(said: &str, allowed: &[&str]) -> Result<(), Failed> {
-    let list = said.rsplit_once("succeeded: [").and_then(|(_, list)| list.strip_suffix(']'));
-    let Some(list) = list else { return Err(format!("the probe did not run: {said}").into()) };
-    let succeeded: Vec<&str> = list.split(", ").filter(|name| !name.is_empty() && !allowed.contains(name)).collect();
-    if succeeded.is_empty() { Ok(()) } else { Err(format!("succeeded: {succeeded:?}").into()) }
+    let list = said
+        .rsplit_once("succeeded: [")
+        .and_then(|(_, list)| list.strip_suffix(']'));
+    let Some(list) = list else {
+        return Err(format!("the probe did not run: {said}").into());
+    };
+    let succeeded: Vec<&str> = list
+        .split(", ")
+        .filter(|name| !name.is_empty() && !allowed.contains(name))
+        .collect();
+    if succeeded.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("succeeded: {succeeded:?}").into())
+    }
 }
 
 /// The control: what is tried works where nothing forbids it.
@@ -193,8 +304,14 @@ fn in_the_open() -> Result<(), Failed> {
         let child = Child::spawn(Spawn::new(here(), vec!["--in-the-open".into()])).unwrap();
         tokio::time::timeout(SOON, child.exited()).await.unwrap();
         let said = child.stderr_tail().last().cloned().unwrap_or_default();
-        for wanted in ["read /etc/shadow", "fork", "make a mount namespace", "use the network", "trace", "run a shell"]
-        {
+        for wanted in [
+            "read /etc/shadow",
+            "fork",
+            "make a mount namespace",
+            "use the network",
+            "trace",
+            "run a shell",
+        ] {
             if !said.contains(wanted) {
                 return Err(format!("{wanted} should have succeeded: {said}").into());
             }
@@ -206,8 +323,18 @@ fn in_the_open() -> Result<(), Failed> {
 fn in_qemus_place() -> Result<(), Failed> {
     block_on(async {
         let lab = Lab::new("").await;
-        let config = MachineConfig { qemu: here(), ..lab.config.clone() };
-        let said = Vm::spawn(&config).await.unwrap().connect(SOON).await.map(drop).unwrap_err().to_string();
+        let config = MachineConfig {
+            qemu: here(),
+            ..lab.config.clone()
+        };
+        let said = Vm::spawn(&config)
+            .await
+            .unwrap()
+            .connect(SOON)
+            .await
+            .map(drop)
+            .unwrap_err()
+            .to_string();
         nothing_succeeded(&said, &[])
     })
 }
@@ -227,7 +354,9 @@ fn in_virtiofsds_place(cache: FsCache) -> Result<(), Failed> {
             confinement: lab.config.confinement.clone(),
         };
         let (virtiofsd, _connection) = Virtiofsd::spawn(&config).await.unwrap();
-        let said = tokio::time::timeout(SOON, virtiofsd.exited()).await.unwrap();
+        let said = tokio::time::timeout(SOON, virtiofsd.exited())
+            .await
+            .unwrap();
         assert!(!Path::new("/shared").exists(), "the jail's, not the host's");
         nothing_succeeded(&said, &[])
     })

@@ -1,6 +1,12 @@
-//! Devices of a real machine with a real guest: attached before the CPUs run and after, and detached again.
+//! Devices of a real machine with a real guest: attached before the CPUs run and after, and
+//! detached again.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 #[allow(dead_code, reason = "each test file uses a part of it")]
 mod common;
@@ -26,7 +32,14 @@ async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, Virti
         confinement: lab.config.confinement.clone(),
     };
     let (virtiofsd, connection) = Virtiofsd::spawn(&config).await.unwrap();
-    (virtiofsd, VirtioFs { tag: "share".into(), connection, queue_size: 1024 })
+    (
+        virtiofsd,
+        VirtioFs {
+            tag: "share".into(),
+            connection,
+            queue_size: 1024,
+        },
+    )
 }
 
 async fn vsock_daemon(lab: &Lab) -> VsockDaemon {
@@ -45,7 +58,12 @@ async fn vsock_daemon(lab: &Lab) -> VsockDaemon {
 }
 
 fn block(path: &Path) -> Device {
-    Device::Block(Block { path: path.into(), read_only: false, direct: false, serial: Some("disk-1".into()) })
+    Device::Block(Block {
+        path: path.into(),
+        read_only: false,
+        direct: false,
+        serial: Some("disk-1".into()),
+    })
 }
 
 fn empty_image() -> tempfile::NamedTempFile {
@@ -65,28 +83,55 @@ async fn until_true<F: Future<Output = bool>>(what: &str, mut done: impl FnMut()
 
 #[tokio::test]
 async fn a_guest_finds_what_was_attached_before_it_ran() {
-    let lab = Lab::new("mount -t virtiofs share /mnt && cat /mnt/file && echo from guest >/mnt/answer").await;
+    let lab =
+        Lab::new("mount -t virtiofs share /mnt && cat /mnt/file && echo from guest >/mnt/answer")
+            .await;
     let shared = tempfile::tempdir().unwrap();
     std::fs::write(shared.path().join("file"), "from host\n").unwrap();
     let daemon = vsock_daemon(&lab).await;
-    let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
+    let (virtiofsd, fs) = virtiofsd(
+        &lab,
+        &installed("libexec/cofferdam/virtiofsd"),
+        shared.path(),
+    )
+    .await;
+    let vm = Vm::spawn(&lab.config)
+        .await
+        .unwrap()
+        .connect(SOON)
+        .await
+        .unwrap();
     let attach_vsock = async {
         let connection = daemon.connect(SOON).await.unwrap();
-        vm.attach(Device::Vsock(VsockDevice::User { connection })).await.unwrap()
+        vm.attach(Device::Vsock(VsockDevice::User { connection }))
+            .await
+            .unwrap()
     };
-    let (vsock, fs) = tokio::join!(attach_vsock, async { vm.attach(Device::VirtioFs(fs)).await.unwrap() });
+    let (vsock, fs) = tokio::join!(attach_vsock, async {
+        vm.attach(Device::VirtioFs(fs)).await.unwrap()
+    });
     assert_ne!(vsock.pci_path, fs.pci_path);
     let can_tell = lab.config.capabilities.virtio_status();
-    assert_eq!(vm.driver_ok(&vsock.id).await.unwrap(), can_tell.then_some(false));
+    assert_eq!(
+        vm.driver_ok(&vsock.id).await.unwrap(),
+        can_tell.then_some(false)
+    );
     vm.cont().await.unwrap();
     lab.prints("from host").await;
-    until_true("the guest's file did not come", || async { shared.path().join("answer").exists() }).await;
-    until_true("no driver", || async { vm.driver_ok(&vsock.id).await.unwrap() == can_tell.then_some(true) }).await;
+    until_true("the guest's file did not come", || async {
+        shared.path().join("answer").exists()
+    })
+    .await;
+    until_true("no driver", || async {
+        vm.driver_ok(&vsock.id).await.unwrap() == can_tell.then_some(true)
+    })
+    .await;
     assert_eq!(vm.driver_ok("nothing").await.is_err(), can_tell);
     vm.stop(SOON).await.unwrap();
     // It ends with its connection: a helper never outlives its machine.
-    let why = tokio::time::timeout(SOON, virtiofsd.exited()).await.expect("virtiofsd should end with QEMU");
+    let why = tokio::time::timeout(SOON, virtiofsd.exited())
+        .await
+        .expect("virtiofsd should end with QEMU");
     assert!(why.contains("exited with status 0"), "{why}");
     daemon.stop(SOON).await.unwrap();
     assert!(!daemon.identity().is_alive());
@@ -95,7 +140,11 @@ async fn a_guest_finds_what_was_attached_before_it_ran() {
 #[tokio::test]
 async fn the_c_virtiofsd_is_refused() {
     let lab = Lab::new("").await;
-    let binary = program(lab.dir.path(), "virtiofsd", "echo virtiofsd version 7.2.22; echo Copyright");
+    let binary = program(
+        lab.dir.path(),
+        "virtiofsd",
+        "echo virtiofsd version 7.2.22; echo Copyright",
+    );
     let config = VirtiofsdConfig {
         binary,
         cache_dir: lab.dir.path().join("cache"),
@@ -106,8 +155,15 @@ async fn the_c_virtiofsd_is_refused() {
         oom_score_adj: None,
         confinement: None,
     };
-    let error = Virtiofsd::spawn(&config).await.map(drop).unwrap_err().to_string();
-    assert!(error.ends_with("is not maintained: install virtiofsd 1.10 or later"), "{error}");
+    let error = Virtiofsd::spawn(&config)
+        .await
+        .map(drop)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.ends_with("is not maintained: install virtiofsd 1.10 or later"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -116,16 +172,28 @@ async fn disks_come_and_go_while_the_guest_runs() {
     let lab = Lab::new(script).await;
     let mut image = tempfile::NamedTempFile::new().unwrap();
     image.write_all(&[7; 1 << 20]).unwrap();
-    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config)
+        .await
+        .unwrap()
+        .connect(SOON)
+        .await
+        .unwrap();
     vm.cont().await.unwrap();
     lab.prints("round").await;
     for _ in 0..2 {
         let disk = vm.attach(block(image.path())).await.unwrap();
         lab.prints("disk-1").await;
         let slot = disk.pci_path.strip_suffix("/00").unwrap();
-        lab.prints(&format!("at:/sys/devices/pci0000:00/0000:00:{slot}.0/")).await;
+        lab.prints(&format!("at:/sys/devices/pci0000:00/0000:00:{slot}.0/"))
+            .await;
         vm.detach(&disk.id, SOON).await.unwrap();
-        assert!(vm.detach(&disk.id, SOON).await.unwrap_err().to_string().contains("no device"));
+        assert!(
+            vm.detach(&disk.id, SOON)
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("no device")
+        );
         std::fs::write(lab.dir.path().join("console.log"), "").unwrap();
     }
     vm.stop(SOON).await.unwrap();
@@ -136,9 +204,18 @@ async fn a_guest_that_does_not_answer_keeps_its_device_and_a_deadline_says_so() 
     let lab = Lab::new("").await;
     let image = empty_image();
     // Its CPUs never run, so it cannot let go of anything.
-    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config)
+        .await
+        .unwrap()
+        .connect(SOON)
+        .await
+        .unwrap();
     let disk = vm.attach(block(image.path())).await.unwrap();
-    let error = vm.detach(&disk.id, Duration::from_millis(100)).await.unwrap_err().to_string();
+    let error = vm
+        .detach(&disk.id, Duration::from_millis(100))
+        .await
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "the guest to let go of blk1 took longer than 100ms");
 }
 
@@ -146,18 +223,46 @@ async fn a_guest_that_does_not_answer_keeps_its_device_and_a_deadline_says_so() 
 async fn a_device_that_fails_leaves_nothing_and_takes_no_port() {
     let lab = Lab::new("").await;
     let image = empty_image();
-    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
-    assert_eq!(vm.attach(block(image.path())).await.unwrap().pci_path, "04/00");
+    let vm = Vm::spawn(&lab.config)
+        .await
+        .unwrap()
+        .connect(SOON)
+        .await
+        .unwrap();
+    assert_eq!(
+        vm.attach(block(image.path())).await.unwrap().pci_path,
+        "04/00"
+    );
     for _ in 0..10 {
-        let error = vm.attach(block(Path::new("/no/disk"))).await.unwrap_err().to_string();
-        assert!(error.starts_with("cannot open the disk /no/disk: "), "{error}");
-        // The same file for a second writer fails at the last step, when the block node is made already.
-        let error = vm.attach(block(image.path())).await.unwrap_err().to_string();
+        let error = vm
+            .attach(block(Path::new("/no/disk")))
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("cannot open the disk /no/disk: "),
+            "{error}"
+        );
+        // The same file for a second writer fails at the last step, when the block node is made
+        // already.
+        let error = vm
+            .attach(block(image.path()))
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with("QEMU refused device_add: "), "{error}");
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let gone = VirtioFs { tag: "share".into(), connection: ours.into(), queue_size: 128 };
-        let error = vm.attach(Device::VirtioFs(gone)).await.unwrap_err().to_string();
+        let gone = VirtioFs {
+            tag: "share".into(),
+            connection: ours.into(),
+            queue_size: 128,
+        };
+        let error = vm
+            .attach(Device::VirtioFs(gone))
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with("QEMU refused "), "{error}");
     }
     let images: Vec<_> = (0..3).map(|_| empty_image()).collect();
@@ -166,7 +271,11 @@ async fn a_device_that_fails_leaves_nothing_and_takes_no_port() {
         paths.push(vm.attach(block(image.path())).await.unwrap().pci_path);
     }
     assert_eq!(paths, ["05/00", "06/00", "07/00"]);
-    let error = vm.attach(block(image.path())).await.unwrap_err().to_string();
+    let error = vm
+        .attach(block(image.path()))
+        .await
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "every PCI port of the virtual machine has a device");
 }
 
@@ -186,11 +295,26 @@ async fn a_helper_that_dies_says_why() {
     };
     let daemon = VsockDaemon::spawn(&config).await.unwrap();
     let error = daemon.connect(SOON).await.unwrap_err().to_string();
-    assert!(error.ends_with("vsockd exited with status 4: bad socket"), "{error}");
+    assert!(
+        error.ends_with("vsockd exited with status 4: bad socket"),
+        "{error}"
+    );
     let sleeps = program(lab.dir.path(), "sleeps", "exec sleep 1000");
-    let daemon = VsockDaemon::spawn(&VsockDaemonConfig { binary: sleeps, ..config }).await.unwrap();
-    let error = daemon.connect(Duration::from_millis(50)).await.unwrap_err().to_string();
-    assert!(error.starts_with("the socket ") && error.ends_with("device took longer than 50ms"), "{error}");
+    let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
+        binary: sleeps,
+        ..config
+    })
+    .await
+    .unwrap();
+    let error = daemon
+        .connect(Duration::from_millis(50))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.starts_with("the socket ") && error.ends_with("device took longer than 50ms"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -198,14 +322,28 @@ async fn a_virtiofsd_that_cannot_serve_says_why() {
     let lab = Lab::new("").await;
     let binary = installed("libexec/cofferdam/virtiofsd");
     let (virtiofsd, fs) = virtiofsd(&lab, &binary, Path::new("/no/such/directory")).await;
-    let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
+    let vm = Vm::spawn(&lab.config)
+        .await
+        .unwrap()
+        .connect(SOON)
+        .await
+        .unwrap();
     let error = vm.attach(Device::VirtioFs(fs)).await.unwrap_err();
     let error = virtiofsd.explain(error).await.to_string();
-    assert!(error.contains("exited with status 126: launcher: cannot take /no/such/directory: "), "{error}");
+    assert!(
+        error.contains("exited with status 126: launcher: cannot take /no/such/directory: "),
+        "{error}"
+    );
     // One that lives has nothing to add.
     let shared = tempfile::tempdir().unwrap();
     let (lives, _connection) = self::virtiofsd(&lab, &binary, shared.path()).await;
-    assert_eq!(lives.explain(vmm::Error::Unsupported("no".into())).await.to_string(), "no");
+    assert_eq!(
+        lives
+            .explain(vmm::Error::Unsupported("no".into()))
+            .await
+            .to_string(),
+        "no"
+    );
 }
 
 #[tokio::test]
@@ -213,8 +351,18 @@ async fn a_stopped_virtiofsd_is_gone_as_a_whole() {
     for stop_qemu_first in [true, false] {
         let lab = Lab::new("").await;
         let shared = tempfile::tempdir().unwrap();
-        let (virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-        let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
+        let (virtiofsd, fs) = virtiofsd(
+            &lab,
+            &installed("libexec/cofferdam/virtiofsd"),
+            shared.path(),
+        )
+        .await;
+        let vm = Vm::spawn(&lab.config)
+            .await
+            .unwrap()
+            .connect(SOON)
+            .await
+            .unwrap();
         vm.attach(Device::VirtioFs(fs)).await.unwrap();
         let serving = virtiofsd.identity();
         assert!(serving.is_alive());
@@ -228,7 +376,8 @@ async fn a_stopped_virtiofsd_is_gone_as_a_whole() {
     }
 }
 
-/// The shim's way: a mount namespace of its own, in which the shared directory propagates its mounts.
+/// The shim's way: a mount namespace of its own, in which the shared directory propagates its
+/// mounts.
 #[test]
 fn mounts_made_later_reach_the_guest() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -238,21 +387,55 @@ fn mounts_made_later_reach_the_guest() {
     // A thread of its own: no other test may see these mounts.
     let test = std::thread::spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        mount(nothing, "/", nothing, MsFlags::MS_SLAVE | MsFlags::MS_REC, nothing).unwrap();
+        mount(
+            nothing,
+            "/",
+            nothing,
+            MsFlags::MS_SLAVE | MsFlags::MS_REC,
+            nothing,
+        )
+        .unwrap();
         let shared = tempfile::tempdir().unwrap();
         let later = shared.path().join("later");
         std::fs::create_dir(&later).unwrap();
-        mount(Some(shared.path()), shared.path(), nothing, MsFlags::MS_BIND, nothing).unwrap();
+        mount(
+            Some(shared.path()),
+            shared.path(),
+            nothing,
+            MsFlags::MS_BIND,
+            nothing,
+        )
+        .unwrap();
         mount(nothing, shared.path(), nothing, MsFlags::MS_SHARED, nothing).unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(async {
             let lab = Lab::new(script).await;
-            let (_virtiofsd, fs) = virtiofsd(&lab, &installed("libexec/cofferdam/virtiofsd"), shared.path()).await;
-            let vm = Vm::spawn(&lab.config).await.unwrap().connect(SOON).await.unwrap();
+            let (_virtiofsd, fs) = virtiofsd(
+                &lab,
+                &installed("libexec/cofferdam/virtiofsd"),
+                shared.path(),
+            )
+            .await;
+            let vm = Vm::spawn(&lab.config)
+                .await
+                .unwrap()
+                .connect(SOON)
+                .await
+                .unwrap();
             vm.attach(Device::VirtioFs(fs)).await.unwrap();
             vm.cont().await.unwrap();
             lab.prints("guest is up").await;
-            mount(Some("none"), &later, Some("tmpfs"), MsFlags::empty(), nothing).unwrap();
+            mount(
+                Some("none"),
+                &later,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                nothing,
+            )
+            .unwrap();
             std::fs::write(later.join("file"), "mounted later\n").unwrap();
             lab.prints("mounted later").await;
             umount2(&later, MntFlags::MNT_DETACH).unwrap();

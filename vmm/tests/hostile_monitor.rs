@@ -1,7 +1,12 @@
-//! The QMP connection against a monitor that misbehaves in every way we could think of. Nothing may hang, and nothing
-//! may break but what the misbehaviour itself broke.
+//! The QMP connection against a monitor that misbehaves in every way we could think of. Nothing may
+//! hang, and nothing may break but what the misbehaviour itself broke.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed condition is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -16,7 +21,8 @@ use vmm::qmp::{Command, Qmp};
 
 const SOON: Duration = Duration::from_secs(5);
 const SHORT: Duration = Duration::from_millis(50);
-const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 1, \"major\": 11}}}}\r\n";
+const GREETING: &str =
+    "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 1, \"major\": 11}}}}\r\n";
 
 /// A command with a name of its own, so that tests do not depend on those of the crate.
 #[derive(Serialize)]
@@ -52,21 +58,35 @@ impl Monitor {
 
     fn answer(&mut self, command: &Value) {
         let number = &command["arguments"]["number"];
-        self.say(&format!("{}\r\n", json!({"return": number, "id": command["id"]})));
+        self.say(&format!(
+            "{}\r\n",
+            json!({"return": number, "id": command["id"]})
+        ));
     }
 
     fn negotiate(&mut self) {
         self.say(GREETING);
         let command = self.hear().expect("negotiation");
         assert_eq!(command["execute"], "qmp_capabilities");
-        self.say(&format!("{}\r\n", json!({"return": {}, "id": command["id"]})));
+        self.say(&format!(
+            "{}\r\n",
+            json!({"return": {}, "id": command["id"]})
+        ));
     }
 }
 
 fn monitor(script: impl FnOnce(Monitor) + Send + 'static) -> (UnixStream, JoinHandle<()>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let lines = BufReader::new(theirs.try_clone().unwrap());
-    (ours, std::thread::spawn(move || script(Monitor { socket: theirs, lines })))
+    (
+        ours,
+        std::thread::spawn(move || {
+            script(Monitor {
+                socket: theirs,
+                lines,
+            })
+        }),
+    )
 }
 
 /// A negotiated connection to a monitor that then follows `script`.
@@ -82,7 +102,9 @@ async fn connected(script: impl FnOnce(Monitor) + Send + 'static) -> (Qmp, JoinH
 
 /// What the monitor asserts counts too. Joined aside: the connection's task runs on this thread.
 async fn finished(thread: JoinHandle<()>) {
-    tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap();
+    tokio::task::spawn_blocking(|| thread.join().unwrap())
+        .await
+        .unwrap();
 }
 
 async fn ask(qmp: &Qmp, number: u32) -> vmm::Result<Value> {
@@ -97,7 +119,10 @@ async fn frames_cut_anywhere_and_events_before_the_greeting_are_read() {
             monitor.say(std::str::from_utf8(byte).unwrap());
         }
         let command = monitor.hear().unwrap();
-        monitor.say(&format!("{{\"event\": \"X\"}}\n{{\"id\": {},", command["id"]));
+        monitor.say(&format!(
+            "{{\"event\": \"X\"}}\n{{\"id\": {},",
+            command["id"]
+        ));
         std::thread::sleep(Duration::from_millis(5));
         monitor.say(" \"return\": {}}\n");
         let command = monitor.hear().unwrap();
@@ -125,7 +150,11 @@ async fn garbage_and_early_ends_are_said_at_once() {
     ] {
         let (socket, _thread) = monitor(move |mut monitor| monitor.say(text));
         let error = Qmp::open(socket, SOON).await.unwrap_err().to_string();
-        assert_eq!(error, format!("connection to QEMU's monitor is closed: {wanted}"), "{text:?}");
+        assert_eq!(
+            error,
+            format!("connection to QEMU's monitor is closed: {wanted}"),
+            "{text:?}"
+        );
     }
 }
 
@@ -148,7 +177,10 @@ async fn an_endless_line_ends_the_connection_and_not_the_memory() {
 async fn a_reply_of_a_megabyte_is_a_reply() {
     let (qmp, _thread) = connected(|mut monitor| {
         let command = monitor.hear().unwrap();
-        monitor.say(&format!("{}\r\n", json!({"return": "y".repeat(1 << 20), "id": command["id"]})));
+        monitor.say(&format!(
+            "{}\r\n",
+            json!({"return": "y".repeat(1 << 20), "id": command["id"]})
+        ));
         monitor.hear();
     })
     .await;
@@ -166,8 +198,14 @@ async fn a_silent_drop_costs_one_deadline_and_its_late_reply_nothing() {
         monitor.hear();
     })
     .await;
-    let error = qmp.execute_within(&Ask { number: 1 }, SHORT).await.unwrap_err();
-    assert_eq!(error.to_string(), "QEMU's answer to ask took longer than 50ms");
+    let error = qmp
+        .execute_within(&Ask { number: 1 }, SHORT)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "QEMU's answer to ask took longer than 50ms"
+    );
     assert_eq!(ask(&qmp, 2).await.unwrap(), 2);
 }
 
@@ -220,7 +258,11 @@ async fn the_ninth_command_waits_for_an_answer() {
         monitor.socket.set_read_timeout(None).unwrap();
         monitor.answer(&first[3]);
         let ninth = monitor.hear().unwrap();
-        for command in first.iter().filter(|command| **command != first[3]).chain([&ninth]) {
+        for command in first
+            .iter()
+            .filter(|command| **command != first[3])
+            .chain([&ninth])
+        {
             monitor.answer(command);
         }
         monitor.hear();
@@ -246,7 +288,9 @@ async fn a_flood_of_events_delays_nobody_and_slow_readers_learn_it() {
     let (qmp, _thread) = connected(|mut monitor| {
         let command = monitor.hear().unwrap();
         let flood =
-            "{\"event\": \"RTC_CHANGE\", \"data\": {\"offset\": 1}, \"timestamp\": {\"seconds\": 1}}\r\n".repeat(100);
+            "{\"event\": \"RTC_CHANGE\", \"data\": {\"offset\": 1}, \"timestamp\": {\"seconds\": \
+             1}}\r\n"
+                .repeat(100);
         for _ in 0..1000 {
             monitor.say(&flood);
         }
@@ -259,7 +303,10 @@ async fn a_flood_of_events_delays_nobody_and_slow_readers_learn_it() {
     assert_eq!(ask(&qmp, 7).await.unwrap(), 7);
     let mut missed = 0;
     loop {
-        match tokio::time::timeout(SOON, events.recv()).await.expect("the last event") {
+        match tokio::time::timeout(SOON, events.recv())
+            .await
+            .expect("the last event")
+        {
             Ok(event) if event.name == "LAST" => break,
             Ok(_) => {}
             Err(tokio::sync::broadcast::error::RecvError::Lagged(count)) => missed += count,
@@ -279,8 +326,15 @@ async fn the_end_in_the_middle_of_a_line_ends_every_caller_at_once() {
     .await;
     let began = Instant::now();
     let (first, second) = tokio::join!(ask(&qmp, 1), ask(&qmp, 2));
-    for error in [first.unwrap_err(), second.unwrap_err(), ask(&qmp, 3).await.unwrap_err()] {
-        assert!(matches!(&error, Error::Closed { reason } if reason == "end of file"), "{error}");
+    for error in [
+        first.unwrap_err(),
+        second.unwrap_err(),
+        ask(&qmp, 3).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(&error, Error::Closed { reason } if reason == "end of file"),
+            "{error}"
+        );
     }
     assert_eq!(qmp.closed().await, "end of file");
     assert!(began.elapsed() < SOON);
@@ -295,7 +349,10 @@ async fn a_reset_is_an_end() {
     .await;
     let (first, second) = tokio::join!(ask(&qmp, 1), ask(&qmp, 2));
     for error in [first.unwrap_err(), second.unwrap_err()] {
-        assert!(matches!(&error, Error::Closed { reason } if reason.contains("reset")), "{error}");
+        assert!(
+            matches!(&error, Error::Closed { reason } if reason.contains("reset")),
+            "{error}"
+        );
     }
 }
 
@@ -317,7 +374,8 @@ impl PeekOne for UnixStream {
 async fn an_error_of_the_monitor_keeps_class_and_text() {
     let (qmp, _thread) = connected(|mut monitor| {
         let command = monitor.hear().unwrap();
-        let error = json!({"error": {"class": "DeviceNotFound", "desc": "no such thing"}, "id": command["id"]});
+        let error = json!({"error": {"class": "DeviceNotFound", "desc": "no such thing"},
+            "id": command["id"]});
         monitor.say(&format!("{error}\n"));
         monitor.hear();
     })
@@ -360,7 +418,10 @@ async fn descriptors_arrive_with_their_own_command() {
             let mut name = String::new();
             std::fs::File::from(fd).read_to_string(&mut name).unwrap();
             assert_eq!(command["arguments"]["fdname"], name);
-            monitor.say(&format!("{}\r\n", json!({"return": {}, "id": command["id"]})));
+            monitor.say(&format!(
+                "{}\r\n",
+                json!({"return": {}, "id": command["id"]})
+            ));
         }
         monitor.hear();
     })
@@ -393,7 +454,13 @@ fn receive(socket: &UnixStream) -> (String, OwnedFd) {
     let mut bytes = [0; 4096];
     let mut space = nix::cmsg_space!([i32; 4]);
     let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty()).unwrap();
+    let message = recvmsg::<()>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut space),
+        MsgFlags::empty(),
+    )
+    .unwrap();
     let fds: Vec<i32> = message
         .cmsgs()
         .unwrap()
@@ -404,6 +471,9 @@ fn receive(socket: &UnixStream) -> (String, OwnedFd) {
         .collect();
     assert_eq!(fds.len(), 1, "one descriptor for one command");
     let count = message.bytes;
-    // SAFETY: the kernel made this descriptor for us just now.
-    (String::from_utf8(bytes[..count].to_vec()).unwrap(), unsafe { OwnedFd::from_raw_fd(fds[0]) })
+    (
+        String::from_utf8(bytes[..count].to_vec()).unwrap(),
+        // SAFETY: the kernel made this descriptor for us just now.
+        unsafe { OwnedFd::from_raw_fd(fds[0]) },
+    )
 }

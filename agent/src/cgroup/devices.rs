@@ -42,17 +42,42 @@ struct Rule {
 
 impl Rule {
     const fn char(major: i32, minor: Option<i32>) -> Rule {
-        Rule { allow: true, kind: Some(BPF_DEVCG_DEV_CHAR), major: Some(major), minor, access: ALL }
+        Rule {
+            allow: true,
+            kind: Some(BPF_DEVCG_DEV_CHAR),
+            major: Some(major),
+            minor,
+            access: ALL,
+        }
     }
 }
 
 /// A privileged container's one rule.
-const EVERYTHING: Rule = Rule { allow: true, kind: None, major: None, minor: None, access: ALL };
+const EVERYTHING: Rule = Rule {
+    allow: true,
+    kind: None,
+    major: None,
+    minor: None,
+    access: ALL,
+};
 
-/// What every container may use, as with runc: making nodes, and the devices that every image expects.
+/// What every container may use, as with runc: making nodes, and the devices that every image
+/// expects.
 const DEFAULT: [Rule; 11] = [
-    Rule { allow: true, kind: Some(BPF_DEVCG_DEV_CHAR), major: None, minor: None, access: ACC_MKNOD },
-    Rule { allow: true, kind: Some(BPF_DEVCG_DEV_BLOCK), major: None, minor: None, access: ACC_MKNOD },
+    Rule {
+        allow: true,
+        kind: Some(BPF_DEVCG_DEV_CHAR),
+        major: None,
+        minor: None,
+        access: ACC_MKNOD,
+    },
+    Rule {
+        allow: true,
+        kind: Some(BPF_DEVCG_DEV_BLOCK),
+        major: None,
+        minor: None,
+        access: ACC_MKNOD,
+    },
     Rule::char(1, Some(3)),
     Rule::char(1, Some(5)),
     Rule::char(1, Some(7)),
@@ -80,11 +105,13 @@ pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> Result<(
 
 /// Whether the rules end in "everything": the container is privileged.
 pub fn allow_all(rules: &[LinuxDeviceCgroup]) -> bool {
-    rules.last().is_some_and(|rule| parse(rule).is_ok_and(|rule| rule == EVERYTHING))
+    rules
+        .last()
+        .is_some_and(|rule| parse(rule).is_ok_and(|rule| rule == EVERYTHING))
 }
 
-/// The sender's rules, then the defaults; the last one that fits decides. A device of the container without a rule is
-/// not allowed, as with runc.
+/// The sender's rules, then the defaults; the last one that fits decides. A device of the container
+/// without a rule is not allowed, as with runc.
 fn effective(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
     let mut all = Vec::with_capacity(rules.len() + DEFAULT.len());
     for rule in rules {
@@ -98,35 +125,61 @@ fn effective(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
 }
 
 fn number(value: i64) -> Result<i32> {
-    i32::try_from(value).map_err(|_| Error::Invalid(format!("device number {value} does not exist")))
+    i32::try_from(value)
+        .map_err(|_| Error::Invalid(format!("device number {value} does not exist")))
 }
 
-/// −1 is a wildcard. So is major 0, which no device has and which is how absence travels; minor 0 is a real minor.
+/// −1 is a wildcard. So is major 0, which no device has and which is how absence travels; minor 0
+/// is a real minor.
 fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
     let kind = match rule.Type.as_str() {
         "a" | "" => None,
         "c" => Some(BPF_DEVCG_DEV_CHAR),
         "b" => Some(BPF_DEVCG_DEV_BLOCK),
-        other => return Err(Error::Invalid(format!("device rule of unknown type {other:?}"))),
+        other => {
+            return Err(Error::Invalid(format!(
+                "device rule of unknown type {other:?}"
+            )));
+        }
     };
-    let major = if rule.Major <= 0 || kind.is_none() { None } else { Some(number(rule.Major)?) };
-    let minor = if rule.Minor < 0 || major.is_none() { None } else { Some(number(rule.Minor)?) };
+    let major = if rule.Major <= 0 || kind.is_none() {
+        None
+    } else {
+        Some(number(rule.Major)?)
+    };
+    let minor = if rule.Minor < 0 || major.is_none() {
+        None
+    } else {
+        Some(number(rule.Minor)?)
+    };
     let mut access = 0;
     for letter in rule.Access.chars() {
         access |= match letter {
             'r' => ACC_READ,
             'w' => ACC_WRITE,
             'm' => ACC_MKNOD,
-            _ => return Err(Error::Invalid(format!("device rule with unknown access {:?}", rule.Access))),
+            _ => {
+                return Err(Error::Invalid(format!(
+                    "device rule with unknown access {:?}",
+                    rule.Access
+                )));
+            }
         };
     }
     if access == 0 {
         access = ALL;
     }
-    Ok(Rule { allow: rule.Allow, kind, major, minor, access })
+    Ok(Rule {
+        allow: rule.Allow,
+        kind,
+        major,
+        minor,
+        access,
+    })
 }
 
-/// The program: r2 device type, r3 access, r4 major, r5 minor; each rule in turn from the last, then "no".
+/// The program: r2 device type, r3 access, r4 major, r5 minor; each rule in turn from the last,
+/// then "no".
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     const LOAD_WORD: u8 = 0x61; // ldxw
     const AND_32: u8 = 0x54;
@@ -136,7 +189,12 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     const JUMP_NOT_EQUAL: u8 = 0x55;
     const JUMP_EQUAL: u8 = 0x15;
     const EXIT: u8 = 0x95;
-    let op = |code, registers, offset, immediate| Instruction { code, registers, offset, immediate };
+    let op = |code, registers, offset, immediate| Instruction {
+        code,
+        registers,
+        offset,
+        immediate,
+    };
 
     let mut program = vec![
         op(LOAD_WORD, 0x12, 0, 0),
@@ -156,10 +214,18 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
             let copy = op(MOVE_REGISTER_32, 0x31, 0, 0);
             tests.push(if rule.allow {
                 // All that is asked for must be in the rule …
-                vec![copy, op(AND_32, 0x01, 0, i32::from(!rule.access & ALL)), op(JUMP_NOT_EQUAL, 0x01, 0, 0)]
+                vec![
+                    copy,
+                    op(AND_32, 0x01, 0, i32::from(!rule.access & ALL)),
+                    op(JUMP_NOT_EQUAL, 0x01, 0, 0),
+                ]
             } else {
                 // … but a denial of a part denies the whole.
-                vec![copy, op(AND_32, 0x01, 0, i32::from(rule.access)), op(JUMP_EQUAL, 0x01, 0, 0)]
+                vec![
+                    copy,
+                    op(AND_32, 0x01, 0, i32::from(rule.access)),
+                    op(JUMP_EQUAL, 0x01, 0, 0),
+                ]
             });
         }
         if let Some(major) = rule.major {
@@ -177,7 +243,10 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
             }
         }
         program.extend(body);
-        program.extend([op(MOVE_32, 0x00, 0, i32::from(rule.allow)), op(EXIT, 0, 0, 0)]);
+        program.extend([
+            op(MOVE_32, 0x00, 0, i32::from(rule.allow)),
+            op(EXIT, 0, 0, 0),
+        ]);
         // The kernel refuses a program with instructions that nothing reaches.
         if length == 0 {
             return program;
@@ -211,9 +280,20 @@ struct AttachAttributes {
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the attributes have the layout of the command's part of `union bpf_attr`, and their size is given.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
-    i32::try_from(result).ok().filter(|result| *result >= 0).ok_or_else(io::Error::last_os_error)
+    // SAFETY: the attributes have the layout of the command's part of `union bpf_attr`, and their
+    // size is given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    i32::try_from(result)
+        .ok()
+        .filter(|result| *result >= 0)
+        .ok_or_else(io::Error::last_os_error)
 }
 
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
@@ -252,17 +332,27 @@ mod tests {
         let mut at = 0;
         loop {
             let instruction = program[at];
-            let (to, from) = (usize::from(instruction.registers & 15), usize::from(instruction.registers >> 4));
+            let (to, from) = (
+                usize::from(instruction.registers & 15),
+                usize::from(instruction.registers >> 4),
+            );
             let immediate = i64::from(instruction.immediate);
             at += 1;
             match instruction.code {
-                0x61 => registers[to] = i64::from(context[usize::try_from(instruction.offset / 4).unwrap()]),
+                0x61 => {
+                    registers[to] =
+                        i64::from(context[usize::try_from(instruction.offset / 4).unwrap()])
+                }
                 0x54 => registers[to] &= immediate,
                 0x74 => registers[to] >>= immediate,
                 0xbc => registers[to] = registers[from],
                 0xb4 => registers[to] = immediate,
-                0x55 if registers[to] != immediate => at += usize::try_from(instruction.offset).unwrap(),
-                0x15 if registers[to] == immediate => at += usize::try_from(instruction.offset).unwrap(),
+                0x55 if registers[to] != immediate => {
+                    at += usize::try_from(instruction.offset).unwrap()
+                }
+                0x15 if registers[to] == immediate => {
+                    at += usize::try_from(instruction.offset).unwrap()
+                }
                 0x55 | 0x15 => {}
                 0x95 => return registers[0] == 1,
                 other => panic!("unknown instruction {other:#x}"),
@@ -298,7 +388,10 @@ mod tests {
 
     #[test]
     fn the_last_rule_that_fits_decides() {
-        let rules = [rule(true, "c", 10, -1, "rw"), rule(false, "c", 10, 200, "w")];
+        let rules = [
+            rule(true, "c", 10, -1, "rw"),
+            rule(false, "c", 10, 200, "w"),
+        ];
         let rules = effective(&rules).unwrap();
         assert!(allowed(&rules, CHAR, ACC_READ | ACC_WRITE, 10, 229));
         assert!(allowed(&rules, CHAR, ACC_READ, 10, 200));

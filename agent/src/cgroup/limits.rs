@@ -1,6 +1,8 @@
 //! OCI resources as cgroup v2 files and values, by the rules that runc uses.
 
-use agent_client::protocols::oci::{LinuxBlockIO, LinuxCPU, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use agent_client::protocols::oci::{
+    LinuxBlockIO, LinuxCPU, LinuxMemory, LinuxResources, LinuxThrottleDevice,
+};
 
 /// One file and what to write to it.
 #[derive(Debug, PartialEq, Eq)]
@@ -9,20 +11,29 @@ pub struct Setting {
     pub file: String,
     /// What to write.
     pub value: String,
-    /// A guest that cannot do this still runs the container: it has other CPUs than the host, no swap, no such disk.
+    /// A guest that cannot do this still runs the container: it has other CPUs than the host, no
+    /// swap, no such disk.
     pub optional: bool,
 }
 
 fn must(file: &str, value: impl ToString) -> Setting {
-    Setting { file: file.into(), value: value.to_string(), optional: false }
+    Setting {
+        file: file.into(),
+        value: value.to_string(),
+        optional: false,
+    }
 }
 
 fn may(file: impl Into<String>, value: impl ToString) -> Setting {
-    Setting { file: file.into(), value: value.to_string(), optional: true }
+    Setting {
+        file: file.into(),
+        value: value.to_string(),
+        optional: true,
+    }
 }
 
-/// The writes that put `resources` in force. Zero is "not set", because the wire knows no difference. `read` gives
-/// the present content of a file, for values that share one.
+/// The writes that put `resources` in force. Zero is "not set", because the wire knows no
+/// difference. `read` gives the present content of a file, for values that share one.
 pub fn settings(resources: &LinuxResources, read: impl Fn(&str) -> String) -> Vec<Setting> {
     let mut out = Vec::new();
     if let Some(memory) = resources.Memory.as_ref() {
@@ -48,7 +59,11 @@ pub fn settings(resources: &LinuxResources, read: impl Fn(&str) -> String) -> Ve
 }
 
 fn limited(value: i64) -> String {
-    if value < 0 { "max".into() } else { value.to_string() }
+    if value < 0 {
+        "max".into()
+    } else {
+        value.to_string()
+    }
 }
 
 fn memory_settings(memory: &LinuxMemory, out: &mut Vec<Setting>) {
@@ -79,8 +94,16 @@ fn cpu_settings(cpu: &LinuxCPU, read: &impl Fn(&str) -> String, out: &mut Vec<Se
         let mut present = present.split_whitespace();
         let quota = present.next().unwrap_or("max");
         let period = present.next().unwrap_or("100000");
-        let quota = if cpu.Quota == 0 { quota.to_owned() } else { limited(cpu.Quota) };
-        let period = if cpu.Period == 0 { period.to_owned() } else { cpu.Period.to_string() };
+        let quota = if cpu.Quota == 0 {
+            quota.to_owned()
+        } else {
+            limited(cpu.Quota)
+        };
+        let period = if cpu.Period == 0 {
+            period.to_owned()
+        } else {
+            cpu.Period.to_string()
+        };
         out.push(must("cpu.max", format!("{quota} {period}")));
     }
     // The shim clears host CPU numbers; what still comes may not exist in this guest.
@@ -104,8 +127,15 @@ fn block_settings(block: &LinuxBlockIO, out: &mut Vec<Setting>) {
     }
     let mut throttle = |devices: &[LinuxThrottleDevice], key: &str| {
         for device in devices {
-            let rate = if device.Rate == 0 { "max".into() } else { device.Rate.to_string() };
-            out.push(may("io.max", format!("{}:{} {key}={rate}", device.Major, device.Minor)));
+            let rate = if device.Rate == 0 {
+                "max".into()
+            } else {
+                device.Rate.to_string()
+            };
+            out.push(may(
+                "io.max",
+                format!("{}:{} {key}={rate}", device.Major, device.Minor),
+            ));
         }
     };
     throttle(&block.ThrottleReadBpsDevice, "rbps");
@@ -122,12 +152,22 @@ mod tests {
 
     fn written(resources: &LinuxResources) -> Vec<(String, String)> {
         let read = |_: &str| "50000 200000".to_owned();
-        settings(resources, read).into_iter().map(|setting| (setting.file, setting.value)).collect()
+        settings(resources, read)
+            .into_iter()
+            .map(|setting| (setting.file, setting.value))
+            .collect()
     }
 
     fn memory(limit: i64, swap: i64) -> Vec<(String, String)> {
-        let memory = LinuxMemory { Limit: limit, Swap: swap, ..Default::default() };
-        written(&LinuxResources { Memory: Some(memory).into(), ..Default::default() })
+        let memory = LinuxMemory {
+            Limit: limit,
+            Swap: swap,
+            ..Default::default()
+        };
+        written(&LinuxResources {
+            Memory: Some(memory).into(),
+            ..Default::default()
+        })
     }
 
     fn pair(file: &str, value: &str) -> (String, String) {
@@ -149,16 +189,34 @@ mod tests {
 
     #[test]
     fn swap_is_what_exceeds_memory() {
-        assert_eq!(memory(1000, 1500), [pair("memory.swap.max", "500"), pair("memory.max", "1000")]);
-        assert_eq!(memory(1000, 1000), [pair("memory.swap.max", "0"), pair("memory.max", "1000")]);
-        assert_eq!(memory(1000, -1), [pair("memory.swap.max", "max"), pair("memory.max", "1000")]);
-        assert_eq!(memory(-1, 0), [pair("memory.swap.max", "max"), pair("memory.max", "max")]);
+        assert_eq!(
+            memory(1000, 1500),
+            [pair("memory.swap.max", "500"), pair("memory.max", "1000")]
+        );
+        assert_eq!(
+            memory(1000, 1000),
+            [pair("memory.swap.max", "0"), pair("memory.max", "1000")]
+        );
+        assert_eq!(
+            memory(1000, -1),
+            [pair("memory.swap.max", "max"), pair("memory.max", "1000")]
+        );
+        assert_eq!(
+            memory(-1, 0),
+            [pair("memory.swap.max", "max"), pair("memory.max", "max")]
+        );
         assert_eq!(memory(1000, 0), [pair("memory.max", "1000")]);
     }
 
     #[test]
     fn shares_become_a_weight() {
-        for (shares, weight) in [(2, 1), (1024, 39), (262_144, 10_000), (1, 1), (u64::MAX, 10_000)] {
+        for (shares, weight) in [
+            (2, 1),
+            (1024, 39),
+            (262_144, 10_000),
+            (1, 1),
+            (u64::MAX, 10_000),
+        ] {
             assert_eq!(weight_of_shares(shares), weight);
         }
     }
@@ -166,8 +224,15 @@ mod tests {
     #[test]
     fn a_quota_keeps_the_period_and_the_other_way_round() {
         let cpu = |quota, period| {
-            let cpu = LinuxCPU { Quota: quota, Period: period, ..Default::default() };
-            written(&LinuxResources { CPU: Some(cpu).into(), ..Default::default() })
+            let cpu = LinuxCPU {
+                Quota: quota,
+                Period: period,
+                ..Default::default()
+            };
+            written(&LinuxResources {
+                CPU: Some(cpu).into(),
+                ..Default::default()
+            })
         };
         assert_eq!(cpu(10_000, 0), [pair("cpu.max", "10000 200000")]);
         assert_eq!(cpu(0, 100_000), [pair("cpu.max", "50000 100000")]);
@@ -176,17 +241,41 @@ mod tests {
 
     #[test]
     fn a_page_size_cannot_name_another_file() {
-        let limit = |size: &str| LinuxHugepageLimit { Pagesize: size.into(), Limit: 4, ..Default::default() };
-        let resources =
-            LinuxResources { HugepageLimits: vec![limit("2MB"), limit("../x"), limit("")], ..Default::default() };
+        let limit = |size: &str| LinuxHugepageLimit {
+            Pagesize: size.into(),
+            Limit: 4,
+            ..Default::default()
+        };
+        let resources = LinuxResources {
+            HugepageLimits: vec![limit("2MB"), limit("../x"), limit("")],
+            ..Default::default()
+        };
         assert_eq!(written(&resources), [pair("hugetlb.2MB.max", "4")]);
     }
 
     #[test]
     fn throttles_name_their_device() {
-        let device = LinuxThrottleDevice { Major: 8, Minor: 16, Rate: 1000, ..Default::default() };
-        let block = LinuxBlockIO { Weight: 10, ThrottleReadBpsDevice: vec![device], ..Default::default() };
-        let resources = LinuxResources { BlockIO: Some(block).into(), ..Default::default() };
-        assert_eq!(written(&resources), [pair("io.weight", "default 1"), pair("io.max", "8:16 rbps=1000")]);
+        let device = LinuxThrottleDevice {
+            Major: 8,
+            Minor: 16,
+            Rate: 1000,
+            ..Default::default()
+        };
+        let block = LinuxBlockIO {
+            Weight: 10,
+            ThrottleReadBpsDevice: vec![device],
+            ..Default::default()
+        };
+        let resources = LinuxResources {
+            BlockIO: Some(block).into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            written(&resources),
+            [
+                pair("io.weight", "default 1"),
+                pair("io.max", "8:16 rbps=1000")
+            ]
+        );
     }
 }

@@ -28,7 +28,8 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup of container `id` below `parent`. The prefix keeps ids apart from the kernel's own files.
+    /// Makes the cgroup of container `id` below `parent`. The prefix keeps ids apart from the
+    /// kernel's own files.
     ///
     /// # Errors
     /// The failed system call; an existing cgroup is an error too.
@@ -43,7 +44,9 @@ impl Cgroup {
     pub fn create_named(parent: &Path, name: &str) -> Result<Cgroup> {
         let path = parent.join(name);
         fs::create_dir(&path).what(|| format!("create cgroup {}", path.display()))?;
-        let dir = File::open(&path).what(|| format!("open cgroup {}", path.display()))?.into();
+        let dir = File::open(&path)
+            .what(|| format!("open cgroup {}", path.display()))?
+            .into();
         Ok(Cgroup { path, dir })
     }
 
@@ -68,10 +71,15 @@ impl Cgroup {
             match fs::write(&file, &setting.value) {
                 Ok(()) => {}
                 Err(error) if setting.optional || !file.exists() => {
-                    log!("{} = {} not applied: {error}", file.display(), setting.value);
+                    log!(
+                        "{} = {} not applied: {error}",
+                        file.display(),
+                        setting.value
+                    );
                 }
                 Err(error) => {
-                    return Err(error).what(|| format!("set {} to {:?}", setting.file, setting.value));
+                    return Err(error)
+                        .what(|| format!("set {} to {:?}", setting.file, setting.value));
                 }
             }
         }
@@ -96,15 +104,24 @@ impl Cgroup {
         let mut directories = vec![self.path.clone()];
         while let Some(directory) = directories.pop() {
             let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
-            directories.extend(entries.map(|entry| entry.path()).filter(|path| path.is_dir()));
+            directories.extend(
+                entries
+                    .map(|entry| entry.path())
+                    .filter(|path| path.is_dir()),
+            );
             let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-            for pid in processes.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0) {
+            for pid in processes
+                .lines()
+                .filter_map(|line| line.parse::<i32>().ok())
+                .filter(|pid| *pid > 0)
+            {
                 // SAFETY: kill(2) takes two numbers.
                 if unsafe { libc::kill(pid, signal) } < 0 {
                     let error = io::Error::last_os_error();
                     // One that has ended meanwhile needs no signal.
                     if error.raw_os_error() != Some(libc::ESRCH) {
-                        return Err(error).what(|| format!("send signal {signal} to process {pid}"));
+                        return Err(error)
+                            .what(|| format!("send signal {signal} to process {pid}"));
                     }
                 }
             }
@@ -127,16 +144,21 @@ impl Cgroup {
             let _ = fs::write(&control, "0");
         }
         let verb = if frozen { "freeze" } else { "thaw" };
-        Err(Error::Failed(format!("the kernel did not {verb} the container within {SETTLE:?}")))
+        Err(Error::Failed(format!(
+            "the kernel did not {verb} the container within {SETTLE:?}"
+        )))
     }
 
     /// A number of `memory.events`, such as `oom_kill`.
     pub fn memory_event(&self, key: &str) -> u64 {
         let events = fs::read_to_string(self.file("memory.events")).unwrap_or_default();
-        flat(&events).find(|(name, _)| *name == key).map_or(0, |(_, value)| value)
+        flat(&events)
+            .find(|(name, _)| *name == key)
+            .map_or(0, |(_, value)| value)
     }
 
-    /// Kills what is left, waits until nothing runs in it, and removes the directory with all below it.
+    /// Kills what is left, waits until nothing runs in it, and removes the directory with all below
+    /// it.
     ///
     /// # Errors
     /// When a process does not die, or the kernel keeps the directory busy, for ten seconds.
@@ -144,17 +166,24 @@ impl Cgroup {
         self.kill();
         let _ = fs::write(self.file("cgroup.freeze"), "0");
         if !self.wait_event("populated", false).await? {
-            return Err(Error::Failed(format!("a process in {} does not die", self.path.display())));
+            return Err(Error::Failed(format!(
+                "a process in {} does not die",
+                self.path.display()
+            )));
         }
         let deadline = Instant::now() + SETTLE;
         loop {
             match remove_tree(&self.path) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                Err(error)
+                    if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+                {
                     sleep(Duration::from_millis(2)).await;
                 }
-                Err(error) => return Err(error).what(|| format!("remove cgroup {}", self.path.display())),
+                Err(error) => {
+                    return Err(error).what(|| format!("remove cgroup {}", self.path.display()));
+                }
             }
         }
     }
@@ -183,13 +212,15 @@ impl Cgroup {
     }
 }
 
-/// Watches one of the kernel's event files: each change is a priority event of poll(2), its removal too.
+/// Watches one of the kernel's event files: each change is a priority event of poll(2), its removal
+/// too.
 ///
 /// # Errors
 /// The failed open.
 pub fn watch(path: &Path) -> io::Result<AsyncFd<File>> {
     let file = File::open(path)?;
-    // SAFETY: a File keeps one descriptor open until it is dropped, and nothing closes it behind its back.
+    // SAFETY: a File keeps one descriptor open until it is dropped, and nothing closes it behind
+    // its back.
     Ok(unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?)
 }
 
@@ -201,7 +232,8 @@ pub fn flat(text: &str) -> impl Iterator<Item = (&str, u64)> {
     })
 }
 
-/// Removes a cgroup and what its processes made below it. Only directories count: the files are the kernel's.
+/// Removes a cgroup and what its processes made below it. Only directories count: the files are the
+/// kernel's.
 fn remove_tree(path: &Path) -> io::Result<()> {
     if fs::remove_dir(path).is_ok() {
         return Ok(());

@@ -1,5 +1,5 @@
-//! The last steps of every process of a container, first or exec: terminal, limits, user, capabilities, seccomp, exec.
-//! Runs in the child.
+//! The last steps of every process of a container, first or exec: terminal, limits, user,
+//! capabilities, seccomp, exec. Runs in the child.
 
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsStr};
@@ -45,8 +45,9 @@ pub fn detach() -> Step<()> {
         libc::setsid();
         // Until exec this is the agent's memory: no process of the container may look into it.
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
-        // Rust ignores SIGPIPE, nohup SIGHUP, a shell SIGINT and SIGQUIT of what it runs in the background, and what is
-        // ignored stays ignored over exec. Two of them cannot be set, which does no harm.
+        // Rust ignores SIGPIPE, nohup SIGHUP, a shell SIGINT and SIGQUIT of what it runs in the
+        // background, and what is ignored stays ignored over exec. Two of them cannot be set, which
+        // does no harm.
         for signal in 1..=libc::SIGRTMAX() {
             libc::signal(signal, libc::SIG_DFL);
         }
@@ -62,16 +63,20 @@ pub fn become_root() -> Step<()> {
     let none: *const libc::gid_t = std::ptr::null();
     // SAFETY: plain numbers; an empty list of groups.
     unsafe {
-        check(libc::syscall(libc::SYS_setgroups, 0, none)).tried("set groups in the user namespace")?;
-        check(libc::syscall(libc::SYS_setresgid, 0, 0, 0)).tried("set group in the user namespace")?;
-        check(libc::syscall(libc::SYS_setresuid, 0, 0, 0)).tried("set user in the user namespace")?;
+        check(libc::syscall(libc::SYS_setgroups, 0, none))
+            .tried("set groups in the user namespace")?;
+        check(libc::syscall(libc::SYS_setresgid, 0, 0, 0))
+            .tried("set group in the user namespace")?;
+        check(libc::syscall(libc::SYS_setresuid, 0, 0, 0))
+            .tried("set user in the user namespace")?;
     }
     Ok(())
 }
 
 /// Sets who is killed first when memory runs out; written through the agent's /proc.
 pub fn set_oom_score(score: i64) -> Step<()> {
-    fs::write("/proc/self/oom_score_adj", score.to_string()).tried(format_args!("set oom_score_adj {score}"))
+    fs::write("/proc/self/oom_score_adj", score.to_string())
+        .tried(format_args!("set oom_score_adj {score}"))
 }
 
 /// Sets the mask of permissions for new files.
@@ -79,7 +84,8 @@ pub fn set_umask(mask: libc::mode_t) {
     nix::sys::stat::umask(Mode::from_bits_truncate(mask));
 }
 
-/// Puts the pipes where a program expects them. The user owns them, so that /dev/stdout can be opened again.
+/// Puts the pipes where a program expects them. The user owns them, so that /dev/stdout can be
+/// opened again.
 pub fn take_stdio(stdio: &Stdio, uid: libc::uid_t) -> Step<()> {
     // The three may be among the numbers they go to: lift them above first.
     let mut lifted: [RawFd; 3] = [-1; 3];
@@ -108,7 +114,8 @@ fn is_null(fd: RawFd) -> bool {
     }
 }
 
-/// Makes a terminal in the container's /dev/pts, makes it this process's stdio and controlling terminal.
+/// Makes a terminal in the container's /dev/pts, makes it this process's stdio and controlling
+/// terminal.
 pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
     let master: OwnedFd = fs::OpenOptions::new()
         .read(true)
@@ -122,16 +129,30 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
     let unlocked: libc::c_int = 0;
     // SAFETY: ioctls of a pty master with arguments of their types that live over the calls.
     let slave = unsafe {
-        check(libc::ioctl(fd, libc::TIOCGPTN, &raw mut number).into()).tried("number of the terminal")?;
-        check(libc::ioctl(fd, libc::TIOCSPTLCK, &raw const unlocked).into()).tried("unlock the terminal")?;
-        check(libc::ioctl(fd, libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC).into())
-            .tried("open the terminal")?
+        check(libc::ioctl(fd, libc::TIOCGPTN, &raw mut number).into())
+            .tried("number of the terminal")?;
+        check(libc::ioctl(fd, libc::TIOCSPTLCK, &raw const unlocked).into())
+            .tried("unlock the terminal")?;
+        check(
+            libc::ioctl(
+                fd,
+                libc::TIOCGPTPEER,
+                libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+            )
+            .into(),
+        )
+        .tried("open the terminal")?
     };
     // SAFETY: the kernel just made this descriptor for us.
     let slave = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(slave).unwrap_or(-1)) };
     let (rows, columns) = plan.size;
     if rows != 0 && columns != 0 {
-        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         // SAFETY: the size lives over the call.
         unsafe { libc::ioctl(fd, libc::TIOCSWINSZ, &raw const size) };
     }
@@ -143,30 +164,49 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
         }
         check(libc::ioctl(0, libc::TIOCSCTTY, 0).into()).tried("take the terminal")?;
     }
-    Ok(Console { master, name: format!("/dev/pts/{number}") })
+    Ok(Console {
+        master,
+        name: format!("/dev/pts/{number}"),
+    })
 }
 
-/// Takes on limits, working directory, user and groups, and finds the program. What is left needs no file system.
+/// Takes on limits, working directory, user and groups, and finds the program. What is left needs
+/// no file system.
 pub fn assume(plan: &ProcessPlan) -> Step<Program> {
     for (resource, limit) in &plan.rlimits {
         // SAFETY: the limit lives over the call.
-        check(unsafe { libc::setrlimit(*resource, std::ptr::from_ref(limit)) }.into())
-            .tried(format_args!("set rlimit {resource} to {} {}", limit.rlim_cur, limit.rlim_max))?;
+        check(unsafe { libc::setrlimit(*resource, std::ptr::from_ref(limit)) }.into()).tried(
+            format_args!(
+                "set rlimit {resource} to {} {}",
+                limit.rlim_cur, limit.rlim_max
+            ),
+        )?;
     }
     let env = environment(plan);
     let cwd = OsStr::from_bytes(plan.cwd.as_bytes());
     let capabilities = plan.capabilities.unwrap_or_default();
     drop_bounding(capabilities.bounding)?;
     set_user(plan)?;
-    nix::unistd::chdir(plan.cwd.as_c_str()).tried(format_args!("chdir to working directory {}", cwd.display()))?;
+    nix::unistd::chdir(plan.cwd.as_c_str())
+        .tried(format_args!("chdir to working directory {}", cwd.display()))?;
     // A directory from outside (through an inherited descriptor) has no path in here.
     if !std::env::current_dir().is_ok_and(|path| path.is_absolute()) {
-        return Err(Failure(format!("working directory {} is outside of the container", cwd.display())));
+        return Err(Failure(format!(
+            "working directory {} is outside of the container",
+            cwd.display()
+        )));
     }
     let path = look_up(plan, &env)?;
     // Whatever an agent that is not PID 1 was started with.
     // SAFETY: plain numbers; it changes a flag of descriptors that are ours.
-    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            CLOSE_RANGE_CLOEXEC,
+        )
+    };
     Ok(Program { path, env })
 }
 
@@ -175,7 +215,8 @@ pub fn exec(plan: &ProcessPlan, program: &Program) -> Step<Infallible> {
     let capabilities = plan.capabilities.unwrap_or_default();
     if plan.no_new_privileges {
         // SAFETY: plain numbers.
-        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into()).tried("set no_new_privs")?;
+        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
+            .tried("set no_new_privs")?;
         set_capabilities(&capabilities)?;
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which goes with the next step.
@@ -187,24 +228,35 @@ pub fn exec(plan: &ProcessPlan, program: &Program) -> Step<Infallible> {
     if plan.no_new_privileges {
         load_filter(plan)?;
     }
-    // SAFETY: the path and both arrays are C strings, the arrays end with null, and all live over the call.
+    // SAFETY: the path and both arrays are C strings, the arrays end with null, and all live over
+    // the call.
     unsafe { libc::execve(program.path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     Err(io::Error::last_os_error()).tried(format_args!("exec {}", program.path.to_string_lossy()))
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
-    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+    strings
+        .iter()
+        .map(|string| string.as_ptr())
+        .chain([std::ptr::null()])
+        .collect()
 }
 
 fn load_filter(plan: &ProcessPlan) -> Step<()> {
-    plan.seccomp.as_ref().map_or(Ok(()), |filter| filter.load().tried("load seccomp profile"))
+    plan.seccomp
+        .as_ref()
+        .map_or(Ok(()), |filter| filter.load().tried("load seccomp profile"))
 }
 
 /// The environment, with HOME from /etc/passwd where it is not set.
 fn environment(plan: &ProcessPlan) -> Vec<CString> {
     let mut env = plan.env.clone();
-    if !env.iter().any(|variable| variable.as_bytes().starts_with(b"HOME=")) {
-        let home = home_of(&read_passwd().unwrap_or_default(), plan.uid).unwrap_or_else(|| "/".into());
+    if !env
+        .iter()
+        .any(|variable| variable.as_bytes().starts_with(b"HOME="))
+    {
+        let home =
+            home_of(&read_passwd().unwrap_or_default(), plan.uid).unwrap_or_else(|| "/".into());
         env.extend(CString::new(format!("HOME={home}")));
     }
     env
@@ -212,7 +264,10 @@ fn environment(plan: &ProcessPlan) -> Vec<CString> {
 
 fn read_passwd() -> io::Result<String> {
     // The image may have put anything there: nothing that blocks, nothing without end.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/etc/passwd")?;
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open("/etc/passwd")?;
     let kind = file.metadata()?.file_type();
     if kind.is_char_device() || kind.is_fifo() || kind.is_dir() {
         return Ok(String::new());
@@ -226,7 +281,10 @@ fn read_passwd() -> io::Result<String> {
 fn home_of(passwd: &str, uid: libc::uid_t) -> Option<String> {
     passwd.lines().find_map(|line| {
         let mut fields = line.split(':');
-        (fields.nth(2)?.trim().parse() == Ok(uid)).then(|| fields.nth(2)).flatten().map(str::to_owned)
+        (fields.nth(2)?.trim().parse() == Ok(uid))
+            .then(|| fields.nth(2))
+            .flatten()
+            .map(str::to_owned)
     })
 }
 
@@ -250,13 +308,23 @@ fn drop_bounding(keep: u64) -> Step<()> {
 
 /// Becomes the user and keeps the capabilities for the steps that follow.
 fn set_user(plan: &ProcessPlan) -> Step<()> {
-    let ProcessPlan { uid, gid, groups, .. } = plan;
-    // SAFETY: plain numbers, and a list that lives over the call. Raw calls: glibc's wrappers signal all threads.
+    let ProcessPlan {
+        uid, gid, groups, ..
+    } = plan;
+    // SAFETY: plain numbers, and a list that lives over the call. Raw calls: glibc's wrappers
+    // signal all threads.
     unsafe {
         check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into()).tried("keep capabilities")?;
-        check(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr())).tried("set supplementary groups")?;
-        check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid)).tried(format_args!("become group {gid}"))?;
-        check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid)).tried(format_args!("become user {uid}"))?;
+        check(libc::syscall(
+            libc::SYS_setgroups,
+            groups.len(),
+            groups.as_ptr(),
+        ))
+        .tried("set supplementary groups")?;
+        check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))
+            .tried(format_args!("become group {gid}"))?;
+        check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))
+            .tried(format_args!("become user {uid}"))?;
         check(libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0).into()).tried("keep capabilities")?;
         // A change of user clears it anyway; a fork of root keeps it as it was set.
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
@@ -273,10 +341,22 @@ fn set_capabilities(sets: &Capabilities) -> Step<()> {
     capset(sets.effective, sets.permitted, sets.inheritable).tried("set capabilities")?;
     // SAFETY: plain numbers.
     unsafe {
-        libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+        libc::prctl(
+            libc::PR_CAP_AMBIENT,
+            libc::PR_CAP_AMBIENT_CLEAR_ALL,
+            0,
+            0,
+            0,
+        );
         for capability in (0..64).filter(|bit| sets.ambient & (1 << bit) != 0) {
             // One that is not permitted and inheritable cannot be ambient; runc only warns too.
-            libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0);
+            libc::prctl(
+                libc::PR_CAP_AMBIENT,
+                libc::PR_CAP_AMBIENT_RAISE,
+                capability,
+                0,
+                0,
+            );
         }
     }
     Ok(())
@@ -297,11 +377,18 @@ fn capset(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
         inheritable: u32,
     }
     const VERSION_3: u32 = 0x2008_0522;
-    let header = Header { version: VERSION_3, pid: 0 };
+    let header = Header {
+        version: VERSION_3,
+        pid: 0,
+    };
     let mut data = [Data::default(); 2];
     // SAFETY: header and both halves of the data have the kernel's layout and live over the calls.
     unsafe {
-        check(libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()))?;
+        check(libc::syscall(
+            libc::SYS_capget,
+            &raw const header,
+            data.as_mut_ptr(),
+        ))?;
         for (half, data) in data.iter_mut().enumerate() {
             #[allow(clippy::cast_possible_truncation, reason = "this takes one half")]
             let part = |mask: u64| (mask >> (32 * half)) as u32;
@@ -309,7 +396,12 @@ fn capset(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
             data.permitted &= part(permitted);
             data.effective = data.permitted & part(effective);
         }
-        check(libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr())).map(|_| ())
+        check(libc::syscall(
+            libc::SYS_capset,
+            &raw const header,
+            data.as_ptr(),
+        ))
+        .map(|_| ())
     }
 }
 
@@ -323,11 +415,20 @@ fn look_up(plan: &ProcessPlan, env: &[CString]) -> Step<CString> {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 Err(error).tried(format_args!("exec: {shown:?}"))
             }
-            Err(error) => Err(Failure(format!("exec: {shown:?}: stat {shown}: {}", errno_text(&error)))),
+            Err(error) => Err(Failure(format!(
+                "exec: {shown:?}: stat {shown}: {}",
+                errno_text(&error)
+            ))),
         };
     }
-    let path = env.iter().find_map(|variable| variable.as_bytes().strip_prefix(b"PATH=")).unwrap_or_default();
-    for dir in path.split(|byte| *byte == b':').filter(|_| !name.is_empty()) {
+    let path = env
+        .iter()
+        .find_map(|variable| variable.as_bytes().strip_prefix(b"PATH="))
+        .unwrap_or_default();
+    for dir in path
+        .split(|byte| *byte == b':')
+        .filter(|_| !name.is_empty())
+    {
         let dir = if dir.is_empty() { b".".as_slice() } else { dir };
         let candidate = [dir, b"/", name.as_bytes()].concat();
         if let Ok(candidate) = CString::new(candidate)
@@ -336,7 +437,9 @@ fn look_up(plan: &ProcessPlan, env: &[CString]) -> Step<CString> {
             return Ok(candidate);
         }
     }
-    Err(Failure(format!("exec: {shown:?}: executable file not found in $PATH")))
+    Err(Failure(format!(
+        "exec: {shown:?}: executable file not found in $PATH"
+    )))
 }
 
 fn runnable(path: &CStr) -> io::Result<()> {

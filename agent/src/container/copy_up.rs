@@ -26,13 +26,20 @@ pub fn copy_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
         match kind {
             SFlag::S_IFDIR => {
                 mkdirat(&to, name, mode)?;
-                copy_up(open_dir(from.as_fd(), name)?.as_fd(), open_dir(to.as_fd(), name)?.as_fd())?;
+                copy_up(
+                    open_dir(from.as_fd(), name)?.as_fd(),
+                    open_dir(to.as_fd(), name)?.as_fd(),
+                )?;
             }
             SFlag::S_IFREG => {
                 let flags = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-                let mut source = File::from(openat(&from, name, OFlag::O_RDONLY | flags, Mode::empty())?);
+                let mut source =
+                    File::from(openat(&from, name, OFlag::O_RDONLY | flags, Mode::empty())?);
                 let create = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | flags;
-                io::copy(&mut source, &mut File::from(openat(&to, name, create, mode)?))?;
+                io::copy(
+                    &mut source,
+                    &mut File::from(openat(&to, name, create, mode)?),
+                )?;
             }
             SFlag::S_IFLNK => symlinkat(readlinkat(&from, name)?.as_os_str(), &to, name)?,
             _ => mknodat(&to, name, kind, mode, stat.st_rdev)?,
@@ -42,9 +49,20 @@ pub fn copy_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-fn own(dir: BorrowedFd<'_>, name: &std::ffi::CStr, stat: &FileStat, permissions: bool) -> io::Result<()> {
+fn own(
+    dir: BorrowedFd<'_>,
+    name: &std::ffi::CStr,
+    stat: &FileStat,
+    permissions: bool,
+) -> io::Result<()> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    fchownat(dir, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    fchownat(
+        dir,
+        name,
+        Some(uid),
+        Some(gid),
+        AtFlags::AT_SYMLINK_NOFOLLOW,
+    )?;
     if permissions {
         let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777);
         fchmodat(dir, name, mode, FchmodatFlags::FollowSymlink)?;

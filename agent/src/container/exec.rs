@@ -7,8 +7,8 @@ use super::child::{self, Stdio};
 use super::plan::ProcessPlan;
 use super::spawn::{Handle, Step, Tried, check};
 
-/// Joins the container of the process behind `target` and becomes the program. The pid namespace is the agent's
-/// business: it counts for children only, so it was set before this process was made.
+/// Joins the container of the process behind `target` and becomes the program. The pid namespace is
+/// the agent's business: it counts for children only, so it was set before this process was made.
 pub fn run(
     plan: &ProcessPlan,
     target: BorrowedFd<'_>,
@@ -20,12 +20,14 @@ pub fn run(
     crate::gate::forget();
     child::detach()?;
     child::set_oom_score(plan.oom_score_adj)?;
-    let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let mut flags =
+        libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     if user_namespace {
         flags |= libc::CLONE_NEWUSER;
     }
     // SAFETY: an open descriptor and a plain number.
-    check(unsafe { libc::setns(target.as_raw_fd(), flags) }.into()).tried("join the container's namespaces")?;
+    check(unsafe { libc::setns(target.as_raw_fd(), flags) }.into())
+        .tried("join the container's namespaces")?;
     if user_namespace {
         child::become_root()?;
     }

@@ -18,10 +18,15 @@ pub struct Inherited {
     pub join: Vec<(OwnedFd, libc::c_int, &'static str)>,
 }
 
-/// Becomes the container: namespaces, file system, terminal, identity; says it is ready; and once told to go on,
-/// becomes the container's program.
+/// Becomes the container: namespaces, file system, terminal, identity; says it is ready; and once
+/// told to go on, becomes the container's program.
 pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infallible> {
-    let keep: Vec<i32> = inherited.join.iter().map(|(fd, ..)| fd.as_raw_fd()).chain(inherited.fds()).collect();
+    let keep: Vec<i32> = inherited
+        .join
+        .iter()
+        .map(|(fd, ..)| fd.as_raw_fd())
+        .chain(inherited.fds())
+        .collect();
     handle.close_others(&keep);
     // Containers of the pod may look into this process.
     crate::gate::forget();
@@ -35,12 +40,14 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
     }
     for (fd, flag, name) in &inherited.join {
         // SAFETY: an open descriptor and a plain number.
-        check(unsafe { libc::setns(fd.as_raw_fd(), *flag) }.into()).tried(format_args!("join {name} namespace"))?;
+        check(unsafe { libc::setns(fd.as_raw_fd(), *flag) }.into())
+            .tried(format_args!("join {name} namespace"))?;
     }
     if !plan.join.iter().any(|join| join.kind == "cgroup") {
         // Not with clone3: the child would see the agent's cgroup as its root.
         // SAFETY: a plain number.
-        check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into()).tried("unshare the cgroup namespace")?;
+        check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
+            .tried("unshare the cgroup namespace")?;
     }
     if let Some(name) = &plan.hostname {
         nix::unistd::sethostname(name).tried(format_args!("set hostname {name}"))?;
@@ -68,7 +75,9 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
 
 impl Inherited {
     fn fds(&self) -> impl Iterator<Item = i32> {
-        self.stdio.iter().flat_map(|stdio| stdio.iter().map(AsRawFd::as_raw_fd))
+        self.stdio
+            .iter()
+            .flat_map(|stdio| stdio.iter().map(AsRawFd::as_raw_fd))
     }
 }
 
@@ -84,7 +93,9 @@ fn bind_console(terminal: &str) -> Step<()> {
         nix::sys::stat::Mode::empty(),
     )
     .tried("open /dev/console")?;
-    let terminal = CString::new(terminal).map_err(std::io::Error::from).tried("name of the terminal")?;
+    let terminal = CString::new(terminal)
+        .map_err(std::io::Error::from)
+        .tried("name of the terminal")?;
     let tree = rootfs::clone_tree(&terminal, false, 0).tried("bind /dev/console")?;
     rootfs::attach(tree.as_fd(), place.as_fd()).tried("bind /dev/console")
 }

@@ -80,8 +80,8 @@ pub struct Started {
 }
 
 impl Container {
-    /// Makes the container in its cgroup; its first process waits to be started. On failure nothing is left but the
-    /// cgroup, which is the caller's.
+    /// Makes the container in its cgroup; its first process waits to be started. On failure nothing
+    /// is left but the cgroup, which is the caller's.
     ///
     /// # Errors
     /// A spec that cannot be, or the step that failed in the child, in its words.
@@ -110,7 +110,13 @@ impl Container {
                     paused: AtomicBool::new(false),
                     removed: AtomicBool::new(false),
                 };
-                Ok((container, Started { process: init, exit }))
+                Ok((
+                    container,
+                    Started {
+                        process: init,
+                        exit,
+                    },
+                ))
             }
             Err(error) => Err((error, cgroup)),
         }
@@ -122,10 +128,14 @@ impl Container {
     ) -> Result<(Child, Io, tokio::sync::oneshot::Receiver<i32>, Plan)> {
         let plan = Plan::new(parts.spec, parts.seccomp.clone())?;
         let mut join = Vec::with_capacity(plan.join.len());
-        let mut pid_namespace =
-            parts.pid_namespace.map(OwnedFd::try_clone).transpose().what(|| "copy a descriptor".into())?;
+        let mut pid_namespace = parts
+            .pid_namespace
+            .map(OwnedFd::try_clone)
+            .transpose()
+            .what(|| "copy a descriptor".into())?;
         for entry in &plan.join {
-            let file = File::open(&entry.path).what(|| format!("open {} namespace {}", entry.kind, entry.path))?;
+            let file = File::open(&entry.path)
+                .what(|| format!("open {} namespace {}", entry.kind, entry.path))?;
             if entry.flag == libc::CLONE_NEWPID {
                 pid_namespace = Some(file.into());
             } else {
@@ -133,8 +143,11 @@ impl Container {
             }
         }
         let terminal = plan.process.terminal;
-        let (stdio, pipes) =
-            if terminal { (None, None) } else { stdio::pipes(&parts.claimed).map(|(a, b)| (Some(a), Some(b)))? };
+        let (stdio, pipes) = if terminal {
+            (None, None)
+        } else {
+            stdio::pipes(&parts.claimed).map(|(a, b)| (Some(a), Some(b)))?
+        };
         let inherited = init::Inherited { stdio, join };
         let mut flags = libc::CLONE_NEWNS;
         if plan.user_maps.is_some() {
@@ -142,7 +155,9 @@ impl Container {
         }
         let body = |handle: &mut spawn::Handle| init::run(&plan, &inherited, handle);
         let mut child = match &pid_namespace {
-            Some(namespace) => in_pid_namespace(namespace, || spawn::spawn(flags, cgroup.dir(), body))?,
+            Some(namespace) => {
+                in_pid_namespace(namespace, || spawn::spawn(flags, cgroup.dir(), body))?
+            }
             None => spawn::spawn(flags | libc::CLONE_NEWPID, cgroup.dir(), body)?,
         };
         let exit = parts.reaper.watch(child.pid);
@@ -157,7 +172,11 @@ impl Container {
         let io = match (child.report().await?, pipes) {
             (Report::Ready(_), Some(io)) => io,
             (Report::Ready(Some(fd)), None) => stdio::terminal(child.take_fd(fd)?)?,
-            _ => return Err(Error::Failed("the container's first process died before it was ready".into())),
+            _ => {
+                return Err(Error::Failed(
+                    "the container's first process died before it was ready".into(),
+                ));
+            }
         };
         Ok((child, io, exit, plan))
     }
@@ -167,14 +186,15 @@ impl Container {
     /// # Errors
     /// A container that was started before, or a program that cannot be executed.
     pub async fn start(&self) -> Result<()> {
-        let mut child = self
-            .waiting
-            .lock()
-            .await
-            .take()
-            .ok_or_else(|| Error::Failed(format!("container {} was started already", self.id)))?;
+        let mut child =
+            self.waiting.lock().await.take().ok_or_else(|| {
+                Error::Failed(format!("container {} was started already", self.id))
+            })?;
         if self.init.exited().is_some() {
-            return Err(Error::Failed(format!("container {} has ended before it was started", self.id)));
+            return Err(Error::Failed(format!(
+                "container {} has ended before it was started",
+                self.id
+            )));
         }
         child.go();
         child.report().await?;
@@ -184,7 +204,8 @@ impl Container {
     /// Runs one more process in the container.
     ///
     /// # Errors
-    /// A container that does not run, an exec id in use, or the step that failed in the child, in its words.
+    /// A container that does not run, an exec id in use, or the step that failed in the child, in
+    /// its words.
     pub async fn exec(
         &self,
         exec_id: &str,
@@ -193,14 +214,23 @@ impl Container {
         reaper: &Reaper,
     ) -> Result<Started> {
         if self.init.exited().is_some() {
-            return Err(Error::Failed(format!("container {} is not running", self.id)));
+            return Err(Error::Failed(format!(
+                "container {} is not running",
+                self.id
+            )));
         }
         if self.paused.load(Ordering::Relaxed) {
             return Err(Error::Failed(format!("container {} is paused", self.id)));
         }
         self.sweep();
-        if lock(&self.execs).get(exec_id).is_some_and(|process| !process.told()) {
-            return Err(Error::Invalid(format!("exec {exec_id} exists already in container {}", self.id)));
+        if lock(&self.execs)
+            .get(exec_id)
+            .is_some_and(|process| !process.told())
+        {
+            return Err(Error::Invalid(format!(
+                "exec {exec_id} exists already in container {}",
+                self.id
+            )));
         }
         let mut plan = ProcessPlan::new(process, self.defaults.seccomp.clone())?;
         plan.capabilities = plan.capabilities.or(self.defaults.capabilities);
@@ -210,11 +240,21 @@ impl Container {
         if plan.oom_score_adj == 0 {
             plan.oom_score_adj = self.defaults.oom_score_adj;
         }
-        let (stdio, pipes) =
-            if plan.terminal { (None, None) } else { stdio::pipes(&claimed).map(|(a, b)| (Some(a), Some(b)))? };
+        let (stdio, pipes) = if plan.terminal {
+            (None, None)
+        } else {
+            stdio::pipes(&claimed).map(|(a, b)| (Some(a), Some(b)))?
+        };
         let target = self.init.pidfd();
-        let body =
-            |handle: &mut spawn::Handle| exec::run(&plan, target.as_fd(), self.user_namespace, stdio.as_ref(), handle);
+        let body = |handle: &mut spawn::Handle| {
+            exec::run(
+                &plan,
+                target.as_fd(),
+                self.user_namespace,
+                stdio.as_ref(),
+                handle,
+            )
+        };
         let mut child = in_pid_namespace(target, || spawn::spawn(0, self.cgroup.dir(), body))?;
         let exit = reaper.watch(child.pid);
         drop(stdio);
@@ -269,14 +309,13 @@ impl Container {
         if exec_id.is_empty() || exec_id == self.id {
             return Ok(self.init.clone());
         }
-        lock(&self.execs)
-            .get(exec_id)
-            .cloned()
-            .ok_or_else(|| Error::NotFound(format!("no process {exec_id} in container {}", self.id)))
+        lock(&self.execs).get(exec_id).cloned().ok_or_else(|| {
+            Error::NotFound(format!("no process {exec_id} in container {}", self.id))
+        })
     }
 
-    /// Notes that the exit of a process was told: nobody can wait for it again. Its output stays until it was fetched or
-    /// the container is removed.
+    /// Notes that the exit of a process was told: nobody can wait for it again. Its output stays
+    /// until it was fetched or the container is removed.
     ///
     /// # Errors
     /// `NotFound` if somebody else was told before. The first process's exit is told to everybody.
@@ -285,7 +324,10 @@ impl Container {
             return Ok(());
         }
         if process.told() {
-            return Err(Error::NotFound(format!("no process {exec_id} in container {}", self.id)));
+            return Err(Error::NotFound(format!(
+                "no process {exec_id} in container {}",
+                self.id
+            )));
         }
         process.tell();
         self.sweep();
@@ -314,7 +356,10 @@ impl Container {
     /// When the kernel does not do it in time.
     pub async fn pause(&self, paused: bool) -> Result<()> {
         if paused && self.init.exited().is_some() {
-            return Err(Error::Failed(format!("container {} is not running", self.id)));
+            return Err(Error::Failed(format!(
+                "container {} is not running",
+                self.id
+            )));
         }
         self.cgroup.freeze(paused).await?;
         self.paused.store(paused, Ordering::Relaxed);
@@ -332,7 +377,11 @@ impl Container {
         for process in std::iter::once(&self.init).chain(&execs) {
             // Dead by now; collected a moment later.
             if timeout(DEATH, process.wait()).await.is_err() {
-                return Err(Error::Failed(format!("process {} of container {} does not die", process.pid(), self.id)));
+                return Err(Error::Failed(format!(
+                    "process {} of container {} does not die",
+                    process.pid(),
+                    self.id
+                )));
             }
             process.io().abandon();
         }
@@ -340,8 +389,8 @@ impl Container {
     }
 }
 
-/// Runs `make` so that the process it makes is in another pid namespace. The namespace counts for children only, so the
-/// agent itself does not move.
+/// Runs `make` so that the process it makes is in another pid namespace. The namespace counts for
+/// children only, so the agent itself does not move.
 fn in_pid_namespace<T>(namespace: &OwnedFd, make: impl FnOnce() -> Result<T>) -> Result<T> {
     let own = File::open("/proc/self/ns/pid").what(|| "open the agent's pid namespace".into())?;
     let set = |fd: i32| {

@@ -53,7 +53,12 @@ const NODIRATIME: u64 = 0x80;
 const NOSYMFOLLOW: u64 = 0x0020_0000;
 
 /// Read-only, for [`Attributes::set`].
-pub const READ_ONLY: Attributes = Attributes { set: RDONLY, clear: 0, propagation: 0, user_namespace: 0 };
+pub const READ_ONLY: Attributes = Attributes {
+    set: RDONLY,
+    clear: 0,
+    propagation: 0,
+    user_namespace: 0,
+};
 
 #[derive(Clone, Copy)]
 struct Change {
@@ -66,7 +71,8 @@ struct Change {
 pub struct Options {
     /// Flags of mount(2), for new file systems.
     pub flags: MsFlags,
-    /// The same as attributes, for binds: only what was asked for, so that the source keeps the rest.
+    /// The same as attributes, for binds: only what was asked for, so that the source keeps the
+    /// rest.
     pub attributes: Attributes,
     /// The options with an `r` in front: for a whole tree.
     pub recursive: Attributes,
@@ -199,16 +205,37 @@ mod tests {
     #[test]
     fn the_last_of_two_opposites_counts() {
         let options = Options::parse(&["ro", "nosuid", "rw", "noexec", "exec"]);
-        assert_eq!(options.attributes, Attributes { set: NOSUID, clear: RDONLY | NOEXEC, ..Default::default() });
+        assert_eq!(
+            options.attributes,
+            Attributes {
+                set: NOSUID,
+                clear: RDONLY | NOEXEC,
+                ..Default::default()
+            }
+        );
         assert_eq!(options.flags, MsFlags::MS_NOSUID);
     }
 
     #[test]
     fn access_time_modes_replace_each_other() {
         let options = Options::parse(&["noatime", "strictatime"]);
-        assert_eq!(options.attributes, Attributes { set: STRICTATIME, clear: ATIME, ..Default::default() });
+        assert_eq!(
+            options.attributes,
+            Attributes {
+                set: STRICTATIME,
+                clear: ATIME,
+                ..Default::default()
+            }
+        );
         let options = Options::parse(&["noatime", "relatime"]);
-        assert_eq!(options.attributes, Attributes { set: 0, clear: ATIME, ..Default::default() });
+        assert_eq!(
+            options.attributes,
+            Attributes {
+                set: 0,
+                clear: ATIME,
+                ..Default::default()
+            }
+        );
     }
 
     #[test]
@@ -217,13 +244,24 @@ mod tests {
         assert!(options.attributes.is_empty());
         assert_eq!(
             options.recursive,
-            Attributes { set: RDONLY | NOSUID | NOATIME, clear: ATIME, ..Default::default() }
+            Attributes {
+                set: RDONLY | NOSUID | NOATIME,
+                clear: ATIME,
+                ..Default::default()
+            }
         );
     }
 
     #[test]
     fn the_rest_is_for_the_file_system() {
-        let options = Options::parse(&["nosuid", "strictatime", "mode=755", "size=65536k", "tmpcopyup", "rw"]);
+        let options = Options::parse(&[
+            "nosuid",
+            "strictatime",
+            "mode=755",
+            "size=65536k",
+            "tmpcopyup",
+            "rw",
+        ]);
         assert_eq!(options.data, "mode=755,size=65536k");
         assert!(options.copy_up && !options.read_only());
         assert_eq!(options.flags, MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME);

@@ -1,5 +1,5 @@
-//! PID 1 of the pid namespace that a pod's containers share: what a pause container is elsewhere. A copy of the agent that
-//! does nothing but outlive them, so it costs the few pages that it touches.
+//! PID 1 of the pid namespace that a pod's containers share: what a pause container is elsewhere. A
+//! copy of the agent that does nothing but outlive them, so it costs the few pages that it touches.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -38,7 +38,11 @@ impl PodInit {
     pub async fn start(cgroups: &Path, reaper: &Reaper) -> Result<PodInit> {
         let cgroup = Cgroup::create_named(cgroups, "pod-init")?;
         match Self::spawn(&cgroup, reaper).await {
-            Ok((namespace, exit)) => Ok(PodInit { cgroup, namespace, exit }),
+            Ok((namespace, exit)) => Ok(PodInit {
+                cgroup,
+                namespace,
+                exit,
+            }),
             Err(error) => {
                 if let Err(left) = cgroup.remove().await {
                     log!("pod init: {left}");
@@ -48,14 +52,19 @@ impl PodInit {
         }
     }
 
-    async fn spawn(cgroup: &Cgroup, reaper: &Reaper) -> Result<(OwnedFd, tokio::sync::oneshot::Receiver<i32>)> {
+    async fn spawn(
+        cgroup: &Cgroup,
+        reaper: &Reaper,
+    ) -> Result<(OwnedFd, tokio::sync::oneshot::Receiver<i32>)> {
         let mut child = spawn::spawn(libc::CLONE_NEWPID, cgroup.dir(), run)?;
         let exit = reaper.watch(child.pid);
         let path = format!("/proc/{}/ns/pid", child.pid);
         let namespace = File::open(&path).what(|| format!("open {path}"))?;
         match child.report().await? {
             Report::Ready(_) => Ok((namespace.into(), exit)),
-            Report::Gone => Err(Error::Failed("the pod's init died before it was ready".into())),
+            Report::Gone => Err(Error::Failed(
+                "the pod's init died before it was ready".into(),
+            )),
         }
     }
 
@@ -80,8 +89,9 @@ fn run(handle: &mut Handle) -> Step<Infallible> {
     // Containers of the pod may look into this process.
     crate::gate::forget();
     child::detach()?;
-    // SAFETY: plain numbers and a C string. A first process that ignores SIGCHLD has its orphans collected by the kernel,
-    // and it ignores every other signal from inside its namespace as long as it has no handlers.
+    // SAFETY: plain numbers and a C string. A first process that ignores SIGCHLD has its orphans
+    // collected by the kernel, and it ignores every other signal from inside its namespace as long
+    // as it has no handlers.
     unsafe {
         libc::signal(libc::SIGCHLD, libc::SIG_IGN);
         libc::prctl(libc::PR_SET_NAME, NAME.as_ptr());

@@ -1,8 +1,8 @@
 //! File system work of a container's first process, between clone and exec.
 //!
-//! Every path inside the container's root is resolved by openat2(2) with the root as its boundary, because the image
-//! (and a volume that another container writes) may hold any symlink. Nothing here trusts a path twice: what was
-//! opened is what is mounted on.
+//! Every path inside the container's root is resolved by openat2(2) with the root as its boundary,
+//! because the image (and a volume that another container writes) may hold any symlink. Nothing
+//! here trusts a path twice: what was opened is what is mounted on.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs;
@@ -29,7 +29,8 @@ const AT_RECURSIVE: libc::c_uint = libc::AT_RECURSIVE.cast_unsigned();
 const AT_EMPTY_PATH: libc::c_uint = libc::AT_EMPTY_PATH.cast_unsigned();
 const MAX_SYMLINKS: usize = 40;
 
-/// Builds the container's file system in the calling process's own mount namespace and makes it the root.
+/// Builds the container's file system in the calling process's own mount namespace and makes it the
+/// root.
 ///
 /// # Errors
 /// The step that failed, on which path.
@@ -49,10 +50,15 @@ pub fn build(plan: &Plan) -> Step<()> {
     if plan.make_dev {
         make_dev(root.as_fd(), &plan.devices, plan.user_maps.is_some())?;
     }
-    for one in plan.mounts.iter().filter(|one| one.options.read_only() && is_late_read_only(one)) {
+    for one in plan
+        .mounts
+        .iter()
+        .filter(|one| one.options.read_only() && is_late_read_only(one))
+    {
         let target = open_in(root.as_fd(), Path::new(&one.target), OFlag::empty())
             .tried(format_args!("open mount {}", one.target))?;
-        set_attributes(target.as_fd(), &READ_ONLY, false).tried(format_args!("make {} read-only", one.target))?;
+        set_attributes(target.as_fd(), &READ_ONLY, false)
+            .tried(format_args!("make {} read-only", one.target))?;
     }
     switch(root.as_fd())?;
     make_cwd(plan)?;
@@ -81,7 +87,8 @@ fn switch(root: BorrowedFd<'_>) -> Step<()> {
     chdir(c"/").tried("enter the new root")
 }
 
-/// A working directory that the image lacks is made, as runc does it; later the root may be read-only.
+/// A working directory that the image lacks is made, as runc does it; later the root may be
+/// read-only.
 fn make_cwd(plan: &Plan) -> Step<()> {
     let cwd = Path::new(OsStr::from_bytes(plan.process.cwd.as_bytes()));
     if cwd.is_dir() {
@@ -96,7 +103,12 @@ fn is_late_read_only(plan: &MountPlan) -> bool {
 }
 
 fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
-    let MountPlan { target, source, kind, options } = plan;
+    let MountPlan {
+        target,
+        source,
+        kind,
+        options,
+    } = plan;
     let path = Path::new(target);
     let tried = format!("mount {} on {target}", source.to_string_lossy());
     match kind {
@@ -113,8 +125,8 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
         }
         MountKind::Cgroup => {
             let place = make(root, path, true).tried(&tried)?;
-            // Not mount(2), which refuses what is there already: with a user namespace the guest's /sys is bound, and
-            // the guest's cgroups with it.
+            // Not mount(2), which refuses what is there already: with a user namespace the guest's
+            // /sys is bound, and the guest's cgroups with it.
             let tree = new_detached(c"cgroup2", &[], options.attributes.set).tried(&tried)?;
             attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
         }
@@ -131,7 +143,10 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
             }
             match mount_new(source, &place, fstype, flags, &options.data) {
                 // Not allowed in a user namespace that does not own the network: use the guest's.
-                Err(error) if error.raw_os_error() == Some(libc::EPERM) && fstype.to_bytes() == b"sysfs" => {
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EPERM)
+                        && fstype.to_bytes() == b"sysfs" =>
+                {
                     let tree = clone_tree(c"/sys", true, 0).tried(&tried)?;
                     set_attributes(tree.as_fd(), &READ_ONLY, true).tried(&tried)?;
                     attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
@@ -141,7 +156,8 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
             // What was opened lies below the new mount now.
             let mounted = open_in(root, path, OFlag::O_DIRECTORY).tried(&tried)?;
             if options.copy_up {
-                copy_up(place.as_fd(), mounted.as_fd()).tried(format_args!("copy {target} into its tmpfs"))?;
+                copy_up(place.as_fd(), mounted.as_fd())
+                    .tried(format_args!("copy {target} into its tmpfs"))?;
             }
             set_attributes(mounted.as_fd(), &options.recursive, true).tried(&tried)?;
             for flags in &options.propagation {
@@ -168,7 +184,10 @@ fn make_dev(root: BorrowedFd<'_>, devices: &[DevicePlan], bind: bool) -> Step<()
     for (target, name) in links {
         match symlinkat(target, &dev, name) {
             Ok(()) | Err(nix::Error::EEXIST) => {}
-            Err(error) => return Err(error).tried(format_args!("create link /dev/{}", name.to_string_lossy())),
+            Err(error) => {
+                return Err(error)
+                    .tried(format_args!("create link /dev/{}", name.to_string_lossy()));
+            }
         }
     }
     Ok(())
@@ -196,14 +215,26 @@ fn make_device(root: BorrowedFd<'_>, device: &DevicePlan, bind: bool) -> io::Res
     }
     if device.uid != 0 || device.gid != 0 {
         let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
-        fchownat(&parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        fchownat(
+            &parent,
+            name,
+            Some(uid),
+            Some(gid),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        )?;
         // A change of owner may have taken permissions away.
-        fchmodat(&parent, name, mode, nix::sys::stat::FchmodatFlags::FollowSymlink)?;
+        fchmodat(
+            &parent,
+            name,
+            mode,
+            nix::sys::stat::FchmodatFlags::FollowSymlink,
+        )?;
     }
     Ok(())
 }
 
-/// A mount that hides others: itself the first time, clones of itself after that (a detached mount cannot be cloned).
+/// A mount that hides others: itself the first time, clones of itself after that (a detached mount
+/// cannot be cloned).
 struct Cover {
     tree: OwnedFd,
     attached: bool,
@@ -218,15 +249,21 @@ impl Cover {
     }
 }
 
-/// Puts nothing where the kernel shows too much: the null device over files, an empty tmpfs over directories.
+/// Puts nothing where the kernel shows too much: the null device over files, an empty tmpfs over
+/// directories.
 fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
-    let mut null = Cover { tree: null, attached: false };
+    let mut null = Cover {
+        tree: null,
+        attached: false,
+    };
     let mut empty: Option<Cover> = None;
     for path in paths {
         let tried = format!("mask {path}");
         let place = match open_in(root, Path::new(path), OFlag::empty()) {
             Ok(place) => place,
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => continue,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
+                continue;
+            }
             Err(error) => return Err(error).tried(&tried),
         };
         let cover = if !is_dir(place.as_fd()).tried(&tried)? {
@@ -237,7 +274,10 @@ fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
             empty.insert({
                 let options = [(c"nr_blocks", c"1"), (c"nr_inodes", c"2")];
                 let tree = new_detached(c"tmpfs", &options, READ_ONLY.set).tried(&tried)?;
-                Cover { tree, attached: false }
+                Cover {
+                    tree,
+                    attached: false,
+                }
             })
         };
         cover.put(place.as_fd()).tried(&tried)?;
@@ -256,10 +296,21 @@ fn new_detached(fstype: &CStr, options: &[(&CStr, &CStr)], attributes: u64) -> i
     for (key, value) in options {
         let (fd, key, value) = (context.as_raw_fd(), key.as_ptr(), value.as_ptr());
         // SAFETY: an open descriptor and two C strings.
-        check(unsafe { libc::syscall(libc::SYS_fsconfig, fd, FSCONFIG_SET_STRING, key, value, 0) })?;
+        check(unsafe {
+            libc::syscall(libc::SYS_fsconfig, fd, FSCONFIG_SET_STRING, key, value, 0)
+        })?;
     }
     // SAFETY: an open descriptor; the command takes neither key nor value.
-    check(unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, none, none, 0) })?;
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_fsconfig,
+            context.as_raw_fd(),
+            FSCONFIG_CMD_CREATE,
+            none,
+            none,
+            0,
+        )
+    })?;
     // SAFETY: an open descriptor and plain numbers.
     owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, attributes) })
 }
@@ -267,7 +318,9 @@ fn new_detached(fstype: &CStr, options: &[(&CStr, &CStr)], attributes: u64) -> i
 fn make_readonly(root: BorrowedFd<'_>, path: &str) -> io::Result<()> {
     let place = match open_in(root, Path::new(path), OFlag::empty()) {
         Ok(place) => place,
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => return Ok(()),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
+            return Ok(());
+        }
         Err(error) => return Err(error),
     };
     // SAFETY: open_tree takes an open descriptor and an empty C string.
@@ -289,7 +342,15 @@ pub fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> io::Result<Ow
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | flags)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    Ok(openat2(root, if path.as_os_str().is_empty() { Path::new("/") } else { path }, how)?)
+    Ok(openat2(
+        root,
+        if path.as_os_str().is_empty() {
+            Path::new("/")
+        } else {
+            path
+        },
+        how,
+    )?)
 }
 
 /// True when no part of the path is a symlink.
@@ -302,7 +363,11 @@ fn is_plain(root: BorrowedFd<'_>, path: &Path) -> bool {
 
 /// Opens `path` inside `root`, and makes it and the directories above it where they do not exist.
 pub fn make(root: BorrowedFd<'_>, path: &Path, dir: bool) -> io::Result<OwnedFd> {
-    let wanted = if dir { OFlag::O_DIRECTORY } else { OFlag::empty() };
+    let wanted = if dir {
+        OFlag::O_DIRECTORY
+    } else {
+        OFlag::empty()
+    };
     match open_in(root, path, wanted) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         result => return result,
@@ -326,7 +391,9 @@ pub fn make(root: BorrowedFd<'_>, path: &Path, dir: bool) -> io::Result<OwnedFd>
         let here = at.join(&part);
         match open_in(root, &here, OFlag::O_NOFOLLOW) {
             Ok(found) => {
-                if SFlag::from_bits_truncate(fstat(&found)?.st_mode) & SFlag::S_IFMT != SFlag::S_IFLNK {
+                if SFlag::from_bits_truncate(fstat(&found)?.st_mode) & SFlag::S_IFMT
+                    != SFlag::S_IFLNK
+                {
                     at = here;
                     continue;
                 }
@@ -345,7 +412,13 @@ pub fn make(root: BorrowedFd<'_>, path: &Path, dir: bool) -> io::Result<OwnedFd>
                 let made = if dir || !rest.is_empty() {
                     mkdirat(&parent, &part, Mode::from_bits_truncate(0o755))
                 } else {
-                    mknodat(&parent, &part, SFlag::S_IFREG, Mode::from_bits_truncate(0o644), 0)
+                    mknodat(
+                        &parent,
+                        &part,
+                        SFlag::S_IFREG,
+                        Mode::from_bits_truncate(0o644),
+                        0,
+                    )
                 };
                 match made {
                     Ok(()) | Err(nix::Error::EEXIST) => at = here,
@@ -375,7 +448,8 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
 
 /// A detached copy of the mounts at `path`.
 pub fn clone_tree(path: &CStr, recursive: bool, flags: libc::c_uint) -> io::Result<OwnedFd> {
-    let flags = flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | if recursive { AT_RECURSIVE } else { 0 };
+    let flags =
+        flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | if recursive { AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string.
     owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
 }
@@ -402,7 +476,11 @@ pub fn attach(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<()> {
     check(result).map(|_| ())
 }
 
-fn set_attributes(mount: BorrowedFd<'_>, attributes: &Attributes, recursive: bool) -> io::Result<()> {
+fn set_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: &Attributes,
+    recursive: bool,
+) -> io::Result<()> {
     if attributes.is_empty() {
         return Ok(());
     }
@@ -423,7 +501,10 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: &Attributes, recursive: boo
 
 fn propagate(mount: BorrowedFd<'_>, flags: MsFlags) -> io::Result<()> {
     let kind = flags & !MsFlags::MS_REC;
-    let attributes = Attributes { propagation: kind.bits(), ..Attributes::default() };
+    let attributes = Attributes {
+        propagation: kind.bits(),
+        ..Attributes::default()
+    };
     set_attributes(mount, &attributes, flags.contains(MsFlags::MS_REC))
 }
 
@@ -431,18 +512,32 @@ fn change_propagation(path: &CStr, flags: MsFlags) -> nix::Result<()> {
     mount(None::<&CStr>, path, None::<&CStr>, flags, None::<&CStr>)
 }
 
-/// Mounts a new file system on an opened place, by its name in the agent's /proc: a descriptor's name always leads to
-/// what it has open.
-fn mount_new(source: &CStr, place: &OwnedFd, fstype: &CStr, flags: MsFlags, data: &str) -> io::Result<()> {
+/// Mounts a new file system on an opened place, by its name in the agent's /proc: a descriptor's
+/// name always leads to what it has open.
+fn mount_new(
+    source: &CStr,
+    place: &OwnedFd,
+    fstype: &CStr,
+    flags: MsFlags,
+    data: &str,
+) -> io::Result<()> {
     let name = format!("/proc/self/fd/{}", place.as_raw_fd());
     let data = if data.is_empty() { None } else { Some(data) };
-    Ok(mount(Some(source), name.as_str(), Some(fstype), flags, data)?)
+    Ok(mount(
+        Some(source),
+        name.as_str(),
+        Some(fstype),
+        flags,
+        data,
+    )?)
 }
 
-/// Writes the container's sysctls, through the agent's /proc, because the container's own may be anywhere.
+/// Writes the container's sysctls, through the agent's /proc, because the container's own may be
+/// anywhere.
 pub fn write_sysctls(sysctls: &[(String, String)]) -> Step<()> {
     for (key, value) in sysctls {
-        fs::write(Path::new("/proc/sys").join(key), value).tried(format_args!("sysctl {key} = {value}"))?;
+        fs::write(Path::new("/proc/sys").join(key), value)
+            .tried(format_args!("sysctl {key} = {value}"))?;
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Seccomp profiles: compiled once per profile by libseccomp in the agent, loaded by the child with one system call.
+//! Seccomp profiles: compiled once per profile by libseccomp in the agent, loaded by the child with
+//! one system call.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -7,7 +8,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use agent_client::protocols::oci::{LinuxSeccomp, LinuxSyscall};
-use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
+use libseccomp::{
+    ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
+};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protobuf::Message;
 
@@ -43,7 +46,11 @@ impl Filter {
                 &raw const program,
             )
         };
-        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
     }
 }
 
@@ -55,10 +62,13 @@ impl Cache {
     /// The filter of a profile, compiled on first use.
     ///
     /// # Errors
-    /// A default action that nobody knows, or libseccomp's refusal. Unknown system calls, architectures and actions of
-    /// single rules are skipped: profiles are written for more kernels than one.
+    /// A default action that nobody knows, or libseccomp's refusal. Unknown system calls,
+    /// architectures and actions of single rules are skipped: profiles are written for more kernels
+    /// than one.
     pub fn filter(&mut self, profile: &LinuxSeccomp) -> Result<Arc<Filter>> {
-        let key = profile.write_to_bytes().map_err(|error| Error::Invalid(format!("seccomp profile: {error}")))?;
+        let key = profile
+            .write_to_bytes()
+            .map_err(|error| Error::Invalid(format!("seccomp profile: {error}")))?;
         if let Some(filter) = self.0.get(&key) {
             return Ok(filter.clone());
         }
@@ -72,9 +82,14 @@ impl Cache {
 }
 
 fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
-    let refused = |error: libseccomp::error::SeccompError| Error::Invalid(format!("seccomp profile: {error}"));
+    let refused = |error: libseccomp::error::SeccompError| {
+        Error::Invalid(format!("seccomp profile: {error}"))
+    };
     let default = action(&profile.DefaultAction, libc::EPERM).ok_or_else(|| {
-        Error::Invalid(format!("seccomp profile has unknown default action {:?}", profile.DefaultAction))
+        Error::Invalid(format!(
+            "seccomp profile has unknown default action {:?}",
+            profile.DefaultAction
+        ))
     })?;
     let mut context = ScmpFilterContext::new(default).map_err(refused)?;
     // no_new_privs is the process's own business.
@@ -103,11 +118,18 @@ fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
             }
         };
     }
-    Ok(Filter { program: export(&context)?, flags })
+    Ok(Filter {
+        program: export(&context)?,
+        flags,
+    })
 }
 
 fn add(context: &mut ScmpFilterContext, rule: &LinuxSyscall, default: ScmpAction) -> Result<()> {
-    let errno = if rule.has_errnoret() { i32::try_from(rule.errnoret()).unwrap_or(libc::EPERM) } else { libc::EPERM };
+    let errno = if rule.has_errnoret() {
+        i32::try_from(rule.errnoret()).unwrap_or(libc::EPERM)
+    } else {
+        libc::EPERM
+    };
     let Some(action) = action(&rule.Action, errno) else {
         log!("seccomp action {:?} left out", rule.Action);
         return Ok(());
@@ -125,12 +147,25 @@ fn add(context: &mut ScmpFilterContext, rule: &LinuxSyscall, default: ScmpAction
             "SCMP_CMP_GE" => ScmpCompareOp::GreaterEqual,
             "SCMP_CMP_GT" => ScmpCompareOp::Greater,
             "SCMP_CMP_MASKED_EQ" => ScmpCompareOp::MaskedEqual(arg.Value),
-            other => return Err(Error::Invalid(format!("seccomp profile has unknown comparison {other:?}"))),
+            other => {
+                return Err(Error::Invalid(format!(
+                    "seccomp profile has unknown comparison {other:?}"
+                )));
+            }
         };
-        let datum = if arg.Op == "SCMP_CMP_MASKED_EQ" { arg.ValueTwo } else { arg.Value };
-        comparisons.push(ScmpArgCompare::new(u32::try_from(arg.Index).unwrap_or(u32::MAX), op, datum));
+        let datum = if arg.Op == "SCMP_CMP_MASKED_EQ" {
+            arg.ValueTwo
+        } else {
+            arg.Value
+        };
+        comparisons.push(ScmpArgCompare::new(
+            u32::try_from(arg.Index).unwrap_or(u32::MAX),
+            op,
+            datum,
+        ));
     }
-    // Several comparisons of one argument cannot be one rule: then any of them is enough, as with runc.
+    // Several comparisons of one argument cannot be one rule: then any of them is enough, as with
+    // runc.
     let mut indices: Vec<u64> = rule.Args.iter().map(|arg| arg.Index).collect();
     indices.sort_unstable();
     let repeated = indices.windows(2).any(|pair| pair[0] == pair[1]);
@@ -142,9 +177,15 @@ fn add(context: &mut ScmpFilterContext, rule: &LinuxSyscall, default: ScmpAction
         let added = if comparisons.is_empty() {
             context.add_rule(action, call).map(|_| ())
         } else if repeated {
-            comparisons.iter().try_for_each(|one| context.add_rule_conditional(action, call, &[*one]).map(|_| ()))
+            comparisons.iter().try_for_each(|one| {
+                context
+                    .add_rule_conditional(action, call, &[*one])
+                    .map(|_| ())
+            })
         } else {
-            context.add_rule_conditional(action, call, &comparisons).map(|_| ())
+            context
+                .add_rule_conditional(action, call, &comparisons)
+                .map(|_| ())
         };
         if let Err(error) = added {
             return Err(Error::Invalid(format!("seccomp rule for {name}: {error}")));
@@ -168,11 +209,16 @@ fn action(name: &str, errno: i32) -> Option<ScmpAction> {
 
 /// libseccomp writes programs to a file only.
 fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
-    let memory = memfd_create(c"seccomp", MFdFlags::MFD_CLOEXEC).what(|| "create a memory file".into())?;
-    context.export_bpf(&memory).map_err(|error| Error::Failed(format!("compile seccomp profile: {error}")))?;
+    let memory =
+        memfd_create(c"seccomp", MFdFlags::MFD_CLOEXEC).what(|| "create a memory file".into())?;
+    context
+        .export_bpf(&memory)
+        .map_err(|error| Error::Failed(format!("compile seccomp profile: {error}")))?;
     let mut file = File::from(memory);
     let mut bytes = Vec::new();
-    file.rewind().and_then(|()| file.read_to_end(&mut bytes)).what(|| "read the seccomp program".into())?;
+    file.rewind()
+        .and_then(|()| file.read_to_end(&mut bytes))
+        .what(|| "read the seccomp program".into())?;
     let word = |bytes: &[u8]| u16::from_ne_bytes([bytes[0], bytes[1]]);
     let instruction = |bytes: &[u8]| libc::sock_filter {
         code: word(bytes),
@@ -180,7 +226,10 @@ fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
         jf: bytes[3],
         k: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
     };
-    Ok(bytes.chunks_exact(size_of::<libc::sock_filter>()).map(instruction).collect())
+    Ok(bytes
+        .chunks_exact(size_of::<libc::sock_filter>())
+        .map(instruction)
+        .collect())
 }
 
 #[cfg(test)]
@@ -204,8 +253,12 @@ mod tests {
     #[test]
     fn a_profile_compiles_once_and_skips_what_it_does_not_know() {
         let mut cache = Cache::default();
-        let one = cache.filter(&profile("SCMP_ACT_ERRNO", &["read", "write", "levitate"])).unwrap();
-        let two = cache.filter(&profile("SCMP_ACT_ERRNO", &["read", "write", "levitate"])).unwrap();
+        let one = cache
+            .filter(&profile("SCMP_ACT_ERRNO", &["read", "write", "levitate"]))
+            .unwrap();
+        let two = cache
+            .filter(&profile("SCMP_ACT_ERRNO", &["read", "write", "levitate"]))
+            .unwrap();
         assert!(one.program.len() > 4 && Arc::ptr_eq(&one, &two));
         let other = cache.filter(&profile("SCMP_ACT_ERRNO", &["read"])).unwrap();
         assert!(!Arc::ptr_eq(&one, &other));
@@ -213,7 +266,9 @@ mod tests {
 
     #[test]
     fn a_default_action_nobody_knows_is_refused() {
-        let error = Cache::default().filter(&profile("SCMP_ACT_HOPE", &[])).unwrap_err();
+        let error = Cache::default()
+            .filter(&profile("SCMP_ACT_HOPE", &[]))
+            .unwrap_err();
         assert!(error.to_string().contains("SCMP_ACT_HOPE"));
     }
 }

@@ -1,5 +1,5 @@
-//! A new process: clone3(2) from the single-threaded agent, a pipe on which the child says how far it got, and one on
-//! which it is told to go on.
+//! A new process: clone3(2) from the single-threaded agent, a pipe on which the child says how far
+//! it got, and one on which it is told to go on.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -41,7 +41,8 @@ pub struct Child {
 /// What a child has to say.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Report {
-    /// It waits to be told to go on; with a terminal, under this number it holds the terminal's master.
+    /// It waits to be told to go on; with a terminal, under this number it holds the terminal's
+    /// master.
     Ready(Option<RawFd>),
     /// It runs its program, or died without a word.
     Gone,
@@ -74,15 +75,21 @@ impl<T, E: Into<io::Error>> Tried<T> for std::result::Result<T, E> {
 
 /// The result of a raw system call.
 pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
-/// Starts a process that runs `body` with a copy of the agent's memory, and never comes back from it.
+/// Starts a process that runs `body` with a copy of the agent's memory, and never comes back from
+/// it.
 ///
 /// `flags` are `CLONE_NEW*`; `cgroup` is where the process lives from its first instruction.
 ///
 /// # Errors
-/// A failed system call, or an agent that has more than one thread: the copy would have locks held by nobody.
+/// A failed system call, or an agent that has more than one thread: the copy would have locks held
+/// by nobody.
 pub fn spawn(
     flags: libc::c_int,
     cgroup: BorrowedFd<'_>,
@@ -91,7 +98,9 @@ pub fn spawn(
     // Every thread is a directory in there.
     let threads = fs::metadata("/proc/self/task").map_or(0, |task| task.nlink().saturating_sub(2));
     if threads != 1 {
-        return Err(Error::Failed(format!("the agent has {threads} threads and cannot fork")));
+        return Err(Error::Failed(format!(
+            "the agent has {threads} threads and cannot fork"
+        )));
     }
     let (report, child_report) = pipe2(OFlag::O_CLOEXEC).what(|| "create a pipe".into())?;
     let (child_go, go) = pipe2(OFlag::O_CLOEXEC).what(|| "create a pipe".into())?;
@@ -103,13 +112,22 @@ pub fn spawn(
     arguments.pidfd = (&raw mut pidfd).addr() as u64;
     arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
     arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
-    // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of this stack. The agent has one thread,
-    // so no lock in the copy is held by anybody else.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
+    // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of this stack. The
+    // agent has one thread, so no lock in the copy is held by anybody else.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut arguments,
+            size_of::<libc::clone_args>(),
+        )
+    };
     if pid == 0 {
-        let mut handle = Handle { report: child_report.into(), go: child_go.into() };
-        // Nothing may unwind into the agent's own frames, nor run destructors of the agent's state, which would touch
-        // what is shared with it (its epoll set).
+        let mut handle = Handle {
+            report: child_report.into(),
+            go: child_go.into(),
+        };
+        // Nothing may unwind into the agent's own frames, nor run destructors of the agent's state,
+        // which would touch what is shared with it (its epoll set).
         let outcome = catch_unwind(AssertUnwindSafe(|| body(&mut handle)));
         if let Ok(Err(failure)) = outcome {
             handle.fail(&failure);
@@ -120,7 +138,12 @@ pub fn spawn(
     check(pid).what(|| "clone a process".into())?;
     // SAFETY: clone3 succeeded, so it has stored a descriptor that is ours.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    Ok(Child { pid: libc::pid_t::try_from(pid).unwrap_or(-1), pidfd, report, go: go.into() })
+    Ok(Child {
+        pid: libc::pid_t::try_from(pid).unwrap_or(-1),
+        pidfd,
+        report,
+        go: go.into(),
+    })
 }
 
 impl Child {
@@ -144,13 +167,21 @@ impl Child {
                 text.push(byte[0]);
                 if text[0] == b'E' {
                     let report = &mut self.report;
-                    return report.take(MAX_REPORT).read_to_end(&mut text).await.map(|_| ());
+                    return report
+                        .take(MAX_REPORT)
+                        .read_to_end(&mut text)
+                        .await
+                        .map(|_| ());
                 }
             }
         };
         timeout(DEADLINE, line)
             .await
-            .map_err(|_| Error::Failed(format!("the new process did not get ready within {DEADLINE:?}")))?
+            .map_err(|_| {
+                Error::Failed(format!(
+                    "the new process did not get ready within {DEADLINE:?}"
+                ))
+            })?
             .what(|| "read a process's report".into())?;
         let text = String::from_utf8_lossy(&text);
         match text.chars().next() {
@@ -174,11 +205,15 @@ impl Child {
 }
 
 impl Handle {
-    /// Closes all descriptors above 2 but for this handle's and `keep`: a child that waits must not hold what belongs
-    /// to others, or their streams never end.
+    /// Closes all descriptors above 2 but for this handle's and `keep`: a child that waits must not
+    /// hold what belongs to others, or their streams never end.
     pub fn close_others(&self, keep: &[RawFd]) {
-        let mut keep: Vec<RawFd> =
-            keep.iter().copied().chain([self.report.as_raw_fd(), self.go.as_raw_fd()]).filter(|fd| *fd > 2).collect();
+        let mut keep: Vec<RawFd> = keep
+            .iter()
+            .copied()
+            .chain([self.report.as_raw_fd(), self.go.as_raw_fd()])
+            .filter(|fd| *fd > 2)
+            .collect();
         keep.sort_unstable();
         let mut first = 3;
         for fd in keep {
@@ -218,8 +253,8 @@ impl Handle {
 
 fn close_range(first: RawFd, last: RawFd) {
     if first <= last {
-        // SAFETY: the caller, a forked child, gives up these descriptors; nothing drops their owners, as it ends by
-        // exec or _exit.
+        // SAFETY: the caller, a forked child, gives up these descriptors; nothing drops their
+        // owners, as it ends by exec or _exit.
         unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     }
 }

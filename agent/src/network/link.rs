@@ -8,7 +8,9 @@ use std::time::Duration;
 use agent_client::protocols::agent::Interfaces;
 use agent_client::protocols::types::{IPAddress, Interface};
 
-use super::{PUT, family, ip_of, mac_text, octets, open, parse_ip, parse_length, parse_mac, protocol_family};
+use super::{
+    PUT, family, ip_of, mac_text, octets, open, parse_ip, parse_length, parse_mac, protocol_family,
+};
 use crate::error::{Error, Result, What};
 use crate::log::log;
 use crate::netlink::{Message, Netlink, attributes, number32};
@@ -41,7 +43,8 @@ pub(super) struct Link {
     kind: String,
 }
 
-/// Gives an interface its name, addresses and so on, and brings it up. A repeated call changes nothing, so routes stay.
+/// Gives an interface its name, addresses and so on, and brings it up. A repeated call changes
+/// nothing, so routes stay.
 ///
 /// # Errors
 /// No such interface in time, a value that is none, the kernel's refusal.
@@ -51,9 +54,16 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
         let ip = parse_ip(&address.address)?;
         addresses.push((ip, parse_length(&address.mask, ip)?));
     }
-    let mac = if wanted.hwAddr.is_empty() { Vec::new() } else { parse_mac(&wanted.hwAddr)? };
+    let mac = if wanted.hwAddr.is_empty() {
+        Vec::new()
+    } else {
+        parse_mac(&wanted.hwAddr)?
+    };
     if wanted.name.len() > MAX_NAME {
-        return Err(Error::Invalid(format!("interface name {:?} is longer than {MAX_NAME} bytes", wanted.name)));
+        return Err(Error::Invalid(format!(
+            "interface name {:?} is longer than {MAX_NAME} bytes",
+            wanted.name
+        )));
     }
     let at_path = match wanted.devicePath.as_str() {
         "" => None,
@@ -62,17 +72,24 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
     let netlink = open()?;
     let links = all(&netlink)?;
     let link = find(&links, wanted, &mac, at_path.as_deref())?;
-    let name = if wanted.name.is_empty() { &link.name } else { &wanted.name };
+    let name = if wanted.name.is_empty() {
+        &link.name
+    } else {
+        &wanted.name
+    };
     let (rename, readdress) = (*name != link.name, !mac.is_empty() && mac != link.mac);
     if rename || readdress {
         // Both need an interface that is down, which costs it its routes: not without need.
-        set(&netlink, Change::of(link.index).flags(0, IFF_UP)).what(|| format!("take {} down", link.name))?;
+        set(&netlink, Change::of(link.index).flags(0, IFF_UP))
+            .what(|| format!("take {} down", link.name))?;
     }
     let in_the_way = links.iter().find(|other| rename && other.name == *name);
     if let Some(other) = in_the_way {
         // Two requests: in one, the kernel would begin with the name.
-        set(&netlink, Change::of(other.index).flags(0, IFF_UP)).what(|| format!("take {name} down"))?;
-        set(&netlink, Change::of(other.index).name(&temporary(name))).what(|| format!("rename {name} to make room"))?;
+        set(&netlink, Change::of(other.index).flags(0, IFF_UP))
+            .what(|| format!("take {name} down"))?;
+        set(&netlink, Change::of(other.index).name(&temporary(name)))
+            .what(|| format!("rename {name} to make room"))?;
     }
     let mut change = Change::of(link.index);
     if readdress {
@@ -90,7 +107,9 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
     let change = change.flags(IFF_UP | wanted.raw_flags & IFF_NOARP, IFF_UP | IFF_NOARP);
     set(&netlink, change).what(|| format!("set up interface {name}"))?;
     if let Some(other) = in_the_way {
-        let change = Change::of(other.index).name(&link.name).flags(other.flags & IFF_UP, IFF_UP);
+        let change = Change::of(other.index)
+            .name(&link.name)
+            .flags(other.flags & IFF_UP, IFF_UP);
         set(&netlink, change).what(|| format!("rename what was {name} to {}", link.name))?;
     }
     // Last, because an interface that goes down loses those of IPv6.
@@ -99,7 +118,8 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
             log!("{name}: no address {ip}: IPv6 is off");
             continue;
         }
-        add_address(&netlink, link.index, ip, length).what(|| format!("add address {ip}/{length} to {name}"))?;
+        add_address(&netlink, link.index, ip, length)
+            .what(|| format!("add address {ip}/{length} to {name}"))?;
     }
     Ok(())
 }
@@ -113,50 +133,88 @@ pub fn list() -> Result<Interfaces> {
     let links = all(&netlink)?;
     let request = Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; IFADDRMSG]);
     let addresses = netlink.request(request).what(|| "list addresses".into())?;
-    let addresses: Vec<(u32, IPAddress)> = addresses.iter().filter_map(|answer| parse_address(answer)).collect();
+    let addresses: Vec<(u32, IPAddress)> = addresses
+        .iter()
+        .filter_map(|answer| parse_address(answer))
+        .collect();
     let interface = |link: Link| Interface {
         device: link.name.clone(),
         name: link.name,
-        IPAddresses: addresses.iter().filter(|entry| entry.0 == link.index).map(|entry| entry.1.clone()).collect(),
+        IPAddresses: addresses
+            .iter()
+            .filter(|entry| entry.0 == link.index)
+            .map(|entry| entry.1.clone())
+            .collect(),
         mtu: link.mtu.into(),
         hwAddr: mac_text(&link.mac),
         type_: link.kind,
         raw_flags: link.flags & IFF_NOARP,
         ..Default::default()
     };
-    Ok(Interfaces { Interfaces: links.into_iter().map(interface).collect(), ..Default::default() })
+    Ok(Interfaces {
+        Interfaces: links.into_iter().map(interface).collect(),
+        ..Default::default()
+    })
 }
 
 pub(super) fn all(netlink: &Netlink) -> Result<Vec<Link>> {
     let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; IFINFOMSG]);
     let answers = netlink.request(request).what(|| "list interfaces".into())?;
-    Ok(answers.iter().filter_map(|answer| parse_link(answer)).collect())
+    Ok(answers
+        .iter()
+        .filter_map(|answer| parse_link(answer))
+        .collect())
 }
 
 pub(super) fn index_of(links: &[Link], name: &str) -> Result<u32> {
-    let found = links.iter().find(|link| link.name == name).map(|link| link.index);
+    let found = links
+        .iter()
+        .find(|link| link.name == name)
+        .map(|link| link.index);
     found.ok_or_else(|| Error::Failed(format!("the guest has no interface {name:?}")))
 }
 
 /// By place, else by hardware address, else by name.
-fn find<'a>(links: &'a [Link], wanted: &Interface, mac: &[u8], at_path: Option<&str>) -> Result<&'a Link> {
+fn find<'a>(
+    links: &'a [Link],
+    wanted: &Interface,
+    mac: &[u8],
+    at_path: Option<&str>,
+) -> Result<&'a Link> {
     if let Some(name) = at_path {
         let index = index_of(links, name)?;
-        return links.iter().find(|link| link.index == index).ok_or_else(|| Error::Failed(format!("{name} is gone")));
+        return links
+            .iter()
+            .find(|link| link.index == index)
+            .ok_or_else(|| Error::Failed(format!("{name} is gone")));
     }
-    // A bridge or a VLAN has the address of what it stands on; they were made later. `lo` has one of zeros.
-    let by_mac = links.iter().filter(|link| mac.iter().any(|byte| *byte != 0) && link.mac == mac);
-    by_mac.min_by_key(|link| link.index).or_else(|| links.iter().find(|link| link.name == wanted.name)).ok_or_else(
-        || {
+    // A bridge or a VLAN has the address of what it stands on; they were made later. `lo` has one
+    // of zeros.
+    let by_mac = links
+        .iter()
+        .filter(|link| mac.iter().any(|byte| *byte != 0) && link.mac == mac);
+    by_mac
+        .min_by_key(|link| link.index)
+        .or_else(|| links.iter().find(|link| link.name == wanted.name))
+        .ok_or_else(|| {
             let Interface { name, hwAddr, .. } = wanted;
-            Error::Failed(format!("the guest has no interface with address {hwAddr:?} or name {name:?}"))
-        },
-    )
+            Error::Failed(format!(
+                "the guest has no interface with address {hwAddr:?} or name {name:?}"
+            ))
+        })
 }
 
 /// The network interface of a PCI device.
 fn net_name(device: &Path) -> Option<String> {
-    let direct = || fs::read_dir(device.join("net")).ok()?.next()?.ok()?.file_name().into_string().ok();
+    let direct = || {
+        fs::read_dir(device.join("net"))
+            .ok()?
+            .next()?
+            .ok()?
+            .file_name()
+            .into_string()
+            .ok()
+    };
     pci::virtio_child(device, "net").or_else(direct)
 }
 
@@ -172,11 +230,16 @@ struct Change(Message, [u32; 3]);
 
 impl Change {
     fn of(index: u32) -> Change {
-        Change(Message::new(libc::RTM_NEWLINK, 0, &[0; IFINFOMSG]), [index, 0, 0])
+        Change(
+            Message::new(libc::RTM_NEWLINK, 0, &[0; IFINFOMSG]),
+            [index, 0, 0],
+        )
     }
 
     fn name(mut self, name: &str) -> Change {
-        self.0 = self.0.with(libc::IFLA_IFNAME, format!("{name}\0").as_bytes());
+        self.0 = self
+            .0
+            .with(libc::IFLA_IFNAME, format!("{name}\0").as_bytes());
         self
     }
 
@@ -195,12 +258,23 @@ fn set(netlink: &Netlink, change: Change) -> std::io::Result<()> {
 }
 
 fn add_address(netlink: &Netlink, index: u32, ip: IpAddr, length: u8) -> std::io::Result<()> {
-    let scope = if ip.is_loopback() { libc::RT_SCOPE_HOST } else { libc::RT_SCOPE_UNIVERSE };
-    // Duplicates are the business of who gave out the address; looking for them takes a second before it can be used.
+    let scope = if ip.is_loopback() {
+        libc::RT_SCOPE_HOST
+    } else {
+        libc::RT_SCOPE_UNIVERSE
+    };
+    // Duplicates are the business of who gave out the address; looking for them takes a second
+    // before it can be used.
     let flags = if ip.is_ipv6() { libc::IFA_F_NODAD } else { 0 };
-    let mut fixed = vec![family(ip), length, u8::try_from(flags).unwrap_or_default(), scope];
+    let mut fixed = vec![
+        family(ip),
+        length,
+        u8::try_from(flags).unwrap_or_default(),
+        scope,
+    ];
     fixed.extend(index.to_ne_bytes());
-    let mut message = Message::new(libc::RTM_NEWADDR, PUT, &fixed).with(libc::IFA_ADDRESS, &octets(ip));
+    let mut message =
+        Message::new(libc::RTM_NEWADDR, PUT, &fixed).with(libc::IFA_ADDRESS, &octets(ip));
     if let IpAddr::V4(v4) = ip {
         message = message.with(libc::IFA_LOCAL, &octets(ip));
         if length < 31 {
@@ -218,7 +292,11 @@ fn ipv6_is_off(name: &str) -> bool {
 }
 
 fn parse_link(answer: &[u8]) -> Option<Link> {
-    let mut link = Link { index: number32(answer, 4)?, flags: number32(answer, 8)?, ..Default::default() };
+    let mut link = Link {
+        index: number32(answer, 4)?,
+        flags: number32(answer, 8)?,
+        ..Default::default()
+    };
     for (kind, value) in attributes(answer.get(IFINFOMSG..)?) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(value),
@@ -235,12 +313,18 @@ fn parse_link(answer: &[u8]) -> Option<Link> {
 }
 
 fn text(value: &[u8]) -> String {
-    String::from_utf8_lossy(value).trim_end_matches('\0').to_owned()
+    String::from_utf8_lossy(value)
+        .trim_end_matches('\0')
+        .to_owned()
 }
 
 fn parse_address(answer: &[u8]) -> Option<(u32, IPAddress)> {
     let (length, index) = (answer.get(1)?, number32(answer, 4)?);
-    let find = |wanted| attributes(answer.get(IFADDRMSG..)?).find(|(kind, _)| *kind == wanted).map(|found| found.1);
+    let find = |wanted| {
+        attributes(answer.get(IFADDRMSG..)?)
+            .find(|(kind, _)| *kind == wanted)
+            .map(|found| found.1)
+    };
     // On a point-to-point interface the other one is the peer's.
     let ip = ip_of(find(libc::IFA_LOCAL).or_else(|| find(libc::IFA_ADDRESS))?)?;
     let address = IPAddress {
@@ -268,11 +352,20 @@ mod tests {
             link(4, "br0", 1),
             link(3, "eth1", 1),
             link(2, "eth0", 7),
-            Link { index: 1, mac: vec![0; 6], ..Default::default() },
+            Link {
+                index: 1,
+                mac: vec![0; 6],
+                ..Default::default()
+            },
         ];
         let find = |name: &str, mac: &[u8], path: Option<&str>| {
-            let wanted = Interface { name: name.into(), ..Default::default() };
-            super::find(&links, &wanted, mac, path).map(|link| link.index).ok()
+            let wanted = Interface {
+                name: name.into(),
+                ..Default::default()
+            };
+            super::find(&links, &wanted, mac, path)
+                .map(|link| link.index)
+                .ok()
         };
         assert_eq!(find("eth0", &[2, 0, 0, 0, 0, 1], None), Some(3));
         assert_eq!(find("eth0", &[2, 0, 0, 0, 0, 9], None), Some(2));

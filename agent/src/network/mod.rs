@@ -1,4 +1,5 @@
-//! The guest's network: the host says which interface has which name, addresses, routes and neighbours.
+//! The guest's network: the host says which interface has which name, addresses, routes and
+//! neighbours.
 
 mod link;
 mod route;
@@ -39,26 +40,39 @@ pub fn add_neighbours(neighbours: &ARPNeighbors) -> Result<()> {
         let state = match u16::try_from(neighbour.state) {
             Ok(0) => NUD_PERMANENT,
             Ok(state) => state,
-            Err(_) => return Err(Error::Invalid(format!("{} is no state of a neighbour", neighbour.state))),
+            Err(_) => {
+                return Err(Error::Invalid(format!(
+                    "{} is no state of a neighbour",
+                    neighbour.state
+                )));
+            }
         };
-        let flags = u8::try_from(neighbour.flags)
-            .map_err(|_| Error::Invalid(format!("{:#x} are no flags of a neighbour", neighbour.flags)))?;
+        let flags = u8::try_from(neighbour.flags).map_err(|_| {
+            Error::Invalid(format!(
+                "{:#x} are no flags of a neighbour",
+                neighbour.flags
+            ))
+        })?;
         // struct ndmsg
         let mut fixed = vec![family(address), 0, 0, 0];
         fixed.extend(device.to_ne_bytes());
         fixed.extend(state.to_ne_bytes());
         fixed.extend([flags, libc::RTN_UNICAST]);
-        let mut message = Message::new(libc::RTM_NEWNEIGH, PUT, &fixed).with(NDA_DST, &octets(address));
+        let mut message =
+            Message::new(libc::RTM_NEWNEIGH, PUT, &fixed).with(NDA_DST, &octets(address));
         if !neighbour.lladdr.is_empty() {
             message = message.with(NDA_LLADDR, &parse_mac(&neighbour.lladdr)?);
         }
-        netlink.request(message).what(|| format!("add neighbour {address} on {}", neighbour.device))?;
+        netlink
+            .request(message)
+            .what(|| format!("add neighbour {address} on {}", neighbour.device))?;
     }
     Ok(())
 }
 
 fn parse_ip(text: &str) -> Result<IpAddr> {
-    text.parse().map_err(|_| Error::Invalid(format!("{text:?} is no IP address")))
+    text.parse()
+        .map_err(|_| Error::Invalid(format!("{text:?} is no IP address")))
 }
 
 /// A prefix length as text.
@@ -70,7 +84,11 @@ fn parse_length(text: &str, address: IpAddr) -> Result<u8> {
 
 /// Bytes in hexadecimal, joined by colons: six of them on Ethernet, 20 on InfiniBand.
 fn parse_mac(text: &str) -> Result<Vec<u8>> {
-    let byte = |text: &str| u8::from_str_radix(text, 16).ok().filter(|_| text.len() == 2);
+    let byte = |text: &str| {
+        u8::from_str_radix(text, 16)
+            .ok()
+            .filter(|_| text.len() == 2)
+    };
     let bytes = text.split(':').map(byte).collect::<Option<Vec<_>>>();
     bytes
         .filter(|bytes| (6..=32).contains(&bytes.len()))
@@ -78,17 +96,29 @@ fn parse_mac(text: &str) -> Result<Vec<u8>> {
 }
 
 fn mac_text(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
+    bytes
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect::<Vec<_>>()
+        .join(":")
 }
 
 fn family(address: IpAddr) -> u8 {
     // Both numbers are small.
-    let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let family = if address.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
     u8::try_from(family).unwrap_or_default()
 }
 
 fn protocol_family(address: IpAddr) -> IPFamily {
-    if address.is_ipv4() { IPFamily::v4 } else { IPFamily::v6 }
+    if address.is_ipv4() {
+        IPFamily::v4
+    } else {
+        IPFamily::v6
+    }
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {
@@ -111,8 +141,17 @@ mod tests {
 
     #[test]
     fn hardware_addresses_read_back() {
-        assert_eq!(mac_text(&parse_mac("02:00:5e:AB:cd:0f").unwrap()), "02:00:5e:ab:cd:0f");
-        for bad in ["", "02:00:5e:ab:cd", "2:0:5e:ab:cd:f", "02-00-5e-ab-cd-0f", "02:00:5e:ab:cd:gg"] {
+        assert_eq!(
+            mac_text(&parse_mac("02:00:5e:AB:cd:0f").unwrap()),
+            "02:00:5e:ab:cd:0f"
+        );
+        for bad in [
+            "",
+            "02:00:5e:ab:cd",
+            "2:0:5e:ab:cd:f",
+            "02-00-5e-ab-cd-0f",
+            "02:00:5e:ab:cd:gg",
+        ] {
             assert!(parse_mac(bad).is_err(), "{bad:?}");
         }
     }
@@ -120,7 +159,13 @@ mod tests {
     #[test]
     fn a_mask_is_a_prefix_length() {
         let (v4, v6) = (parse_ip("10.0.0.1").unwrap(), parse_ip("fd00::1").unwrap());
-        assert_eq!((parse_length("32", v4).unwrap(), parse_length("128", v6).unwrap()), (32, 128));
+        assert_eq!(
+            (
+                parse_length("32", v4).unwrap(),
+                parse_length("128", v6).unwrap()
+            ),
+            (32, 128)
+        );
         assert!(parse_length("33", v4).is_err() && parse_length("255.255.255.0", v4).is_err());
         assert!(parse_length("129", v6).is_err() && parse_length("", v6).is_err());
     }

@@ -18,14 +18,18 @@ const RTM_F_CLONED: u32 = 0x200;
 const RTAX_MTU: u16 = 2;
 const RTA_VIA: u16 = 18;
 
-/// Adds routes or replaces them; those without a gateway come first, because gateways are reached over them.
+/// Adds routes or replaces them; those without a gateway come first, because gateways are reached
+/// over them.
 ///
 /// # Errors
 /// A value that is none, an unknown device, the kernel's refusal.
 pub fn update(routes: &Routes) -> Result<()> {
     let netlink = open()?;
     let links = link::all(&netlink)?;
-    let (direct, over): (Vec<&Route>, Vec<&Route>) = routes.Routes.iter().partition(|route| route.gateway.is_empty());
+    let (direct, over): (Vec<&Route>, Vec<&Route>) = routes
+        .Routes
+        .iter()
+        .partition(|route| route.gateway.is_empty());
     for route in direct.into_iter().chain(over) {
         put(&netlink, &links, route)?;
     }
@@ -41,24 +45,46 @@ pub fn list() -> Result<Routes> {
     let links = link::all(&netlink)?;
     let request = Message::new(libc::RTM_GETROUTE, libc::NLM_F_DUMP, &[0; RTMSG]);
     let answers = netlink.request(request).what(|| "list routes".into())?;
-    let routes = answers.iter().filter_map(|answer| parse(answer, &links)).collect();
-    Ok(Routes { Routes: routes, ..Default::default() })
+    let routes = answers
+        .iter()
+        .filter_map(|answer| parse(answer, &links))
+        .collect();
+    Ok(Routes {
+        Routes: routes,
+        ..Default::default()
+    })
 }
 
 fn put(netlink: &Netlink, links: &[link::Link], route: &Route) -> Result<()> {
     let (target, length) = destination(route)?;
     // struct rtmsg
-    let scope =
-        u8::try_from(route.scope).map_err(|_| Error::Invalid(format!("{} is no scope of a route", route.scope)))?;
-    let fixed = [family(target), length, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_BOOT, scope, libc::RTN_UNICAST];
+    let scope = u8::try_from(route.scope)
+        .map_err(|_| Error::Invalid(format!("{} is no scope of a route", route.scope)))?;
+    let fixed = [
+        family(target),
+        length,
+        0,
+        0,
+        libc::RT_TABLE_MAIN,
+        libc::RTPROT_BOOT,
+        scope,
+        libc::RTN_UNICAST,
+    ];
     // The others are states, which the kernel does not take.
     let flags = (route.flags & RTNH_F_ONLINK).to_ne_bytes();
-    let mut message = Message::new(libc::RTM_NEWROUTE, PUT, &[fixed.as_slice(), &flags].concat());
+    let mut message = Message::new(
+        libc::RTM_NEWROUTE,
+        PUT,
+        &[fixed.as_slice(), &flags].concat(),
+    );
     if length != 0 {
         message = message.with(libc::RTA_DST, &octets(target));
     }
     if !route.device.is_empty() {
-        message = message.with(libc::RTA_OIF, &link::index_of(links, &route.device)?.to_ne_bytes());
+        message = message.with(
+            libc::RTA_OIF,
+            &link::index_of(links, &route.device)?.to_ne_bytes(),
+        );
     }
     if !route.gateway.is_empty() {
         let gateway = parse_ip(&route.gateway)?;
@@ -74,24 +100,45 @@ fn put(netlink: &Netlink, links: &[link::Link], route: &Route) -> Result<()> {
         message = message.with(libc::RTA_PREFSRC, &octets(parse_ip(&route.source)?));
     }
     if route.mtu != 0 {
-        message = message.with(libc::RTA_METRICS, &attribute(RTAX_MTU, &route.mtu.to_ne_bytes()));
+        message = message.with(
+            libc::RTA_METRICS,
+            &attribute(RTAX_MTU, &route.mtu.to_ne_bytes()),
+        );
     }
     let tried = || {
-        let Route { gateway, device, .. } = route;
-        let over = if gateway.is_empty() { String::new() } else { format!(" over {gateway}") };
+        let Route {
+            gateway, device, ..
+        } = route;
+        let over = if gateway.is_empty() {
+            String::new()
+        } else {
+            format!(" over {gateway}")
+        };
         format!("add route {target}/{length}{over} on {device:?}")
     };
     netlink.request(message).what(tried).map(|_| ())
 }
 
-/// `address/length`, an address alone, or nothing for the default route. Bits behind the prefix are cleared: the kernel
-/// refuses them.
+/// `address/length`, an address alone, or nothing for the default route. Bits behind the prefix are
+/// cleared: the kernel refuses them.
 fn destination(route: &Route) -> Result<(IpAddr, u8)> {
     if matches!(route.dest.as_str(), "" | "default") {
-        let gateway = if route.gateway.is_empty() { None } else { Some(parse_ip(&route.gateway)?) };
+        let gateway = if route.gateway.is_empty() {
+            None
+        } else {
+            Some(parse_ip(&route.gateway)?)
+        };
         // Shims that leave the family out say v4 by that.
-        let v6 = route.family.enum_value_or_default() == IPFamily::v6 || gateway.is_some_and(|ip| ip.is_ipv6());
-        return Ok((if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }, 0));
+        let v6 = route.family.enum_value_or_default() == IPFamily::v6
+            || gateway.is_some_and(|ip| ip.is_ipv6());
+        return Ok((
+            if v6 {
+                Ipv6Addr::UNSPECIFIED.into()
+            } else {
+                Ipv4Addr::UNSPECIFIED.into()
+            },
+            0,
+        ));
     }
     let (ip, length) = match route.dest.split_once('/') {
         Some((ip, length)) => {
@@ -104,8 +151,12 @@ fn destination(route: &Route) -> Result<(IpAddr, u8)> {
         }
     };
     let ip = match ip {
-        IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() & !u32::MAX.unbounded_shr(length.into())).into(),
-        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::MAX.unbounded_shr(length.into())).into(),
+        IpAddr::V4(ip) => {
+            Ipv4Addr::from_bits(ip.to_bits() & !u32::MAX.unbounded_shr(length.into())).into()
+        }
+        IpAddr::V6(ip) => {
+            Ipv6Addr::from_bits(ip.to_bits() & !u128::MAX.unbounded_shr(length.into())).into()
+        }
     };
     Ok((ip, length))
 }
@@ -121,8 +172,12 @@ fn parse(answer: &[u8], links: &[link::Link]) -> Option<Route> {
     if table != libc::RT_TABLE_MAIN || flags & RTM_F_CLONED != 0 {
         return None;
     }
-    let mut route =
-        Route { scope: scope.into(), family: family.into(), flags: flags & RTNH_F_ONLINK, ..Default::default() };
+    let mut route = Route {
+        scope: scope.into(),
+        family: family.into(),
+        flags: flags & RTNH_F_ONLINK,
+        ..Default::default()
+    };
     for (kind, value) in attributes(&answer[RTMSG..]) {
         let ip = || ip_of(value).map(|ip| ip.to_string());
         match kind {
@@ -136,7 +191,9 @@ fn parse(answer: &[u8], links: &[link::Link]) -> Option<Route> {
             }
             libc::RTA_METRICS => {
                 let mtu = attributes(value).find(|(kind, _)| *kind == RTAX_MTU);
-                route.mtu = mtu.and_then(|(_, value)| number32(value, 0)).unwrap_or_default();
+                route.mtu = mtu
+                    .and_then(|(_, value)| number32(value, 0))
+                    .unwrap_or_default();
             }
             _ => {}
         }
@@ -151,9 +208,15 @@ mod tests {
     #[test]
     fn destinations_are_read_and_cleaned() {
         let read = |dest: &str, family: IPFamily, gateway: &str| {
-            let route =
-                Route { dest: dest.into(), family: family.into(), gateway: gateway.into(), ..Default::default() };
-            destination(&route).map(|(ip, length)| format!("{ip}/{length}")).ok()
+            let route = Route {
+                dest: dest.into(),
+                family: family.into(),
+                gateway: gateway.into(),
+                ..Default::default()
+            };
+            destination(&route)
+                .map(|(ip, length)| format!("{ip}/{length}"))
+                .ok()
         };
         for (dest, family, gateway, expected) in [
             ("", IPFamily::v4, "10.0.0.1", "0.0.0.0/0"),

@@ -64,9 +64,14 @@ async fn read_header(stream: &mut Stream) -> io::Result<Header> {
     let mut line = Vec::with_capacity(MAX_HEADER);
     while line.last() != Some(&b'\n') {
         if line.len() == MAX_HEADER {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the header has no end"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the header has no end",
+            ));
         }
         line.push(stream.read_u8().await?);
     }
-    String::from_utf8_lossy(&line).parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    String::from_utf8_lossy(&line)
+        .parse()
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }

@@ -1,5 +1,5 @@
-//! Standard input and output of processes: pipes or a terminal on one side, raw streams or the polling calls on the
-//! other. The exit of a process never waits for anything here.
+//! Standard input and output of processes: pipes or a terminal on one side, raw streams or the
+//! polling calls on the other. The exit of a process never waits for anything here.
 
 mod listener;
 mod parking;
@@ -39,7 +39,8 @@ impl Endpoint {
     fn new(fd: OwnedFd) -> io::Result<Arc<Endpoint>> {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        // SAFETY: an OwnedFd keeps one descriptor open until it is dropped, and nothing closes it behind its back.
+        // SAFETY: an OwnedFd keeps one descriptor open until it is dropped, and nothing closes it
+        // behind its back.
         let fd = unsafe { AsyncFd::register(fd) }?;
         Ok(Arc::new(Endpoint(fd)))
     }
@@ -83,8 +84,9 @@ pub struct Io {
     output_pumps: Mutex<Vec<AbortHandle>>,
 }
 
-/// Pipes for a process without a terminal: the child's ends and ours. A channel that no raw stream was parked for,
-/// while another was, is the null device: the host has said that nobody feeds or reads it.
+/// Pipes for a process without a terminal: the child's ends and ours. A channel that no raw stream
+/// was parked for, while another was, is the null device: the host has said that nobody feeds or
+/// reads it.
 ///
 /// # Errors
 /// The failed system call.
@@ -92,16 +94,27 @@ pub fn pipes(claimed: &Claimed) -> Result<(Stdio, Io)> {
     let io = Io::default();
     let channel = |channel: Channel, slot: &Slot| -> io::Result<OwnedFd> {
         if claimed.any() && claimed.get(channel).is_none() {
-            return Ok(File::options().read(true).write(true).open("/dev/null")?.into());
+            return Ok(File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/null")?
+                .into());
         }
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-        let (theirs, ours) = if channel == Channel::Stdin { (read, write) } else { (write, read) };
+        let (theirs, ours) = if channel == Channel::Stdin {
+            (read, write)
+        } else {
+            (write, read)
+        };
         *lock(slot) = Some(Endpoint::new(ours)?);
         Ok(theirs)
     };
     let make = |one, slot| channel(one, slot).what(|| "create stdio".into());
-    let stdio =
-        [make(Channel::Stdin, &io.stdin)?, make(Channel::Stdout, &io.stdout)?, make(Channel::Stderr, &io.stderr)?];
+    let stdio = [
+        make(Channel::Stdin, &io.stdin)?,
+        make(Channel::Stdout, &io.stdout)?,
+        make(Channel::Stderr, &io.stderr)?,
+    ];
     Ok((stdio, io))
 }
 
@@ -172,7 +185,10 @@ impl Io {
             return Ok(Vec::new());
         };
         let mut buffer = vec![0; limit.clamp(1, CHUNK)];
-        let length = endpoint.read(&mut buffer).await.what(|| format!("read {channel:?}"))?;
+        let length = endpoint
+            .read(&mut buffer)
+            .await
+            .what(|| format!("read {channel:?}"))?;
         buffer.truncate(length);
         if length == 0 {
             lock(self.slot(channel)).take();
@@ -204,15 +220,30 @@ impl Io {
     /// # Errors
     /// Without a terminal, or when it is gone.
     pub fn resize(&self, rows: u32, columns: u32) -> Result<()> {
-        let endpoint = lock(&self.stdout).clone().or_else(|| lock(&self.stdin).clone());
+        let endpoint = lock(&self.stdout)
+            .clone()
+            .or_else(|| lock(&self.stdin).clone());
         let endpoint = endpoint
             .filter(|_| self.terminal)
             .ok_or_else(|| Error::Unavailable("the process has no terminal".into()))?;
         let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
-        let size = libc::winsize { ws_row: cells(rows), ws_col: cells(columns), ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize {
+            ws_row: cells(rows),
+            ws_col: cells(columns),
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         // SAFETY: an open terminal, and a size that lives over the call.
-        let result = unsafe { libc::ioctl(endpoint.0.get_ref().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-        crate::container::check(result.into()).what(|| "resize the terminal".into()).map(|_| ())
+        let result = unsafe {
+            libc::ioctl(
+                endpoint.0.get_ref().as_raw_fd(),
+                libc::TIOCSWINSZ,
+                &raw const size,
+            )
+        };
+        crate::container::check(result.into())
+            .what(|| "resize the terminal".into())
+            .map(|_| ())
     }
 
     /// The process is gone: nobody reads its stdin any more.
@@ -261,8 +292,8 @@ async fn feed(stream: &mut Stream, endpoint: &Endpoint) -> bool {
     }
 }
 
-/// Process to host. True at the end of the output; false when the host is gone, which leaves the rest to another
-/// stream or to the polling calls.
+/// Process to host. True at the end of the output; false when the host is gone, which leaves the
+/// rest to another stream or to the polling calls.
 async fn drain(endpoint: &Endpoint, stream: &mut Stream) -> bool {
     let mut buffer = vec![0; CHUNK];
     loop {

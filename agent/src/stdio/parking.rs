@@ -16,8 +16,8 @@ pub struct Parking {
 }
 
 impl Parking {
-    /// Keeps a stream until it is claimed; a second one for the same channel replaces the first. The ticket is for
-    /// [`Parking::expire`]; none means that there is no room.
+    /// Keeps a stream until it is claimed; a second one for the same channel replaces the first.
+    /// The ticket is for [`Parking::expire`]; none means that there is no room.
     pub fn park(&mut self, header: Header, stream: Stream) -> Option<u64> {
         if self.streams.len() >= LIMIT && !self.streams.contains_key(&header) {
             return None;
@@ -29,7 +29,11 @@ impl Parking {
 
     /// Drops a stream that nobody claimed in time.
     pub fn expire(&mut self, header: &Header, ticket: u64) {
-        if self.streams.get(header).is_some_and(|(held, _)| *held == ticket) {
+        if self
+            .streams
+            .get(header)
+            .is_some_and(|(held, _)| *held == ticket)
+        {
             self.streams.remove(header);
         }
     }
@@ -37,15 +41,24 @@ impl Parking {
     /// The streams of one process.
     pub fn claim(&mut self, container_id: &str, exec_id: &str) -> Claimed {
         let mut take = |channel| {
-            let header = Header { channel, container_id: container_id.into(), exec_id: exec_id.into() };
+            let header = Header {
+                channel,
+                container_id: container_id.into(),
+                exec_id: exec_id.into(),
+            };
             self.streams.remove(&header).map(|(_, stream)| stream)
         };
-        Claimed([take(Channel::Stdin), take(Channel::Stdout), take(Channel::Stderr)])
+        Claimed([
+            take(Channel::Stdin),
+            take(Channel::Stdout),
+            take(Channel::Stderr),
+        ])
     }
 
     /// Drops all streams of a container that is removed.
     pub fn forget(&mut self, container_id: &str) {
-        self.streams.retain(|header, _| header.container_id != container_id);
+        self.streams
+            .retain(|header, _| header.container_id != container_id);
     }
 }
 
@@ -63,7 +76,11 @@ impl Claimed {
 
     /// The stream of a channel.
     pub fn get(&self, channel: Channel) -> Option<&Stream> {
-        ORDER.iter().zip(&self.0).find(|(one, _)| **one == channel).and_then(|(_, stream)| stream.as_ref())
+        ORDER
+            .iter()
+            .zip(&self.0)
+            .find(|(one, _)| **one == channel)
+            .and_then(|(_, stream)| stream.as_ref())
     }
 }
 
@@ -72,8 +89,11 @@ impl IntoIterator for Claimed {
     type IntoIter = std::vec::IntoIter<Self::Item>;
 
     fn into_iter(self) -> Self::IntoIter {
-        let pairs: Vec<_> =
-            ORDER.into_iter().zip(self.0).filter_map(|(channel, stream)| Some((channel, stream?))).collect();
+        let pairs: Vec<_> = ORDER
+            .into_iter()
+            .zip(self.0)
+            .filter_map(|(channel, stream)| Some((channel, stream?)))
+            .collect();
         pairs.into_iter()
     }
 }
@@ -85,7 +105,11 @@ mod tests {
     use super::*;
 
     fn header(channel: Channel, container_id: &str) -> Header {
-        Header { channel, container_id: container_id.into(), exec_id: String::new() }
+        Header {
+            channel,
+            container_id: container_id.into(),
+            exec_id: String::new(),
+        }
     }
 
     fn stream() -> Stream {
@@ -95,10 +119,16 @@ mod tests {
     #[tokio::test]
     async fn a_process_gets_its_own_streams_and_only_once() {
         let mut parking = Parking::default();
-        parking.park(header(Channel::Stdout, "a"), stream()).unwrap();
+        parking
+            .park(header(Channel::Stdout, "a"), stream())
+            .unwrap();
         parking.park(header(Channel::Stdin, "b"), stream()).unwrap();
         let claimed = parking.claim("a", "");
-        assert!(claimed.any() && claimed.get(Channel::Stdout).is_some() && claimed.get(Channel::Stdin).is_none());
+        assert!(
+            claimed.any()
+                && claimed.get(Channel::Stdout).is_some()
+                && claimed.get(Channel::Stdin).is_none()
+        );
         assert_eq!(claimed.into_iter().count(), 1);
         assert!(!parking.claim("a", "").any());
         parking.forget("b");
@@ -108,8 +138,12 @@ mod tests {
     #[tokio::test]
     async fn an_old_ticket_does_not_drop_a_new_stream() {
         let mut parking = Parking::default();
-        let old = parking.park(header(Channel::Stdout, "a"), stream()).unwrap();
-        let new = parking.park(header(Channel::Stdout, "a"), stream()).unwrap();
+        let old = parking
+            .park(header(Channel::Stdout, "a"), stream())
+            .unwrap();
+        let new = parking
+            .park(header(Channel::Stdout, "a"), stream())
+            .unwrap();
         parking.expire(&header(Channel::Stdout, "a"), old);
         assert!(parking.streams.len() == 1);
         parking.expire(&header(Channel::Stdout, "a"), new);
@@ -120,9 +154,19 @@ mod tests {
     async fn a_flood_of_streams_is_refused() {
         let mut parking = Parking::default();
         for number in 0..LIMIT {
-            parking.park(header(Channel::Stdout, &format!("c{number}")), stream()).unwrap();
+            parking
+                .park(header(Channel::Stdout, &format!("c{number}")), stream())
+                .unwrap();
         }
-        assert!(parking.park(header(Channel::Stdout, "more"), stream()).is_none());
-        assert!(parking.park(header(Channel::Stdout, "c1"), stream()).is_some());
+        assert!(
+            parking
+                .park(header(Channel::Stdout, "more"), stream())
+                .is_none()
+        );
+        assert!(
+            parking
+                .park(header(Channel::Stdout, "c1"), stream())
+                .is_some()
+        );
     }
 }

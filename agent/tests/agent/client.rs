@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use agent_client::protocols::agent::{
-    CreateContainerRequest, ExecProcessRequest, RemoveContainerRequest, SignalProcessRequest, StartContainerRequest,
-    WaitProcessRequest,
+    CreateContainerRequest, ExecProcessRequest, RemoveContainerRequest, SignalProcessRequest,
+    StartContainerRequest, WaitProcessRequest,
 };
-use agent_client::protocols::oci::{self, Linux, LinuxCapabilities, LinuxNamespace, Mount, Process, Root, Spec};
+use agent_client::protocols::oci::{
+    self, Linux, LinuxCapabilities, LinuxNamespace, Mount, Process, Root, Spec,
+};
 use agent_client::stdio::{ACCEPTED, Channel, Header};
 use agent_client::{AGENT_PORT, AgentClient, STDIO_PORT, Stream, context};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -55,7 +57,10 @@ pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, St
 impl<'a> Client<'a> {
     pub async fn connect(guest: &'a Guest) -> Client<'a> {
         let stream = guest.transport.dial(AGENT_PORT, DEADLINE).await.unwrap();
-        Client { rpc: AgentClient::new(stream), guest }
+        Client {
+            rpc: AgentClient::new(stream),
+            guest,
+        }
     }
 
     /// A container spec as containerd makes them, for a command of the busybox tree.
@@ -83,8 +88,10 @@ impl<'a> Client<'a> {
             .into(),
             ..Default::default()
         };
-        let namespaces = ["pid", "mount", "ipc", "uts", "cgroup"]
-            .map(|kind| LinuxNamespace { Type: kind.into(), ..Default::default() });
+        let namespaces = ["pid", "mount", "ipc", "uts", "cgroup"].map(|kind| LinuxNamespace {
+            Type: kind.into(),
+            ..Default::default()
+        });
         let linux = Linux {
             Namespaces: namespaces.into(),
             MaskedPaths: strings(&[
@@ -95,26 +102,72 @@ impl<'a> Client<'a> {
                 "/sys/firmware",
                 "/no/such",
             ]),
-            ReadonlyPaths: strings(&["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]),
+            ReadonlyPaths: strings(&[
+                "/proc/bus",
+                "/proc/fs",
+                "/proc/irq",
+                "/proc/sys",
+                "/proc/sysrq-trigger",
+            ]),
             ..Default::default()
         };
         Spec {
             Process: Some(process).into(),
-            Root: Some(Root { Path: self.guest.rootfs.display().to_string(), ..Default::default() }).into(),
+            Root: Some(Root {
+                Path: self.guest.rootfs.display().to_string(),
+                ..Default::default()
+            })
+            .into(),
             Mounts: vec![
                 mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
-                mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+                mount(
+                    "/dev",
+                    "tmpfs",
+                    "tmpfs",
+                    &["nosuid", "strictatime", "mode=755", "size=65536k"],
+                ),
                 mount(
                     "/dev/pts",
                     "devpts",
                     "devpts",
-                    &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
+                    &[
+                        "nosuid",
+                        "noexec",
+                        "newinstance",
+                        "ptmxmode=0666",
+                        "mode=0620",
+                    ],
                 ),
-                mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
-                mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-                mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-                mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
-                mount("/run", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+                mount(
+                    "/dev/shm",
+                    "tmpfs",
+                    "shm",
+                    &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+                ),
+                mount(
+                    "/dev/mqueue",
+                    "mqueue",
+                    "mqueue",
+                    &["nosuid", "noexec", "nodev"],
+                ),
+                mount(
+                    "/sys",
+                    "sysfs",
+                    "sysfs",
+                    &["nosuid", "noexec", "nodev", "ro"],
+                ),
+                mount(
+                    "/sys/fs/cgroup",
+                    "cgroup",
+                    "cgroup",
+                    &["nosuid", "noexec", "nodev", "relatime", "ro"],
+                ),
+                mount(
+                    "/run",
+                    "tmpfs",
+                    "tmpfs",
+                    &["nosuid", "strictatime", "mode=755", "size=65536k"],
+                ),
             ],
             Linux: Some(linux).into(),
             ..Default::default()
@@ -122,18 +175,41 @@ impl<'a> Client<'a> {
     }
 
     pub async fn create(&self, id: &str, spec: Spec) -> ttrpc::Result<()> {
-        let request = CreateContainerRequest { container_id: id.into(), OCI: Some(spec).into(), ..Default::default() };
-        self.rpc.agent.create_container(soon(), &request).await.map(|_| ())
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            OCI: Some(spec).into(),
+            ..Default::default()
+        };
+        self.rpc
+            .agent
+            .create_container(soon(), &request)
+            .await
+            .map(|_| ())
     }
 
     pub async fn start(&self, id: &str) -> ttrpc::Result<()> {
-        let request = StartContainerRequest { container_id: id.into(), ..Default::default() };
-        self.rpc.agent.start_container(soon(), &request).await.map(|_| ())
+        let request = StartContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.rpc
+            .agent
+            .start_container(soon(), &request)
+            .await
+            .map(|_| ())
     }
 
     pub async fn wait(&self, id: &str, exec_id: &str) -> ttrpc::Result<i32> {
-        let request = WaitProcessRequest { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
-        self.rpc.agent.wait_process(soon(), &request).await.map(|response| response.status)
+        let request = WaitProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.rpc
+            .agent
+            .wait_process(soon(), &request)
+            .await
+            .map(|response| response.status)
     }
 
     pub async fn kill(&self, id: &str, exec_id: &str, signal: i32) -> ttrpc::Result<()> {
@@ -143,20 +219,46 @@ impl<'a> Client<'a> {
             signal: signal.cast_unsigned(),
             ..Default::default()
         };
-        self.rpc.agent.signal_process(soon(), &request).await.map(|_| ())
+        self.rpc
+            .agent
+            .signal_process(soon(), &request)
+            .await
+            .map(|_| ())
     }
 
     pub async fn remove(&self, id: &str) -> ttrpc::Result<()> {
-        let request = RemoveContainerRequest { container_id: id.into(), ..Default::default() };
-        self.rpc.agent.remove_container(soon(), &request).await.map(|_| ())
+        let request = RemoveContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.rpc
+            .agent
+            .remove_container(soon(), &request)
+            .await
+            .map(|_| ())
     }
 
     /// Dials one raw stream and waits until the agent holds it.
     pub async fn stream(&self, channel: Channel, id: &str, exec_id: &str) -> Stream {
-        let mut stream = self.guest.transport.dial(STDIO_PORT, DEADLINE).await.unwrap();
-        let header = Header { channel, container_id: id.into(), exec_id: exec_id.into() };
-        stream.write_all(header.to_string().as_bytes()).await.unwrap();
-        assert_eq!(timeout(DEADLINE, stream.read_u8()).await.unwrap().unwrap(), ACCEPTED);
+        let mut stream = self
+            .guest
+            .transport
+            .dial(STDIO_PORT, DEADLINE)
+            .await
+            .unwrap();
+        let header = Header {
+            channel,
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+        };
+        stream
+            .write_all(header.to_string().as_bytes())
+            .await
+            .unwrap();
+        assert_eq!(
+            timeout(DEADLINE, stream.read_u8()).await.unwrap().unwrap(),
+            ACCEPTED
+        );
         stream
     }
 
@@ -188,7 +290,9 @@ impl<'a> Client<'a> {
 
     /// Starts a container that sleeps.
     pub async fn sleeper(&self, id: &str) {
-        self.create(id, self.spec(&["sleep", "1000"])).await.unwrap();
+        self.create(id, self.spec(&["sleep", "1000"]))
+            .await
+            .unwrap();
         self.start(id).await.unwrap();
     }
 
@@ -203,22 +307,35 @@ impl<'a> Client<'a> {
             process: Some(process).into(),
             ..Default::default()
         };
-        self.rpc.agent.exec_process(soon(), &request).await.map(|_| ())
+        self.rpc
+            .agent
+            .exec_process(soon(), &request)
+            .await
+            .map(|_| ())
     }
 
     /// Runs a shell script in a running container.
     pub async fn exec_script(&self, id: &str, exec_id: &str, script: &str) -> Output {
         let streams = self.streams(id, exec_id).await;
-        self.exec(id, exec_id, self.process(&["sh", "-c", script])).await.unwrap();
+        self.exec(id, exec_id, self.process(&["sh", "-c", script]))
+            .await
+            .unwrap();
         let output = streams.finish(b"").await;
-        Output { status: self.wait(id, exec_id).await.unwrap(), ..output }
+        Output {
+            status: self.wait(id, exec_id).await.unwrap(),
+            ..output
+        }
     }
 }
 
 impl Streams {
     /// Writes `input`, closes stdin, and reads both outputs to their end.
     pub async fn finish(self, input: &[u8]) -> Output {
-        let Streams { stdin, stdout, stderr } = self;
+        let Streams {
+            stdin,
+            stdout,
+            stderr,
+        } = self;
         let write = async move {
             if let Some(mut stdin) = stdin {
                 let _ = stdin.write_all(input).await;
@@ -227,7 +344,11 @@ impl Streams {
         };
         let ((), stdout, stderr) = tokio::join!(write, read_all(stdout), read_all(stderr));
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        Output { status: -1, stdout: text(stdout), stderr: text(stderr) }
+        Output {
+            status: -1,
+            stdout: text(stdout),
+            stderr: text(stderr),
+        }
     }
 }
 
@@ -235,7 +356,10 @@ impl Streams {
 pub async fn read_all(stream: Option<Stream>) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(mut stream) = stream {
-        timeout(DEADLINE, stream.read_to_end(&mut bytes)).await.expect("the stream has no end").unwrap();
+        timeout(DEADLINE, stream.read_to_end(&mut bytes))
+            .await
+            .expect("the stream has no end")
+            .unwrap();
     }
     bytes
 }

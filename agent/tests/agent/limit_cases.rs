@@ -4,9 +4,12 @@ use std::time::{Duration, Instant};
 
 use agent_client::context;
 use agent_client::protocols::agent::{
-    CreateContainerRequest, Device, GetOOMEventRequest, StatsContainerRequest, Storage, UpdateContainerRequest,
+    CreateContainerRequest, Device, GetOOMEventRequest, StatsContainerRequest, Storage,
+    UpdateContainerRequest,
 };
-use agent_client::protocols::oci::{LinuxCPU, LinuxDevice, LinuxDeviceCgroup, LinuxMemory, LinuxPids, LinuxResources};
+use agent_client::protocols::oci::{
+    LinuxCPU, LinuxDevice, LinuxDeviceCgroup, LinuxMemory, LinuxPids, LinuxResources,
+};
 use agent_client::stdio::Channel;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
@@ -17,12 +20,21 @@ pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &C
     for round in 0..3 {
         let id = format!("oom-{round}");
         let mut spec = client.spec(&["tail", "/dev/zero"]);
-        resources(&mut spec).Memory =
-            Some(LinuxMemory { Limit: 32 << 20, Swap: 32 << 20, ..Default::default() }).into();
+        resources(&mut spec).Memory = Some(LinuxMemory {
+            Limit: 32 << 20,
+            Swap: 32 << 20,
+            ..Default::default()
+        })
+        .into();
         client.create(&id, spec).await.unwrap();
         let order = std::sync::Mutex::new(Vec::new());
         let event = async {
-            let event = client.rpc.agent.get_oom_event(context(None), &GetOOMEventRequest::default()).await.unwrap();
+            let event = client
+                .rpc
+                .agent
+                .get_oom_event(context(None), &GetOOMEventRequest::default())
+                .await
+                .unwrap();
             assert_eq!(event.container_id, id);
             order.lock().unwrap().push("oom");
         };
@@ -31,11 +43,29 @@ pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &C
             order.lock().unwrap().push("exit");
         };
         let start = async { client.start(&id).await.unwrap() };
-        timeout(DEADLINE, async { tokio::join!(event, exit, start) }).await.expect("no OOM event or exit");
+        timeout(DEADLINE, async { tokio::join!(event, exit, start) })
+            .await
+            .expect("no OOM event or exit");
         assert_eq!(*order.lock().unwrap(), ["oom", "exit"]);
-        let request = StatsContainerRequest { container_id: id.clone(), ..Default::default() };
-        let stats = client.rpc.agent.stats_container(soon(), &request).await.unwrap().cgroup_stats.unwrap();
-        assert_eq!((stats.memory_stats.usage.limit, stats.memory_stats.stats["oom_kill"]), (32 << 20, 1));
+        let request = StatsContainerRequest {
+            container_id: id.clone(),
+            ..Default::default()
+        };
+        let stats = client
+            .rpc
+            .agent
+            .stats_container(soon(), &request)
+            .await
+            .unwrap()
+            .cgroup_stats
+            .unwrap();
+        assert_eq!(
+            (
+                stats.memory_stats.usage.limit,
+                stats.memory_stats.stats["oom_kill"]
+            ),
+            (32 << 20, 1)
+        );
         client.remove(&id).await.unwrap();
     }
 }
@@ -43,28 +73,69 @@ pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &C
 pub async fn limits_reach_the_kernel_and_can_be_changed(client: &Client<'_>) {
     let mut spec = client.spec(&["sleep", "1000"]);
     *resources(&mut spec) = LinuxResources {
-        Memory: Some(LinuxMemory { Limit: 64 << 20, Reservation: 16 << 20, ..Default::default() }).into(),
-        CPU: Some(LinuxCPU { Shares: 512, Quota: 50_000, Period: 100_000, Cpus: "0-63".into(), ..Default::default() })
-            .into(),
-        Pids: Some(LinuxPids { Limit: 77, ..Default::default() }).into(),
+        Memory: Some(LinuxMemory {
+            Limit: 64 << 20,
+            Reservation: 16 << 20,
+            ..Default::default()
+        })
+        .into(),
+        CPU: Some(LinuxCPU {
+            Shares: 512,
+            Quota: 50_000,
+            Period: 100_000,
+            Cpus: "0-63".into(),
+            ..Default::default()
+        })
+        .into(),
+        Pids: Some(LinuxPids {
+            Limit: 77,
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     };
     client.create("limits", spec).await.unwrap();
     client.start("limits").await.unwrap();
     let look = "cd /sys/fs/cgroup; cat memory.max memory.low cpu.weight cpu.max pids.max";
     let output = client.exec_script("limits", "e1", look).await;
-    assert_eq!(output.stdout, "67108864\n16777216\n20\n50000 100000\n77\n", "{output:?}");
+    assert_eq!(
+        output.stdout, "67108864\n16777216\n20\n50000 100000\n77\n",
+        "{output:?}"
+    );
     let change = LinuxResources {
-        Memory: Some(LinuxMemory { Limit: 128 << 20, ..Default::default() }).into(),
-        CPU: Some(LinuxCPU { Quota: -1, ..Default::default() }).into(),
-        Pids: Some(LinuxPids { Limit: -1, ..Default::default() }).into(),
+        Memory: Some(LinuxMemory {
+            Limit: 128 << 20,
+            ..Default::default()
+        })
+        .into(),
+        CPU: Some(LinuxCPU {
+            Quota: -1,
+            ..Default::default()
+        })
+        .into(),
+        Pids: Some(LinuxPids {
+            Limit: -1,
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     };
-    let request =
-        UpdateContainerRequest { container_id: "limits".into(), resources: Some(change).into(), ..Default::default() };
-    client.rpc.agent.update_container(soon(), &request).await.unwrap();
+    let request = UpdateContainerRequest {
+        container_id: "limits".into(),
+        resources: Some(change).into(),
+        ..Default::default()
+    };
+    client
+        .rpc
+        .agent
+        .update_container(soon(), &request)
+        .await
+        .unwrap();
     let output = client.exec_script("limits", "e2", look).await;
-    assert_eq!(output.stdout, "134217728\n16777216\n20\nmax 100000\nmax\n", "{output:?}");
+    assert_eq!(
+        output.stdout, "134217728\n16777216\n20\nmax 100000\nmax\n",
+        "{output:?}"
+    );
     client.remove("limits").await.unwrap();
 }
 
@@ -72,7 +143,10 @@ pub async fn a_disk_of_the_guest_cannot_be_opened(client: &Client<'_>) {
     // The machine's memory as a device stands for any device nobody allowed.
     let script = "mknod /run/mem c 1 1 && (cat /run/mem) 2>&1; mknod /run/zero c 1 5 && head -c 1 /run/zero | wc -c";
     let output = client.script("no-disk", script, |_| {}).await;
-    assert_eq!(output.stdout, "cat: can't open '/run/mem': Operation not permitted\n1\n", "{output:?}");
+    assert_eq!(
+        output.stdout, "cat: can't open '/run/mem': Operation not permitted\n1\n",
+        "{output:?}"
+    );
 }
 
 pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
@@ -84,8 +158,11 @@ pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
         mount_point: place.into(),
         ..Default::default()
     };
-    let mut spec =
-        client.spec(&["sh", "-c", "echo kept >/disk/file; cat /disk/file; mount | grep -o '/disk type ext4'"]);
+    let mut spec = client.spec(&[
+        "sh",
+        "-c",
+        "echo kept >/disk/file; cat /disk/file; mount | grep -o '/disk type ext4'",
+    ]);
     spec.Mounts.push(mount("/disk", "bind", place, &["rbind"]));
     let request = |source: &str| CreateContainerRequest {
         container_id: "disk".into(),
@@ -93,22 +170,43 @@ pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
         storages: vec![storage(source)],
         ..Default::default()
     };
-    let (_, text) = refusal(client.rpc.agent.create_container(soon(), &request("06/00")).await);
+    let (_, text) = refusal(
+        client
+            .rpc
+            .agent
+            .create_container(soon(), &request("06/00"))
+            .await,
+    );
     assert_eq!(text, "no block device at PCI path 06/00 within 3s");
     let streams = client.streams("disk", "").await;
-    client.rpc.agent.create_container(soon(), &request("05/00")).await.unwrap();
+    client
+        .rpc
+        .agent
+        .create_container(soon(), &request("05/00"))
+        .await
+        .unwrap();
     client.start("disk").await.unwrap();
     assert_eq!(streams.finish(b"").await.stdout, "kept\n/disk type ext4\n");
     client.wait("disk", "").await.unwrap();
     client.remove("disk").await.unwrap();
 
     // The same disk as a device: the host does not know its number, the guest does.
-    let device =
-        Device { id: "05/00".into(), type_: "blk".into(), container_path: "/dev/data".into(), ..Default::default() };
+    let device = Device {
+        id: "05/00".into(),
+        type_: "blk".into(),
+        container_path: "/dev/data".into(),
+        ..Default::default()
+    };
     let script = "dd if=/dev/data bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1; stat -c %F /dev/data; \
                   dd if=/dev/zero of=/dev/data count=0 conv=notrunc 2>&1 | grep -o 'not permitted'";
     let mut spec = client.spec(&["sh", "-c", script]);
-    let node = LinuxDevice { Path: "/dev/data".into(), Type: "b".into(), Major: 8, Minor: 99, ..Default::default() };
+    let node = LinuxDevice {
+        Path: "/dev/data".into(),
+        Type: "b".into(),
+        Major: 8,
+        Minor: 99,
+        ..Default::default()
+    };
     linux(&mut spec).Devices.push(node);
     let rule = LinuxDeviceCgroup {
         Allow: true,
@@ -118,7 +216,11 @@ pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
         Access: "r".into(),
         ..Default::default()
     };
-    linux(&mut spec).Resources.mut_or_insert_default().Devices.push(rule);
+    linux(&mut spec)
+        .Resources
+        .mut_or_insert_default()
+        .Devices
+        .push(rule);
     let request = CreateContainerRequest {
         container_id: "disk".into(),
         OCI: Some(spec).into(),
@@ -126,19 +228,35 @@ pub async fn a_disk_is_mounted_or_passed_on(client: &Client<'_>) {
         ..Default::default()
     };
     let streams = client.streams("disk", "").await;
-    client.rpc.agent.create_container(soon(), &request).await.unwrap();
+    client
+        .rpc
+        .agent
+        .create_container(soon(), &request)
+        .await
+        .unwrap();
     client.start("disk").await.unwrap();
     // The magic number of ext4.
-    assert_eq!(streams.finish(b"").await.stdout, " 53 ef\nblock special file\nnot permitted\n");
+    assert_eq!(
+        streams.finish(b"").await.stdout,
+        " 53 ef\nblock special file\nnot permitted\n"
+    );
     client.wait("disk", "").await.unwrap();
     client.remove("disk").await.unwrap();
 }
 
 pub async fn a_pids_limit_holds(client: &Client<'_>) {
     let output = client
-        .script("pids", "for i in 1 2 3 4 5 6 7 8; do sleep 5 & done", |spec| {
-            resources(spec).Pids = Some(LinuxPids { Limit: 4, ..Default::default() }).into();
-        })
+        .script(
+            "pids",
+            "for i in 1 2 3 4 5 6 7 8; do sleep 5 & done",
+            |spec| {
+                resources(spec).Pids = Some(LinuxPids {
+                    Limit: 4,
+                    ..Default::default()
+                })
+                .into();
+            },
+        )
         .await;
     assert!(output.stderr.contains("can't fork"), "{output:?}");
 }
@@ -153,7 +271,11 @@ pub async fn making_containers_and_processes_is_quick(client: &Client<'_>) {
     for round in 0..15 {
         let id = format!("quick-{round}");
         let mut spec = client.spec(&["true"]);
-        resources(&mut spec).Memory = Some(LinuxMemory { Limit: 64 << 20, ..Default::default() }).into();
+        resources(&mut spec).Memory = Some(LinuxMemory {
+            Limit: 64 << 20,
+            ..Default::default()
+        })
+        .into();
         let begun = Instant::now();
         client.create(&id, spec).await.unwrap();
         create.push(begun.elapsed());
@@ -167,7 +289,10 @@ pub async fn making_containers_and_processes_is_quick(client: &Client<'_>) {
     for round in 0..15 {
         let id = format!("e{round}");
         let begun = Instant::now();
-        client.exec("quick", &id, client.process(&["true"])).await.unwrap();
+        client
+            .exec("quick", &id, client.process(&["true"]))
+            .await
+            .unwrap();
         client.wait("quick", &id).await.unwrap();
         exec.push(begun.elapsed());
     }
@@ -175,14 +300,27 @@ pub async fn making_containers_and_processes_is_quick(client: &Client<'_>) {
     let mut ping = Vec::new();
     for _ in 0..15 {
         let begun = Instant::now();
-        client.rpc.health.check(soon(), &Default::default()).await.unwrap();
+        client
+            .rpc
+            .health
+            .check(soon(), &Default::default())
+            .await
+            .unwrap();
         ping.push(begun.elapsed());
     }
     let rate = |bytes: usize, time: Duration| bytes as u128 / time.as_micros().max(1);
     let size = 32 << 20;
     let stdout = client.stream(Channel::Stdout, "quick-out", "").await;
     client
-        .create("quick-out", client.spec(&["dd", "if=/dev/zero", "bs=64k", &format!("count={}", size >> 16)]))
+        .create(
+            "quick-out",
+            client.spec(&[
+                "dd",
+                "if=/dev/zero",
+                "bs=64k",
+                &format!("count={}", size >> 16),
+            ]),
+        )
         .await
         .unwrap();
     let begun = Instant::now();
@@ -191,16 +329,28 @@ pub async fn making_containers_and_processes_is_quick(client: &Client<'_>) {
     let out = rate(size, begun.elapsed());
     client.remove("quick-out").await.unwrap();
     let mut stdin = client.stream(Channel::Stdin, "quick-in", "").await;
-    client.create("quick-in", client.spec(&["cat"])).await.unwrap();
+    client
+        .create("quick-in", client.spec(&["cat"]))
+        .await
+        .unwrap();
     client.start("quick-in").await.unwrap();
     let begun = Instant::now();
     stdin.write_all(&vec![0; size]).await.unwrap();
     drop(stdin);
     client.wait("quick-in", "").await.unwrap();
-    eprintln!("stdout {out} MB/s, stdin {} MB/s", rate(size, begun.elapsed()));
+    eprintln!(
+        "stdout {out} MB/s, stdin {} MB/s",
+        rate(size, begun.elapsed())
+    );
     client.remove("quick-in").await.unwrap();
     let first = create[0];
-    let all = [median(ping), first, median(create), median(start), median(exec)];
+    let all = [
+        median(ping),
+        first,
+        median(create),
+        median(start),
+        median(exec),
+    ];
     eprintln!(
         "ping {:?}, first create {:?}, create {:?}, start+wait {:?}, exec+wait {:?}",
         all[0], all[1], all[2], all[3], all[4]

@@ -1,7 +1,12 @@
-//! The real agent, spoken to as the shim speaks to it: every case runs against an ordinary process, and against PID 1 of
-//! a virtual machine, where cgroup limits exist too.
+//! The real agent, spoken to as the shim speaks to it: every case runs against an ordinary process,
+//! and against PID 1 of a virtual machine, where cgroup limits exist too.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod carry_cases;
 mod client;
@@ -36,7 +41,8 @@ enum Needs {
 /// Lists cases by the names of their functions.
 macro_rules! cases {
     ($($needs:ident $module:ident: $($name:ident)*;)*) => {
-        vec![$($((stringify!($name), Needs::$needs, (|client| Box::pin($module::$name(client))) as Case),)*)*]
+        vec![$($((stringify!($name), Needs::$needs,
+            (|client| Box::pin($module::$name(client))) as Case),)*)*]
     };
 }
 
@@ -119,7 +125,10 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
 
 /// Runs one case on a connection of its own.
 fn run(guest: &Guest, case: Case) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         let client = Client::connect(guest).await;
         case(&client).await;
@@ -129,7 +138,8 @@ fn run(guest: &Guest, case: Case) {
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    // One machine for all cases: it boots for a second or two. Cases use container ids of their own.
+    // One machine for all cases: it boots for a second or two. Cases use container ids of their
+    // own.
     let vm: Arc<Mutex<Option<Guest>>> = Arc::default();
     for (name, needs, case) in cases() {
         if needs == Needs::Nothing {
@@ -145,15 +155,23 @@ fn main() -> ExitCode {
             Ok(())
         }));
     }
-    for (name, make) in [("process", Guest::process as fn() -> Guest), ("vm", Guest::vm)] {
-        trials.push(Trial::test(format!("{name}::destroying_the_sandbox_ends_the_guest"), move || {
-            let mut guest = make();
-            run(&guest, |client| Box::pin(sandbox_cases::destroying_the_sandbox_is_answered(client)));
-            let begun = std::time::Instant::now();
-            assert!(guest.ends(), "the guest still runs\n{}", guest.console());
-            eprintln!("gone {} ms after the answer", begun.elapsed().as_millis());
-            Ok(())
-        }));
+    for (name, make) in [
+        ("process", Guest::process as fn() -> Guest),
+        ("vm", Guest::vm),
+    ] {
+        trials.push(Trial::test(
+            format!("{name}::destroying_the_sandbox_ends_the_guest"),
+            move || {
+                let mut guest = make();
+                run(&guest, |client| {
+                    Box::pin(sandbox_cases::destroying_the_sandbox_is_answered(client))
+                });
+                let begun = std::time::Instant::now();
+                assert!(guest.ends(), "the guest still runs\n{}", guest.console());
+                eprintln!("gone {} ms after the answer", begun.elapsed().as_millis());
+                Ok(())
+            },
+        ));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Some(guest) = vm.lock().unwrap_or_else(PoisonError::into_inner).take()

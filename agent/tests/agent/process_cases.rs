@@ -12,7 +12,10 @@ use super::client::{Client, DEADLINE, linux, process, refusal, strings};
 fn status_fields(status: &str, names: &[&str]) -> Vec<String> {
     let field = |name: &&str| {
         let line = status.lines().find_map(|line| line.strip_prefix(*name));
-        line.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+        line.unwrap_or_default()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
     };
     names.iter().map(field).collect()
 }
@@ -21,7 +24,13 @@ pub async fn a_process_has_user_groups_and_capabilities_as_told(client: &Client<
     let output = client
         .script("identity", "cat /proc/self/status", |spec| {
             let process = process(spec);
-            process.User = Some(User { UID: 33, GID: 44, AdditionalGids: vec![5, 1000], ..Default::default() }).into();
+            process.User = Some(User {
+                UID: 33,
+                GID: 44,
+                AdditionalGids: vec![5, 1000],
+                ..Default::default()
+            })
+            .into();
             let sets = process.Capabilities.mut_or_insert_default();
             sets.Inheritable = strings(&["CAP_KILL"]);
             sets.Ambient = strings(&["CAP_KILL"]);
@@ -30,23 +39,53 @@ pub async fn a_process_has_user_groups_and_capabilities_as_told(client: &Client<
             sets.Effective.clone_from(&sets.Bounding);
         })
         .await;
-    let names =
-        ["Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:", "Seccomp:"];
+    let names = [
+        "Uid:",
+        "Gid:",
+        "Groups:",
+        "CapInh:",
+        "CapPrm:",
+        "CapEff:",
+        "CapBnd:",
+        "CapAmb:",
+        "NoNewPrivs:",
+        "Seccomp:",
+    ];
     let kill = "0000000000000020";
     assert_eq!(
         status_fields(&output.stdout, &names),
-        ["33 33 33 33", "44 44 44 44", "5 1000", kill, kill, kill, "0000000000000021", kill, "0", "0"],
+        [
+            "33 33 33 33",
+            "44 44 44 44",
+            "5 1000",
+            kill,
+            kill,
+            kill,
+            "0000000000000021",
+            kill,
+            "0",
+            "0"
+        ],
         "{output:?}"
     );
-    let root = client.script("root-caps", "cat /proc/self/status", |_| {}).await;
-    assert_eq!(status_fields(&root.stdout, &["CapPrm:", "CapEff:", "CapBnd:"]), ["00000000080020eb"; 3]);
+    let root = client
+        .script("root-caps", "cat /proc/self/status", |_| {})
+        .await;
+    assert_eq!(
+        status_fields(&root.stdout, &["CapPrm:", "CapEff:", "CapBnd:"]),
+        ["00000000080020eb"; 3]
+    );
 }
 
 pub async fn no_new_privileges_and_seccomp_hold(client: &Client<'_>) {
     let rule = LinuxSyscall {
         Names: strings(&["mkdir", "mkdirat", "not_a_call"]),
         Action: "SCMP_ACT_ERRNO".into(),
-        ErrnoRet: Some(agent_client::protocols::oci::linux_syscall::ErrnoRet::Errnoret(libc::ENOTTY.cast_unsigned())),
+        ErrnoRet: Some(
+            agent_client::protocols::oci::linux_syscall::ErrnoRet::Errnoret(
+                libc::ENOTTY.cast_unsigned(),
+            ),
+        ),
         ..Default::default()
     };
     let profile = LinuxSeccomp {
@@ -57,16 +96,31 @@ pub async fn no_new_privileges_and_seccomp_hold(client: &Client<'_>) {
     };
     for no_new_privileges in [false, true] {
         let output = client
-            .script("seccomp", "mkdir /run/x 2>&1; cat /proc/self/status", |spec| {
-                process(spec).NoNewPrivileges = no_new_privileges;
-                process(spec).User = Some(User { UID: 33, GID: 33, ..Default::default() }).into();
-                linux(spec).Seccomp = Some(profile.clone()).into();
-            })
+            .script(
+                "seccomp",
+                "mkdir /run/x 2>&1; cat /proc/self/status",
+                |spec| {
+                    process(spec).NoNewPrivileges = no_new_privileges;
+                    process(spec).User = Some(User {
+                        UID: 33,
+                        GID: 33,
+                        ..Default::default()
+                    })
+                    .into();
+                    linux(spec).Seccomp = Some(profile.clone()).into();
+                },
+            )
             .await;
         let wanted = if no_new_privileges { "1" } else { "0" };
-        assert_eq!(status_fields(&output.stdout, &["NoNewPrivs:", "Seccomp:"]), [wanted, "2"], "{output:?}");
+        assert_eq!(
+            status_fields(&output.stdout, &["NoNewPrivs:", "Seccomp:"]),
+            [wanted, "2"],
+            "{output:?}"
+        );
         assert!(
-            output.stdout.contains("can't create directory '/run/x': Inappropriate ioctl for device"),
+            output
+                .stdout
+                .contains("can't create directory '/run/x': Inappropriate ioctl for device"),
             "{output:?}"
         );
     }
@@ -74,14 +128,28 @@ pub async fn no_new_privileges_and_seccomp_hold(client: &Client<'_>) {
 
 pub async fn limits_and_oom_score_are_set(client: &Client<'_>) {
     let output = client
-        .script("rlimits", "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj", |spec| {
-            let process = process(spec);
-            process.OOMScoreAdj = 321;
-            process.Rlimits = vec![
-                POSIXRlimit { Type: "RLIMIT_NOFILE".into(), Soft: 100, Hard: 200, ..Default::default() },
-                POSIXRlimit { Type: "RLIMIT_WISHES".into(), Soft: 1, Hard: 1, ..Default::default() },
-            ];
-        })
+        .script(
+            "rlimits",
+            "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj",
+            |spec| {
+                let process = process(spec);
+                process.OOMScoreAdj = 321;
+                process.Rlimits = vec![
+                    POSIXRlimit {
+                        Type: "RLIMIT_NOFILE".into(),
+                        Soft: 100,
+                        Hard: 200,
+                        ..Default::default()
+                    },
+                    POSIXRlimit {
+                        Type: "RLIMIT_WISHES".into(),
+                        Soft: 1,
+                        Hard: 1,
+                        ..Default::default()
+                    },
+                ];
+            },
+        )
         .await;
     assert_eq!(output.stdout, "100\n200\n321\n", "{output:?}");
 }
@@ -102,13 +170,23 @@ pub async fn nothing_of_the_agent_leaks_into_a_process(client: &Client<'_>) {
     let wanted = "0\n1\n2\n3\nSigBlk:\n0000000\nSigIgn:\n0000000\nHOME=/root\nPATH=/usr/bin:/bin\n";
     let clean = |text: &str| -> String {
         text.lines()
-            .filter(|line| !["PWD=", "SHLVL=", "OLDPWD="].iter().any(|own| line.starts_with(own)))
+            .filter(|line| {
+                !["PWD=", "SHLVL=", "OLDPWD="]
+                    .iter()
+                    .any(|own| line.starts_with(own))
+            })
             .map(|line| format!("{line}\n"))
             .collect()
     };
-    assert_eq!(clean(&client.script("leaks", script, |_| {}).await.stdout), wanted);
+    assert_eq!(
+        clean(&client.script("leaks", script, |_| {}).await.stdout),
+        wanted
+    );
     client.sleeper("leaks-exec").await;
-    assert_eq!(clean(&client.exec_script("leaks-exec", "e1", script).await.stdout), wanted);
+    assert_eq!(
+        clean(&client.exec_script("leaks-exec", "e1", script).await.stdout),
+        wanted
+    );
     client.remove("leaks-exec").await.unwrap();
 }
 
@@ -120,7 +198,9 @@ pub async fn an_exec_joins_the_container(client: &Client<'_>) {
     assert_eq!(output.stdout, "sleep\n0::/\n/bin\n");
     // Capabilities that the exec does not name are the container's.
     let mut process = client.process(&["grep", "CapEff", "/proc/self/status"]);
-    let own = client.exec_script("joined", "e2", "grep CapEff /proc/self/status").await;
+    let own = client
+        .exec_script("joined", "e2", "grep CapEff /proc/self/status")
+        .await;
     process.Capabilities = None.into();
     let streams = client.streams("joined", "e3").await;
     client.exec("joined", "e3", process).await.unwrap();
@@ -131,8 +211,14 @@ pub async fn an_exec_joins_the_container(client: &Client<'_>) {
 pub async fn an_exec_that_cannot_run_fails_at_once(client: &Client<'_>) {
     client.sleeper("fails").await;
     for (command, words) in [
-        ("levitate", "exec: \"levitate\": executable file not found in $PATH"),
-        ("/bin/levitate", "exec: \"/bin/levitate\": stat /bin/levitate: no such file or directory"),
+        (
+            "levitate",
+            "exec: \"levitate\": executable file not found in $PATH",
+        ),
+        (
+            "/bin/levitate",
+            "exec: \"/bin/levitate\": stat /bin/levitate: no such file or directory",
+        ),
         ("/bin/orphan", "exec /bin/orphan: no such file or directory"),
     ] {
         let (_, text) = refusal(client.exec("fails", "e1", client.process(&[command])).await);
@@ -141,7 +227,10 @@ pub async fn an_exec_that_cannot_run_fails_at_once(client: &Client<'_>) {
     let mut process = client.process(&["true"]);
     process.Cwd = "/no/such/place".into();
     let (_, text) = refusal(client.exec("fails", "e1", process).await);
-    assert_eq!(text, "chdir to working directory /no/such/place: no such file or directory");
+    assert_eq!(
+        text,
+        "chdir to working directory /no/such/place: no such file or directory"
+    );
     // The id is free after each.
     assert_eq!(client.exec_script("fails", "e1", "exit 5").await.status, 5);
     client.kill("fails", "", libc::SIGKILL).await.unwrap();
@@ -171,11 +260,17 @@ pub async fn a_term_without_a_handler_ends_the_container(client: &Client<'_>) {
 pub async fn a_term_with_a_handler_is_the_programs_business(client: &Client<'_>) {
     let script = "trap 'echo bye; exit 42' TERM; echo ready; while :; do sleep 0.05; done";
     let mut stdout = client.stream(Channel::Stdout, "handler", "").await;
-    client.create("handler", client.spec(&["sh", "-c", script])).await.unwrap();
+    client
+        .create("handler", client.spec(&["sh", "-c", script]))
+        .await
+        .unwrap();
     client.start("handler").await.unwrap();
     let mut ready = [0; 6];
     stdout.read_exact(&mut ready).await.unwrap();
-    client.kill("handler", "handler", libc::SIGTERM).await.unwrap();
+    client
+        .kill("handler", "handler", libc::SIGTERM)
+        .await
+        .unwrap();
     assert_eq!(client.wait("handler", "").await.unwrap(), 42);
     let mut rest = String::new();
     stdout.read_to_string(&mut rest).await.unwrap();
@@ -185,13 +280,19 @@ pub async fn a_term_with_a_handler_is_the_programs_business(client: &Client<'_>)
 
 pub async fn a_kill_ends_everything_in_the_container(client: &Client<'_>) {
     client.sleeper("killed").await;
-    client.exec("killed", "e1", client.process(&["sleep", "1002"])).await.unwrap();
-    let waits = async { tokio::join!(client.wait("killed", "e1"), client.wait("killed", "killed")) };
+    client
+        .exec("killed", "e1", client.process(&["sleep", "1002"]))
+        .await
+        .unwrap();
+    let waits =
+        async { tokio::join!(client.wait("killed", "e1"), client.wait("killed", "killed")) };
     let kill = async {
         tokio::time::sleep(Duration::from_millis(10)).await;
         client.kill("killed", "", libc::SIGKILL).await.unwrap();
     };
-    let ((exec, init), ()) = tokio::time::timeout(DEADLINE, async { tokio::join!(waits, kill) }).await.unwrap();
+    let ((exec, init), ()) = tokio::time::timeout(DEADLINE, async { tokio::join!(waits, kill) })
+        .await
+        .unwrap();
     assert_eq!((exec.unwrap(), init.unwrap()), (137, 137));
     client.remove("killed").await.unwrap();
 }
@@ -212,7 +313,9 @@ pub async fn a_process_that_is_gone_cannot_be_signalled(client: &Client<'_>) {
 }
 
 pub async fn background_processes_die_with_the_first(client: &Client<'_>) {
-    let output = client.script("background", "sleep 1003 & exit 6", |_| {}).await;
+    let output = client
+        .script("background", "sleep 1003 & exit 6", |_| {})
+        .await;
     // The output ended, so nobody holds its pipe any more.
     assert_eq!((output.status, output.stdout.as_str()), (6, ""));
 }

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use agent_client::STDIO_PORT;
 use agent_client::protocols::agent::{
-    CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetMetricsRequest,
-    GuestDetailsRequest, PauseContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, SetPolicyRequest,
-    StatsContainerRequest, Storage, UpdateContainerRequest,
+    CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
+    GetMetricsRequest, GuestDetailsRequest, PauseContainerRequest, ReseedRandomDevRequest,
+    ResumeContainerRequest, SetPolicyRequest, StatsContainerRequest, Storage,
+    UpdateContainerRequest,
 };
 use agent_client::protocols::health::CheckRequest;
 use agent_client::stdio::Channel;
@@ -17,29 +18,76 @@ use ttrpc::Code;
 use super::client::{Client, DEADLINE, mount, refusal, soon, strings};
 
 pub async fn the_guest_tells_what_it_is(client: &Client<'_>) {
-    let request = GuestDetailsRequest { mem_block_size: true, mem_hotplug_probe: true, ..Default::default() };
-    let details = client.rpc.agent.get_guest_details(soon(), &request).await.unwrap().agent_details.unwrap();
+    let request = GuestDetailsRequest {
+        mem_block_size: true,
+        mem_hotplug_probe: true,
+        ..Default::default()
+    };
+    let details = client
+        .rpc
+        .agent
+        .get_guest_details(soon(), &request)
+        .await
+        .unwrap()
+        .agent_details
+        .unwrap();
     assert_eq!(details.init_daemon, client.guest.is_vm);
-    assert!(details.supports_seccomp && details.extra_features.contains(&agent_client::FEATURE_RAW_STDIO.to_owned()));
+    assert!(
+        details.supports_seccomp
+            && details
+                .extra_features
+                .contains(&agent_client::FEATURE_RAW_STDIO.to_owned())
+    );
     assert!(details.storage_handlers.contains(&"virtio-fs".to_owned()));
-    let health = client.rpc.health.check(soon(), &CheckRequest::default()).await.unwrap();
+    let health = client
+        .rpc
+        .health
+        .check(soon(), &CheckRequest::default())
+        .await
+        .unwrap();
     assert_eq!(health.status.value(), 1);
-    let version = client.rpc.health.version(soon(), &CheckRequest::default()).await.unwrap();
+    let version = client
+        .rpc
+        .health
+        .version(soon(), &CheckRequest::default())
+        .await
+        .unwrap();
     assert_eq!(version.grpc_version, "0.0.1");
-    let seed = ReseedRandomDevRequest { data: vec![7; 64], ..Default::default() };
-    client.rpc.agent.reseed_random_dev(soon(), &seed).await.unwrap();
+    let seed = ReseedRandomDevRequest {
+        data: vec![7; 64],
+        ..Default::default()
+    };
+    client
+        .rpc
+        .agent
+        .reseed_random_dev(soon(), &seed)
+        .await
+        .unwrap();
 }
 
 pub async fn calls_that_are_missing_say_so(client: &Client<'_>) {
     let agent = &client.rpc.agent;
     let codes = [
-        refusal(agent.get_metrics(soon(), &GetMetricsRequest::default()).await),
+        refusal(
+            agent
+                .get_metrics(soon(), &GetMetricsRequest::default())
+                .await,
+        ),
         refusal(agent.set_policy(soon(), &SetPolicyRequest::default()).await),
         refusal(agent.copy_file(soon(), &CopyFileRequest::default()).await),
     ];
-    assert!(codes.iter().all(|(code, _)| *code == Code::UNIMPLEMENTED), "{codes:?}");
-    let unknown = UpdateContainerRequest { container_id: "nobody".into(), ..Default::default() };
-    assert_eq!(refusal(agent.update_container(soon(), &unknown).await).0, Code::INVALID_ARGUMENT);
+    assert!(
+        codes.iter().all(|(code, _)| *code == Code::UNIMPLEMENTED),
+        "{codes:?}"
+    );
+    let unknown = UpdateContainerRequest {
+        container_id: "nobody".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        refusal(agent.update_container(soon(), &unknown).await).0,
+        Code::INVALID_ARGUMENT
+    );
 }
 
 pub async fn ids_must_be_names(client: &Client<'_>) {
@@ -49,16 +97,29 @@ pub async fn ids_must_be_names(client: &Client<'_>) {
     }
     client.sleeper("twice").await;
     let (code, text) = refusal(client.create("twice", client.spec(&["true"])).await);
-    assert_eq!((code, text.as_str()), (Code::INTERNAL, "container twice exists already"));
-    let (code, _) = refusal(client.exec("twice", "../e", client.process(&["true"])).await);
+    assert_eq!(
+        (code, text.as_str()),
+        (Code::INTERNAL, "container twice exists already")
+    );
+    let (code, _) = refusal(
+        client
+            .exec("twice", "../e", client.process(&["true"]))
+            .await,
+    );
     assert_eq!(code, Code::INVALID_ARGUMENT);
     client.remove("twice").await.unwrap();
 }
 
 /// What a container with the storage at /cache prints until it ends; the container stays.
-async fn run_with_storage(client: &Client<'_>, id: &str, script: &str, storage: &Storage) -> String {
+async fn run_with_storage(
+    client: &Client<'_>,
+    id: &str,
+    script: &str,
+    storage: &Storage,
+) -> String {
     let mut spec = client.spec(&["sh", "-c", script]);
-    spec.Mounts.push(mount("/cache", "bind", &storage.mount_point, &["rbind"]));
+    spec.Mounts
+        .push(mount("/cache", "bind", &storage.mount_point, &["rbind"]));
     let request = CreateContainerRequest {
         container_id: id.into(),
         OCI: Some(spec).into(),
@@ -66,7 +127,12 @@ async fn run_with_storage(client: &Client<'_>, id: &str, script: &str, storage: 
         ..Default::default()
     };
     let streams = client.streams(id, "").await;
-    client.rpc.agent.create_container(soon(), &request).await.unwrap();
+    client
+        .rpc
+        .agent
+        .create_container(soon(), &request)
+        .await
+        .unwrap();
     client.start(id).await.unwrap();
     let output = streams.finish(b"").await;
     client.wait(id, "").await.unwrap();
@@ -83,9 +149,11 @@ pub async fn a_storage_can_be_shared_and_goes_with_its_last_user(client: &Client
         mount_point: place.into(),
         ..Default::default()
     };
-    let create = async |id: &str, script: &str| run_with_storage(client, id, script, &storage).await;
+    let create =
+        async |id: &str, script: &str| run_with_storage(client, id, script, &storage).await;
     let first =
-        create("writer", "echo kept >/cache/file; df -k /cache | tail -n 1 | awk '{print $2}'; stat -c '%a %g' /cache")
+        create("writer",
+            "echo kept >/cache/file; df -k /cache | tail -n 1 | awk '{print $2}'; stat -c '%a %g' /cache")
             .await;
     assert_eq!(first, "1024\n3770 33\n");
     assert_eq!(create("reader", "cat /cache/file").await, "kept\n");
@@ -125,11 +193,18 @@ pub async fn a_root_can_be_an_overlay_made_in_the_guest(client: &Client<'_>) {
         driver: "overlayfs".into(),
         source: "overlay".into(),
         fstype: "overlay".into(),
-        options: vec![format!("lowerdir={lower}"), "io.katacontainers.fs-opt.overlay-rw".into()],
+        options: vec![
+            format!("lowerdir={lower}"),
+            "io.katacontainers.fs-opt.overlay-rw".into(),
+        ],
         mount_point: root.into(),
         ..Default::default()
     };
-    let mut spec = client.spec(&["sh", "-c", "echo mine >/seed/own && rm /etc/plain && ls /seed"]);
+    let mut spec = client.spec(&[
+        "sh",
+        "-c",
+        "echo mine >/seed/own && rm /etc/plain && ls /seed",
+    ]);
     spec.Root.mut_or_insert_default().Path = root.into();
     let request = CreateContainerRequest {
         container_id: "layered".into(),
@@ -138,7 +213,12 @@ pub async fn a_root_can_be_an_overlay_made_in_the_guest(client: &Client<'_>) {
         ..Default::default()
     };
     let streams = client.streams("layered", "").await;
-    client.rpc.agent.create_container(soon(), &request).await.unwrap();
+    client
+        .rpc
+        .agent
+        .create_container(soon(), &request)
+        .await
+        .unwrap();
     client.start("layered").await.unwrap();
     assert_eq!(streams.finish(b"").await.stdout, "file\nlink\nown\n");
     client.wait("layered", "").await.unwrap();
@@ -149,21 +229,54 @@ pub async fn a_root_can_be_an_overlay_made_in_the_guest(client: &Client<'_>) {
 
 pub async fn pausing_stops_and_resuming_goes_on(client: &Client<'_>) {
     let mut stdout = client.stream(Channel::Stdout, "paused", "").await;
-    client.create("paused", client.spec(&["sh", "-c", "while :; do echo tick; sleep 0.01; done"])).await.unwrap();
+    client
+        .create(
+            "paused",
+            client.spec(&["sh", "-c", "while :; do echo tick; sleep 0.01; done"]),
+        )
+        .await
+        .unwrap();
     client.start("paused").await.unwrap();
     let mut buffer = vec![0; 4096];
     stdout.read_exact(&mut buffer[..5]).await.unwrap();
-    let pause = PauseContainerRequest { container_id: "paused".into(), ..Default::default() };
-    client.rpc.agent.pause_container(soon(), &pause).await.unwrap();
+    let pause = PauseContainerRequest {
+        container_id: "paused".into(),
+        ..Default::default()
+    };
+    client
+        .rpc
+        .agent
+        .pause_container(soon(), &pause)
+        .await
+        .unwrap();
     // What was on its way arrives; then it is quiet.
-    while timeout(Duration::from_millis(300), stdout.read(&mut buffer)).await.is_ok() {}
+    while timeout(Duration::from_millis(300), stdout.read(&mut buffer))
+        .await
+        .is_ok()
+    {}
     let (_, text) = refusal(client.exec("paused", "e1", client.process(&["true"])).await);
     assert_eq!(text, "container paused is paused");
-    let resume = ResumeContainerRequest { container_id: "paused".into(), ..Default::default() };
-    client.rpc.agent.resume_container(soon(), &resume).await.unwrap();
-    timeout(DEADLINE, stdout.read(&mut buffer)).await.unwrap().unwrap();
+    let resume = ResumeContainerRequest {
+        container_id: "paused".into(),
+        ..Default::default()
+    };
+    client
+        .rpc
+        .agent
+        .resume_container(soon(), &resume)
+        .await
+        .unwrap();
+    timeout(DEADLINE, stdout.read(&mut buffer))
+        .await
+        .unwrap()
+        .unwrap();
     // A paused container can be killed and removed.
-    client.rpc.agent.pause_container(soon(), &pause).await.unwrap();
+    client
+        .rpc
+        .agent
+        .pause_container(soon(), &pause)
+        .await
+        .unwrap();
     client.kill("paused", "", libc::SIGKILL).await.unwrap();
     assert_eq!(client.wait("paused", "").await.unwrap(), 137);
     client.remove("paused").await.unwrap();
@@ -171,35 +284,71 @@ pub async fn pausing_stops_and_resuming_goes_on(client: &Client<'_>) {
 
 pub async fn stats_are_there_until_removal(client: &Client<'_>) {
     client
-        .create("counted", client.spec(&["sh", "-c", "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done"]))
+        .create(
+            "counted",
+            client.spec(&[
+                "sh",
+                "-c",
+                "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done",
+            ]),
+        )
         .await
         .unwrap();
     client.start("counted").await.unwrap();
     client.wait("counted", "").await.unwrap();
-    let request = StatsContainerRequest { container_id: "counted".into(), ..Default::default() };
-    let stats = client.rpc.agent.stats_container(soon(), &request).await.unwrap().cgroup_stats.unwrap();
+    let request = StatsContainerRequest {
+        container_id: "counted".into(),
+        ..Default::default()
+    };
+    let stats = client
+        .rpc
+        .agent
+        .stats_container(soon(), &request)
+        .await
+        .unwrap()
+        .cgroup_stats
+        .unwrap();
     assert!(stats.cpu_stats.cpu_usage.total_usage > 0, "{stats:?}");
     if client.guest.is_vm {
-        assert!(stats.memory_stats.usage.max_usage > 0 && stats.memory_stats.stats.contains_key("anon"), "{stats:?}");
+        assert!(
+            stats.memory_stats.usage.max_usage > 0 && stats.memory_stats.stats.contains_key("anon"),
+            "{stats:?}"
+        );
         assert_eq!(stats.memory_stats.usage.limit, u64::MAX);
     }
     client.remove("counted").await.unwrap();
-    assert_eq!(refusal(client.rpc.agent.stats_container(soon(), &request).await).0, Code::INVALID_ARGUMENT);
+    assert_eq!(
+        refusal(client.rpc.agent.stats_container(soon(), &request).await).0,
+        Code::INVALID_ARGUMENT
+    );
 }
 
 pub async fn garbage_on_the_stdio_port_is_dropped(client: &Client<'_>) {
     for garbage in ["GET / HTTP/1.1\n", &"x".repeat(5000)] {
-        let mut stream = client.guest.transport.dial(STDIO_PORT, DEADLINE).await.unwrap();
+        let mut stream = client
+            .guest
+            .transport
+            .dial(STDIO_PORT, DEADLINE)
+            .await
+            .unwrap();
         let _ = stream.write_all(garbage.as_bytes()).await;
         let mut answer = Vec::new();
-        let _ = timeout(DEADLINE, stream.read_to_end(&mut answer)).await.expect("the stream stays open");
+        let _ = timeout(DEADLINE, stream.read_to_end(&mut answer))
+            .await
+            .expect("the stream stays open");
         assert!(answer.is_empty());
     }
     // A stream whose container never comes goes with its removal.
     let mut parked = client.stream(Channel::Stdout, "parked", "e1").await;
     client.sleeper("parked").await;
     client.remove("parked").await.unwrap();
-    assert_eq!(timeout(DEADLINE, parked.read(&mut [0])).await.unwrap().unwrap_or(0), 0);
+    assert_eq!(
+        timeout(DEADLINE, parked.read(&mut [0]))
+            .await
+            .unwrap()
+            .unwrap_or(0),
+        0
+    );
 }
 
 pub async fn nothing_is_left_of_many_processes(client: &Client<'_>) {
@@ -211,12 +360,24 @@ pub async fn nothing_is_left_of_many_processes(client: &Client<'_>) {
         client.sleeper(&id).await;
         for exec in 0..5 {
             let exec_id = format!("e{exec}");
-            assert_eq!(client.exec_script(&id, &exec_id, "echo x").await.stdout, "x\n");
+            assert_eq!(
+                client.exec_script(&id, &exec_id, "echo x").await.stdout,
+                "x\n"
+            );
         }
-        client.exec(&id, "polled", client.process(&["true"])).await.unwrap();
+        client
+            .exec(&id, "polled", client.process(&["true"]))
+            .await
+            .unwrap();
         client.remove(&id).await.unwrap();
         assert_eq!(
-            client.script(&id, "exit 1", |spec| spec.Root.mut_or_insert_default().Readonly = true).await.status,
+            client
+                .script(&id, "exit 1", |spec| spec
+                    .Root
+                    .mut_or_insert_default()
+                    .Readonly = true)
+                .await
+                .status,
             1
         );
         let _ = refusal(client.create(&id, client.spec(&["levitate"])).await);
@@ -229,7 +390,11 @@ pub async fn nothing_is_left_of_many_processes(client: &Client<'_>) {
     // The last pumps and watchers end a moment later.
     let end = std::time::Instant::now() + DEADLINE;
     while client.guest.holdings() != before {
-        assert!(std::time::Instant::now() < end, "{before:?} became {:?}", client.guest.holdings());
+        assert!(
+            std::time::Instant::now() < end,
+            "{before:?} became {:?}",
+            client.guest.holdings()
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -251,20 +416,39 @@ pub async fn destroying_the_sandbox_is_answered(client: &Client<'_>) {
         storages: vec![storage],
         ..Default::default()
     };
-    client.rpc.agent.create_sandbox(soon(), &request).await.unwrap();
+    client
+        .rpc
+        .agent
+        .create_sandbox(soon(), &request)
+        .await
+        .unwrap();
     let (_, text) = refusal(client.rpc.agent.create_sandbox(soon(), &request).await);
     assert_eq!(text, "the sandbox exists already");
     let output = client
-        .script("named", "hostname; stat -c %a /dev/shm; df -k /dev/shm | tail -n 1 | awk '{print $2}'", |spec| {
-            spec.Mounts.push(mount("/dev/shm", "bind", "/run/kata-containers/sandbox/shm", &["rbind"]));
-        })
+        .script(
+            "named",
+            "hostname; stat -c %a /dev/shm; df -k /dev/shm | tail -n 1 | awk '{print $2}'",
+            |spec| {
+                spec.Mounts.push(mount(
+                    "/dev/shm",
+                    "bind",
+                    "/run/kata-containers/sandbox/shm",
+                    &["rbind"],
+                ));
+            },
+        )
         .await;
     assert_eq!(output.stdout, "pier\n1777\n2048\n");
     client.sleeper("left").await;
     // Calls that are parked must not keep the guest alive.
     let parked = client.wait("left", "");
     let destroy = async {
-        client.rpc.agent.destroy_sandbox(soon(), &DestroySandboxRequest::default()).await.unwrap();
+        client
+            .rpc
+            .agent
+            .destroy_sandbox(soon(), &DestroySandboxRequest::default())
+            .await
+            .unwrap();
     };
     let (status, ()) = tokio::join!(parked, destroy);
     assert_eq!(status.unwrap(), 137);

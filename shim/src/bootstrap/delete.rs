@@ -1,7 +1,9 @@
-//! `delete`: undoes what a sandbox left on the host, whoever of shim, QEMU and helpers is dead or alive.
+//! `delete`: undoes what a sandbox left on the host, whoever of shim, QEMU and helpers is dead or
+//! alive.
 //!
-//! containerd runs it after every ordinary deletion too, and gives it 5 seconds. For a container that merely belongs
-//! to a living sandbox there is nothing on the host that outlives its server, so nothing is touched.
+//! containerd runs it after every ordinary deletion too, and gives it 5 seconds. For a container
+//! that merely belongs to a living sandbox there is nothing on the host that outlives its server,
+//! so nothing is touched.
 
 use std::io::Write;
 use std::path::Path;
@@ -35,8 +37,12 @@ pub fn run(args: &Args) -> Result<()> {
         ledger::undo(&identity.state_dir(), SERVER_DEADLINE)?;
     }
     if Path::new(&args.bundle).join("rootfs").is_dir() {
-        // Mounts of a sandbox live in its own namespace; this is for one that an administrator made by hand.
-        let _ = nix::mount::umount2(&args.bundle.join("rootfs"), nix::mount::MntFlags::MNT_DETACH);
+        // Mounts of a sandbox live in its own namespace; this is for one that an administrator made
+        // by hand.
+        let _ = nix::mount::umount2(
+            &args.bundle.join("rootfs"),
+            nix::mount::MntFlags::MNT_DETACH,
+        );
     }
     print(exit)?;
     if group == args.id {
@@ -45,17 +51,26 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The exit status that the server recorded; 137 where the container ended with its virtual machine.
+/// The exit status that the server recorded; 137 where the container ended with its virtual
+/// machine.
 fn print(exit: Option<Exit>) -> Result<()> {
-    let exit = exit.unwrap_or(Exit { pid: 0, status: 137, at: SystemTime::now() });
+    let exit = exit.unwrap_or(Exit {
+        pid: 0,
+        status: 137,
+        at: SystemTime::now(),
+    });
     let response = DeleteResponse {
         pid: exit.pid,
         exit_status: exit.status,
         exited_at: Some(exit.at.into()).into(),
         ..Default::default()
     };
-    let bytes =
-        response.write_to_bytes().map_err(|error| Error::internal(format!("cannot encode the reply: {error}")))?;
+    let bytes = response
+        .write_to_bytes()
+        .map_err(|error| Error::internal(format!("cannot encode the reply: {error}")))?;
     let mut stdout = std::io::stdout();
-    stdout.write_all(&bytes).and_then(|()| stdout.flush()).doing(|| "print the reply".into())
+    stdout
+        .write_all(&bytes)
+        .and_then(|()| stdout.flush())
+        .doing(|| "print the reply".into())
 }

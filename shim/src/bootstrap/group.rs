@@ -1,4 +1,5 @@
-//! Which sandbox a container belongs to: containers of one pod share one server and one virtual machine.
+//! Which sandbox a container belongs to: containers of one pod share one server and one virtual
+//! machine.
 
 use std::path::Path;
 
@@ -9,8 +10,9 @@ use crate::container::pod::{SANDBOX_ID, is_from_containerd};
 /// What runc's shim honours for clients that are no runtime of Kubernetes.
 const GROUP: &str = "io.containerd.runc.v2.group";
 
-/// The group id of the bundle's container; its own id where nothing says otherwise. A config.json that is missing (as
-/// with the Sandbox API) or broken does not matter here: `Create` is where the user learns of it.
+/// The group id of the bundle's container; its own id where nothing says otherwise. A config.json
+/// that is missing (as with the Sandbox API) or broken does not matter here: `Create` is where the
+/// user learns of it.
 pub fn group_id(bundle: &Path, id: &str) -> String {
     group_by(bundle, id, is_from_containerd())
 }
@@ -19,7 +21,9 @@ fn group_by(bundle: &Path, id: &str, from_containerd: bool) -> String {
     let config = std::fs::read(bundle.join("config.json")).unwrap_or_default();
     let config: Value = serde_json::from_slice(&config).unwrap_or_default();
     let find = |key: &str| config["annotations"][key].as_str();
-    let group = SANDBOX_ID.of(from_containerd, find).or_else(|| find(GROUP).filter(|group| !group.is_empty()));
+    let group = SANDBOX_ID
+        .of(from_containerd, find)
+        .or_else(|| find(GROUP).filter(|group| !group.is_empty()));
     group.unwrap_or(id).to_owned()
 }
 
@@ -35,8 +39,14 @@ mod tests {
 
     #[test]
     fn a_pods_containers_share_its_sandbox() {
-        assert_eq!(group(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#), "pod");
-        assert_eq!(group(r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#), "g");
+        assert_eq!(
+            group(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#),
+            "pod"
+        );
+        assert_eq!(
+            group(r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#),
+            "g"
+        );
     }
 
     #[test]
@@ -45,15 +55,23 @@ mod tests {
         let both = r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"a","io.kubernetes.cri-o.SandboxID":"b",
             "io.containerd.runc.v2.group":"c"}}"#;
         std::fs::write(bundle.path().join("config.json"), both).unwrap();
-        assert_eq!(group_by(bundle.path(), "self", true), "a", "containerd's own");
+        assert_eq!(
+            group_by(bundle.path(), "self", true),
+            "a",
+            "containerd's own"
+        );
         assert_eq!(group_by(bundle.path(), "self", false), "b", "CRI-O's own");
     }
 
     #[test]
     fn any_other_container_is_alone() {
-        for config in
-            ["", "{", "{}", r#"{"annotations":null}"#, r#"{"annotations":{"io.kubernetes.cri.sandbox-id":""}}"#]
-        {
+        for config in [
+            "",
+            "{",
+            "{}",
+            r#"{"annotations":null}"#,
+            r#"{"annotations":{"io.kubernetes.cri.sandbox-id":""}}"#,
+        ] {
             assert_eq!(group(config), "self");
         }
         assert_eq!(group_id(Path::new("/nonexistent"), "self"), "self");

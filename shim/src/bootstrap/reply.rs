@@ -1,8 +1,8 @@
 //! The forms of containerd's request to `start` and of the answer it understands.
 //!
-//! Every containerd takes the plain address. 2.3 and later send a protobuf `BootstrapParams` on stdin and want a
-//! protobuf back. Earlier ones send the runtime options as an `Any`, whose bytes also parse as `BootstrapParams`: only
-//! id and namespace that equal the flags tell the two apart.
+//! Every containerd takes the plain address. 2.3 and later send a protobuf `BootstrapParams` on
+//! stdin and want a protobuf back. Earlier ones send the runtime options as an `Any`, whose bytes
+//! also parse as `BootstrapParams`: only id and namespace that equal the flags tell the two apart.
 
 use std::path::PathBuf;
 
@@ -33,13 +33,15 @@ impl Request {
     /// # Errors
     /// Parameters for another container than the flags name.
     pub fn decode(stdin: &[u8], namespace: &str, id: &str) -> Result<Request> {
-        let Ok(params) = BootstrapParams::parse_from_bytes(stdin) else { return Ok(Request::Plain) };
+        let Ok(params) = BootstrapParams::parse_from_bytes(stdin) else {
+            return Ok(Request::Plain);
+        };
         if params.instance_id == id && params.namespace == namespace {
             return Ok(Request::Bootstrap(Box::new(params)));
         }
         // An `Any` puts its type URL where the id is, and the options where the namespace is.
-        let is_any =
-            stdin.is_empty() || params.instance_id.contains(['.', '/']) && params.containerd_grpc_address.is_empty();
+        let is_any = stdin.is_empty()
+            || params.instance_id.contains(['.', '/']) && params.containerd_grpc_address.is_empty();
         if is_any {
             return Ok(Request::Plain);
         }
@@ -59,7 +61,8 @@ impl Request {
                 let dir = params.socket_dir();
                 if dir.len() > MAX_SOCKET_DIR {
                     return Err(Error::invalid(format!(
-                        "socket_dir {dir} has {} bytes, {MAX_SOCKET_DIR} is the most a socket path has room for",
+                        "socket_dir {dir} has {} bytes, {MAX_SOCKET_DIR} is the most a socket \
+                         path has room for",
                         dir.len()
                     )));
                 }
@@ -88,9 +91,9 @@ impl Request {
                     protocol: "ttrpc".to_owned(),
                     ..Default::default()
                 };
-                result
-                    .write_to_bytes()
-                    .map_err(|error| Error::internal(format!("cannot encode the start reply: {error}")))
+                result.write_to_bytes().map_err(|error| {
+                    Error::internal(format!("cannot encode the start reply: {error}"))
+                })
             }
         }
     }
@@ -107,7 +110,11 @@ mod tests {
     #[test]
     fn older_daemons_get_the_plain_address() {
         let options = |type_url: &str, value: &[u8]| {
-            let any = Any { type_url: type_url.into(), value: value.into(), ..Default::default() };
+            let any = Any {
+                type_url: type_url.into(),
+                value: value.into(),
+                ..Default::default()
+            };
             any.write_to_bytes().unwrap()
         };
         for stdin in [
@@ -136,7 +143,14 @@ mod tests {
         assert!(request.debug());
         assert_eq!(request.socket_dir().unwrap(), PathBuf::from("/run/s"));
         let reply = BootstrapResult::parse_from_bytes(&request.reply(ADDRESS).unwrap()).unwrap();
-        assert_eq!((reply.version, reply.address.as_str(), reply.protocol.as_str()), (3, ADDRESS, "ttrpc"));
+        assert_eq!(
+            (
+                reply.version,
+                reply.address.as_str(),
+                reply.protocol.as_str()
+            ),
+            (3, ADDRESS, "ttrpc")
+        );
     }
 
     #[test]
@@ -147,8 +161,12 @@ mod tests {
             containerd_grpc_address: "/run/containerd/containerd.sock".into(),
             ..Default::default()
         };
-        let error = Request::decode(&params.write_to_bytes().unwrap(), "default", "web").unwrap_err();
-        assert_eq!(error.to_string(), "bootstrap parameters are for default/other, the flags say default/web");
+        let error =
+            Request::decode(&params.write_to_bytes().unwrap(), "default", "web").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "bootstrap parameters are for default/other, the flags say default/web"
+        );
     }
 
     #[test]
@@ -160,6 +178,12 @@ mod tests {
             ..Default::default()
         };
         let request = Request::decode(&params.write_to_bytes().unwrap(), "default", "web").unwrap();
-        assert!(request.socket_dir().unwrap_err().to_string().contains("43 bytes"));
+        assert!(
+            request
+                .socket_dir()
+                .unwrap_err()
+                .to_string()
+                .contains("43 bytes")
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! The server: one for each sandbox, single-threaded, in a mount namespace of its own.
 //!
-//! One thread, because PR_SET_PDEATHSIG of QEMU and the helpers is tied to the thread that started them, and because
-//! threads cost memory in every pod.
+//! One thread, because PR_SET_PDEATHSIG of QEMU and the helpers is tied to the thread that started
+//! them, and because threads cost memory in every pod.
 
 use std::fs::File;
 use std::io::Write;
@@ -37,14 +37,24 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 /// What kept it from serving; `start` prints it.
 pub fn run(args: &Args) -> Result<()> {
     // SAFETY: `start` passes these two descriptors, and this is the only place that takes them.
-    let (listener, mut ready) = unsafe { (StdUnixListener::from_raw_fd(LISTENER_FD), File::from_raw_fd(READY_FD)) };
-    nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
-        .doing(|| "inherit the socket".into())?;
+    let (listener, mut ready) = unsafe {
+        (
+            StdUnixListener::from_raw_fd(LISTENER_FD),
+            File::from_raw_fd(READY_FD),
+        )
+    };
+    nix::fcntl::fcntl(
+        &listener,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )
+    .doing(|| "inherit the socket".into())?;
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
     let result = prepare(args, &identity, &listener);
     let ledger = match result {
         Ok(ledger) => {
-            ready.write_all(b"+").doing(|| "tell `start` that the server is ready".into())?;
+            ready
+                .write_all(b"+")
+                .doing(|| "tell `start` that the server is ready".into())?;
             ledger
         }
         Err(error) => {
@@ -74,9 +84,12 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
     logging::start(Path::new("."), &args.id, args.debug);
     raise_descriptor_limit();
     mounts::enter_namespace()?;
-    listener.set_nonblocking(true).doing(|| "set up the socket".into())?;
+    listener
+        .set_nonblocking(true)
+        .doing(|| "set up the socket".into())?;
     let ledger = Ledger::create(&identity.state_dir())?;
-    let own = Identity::of(std::process::id().cast_signed()).doing(|| "read the server's own start time".into())?;
+    let own = Identity::of(std::process::id().cast_signed())
+        .doing(|| "read the server's own start time".into())?;
     ledger.record(&Resource::Server(own))?;
     if let Some(path) = args.socket.clone() {
         ledger.record(&Resource::File { path })?;
@@ -84,16 +97,22 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
     Ok(ledger)
 }
 
-/// An exec takes up to nine descriptors. systemd's soft limit of 1024, which a containerd hands on even after it raised
-/// its own, would be used up by a hundred of them.
+/// An exec takes up to nine descriptors. systemd's soft limit of 1024, which a containerd hands on
+/// even after it raised its own, would be used up by a hundred of them.
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Limit::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Limit::RLIMIT_NOFILE, hard, hard));
+    let raised = getrlimit(Limit::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Limit::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of descriptors stays as it is");
     }
 }
 
-async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener: StdUnixListener) -> Result<()> {
+async fn serve(
+    args: &Args,
+    identity: SandboxIdentity,
+    ledger: Ledger,
+    listener: StdUnixListener,
+) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::start(&address, &args.namespace);
     let (driver, handle, jobs) = Driver::new(identity, ledger, events);
@@ -101,8 +120,13 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
     let task = TaskService::new(handle.clone(), args.id.clone(), ended_sender.clone());
     let sandbox = SandboxService::new(handle.clone(), ended_sender);
     let listener = UnixListener::from_std(listener).doing(|| "set up the socket".into())?;
-    let mut server = Server::new().add_listener(listener.into()).register_service(service::all(task, sandbox));
-    server.start().await.map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
+    let mut server = Server::new()
+        .add_listener(listener.into())
+        .register_service(service::all(task, sandbox));
+    server
+        .start()
+        .await
+        .map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
     let mut driver = tokio::spawn(driver.run(jobs));
     let mut terminate = signal(SignalKind::terminate()).doing(|| "handle SIGTERM".into())?;
     let mut interrupt = signal(SignalKind::interrupt()).doing(|| "handle SIGINT".into())?;
@@ -110,7 +134,8 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
     tokio::select! {
         _ = ended.wait_for(|ended| *ended) => {}
         result = &mut driver => {
-            // It works until it is told to end: without it every call would be refused, and nobody would end the server.
+            // It works until it is told to end: without it every call would be refused, and nobody
+            // would end the server.
             over = true;
             if let Err(error) = result {
                 tracing::error!(%error, "the sandbox's owner has failed");
@@ -123,7 +148,11 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
     if let Some(socket) = &args.socket {
         remove(socket);
     }
-    if !over && tokio::time::timeout(END_DEADLINE, &mut driver).await.is_err() {
+    if !over
+        && tokio::time::timeout(END_DEADLINE, &mut driver)
+            .await
+            .is_err()
+    {
         tracing::error!("the sandbox did not end in order within {END_DEADLINE:?}");
     }
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
@@ -132,7 +161,9 @@ async fn serve(args: &Args, identity: SandboxIdentity, ledger: Ledger, listener:
 
 async fn stop(handle: &crate::sandbox::driver::Handle) {
     tracing::info!("told to stop");
-    let _ = handle.ask(|driver, reply| driver.shutdown(true, reply)).await;
+    let _ = handle
+        .ask(|driver, reply| driver.shutdown(true, reply))
+        .await;
 }
 
 fn remove(socket: &PathBuf) {

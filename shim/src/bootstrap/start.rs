@@ -1,7 +1,7 @@
 //! `start`: finds the group's server or leaves a new one behind, and prints its address.
 //!
-//! containerd reads stdout and stderr as one stream until both are closed, so nothing else may be printed and the
-//! server must not inherit them.
+//! containerd reads stdout and stderr as one stream until both are closed, so nothing else may be
+//! printed and the server must not inherit them.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{IsTerminal, Read, Write};
@@ -39,7 +39,9 @@ const SERVER_DEADLINE: Duration = Duration::from_secs(5);
 pub fn run(args: &Args) -> Result<()> {
     let mut stdin = Vec::new();
     if !std::io::stdin().is_terminal() {
-        std::io::stdin().read_to_end(&mut stdin).doing(|| "read the options on stdin".into())?;
+        std::io::stdin()
+            .read_to_end(&mut stdin)
+            .doing(|| "read the options on stdin".into())?;
     }
     let request = Request::decode(&stdin, &args.namespace, &args.id)?;
     let bundle = std::env::current_dir().doing(|| "find the bundle".into())?;
@@ -60,16 +62,27 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let mut stdout = std::io::stdout();
-    stdout.write_all(&request.reply(&address)?).and_then(|()| stdout.flush()).doing(|| "print the address".into())
+    stdout
+        .write_all(&request.reply(&address)?)
+        .and_then(|()| stdout.flush())
+        .doing(|| "print the address".into())
 }
 
-/// Makes a directory that only root can enter. One that is there already is looked at: in a directory that somebody else
-/// can write to, sockets and state are theirs.
+/// Makes a directory that only root can enter. One that is there already is looked at: in a
+/// directory that somebody else can write to, sockets and state are theirs.
 fn make_dir(dir: &Path) -> Result<()> {
     let doing = || format!("make directory {}", dir.display());
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).doing(doing)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .doing(doing)?;
     let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
-    let opened = File::options().read(true).custom_flags(flags).open(dir).doing(doing)?;
+    let opened = File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(dir)
+        .doing(doing)?;
     let found = opened.metadata().doing(doing)?;
     if found.uid() != nix::unistd::geteuid().as_raw() {
         return Err(Error::internal(format!(
@@ -79,13 +92,16 @@ fn make_dir(dir: &Path) -> Result<()> {
         )));
     }
     if found.mode() & 0o022 != 0 {
-        opened.set_permissions(Permissions::from_mode(0o700)).doing(doing)?;
+        opened
+            .set_permissions(Permissions::from_mode(0o700))
+            .doing(doing)?;
     }
     Ok(())
 }
 
-/// Binds the socket, or finds that a server already answers there (`None`). Under a lock, so that of many starts of
-/// one group exactly one binds and none removes a socket that another is about to listen on.
+/// Binds the socket, or finds that a server already answers there (`None`). Under a lock, so that
+/// of many starts of one group exactly one binds and none removes a socket that another is about to
+/// listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
     let _lock = Flock::lock(root, FlockArg::LockExclusive)
@@ -110,19 +126,37 @@ fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
 }
 
 /// Starts the server in a session of its own and waits for its first word.
-fn spawn_server(args: &Args, group: &str, debug: bool, socket: &Path, listener: UnixListener) -> Result<()> {
+fn spawn_server(
+    args: &Args,
+    group: &str,
+    debug: bool,
+    socket: &Path,
+    listener: UnixListener,
+) -> Result<()> {
     let (mut ready, server_end) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map(|(r, w)| (File::from(r), w))
         .doing(|| "make a pipe".into())?;
     let program = std::env::current_exe().doing(|| "find the shim's own path".into())?;
     let mut command = Command::new(program);
-    command.args(["-namespace", &args.namespace, "-id", group, "-address", &args.address]);
+    command.args([
+        "-namespace",
+        &args.namespace,
+        "-id",
+        group,
+        "-address",
+        &args.address,
+    ]);
     command.arg("-socket").arg(socket);
     if debug {
         command.arg("-debug");
     }
-    command.arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // Above the two numbers that the server expects, so that neither dup2 closes the other's source.
+    command
+        .arg("serve")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // Above the two numbers that the server expects, so that neither dup2 closes the other's
+    // source.
     let high = |fd: &dyn AsRawFd| -> Result<OwnedFd> {
         let fd = nix::fcntl::fcntl(
             // SAFETY: the descriptor is open for as long as its owner, which outlives this call.
@@ -136,12 +170,20 @@ fn spawn_server(args: &Args, group: &str, debug: bool, socket: &Path, listener: 
     let (listener_fd, ready_fd) = (high(&listener)?, high(&server_end)?);
     let pass = move || {
         nix::unistd::setsid()?;
-        // What containerd itself was started with, and passes on to everything it runs, is not the server's.
-        // SAFETY: integers only; it marks descriptors and closes none. A kernel before 5.11 does not know the flag.
-        let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        // What containerd itself was started with, and passes on to everything it runs, is not the
+        // server's. SAFETY: integers only; it marks descriptors and closes none. A kernel before
+        // 5.11 does not know the flag.
+        let _ = unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        };
         for (from, to) in [(&listener_fd, LISTENER_FD), (&ready_fd, READY_FD)] {
-            // SAFETY: dup2 is async-signal-safe; both numbers are free in the child, whose other descriptors are
-            // close-on-exec.
+            // SAFETY: dup2 is async-signal-safe; both numbers are free in the child, whose other
+            // descriptors are close-on-exec.
             if unsafe { libc::dup2(from.as_raw_fd(), to) } < 0 {
                 return Err(std::io::Error::last_os_error());
             }
@@ -155,7 +197,9 @@ fn spawn_server(args: &Args, group: &str, debug: bool, socket: &Path, listener: 
     raise_oom_score(child.id());
     let mut answer = Vec::new();
     if readable(&ready) {
-        ready.read_to_end(&mut answer).doing(|| "read the server's answer".into())?;
+        ready
+            .read_to_end(&mut answer)
+            .doing(|| "read the server's answer".into())?;
     }
     match answer.as_slice() {
         b"+" => Ok(()),
@@ -165,7 +209,11 @@ fn spawn_server(args: &Args, group: &str, debug: bool, socket: &Path, listener: 
                 nix::sys::signal::Signal::SIGKILL,
             );
             let text = String::from_utf8_lossy(answer).into_owned();
-            let text = if text.is_empty() { "the server ended before it was ready".to_owned() } else { text };
+            let text = if text.is_empty() {
+                "the server ended before it was ready".to_owned()
+            } else {
+                text
+            };
             Err(Error::internal(text))
         }
     }
@@ -177,16 +225,21 @@ fn readable(file: &File) -> bool {
     poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
 }
 
-/// The kernel should take a container's server before containerd: one more than the parent's score, as runc's shim
-/// does. Without CAP_SYS_RESOURCE even that can be refused; then the inherited score stays.
+/// The kernel should take a container's server before containerd: one more than the parent's score,
+/// as runc's shim does. Without CAP_SYS_RESOURCE even that can be refused; then the inherited score
+/// stays.
 fn raise_oom_score(pid: u32) {
     let parent = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()));
     if let Some(score) = parent.ok().and_then(|text| text.trim().parse::<i32>().ok()) {
-        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), (score + 1).min(1000).to_string());
+        let _ = std::fs::write(
+            format!("/proc/{pid}/oom_score_adj"),
+            (score + 1).min(1000).to_string(),
+        );
     }
 }
 
-/// containerd 1.6 and 1.7 find the server again after a restart by this file; later ones migrate from it.
+/// containerd 1.6 and 1.7 find the server again after a restart by this file; later ones migrate
+/// from it.
 fn write_address(bundle: &Path, address: &str) -> Result<()> {
     let path = bundle.join("address");
     let temporary = bundle.join(".address");
@@ -210,7 +263,12 @@ mod tests {
         make_dir(&dir).unwrap();
         assert_eq!(std::fs::metadata(&dir).unwrap().mode() & 0o777, 0o700);
         chown(&dir, Some(12345), None).unwrap();
-        assert!(make_dir(&dir).unwrap_err().message.contains("belongs to user 12345"));
+        assert!(
+            make_dir(&dir)
+                .unwrap_err()
+                .message
+                .contains("belongs to user 12345")
+        );
         let link = root.path().join("link");
         symlink(root.path(), &link).unwrap();
         assert!(make_dir(&link).is_err());

@@ -1,7 +1,8 @@
-//! The sandbox's cgroup on the host: QEMU and its helpers are accounted where containerd says the container is.
+//! The sandbox's cgroup on the host: QEMU and its helpers are accounted where containerd says the
+//! container is.
 //!
-//! Those that the shim makes itself, or systemd for it ([`systemd`]), are limited by what is in the sandbox ([`limits`]);
-//! others are their maker's.
+//! Those that the shim makes itself, or systemd for it ([`systemd`]), are limited by what is in the
+//! sandbox ([`limits`]); others are their maker's.
 
 pub mod limits;
 pub mod systemd;
@@ -14,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use crate::identity::STATE_ROOT;
 
-/// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process until it is set up.
+/// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process
+/// until it is set up.
 const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "freezer"];
 
 /// What the sandbox's cgroup shall have where there is the unified hierarchy.
@@ -26,34 +28,48 @@ const HANDED_DOWN: &str = "cgroup.subtree_control";
 /// How long the kernel may take to let go of a cgroup whose processes are dead.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// Whether the host has the unified hierarchy only. containerd's metrics collector wants stats of the host's version.
+/// Whether the host has the unified hierarchy only. containerd's metrics collector wants stats of
+/// the host's version.
 pub fn host_is_v2() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
-/// The directories that make up the cgroup named by a spec's `linux.cgroupsPath`, one for each hierarchy of the host.
-/// A path of systemd's form (`slice:prefix:name`) stands for the directory that systemd would make.
+/// The directories that make up the cgroup named by a spec's `linux.cgroupsPath`, one for each
+/// hierarchy of the host. A path of systemd's form (`slice:prefix:name`) stands for the directory
+/// that systemd would make.
 pub fn directories(cgroups_path: &str) -> Vec<PathBuf> {
-    let relative = systemd::Name::parse(cgroups_path)
-        .map_or_else(|| cgroups_path.trim_start_matches('/').to_owned(), |name| name.directory());
-    if relative.is_empty() || Path::new(&relative).components().any(|part| part.as_os_str() == "..") {
+    let relative = systemd::Name::parse(cgroups_path).map_or_else(
+        || cgroups_path.trim_start_matches('/').to_owned(),
+        |name| name.directory(),
+    );
+    if relative.is_empty()
+        || Path::new(&relative)
+            .components()
+            .any(|part| part.as_os_str() == "..")
+    {
         return Vec::new();
     }
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    mount_points(&mounts).into_iter().map(|mount| mount.join(&relative)).collect()
+    mount_points(&mounts)
+        .into_iter()
+        .map(|mount| mount.join(&relative))
+        .collect()
 }
 
 fn mount_points(mounts: &str) -> Vec<PathBuf> {
     let mut points = Vec::new();
     for line in mounts.lines() {
         let fields: Vec<&str> = line.split(' ').collect();
-        let [_, point, kind, options, ..] = fields[..] else { continue };
+        let [_, point, kind, options, ..] = fields[..] else {
+            continue;
+        };
         let wanted = match kind {
             "cgroup2" => point == "/sys/fs/cgroup",
-            // Not those of a directory of the host that is bound for a container, with all that is mounted below.
-            "cgroup" if !Path::new(point).starts_with(STATE_ROOT) => {
-                options.split(',').any(|option| V1_CONTROLLERS.contains(&option))
-            }
+            // Not those of a directory of the host that is bound for a container, with all that is
+            // mounted below.
+            "cgroup" if !Path::new(point).starts_with(STATE_ROOT) => options
+                .split(',')
+                .any(|option| V1_CONTROLLERS.contains(&option)),
             _ => false,
         };
         if wanted && !points.contains(&PathBuf::from(point)) {
@@ -63,9 +79,14 @@ fn mount_points(mounts: &str) -> Vec<PathBuf> {
     points
 }
 
-/// The directory and those of its parents that do not exist yet, outermost first: what `make` will make.
+/// The directory and those of its parents that do not exist yet, outermost first: what `make` will
+/// make.
 pub fn missing(directory: &Path) -> Vec<PathBuf> {
-    let mut missing: Vec<PathBuf> = directory.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
+    let mut missing: Vec<PathBuf> = directory
+        .ancestors()
+        .take_while(|dir| !dir.exists())
+        .map(Path::to_owned)
+        .collect();
     missing.reverse();
     missing
 }
@@ -80,10 +101,15 @@ pub fn make(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// In the unified hierarchy a cgroup has the controllers that its parent hands down, and by itself none does. A parent
-/// that has processes of its own cannot; what is below it is then counted there.
+/// In the unified hierarchy a cgroup has the controllers that its parent hands down, and by itself
+/// none does. A parent that has processes of its own cannot; what is below it is then counted
+/// there.
 fn hand_down_controllers(directory: &Path) {
-    let mut parents: Vec<&Path> = directory.ancestors().skip(1).filter(|dir| dir.join(HANDED_DOWN).exists()).collect();
+    let mut parents: Vec<&Path> = directory
+        .ancestors()
+        .skip(1)
+        .filter(|dir| dir.join(HANDED_DOWN).exists())
+        .collect();
     parents.reverse();
     for parent in parents {
         let read = |file| fs::read_to_string(parent.join(file)).unwrap_or_default();
@@ -93,13 +119,15 @@ fn hand_down_controllers(directory: &Path) {
         for name in V2_CONTROLLERS.iter().copied().filter(has).filter(new) {
             // One by one: a controller that cannot be must not keep the others away.
             if let Err(error) = fs::write(parent.join(HANDED_DOWN), format!("+{name}")) {
-                tracing::debug!(%error, cgroup = %parent.display(), name, "the cgroup does not hand the controller down");
+                tracing::debug!(%error, cgroup = %parent.display(), name,
+                    "the cgroup does not hand the controller down");
             }
         }
     }
 }
 
-/// Removes a cgroup that this sandbox made. One that others use by now (a parent with siblings in it) stays.
+/// Removes a cgroup that this sandbox made. One that others use by now (a parent with siblings in
+/// it) stays.
 ///
 /// # Errors
 /// Processes that are still in it after a second.
@@ -115,10 +143,16 @@ pub fn remove(directory: &Path) -> io::Result<()> {
                 if Instant::now() > end {
                     return Err(error);
                 }
-                // The kernel has no notice for v1; v2's would need a watch for what takes a few milliseconds.
+                // The kernel has no notice for v1; v2's would need a watch for what takes a few
+                // milliseconds.
                 sleep(Duration::from_millis(5));
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                ) =>
+            {
                 return Ok(());
             }
             result => return result,
@@ -127,7 +161,8 @@ pub fn remove(directory: &Path) -> io::Result<()> {
 }
 
 fn has_children(directory: &Path) -> bool {
-    fs::read_dir(directory).is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir()))
+    fs::read_dir(directory)
+        .is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir()))
 }
 
 #[cfg(test)]
@@ -142,11 +177,18 @@ mod tests {
                   cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(
             mount_points(v1),
-            [PathBuf::from("/sys/fs/cgroup/memory"), PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")]
+            [
+                PathBuf::from("/sys/fs/cgroup/memory"),
+                PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")
+            ]
         );
-        let shared = "cgroup /run/cofferdam/0/share/.volumes/2/sys/fs/cgroup/memory cgroup rw,memory 0 0\n";
+        let shared =
+            "cgroup /run/cofferdam/0/share/.volumes/2/sys/fs/cgroup/memory cgroup rw,memory 0 0\n";
         assert!(mount_points(shared).is_empty());
-        assert_eq!(mount_points("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"), [PathBuf::from("/sys/fs/cgroup")]);
+        assert_eq!(
+            mount_points("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"),
+            [PathBuf::from("/sys/fs/cgroup")]
+        );
     }
 
     #[test]
@@ -161,13 +203,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (root, slice) = (dir.path(), dir.path().join("slice"));
         fs::create_dir(&slice).unwrap();
-        for (parent, has, handed_down) in [(root, "cpuset cpu memory", "memory"), (&slice, "memory hugetlb", "")] {
+        for (parent, has, handed_down) in [
+            (root, "cpuset cpu memory", "memory"),
+            (&slice, "memory hugetlb", ""),
+        ] {
             fs::write(parent.join("cgroup.controllers"), has).unwrap();
             fs::write(parent.join(HANDED_DOWN), handed_down).unwrap();
         }
         make(&slice.join("pod")).unwrap();
         let wrote = |parent: &Path| fs::read_to_string(parent.join(HANDED_DOWN)).unwrap();
-        assert_eq!((wrote(root), wrote(&slice)), ("+cpu".to_owned(), "+memory".to_owned()));
+        assert_eq!(
+            (wrote(root), wrote(&slice)),
+            ("+cpu".to_owned(), "+memory".to_owned())
+        );
         assert!(
             !slice.join("pod").join(HANDED_DOWN).exists(),
             "the sandbox's own cgroup has processes: it hands nothing down"

@@ -1,7 +1,9 @@
-//! Annotations of a pod (or of a single container) that set configuration keys: `io.cofferdam.<key>`.
+//! Annotations of a pod (or of a single container) that set configuration keys:
+//! `io.cofferdam.<key>`.
 //!
-//! Whoever may create a pod may write annotations, so the administrator lists the keys that they may set. One that is
-//! not listed is an error: a pod that runs without what it asks for is harder to notice than one that does not start.
+//! Whoever may create a pod may write annotations, so the administrator lists the keys that they
+//! may set. One that is not listed is an error: a pod that runs without what it asks for is harder
+//! to notice than one that does not start.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,15 +17,19 @@ const PREFIX: &str = "io.cofferdam.";
 /// Takes one key over from a configuration.
 type Set = fn(&mut Config, Config);
 
-/// The keys that can be allowed. Not those that name programs or files: with them a pod could have any program of the
-/// host run as root.
+/// The keys that can be allowed. Not those that name programs or files: with them a pod could have
+/// any program of the host run as root.
 pub const SETTABLE: [(&str, Set); 7] = [
-    ("kernel_params", |to, from| to.kernel_params = from.kernel_params),
+    ("kernel_params", |to, from| {
+        to.kernel_params = from.kernel_params
+    }),
     ("accelerator", |to, from| to.accelerator = from.accelerator),
     ("vsock", |to, from| to.vsock = from.vsock),
     ("memory_mib", |to, from| to.memory_mib = from.memory_mib),
     ("vcpus", |to, from| to.vcpus = from.vcpus),
-    ("boot_timeout_seconds", |to, from| to.boot_timeout_seconds = from.boot_timeout_seconds),
+    ("boot_timeout_seconds", |to, from| {
+        to.boot_timeout_seconds = from.boot_timeout_seconds
+    }),
     ("debug", |to, from| to.debug = from.debug),
 ];
 
@@ -39,22 +45,35 @@ impl Config {
     /// `INVALID_ARGUMENT` that names the annotation: not allowed, no such key, not a value of it.
     pub fn annotated(mut self, annotations: &HashMap<String, String>) -> Result<Config> {
         // Sorted, so that of several mistakes it is always the same that is reported.
-        let ours: BTreeMap<_, _> =
-            annotations.iter().filter_map(|(name, text)| Some((name.strip_prefix(PREFIX)?, text))).collect();
+        let ours: BTreeMap<_, _> = annotations
+            .iter()
+            .filter_map(|(name, text)| Some((name.strip_prefix(PREFIX)?, text)))
+            .collect();
         for (key, text) in ours {
-            let bad =
-                |what: &str| Error::invalid(format!("annotation {PREFIX}{key} {what}").replace(char::is_control, " "));
+            let bad = |what: &str| {
+                Error::invalid(
+                    format!("annotation {PREFIX}{key} {what}").replace(char::is_control, " "),
+                )
+            };
             let Some((_, set)) = SETTABLE.iter().find(|(name, _)| *name == key) else {
-                return Err(bad(&format!("sets nothing that annotations can set: they can set {}", names())));
+                return Err(bad(&format!(
+                    "sets nothing that annotations can set: they can set {}",
+                    names()
+                )));
             };
             if !self.enable_annotations.iter().any(|allowed| allowed == key) {
                 return Err(bad(&format!(
-                    "is not allowed on this host: its administrator can add \"{key}\" to enable_annotations in \
+                    "is not allowed on this host: its administrator can add \"{key}\" to \
+                     enable_annotations in \
                      Cofferdam's configuration"
                 )));
             }
-            let value = text.trim().parse().unwrap_or_else(|_| Value::String(text.clone()));
-            let from = layers::check(key, &value).map_err(|what| bad(&format!("has a wrong value: {what}")))?;
+            let value = text
+                .trim()
+                .parse()
+                .unwrap_or_else(|_| Value::String(text.clone()));
+            let from = layers::check(key, &value)
+                .map_err(|what| bad(&format!("has a wrong value: {what}")))?;
             set(&mut self, from);
             tracing::info!(key, %value, "configuration by annotation");
         }

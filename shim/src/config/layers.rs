@@ -1,5 +1,6 @@
-//! The sources of a configuration, put one above the other: a later one wins, key by key. Each is checked by itself, so
-//! that a mistake is reported with its own file and line, also where a later source would have hidden it.
+//! The sources of a configuration, put one above the other: a later one wins, key by key. Each is
+//! checked by itself, so that a mistake is reported with its own file and line, also where a later
+//! source would have hidden it.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -19,8 +20,8 @@ const OF_CONTAINERD: [&str; 2] = ["TypeUrl", "ConfigPath"];
 pub struct Layers(Table);
 
 impl Layers {
-    /// Adds a file, which may be missing unless it is `required`, and its drop-ins: `<file>.d/*.toml` in the order of
-    /// their names. Drop-ins count without the file too.
+    /// Adds a file, which may be missing unless it is `required`, and its drop-ins:
+    /// `<file>.d/*.toml` in the order of their names. Drop-ins count without the file too.
     pub fn file(&mut self, path: &Path, required: bool) -> Result<()> {
         match std::fs::read(path) {
             Ok(text) => self.toml(&text, &format!("configuration {}", path.display()), &[])?,
@@ -36,17 +37,29 @@ impl Layers {
 
     /// Adds the table of runtime options in containerd's configuration.
     pub fn runtime_options(&mut self, text: &[u8]) -> Result<()> {
-        self.toml(text, "the runtime's options in containerd's configuration", &OF_CONTAINERD)
+        self.toml(
+            text,
+            "the runtime's options in containerd's configuration",
+            &OF_CONTAINERD,
+        )
     }
 
     fn toml(&mut self, text: &[u8], whence: &str, ignored: &[&str]) -> Result<()> {
         let bad = |offset: usize, what: &str| {
-            let line = 1 + text.iter().take(offset).filter(|byte| **byte == b'\n').count();
-            Error::invalid(format!("{whence} line {line}: {}", what.replace(char::is_control, " ")))
+            let line = 1 + text
+                .iter()
+                .take(offset)
+                .filter(|byte| **byte == b'\n')
+                .count();
+            Error::invalid(format!(
+                "{whence} line {line}: {}",
+                what.replace(char::is_control, " ")
+            ))
         };
-        let utf8 = std::str::from_utf8(text).map_err(|error| bad(error.valid_up_to(), "is not UTF-8 text"))?;
-        let table: BTreeMap<String, Spanned<Value>> =
-            toml::from_str(utf8).map_err(|error| bad(error.span().map_or(0, |span| span.start), error.message()))?;
+        let utf8 = std::str::from_utf8(text)
+            .map_err(|error| bad(error.valid_up_to(), "is not UTF-8 text"))?;
+        let table: BTreeMap<String, Spanned<Value>> = toml::from_str(utf8)
+            .map_err(|error| bad(error.span().map_or(0, |span| span.start), error.message()))?;
         for (key, value) in table {
             if ignored.contains(&key.as_str()) {
                 continue;
@@ -62,7 +75,8 @@ impl Layers {
     /// The defaults with all of it above them.
     pub fn config(self) -> Result<Config> {
         // Each key has been checked, and none depends on another.
-        Config::deserialize(self.0).map_err(|error| Error::invalid(format!("configuration: {}", error.message())))
+        Config::deserialize(self.0)
+            .map_err(|error| Error::invalid(format!("configuration: {}", error.message())))
     }
 }
 
@@ -87,9 +101,17 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>> {
     };
     let mut paths = Vec::new();
     for entry in entries {
-        let path = entry.map_err(|error| unreadable(&directory, &error))?.path();
-        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-        if !hidden && path.extension().is_some_and(|extension| extension == "toml") {
+        let path = entry
+            .map_err(|error| unreadable(&directory, &error))?
+            .path();
+        let hidden = path
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden
+            && path
+                .extension()
+                .is_some_and(|extension| extension == "toml")
+        {
             paths.push(path);
         }
     }
@@ -98,5 +120,8 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn unreadable(path: &Path, error: &std::io::Error) -> Error {
-    Error::invalid(format!("cannot read configuration {}: {error}", path.display()))
+    Error::invalid(format!(
+        "cannot read configuration {}: {error}",
+        path.display()
+    ))
 }

@@ -1,7 +1,7 @@
 //! The configuration: its keys, their defaults and what they accept. Defaults need no file at all.
 //!
-//! Later sources win key by key: the defaults, the file, its drop-ins, the runtime options in containerd's own
-//! configuration, and the annotations that those before them allow.
+//! Later sources win key by key: the defaults, the file, its drop-ins, the runtime options in
+//! containerd's own configuration, and the annotations that those before them allow.
 
 mod annotations;
 mod layers;
@@ -139,13 +139,19 @@ impl Default for Config {
             kernel: programs::asset("share/cofferdam/vmlinux"),
             initramfs: programs::asset("share/cofferdam/initramfs.cpio"),
             kernel_params: Vec::new(),
-            virtiofsd: programs::helper("virtiofsd", &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"]),
+            virtiofsd: programs::helper(
+                "virtiofsd",
+                &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"],
+            ),
             vhost_device_vsock: programs::helper("vhost-device-vsock", &[]),
             accelerator: Accelerator::Auto,
             vsock: VsockDevice::Auto,
             confinement: ConfinementLevel::Full,
             netns_rules: NetnsRules::Refuse,
-            uid_range: UidRange { first: FIRST_UID, count: UIDS },
+            uid_range: UidRange {
+                first: FIRST_UID,
+                count: UIDS,
+            },
             memory_mib: 512,
             vcpus: 1,
             boot_timeout_seconds: 30,
@@ -157,8 +163,9 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What a sandbox is to be like. `file` is the ConfigPath of the runtime options and has to be there; without it
-    /// the administrator's file is read if there is one. `options` is the rest of the runtime options, as TOML.
+    /// What a sandbox is to be like. `file` is the ConfigPath of the runtime options and has to be
+    /// there; without it the administrator's file is read if there is one. `options` is the rest of
+    /// the runtime options, as TOML.
     ///
     /// # Errors
     /// One line: file, line, key and what was expected.
@@ -185,33 +192,58 @@ fn whole<'de, const MIN: i64, const MAX: i64, T: TryFrom<i64>, D: Deserializer<'
     from: D,
 ) -> std::result::Result<T, D::Error> {
     let value = Value::deserialize(from)?;
-    let number = value.as_integer().filter(|number| (MIN..=MAX).contains(number));
+    let number = value
+        .as_integer()
+        .filter(|number| (MIN..=MAX).contains(number));
     number
         .and_then(|number| T::try_from(number).ok())
-        .ok_or_else(|| D::Error::custom(format!("must be a whole number from {MIN} to {MAX}, not {value}")))
+        .ok_or_else(|| {
+            D::Error::custom(format!(
+                "must be a whole number from {MIN} to {MAX}, not {value}"
+            ))
+        })
 }
 
 /// `[first, last]`; never root or an id that means none.
 fn uid_range<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<UidRange, D::Error> {
     let value = Value::deserialize(from)?;
-    let ends = value.as_array().map(Vec::as_slice).and_then(|ends| match ends {
-        [first, last] => Some((first.as_integer()?, last.as_integer()?)),
-        _ => None,
-    });
-    let range = ends.filter(|(first, last)| *first >= 1 && last >= first && *last < i64::from(u32::MAX));
+    let ends = value
+        .as_array()
+        .map(Vec::as_slice)
+        .and_then(|ends| match ends {
+            [first, last] => Some((first.as_integer()?, last.as_integer()?)),
+            _ => None,
+        });
     let range =
-        range.and_then(|(first, last)| Some((u32::try_from(first).ok()?, u32::try_from(last - first + 1).ok()?)));
-    range.map(|(first, count)| UidRange { first, count }).ok_or_else(|| {
-        D::Error::custom(format!("must be two user ids such as [{FIRST_UID}, {}], not {value}", FIRST_UID + UIDS - 1))
-    })
+        ends.filter(|(first, last)| *first >= 1 && last >= first && *last < i64::from(u32::MAX));
+    let range = range.and_then(|(first, last)| {
+        Some((
+            u32::try_from(first).ok()?,
+            u32::try_from(last - first + 1).ok()?,
+        ))
+    });
+    range
+        .map(|(first, count)| UidRange { first, count })
+        .ok_or_else(|| {
+            D::Error::custom(format!(
+                "must be two user ids such as [{FIRST_UID}, {}], not {value}",
+                FIRST_UID + UIDS - 1
+            ))
+        })
 }
 
-/// A program: an absolute path, or a name to look up in PATH. The shim's working directory is a container's bundle,
-/// where nothing must be looked for.
+/// A program: an absolute path, or a name to look up in PATH. The shim's working directory is a
+/// container's bundle, where nothing must be looked for.
 fn program<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<PathBuf, D::Error> {
     let value = Value::deserialize(from)?;
-    let text = value.as_str().filter(|text| text.starts_with('/') || (!text.is_empty() && !text.contains('/')));
-    path(text).ok_or_else(|| D::Error::custom(format!("must be an absolute path or a name in PATH, not {value}")))
+    let text = value
+        .as_str()
+        .filter(|text| text.starts_with('/') || (!text.is_empty() && !text.contains('/')));
+    path(text).ok_or_else(|| {
+        D::Error::custom(format!(
+            "must be an absolute path or a name in PATH, not {value}"
+        ))
+    })
 }
 
 fn file<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<PathBuf, D::Error> {
@@ -226,20 +258,29 @@ fn path(text: Option<&str>) -> Option<PathBuf> {
 
 fn kernel_params<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<String>, D::Error> {
     let value = Value::deserialize(from)?;
-    let printable = |params: &Vec<String>| !params.iter().any(|param| param.contains(char::is_control));
-    strings(&value)
-        .filter(printable)
-        .ok_or_else(|| D::Error::custom(format!("must be a list of words such as [\"quiet\"], not {value}")))
+    let printable =
+        |params: &Vec<String>| !params.iter().any(|param| param.contains(char::is_control));
+    strings(&value).filter(printable).ok_or_else(|| {
+        D::Error::custom(format!(
+            "must be a list of words such as [\"quiet\"], not {value}"
+        ))
+    })
 }
 
 fn settable<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<String>, D::Error> {
     let value = Value::deserialize(from)?;
     let Some(keys) = strings(&value) else {
-        return Err(D::Error::custom(format!("must be a list of keys such as [\"memory_mib\"], not {value}")));
+        return Err(D::Error::custom(format!(
+            "must be a list of keys such as [\"memory_mib\"], not {value}"
+        )));
     };
-    match keys.iter().find(|key| !SETTABLE.iter().any(|(name, _)| name == key)) {
+    match keys
+        .iter()
+        .find(|key| !SETTABLE.iter().any(|(name, _)| name == key))
+    {
         Some(key) => Err(D::Error::custom(format!(
-            "cannot have {key:?}: annotations can set {}, nothing else, and never programs or files of the host",
+            "cannot have {key:?}: annotations can set {}, nothing else, and never programs or \
+             files of the host",
             annotations::names()
         ))),
         None => Ok(keys),
@@ -247,7 +288,11 @@ fn settable<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<Strin
 }
 
 fn strings(value: &Value) -> Option<Vec<String>> {
-    value.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
+    value
+        .as_array()?
+        .iter()
+        .map(|item| item.as_str().map(str::to_owned))
+        .collect()
 }
 
 #[cfg(test)]

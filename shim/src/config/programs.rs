@@ -1,4 +1,5 @@
-//! Programs and guest files: where they are when the configuration says nothing, and whether they are there.
+//! Programs and guest files: where they are when the configuration says nothing, and whether they
+//! are there.
 
 use std::path::{Path, PathBuf};
 
@@ -8,13 +9,21 @@ use crate::error::{Error, Result};
 /// A file of this installation: `<prefix>/<relative>` for a shim in `<prefix>/bin`.
 pub fn asset(relative: &str) -> PathBuf {
     let program = std::env::current_exe().unwrap_or_default();
-    program.parent().and_then(Path::parent).unwrap_or(Path::new("/usr/local")).join(relative)
+    program
+        .parent()
+        .and_then(Path::parent)
+        .unwrap_or(Path::new("/usr/local"))
+        .join(relative)
 }
 
-/// A helper of this installation, else one that distributions install outside PATH, else whatever PATH has.
+/// A helper of this installation, else one that distributions install outside PATH, else whatever
+/// PATH has.
 pub fn helper(name: &str, elsewhere: &[&str]) -> PathBuf {
     let ours = asset(&format!("libexec/cofferdam/{name}"));
-    std::iter::once(ours).chain(elsewhere.iter().map(PathBuf::from)).find(|path| path.is_file()).unwrap_or(name.into())
+    std::iter::once(ours)
+        .chain(elsewhere.iter().map(PathBuf::from))
+        .find(|path| path.is_file())
+        .unwrap_or(name.into())
 }
 
 /// The file behind a configured program: a path as it is, a name looked up in PATH.
@@ -26,11 +35,19 @@ pub fn find_program(program: &Path, key: &str) -> Result<PathBuf> {
         vec![program.to_owned()]
     } else {
         let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).map(|dir| dir.join(program)).collect()
+        std::env::split_paths(&path)
+            .map(|dir| dir.join(program))
+            .collect()
     };
-    candidates.into_iter().find(|path| path.is_file()).ok_or_else(|| {
-        Error::invalid(format!("{} is not there: install it or set {key} in {DEFAULT_PATH}", program.display()))
-    })
+    candidates
+        .into_iter()
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            Error::invalid(format!(
+                "{} is not there: install it or set {key} in {DEFAULT_PATH}",
+                program.display()
+            ))
+        })
 }
 
 /// A guest file, checked before anything is started for it.
@@ -40,9 +57,10 @@ pub fn find_program(program: &Path, key: &str) -> Result<PathBuf> {
 pub fn find_file(path: &Path, key: &str) -> Result<()> {
     match std::fs::File::open(path) {
         Ok(_) => Ok(()),
-        Err(error) => {
-            Err(Error::invalid(format!("guest {key} {}: {error}; set {key} in {DEFAULT_PATH}", path.display())))
-        }
+        Err(error) => Err(Error::invalid(format!(
+            "guest {key} {}: {error}; set {key} in {DEFAULT_PATH}",
+            path.display()
+        ))),
     }
 }
 
@@ -52,8 +70,13 @@ mod tests {
 
     #[test]
     fn a_program_that_is_missing_names_its_key() {
-        let message = find_program(Path::new("/no/qemu"), "qemu").unwrap_err().to_string();
-        assert!(message.contains("/no/qemu") && message.contains("set qemu"), "{message}");
+        let message = find_program(Path::new("/no/qemu"), "qemu")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("/no/qemu") && message.contains("set qemu"),
+            "{message}"
+        );
         assert!(find_program(Path::new("sh"), "qemu").is_ok());
     }
 }

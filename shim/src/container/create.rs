@@ -1,12 +1,14 @@
-//! Making one container: its part of the host first, side by side with a guest that may still be booting, then the
-//! request to the agent; and the way back.
+//! Making one container: its part of the host first, side by side with a guest that may still be
+//! booting, then the request to the agent; and the way back.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{CreateContainerRequest, Device, RemoveContainerRequest, Storage};
+use agent_client::protocols::agent::{
+    CreateContainerRequest, Device, RemoveContainerRequest, Storage,
+};
 use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
 use containerd_shim_protos::types::mount::Mount;
 use futures::future::join_all;
@@ -98,14 +100,31 @@ impl Host {
         // From here on the drop of `host` undoes everything.
         let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);
         let (disk, volumes) = (rootfs::disk(&order.rootfs), Volumes::default());
-        let mut host = Host { _place: Entry::new(dir, &name), rootfs, disk, volumes, devices };
+        let mut host = Host {
+            _place: Entry::new(dir, &name),
+            rootfs,
+            disk,
+            volumes,
+            devices,
+        };
         if host.disk.is_none() {
-            let root = order.spec.root().as_ref().map(|root| order.bundle.join(root.path())).unwrap_or_default();
+            let root = order
+                .spec
+                .root()
+                .as_ref()
+                .map(|root| order.bundle.join(root.path()))
+                .unwrap_or_default();
             rootfs::mount_all(&order.rootfs, &root, &dir.make(&name)?)?;
         }
         let list = order.spec.mounts().as_deref().unwrap_or_default();
-        host.volumes =
-            volumes::prepare(list, shares, OfPod { shm: order.shm.as_deref(), uid: order.pod_uid.as_deref() })?;
+        host.volumes = volumes::prepare(
+            list,
+            shares,
+            OfPod {
+                shm: order.shm.as_deref(),
+                uid: order.pod_uid.as_deref(),
+            },
+        )?;
         Ok(host)
     }
 }
@@ -114,12 +133,24 @@ impl Host {
 ///
 /// # Errors
 /// The agent's own words: a missing command, for example. Nothing of the container is left.
-pub async fn in_guest(guest: &Arc<Guest>, order: &Order, host: Host, host_io: HostIo) -> Result<(Container, Pumps)> {
-    let mut container = Container { host, plugged: Vec::new(), sockets: Vec::new(), users: Users::default() };
+pub async fn in_guest(
+    guest: &Arc<Guest>,
+    order: &Order,
+    host: Host,
+    host_io: HostIo,
+) -> Result<(Container, Pumps)> {
+    let mut container = Container {
+        host,
+        plugged: Vec::new(),
+        sockets: Vec::new(),
+        users: Users::default(),
+    };
     match container.make(guest, order).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
-            container.unplug(guest, Instant::now() + DETACH_DEADLINE).await;
+            container
+                .unplug(guest, Instant::now() + DETACH_DEADLINE)
+                .await;
             release(vec![container]).await;
             Err(error)
         }
@@ -129,20 +160,45 @@ pub async fn in_guest(guest: &Arc<Guest>, order: &Order, host: Host, host_io: Ho
 impl Container {
     async fn make(&mut self, guest: &Arc<Guest>, order: &Order) -> Result<GuestIo> {
         let key = Key::new(&order.id, "");
-        if order.spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()) && !guest.seccomp {
+        if order
+            .spec
+            .linux()
+            .as_ref()
+            .is_some_and(|linux| linux.seccomp().is_some())
+            && !guest.seccomp
+        {
             return Err(needs_own_agent("a seccomp profile"));
         }
-        order.spec.process().iter().for_each(|process| self.runs_as(process.user()));
+        order
+            .spec
+            .process()
+            .iter()
+            .for_each(|process| self.runs_as(process.user()));
         let mut storages = std::mem::take(&mut self.host.volumes.storages);
-        for storage in storages.iter_mut().filter(|storage| storage.driver == UDS_DRIVER) {
-            let port = guest.sockets_port.ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
+        for storage in storages
+            .iter_mut()
+            .filter(|storage| storage.driver == UDS_DRIVER)
+        {
+            let port = guest
+                .sockets_port
+                .ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
             storage.driver_options = vec![format!("port={port}")];
         }
-        let maps = order.spec.linux().as_ref().and_then(|linux| linux.uid_mappings().as_ref());
-        if let Some((_, path)) = self.host.volumes.sockets.first().filter(|_| maps.is_some_and(|maps| !maps.is_empty()))
+        let maps = order
+            .spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.uid_mappings().as_ref());
+        if let Some((_, path)) = self
+            .host
+            .volumes
+            .sockets
+            .first()
+            .filter(|_| maps.is_some_and(|maps| !maps.is_empty()))
         {
             return Err(Error::invalid(format!(
-                "mount source {} is a unix socket of the host, and its server would take the users of a container with a \
+                "mount source {} is a unix socket of the host, and its server would take the \
+                 users of a container with a \
                  user namespace (linux.uidMappings) for the host's: leave one of them out",
                 path.display()
             )));
@@ -185,12 +241,20 @@ impl Container {
             true => Some(GuestIo::raw(&guest.transport, &key, &order.io).await?),
             false => None,
         };
-        let created = guest.agent.create_container(&request, CREATE_DEADLINE).await;
+        let created = guest
+            .agent
+            .create_container(&request, CREATE_DEADLINE)
+            .await;
         created.map_err(|error| error.context("cannot create the container"))?;
         Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &order.io)))
     }
 
-    async fn plug_rootfs(&mut self, guest: &Guest, disk: Disk, mount_point: &str) -> Result<Storage> {
+    async fn plug_rootfs(
+        &mut self,
+        guest: &Guest,
+        disk: Disk,
+        mount_point: &str,
+    ) -> Result<Storage> {
         let attached = guest.attach_disk(&disk.path, disk.read_only).await?;
         self.plugged.push(attached.id);
         Ok(Storage {
@@ -223,7 +287,8 @@ impl Container {
         self.users.add(user);
     }
 
-    /// Removes the container from the guest, where there still is one, and from the host. The guest has time until `by`.
+    /// Removes the container from the guest, where there still is one, and from the host. The guest
+    /// has time until `by`.
     ///
     /// # Errors
     /// The guest may still have it, and what it uses of the host.
@@ -240,20 +305,36 @@ impl Container {
     }
 
     async fn unplug(&mut self, guest: &Guest, by: Instant) {
-        self.sockets.drain(..).for_each(|name| guest.sockets.remove(&name));
-        let time = by.saturating_duration_since(Instant::now()).clamp(LEAST_TO_DETACH, DETACH_DEADLINE);
-        let detached = self.plugged.drain(..).map(|id| async move { guest.vm.detach(&id, time).await });
-        for error in join_all(detached).await.into_iter().filter_map(std::result::Result::err) {
+        self.sockets
+            .drain(..)
+            .for_each(|name| guest.sockets.remove(&name));
+        let time = by
+            .saturating_duration_since(Instant::now())
+            .clamp(LEAST_TO_DETACH, DETACH_DEADLINE);
+        let detached = self
+            .plugged
+            .drain(..)
+            .map(|id| async move { guest.vm.detach(&id, time).await });
+        for error in join_all(detached)
+            .await
+            .into_iter()
+            .filter_map(std::result::Result::err)
+        {
             tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");
         }
     }
 }
 
 async fn remove_in_guest(guest: &Guest, id: &str, by: Instant) -> Result<()> {
-    let request = RemoveContainerRequest { container_id: id.to_owned(), ..Default::default() };
+    let request = RemoveContainerRequest {
+        container_id: id.to_owned(),
+        ..Default::default()
+    };
     let asking = async {
         loop {
-            let left = by.saturating_duration_since(Instant::now()).max(REMOVE_PAUSE);
+            let left = by
+                .saturating_duration_since(Instant::now())
+                .max(REMOVE_PAUSE);
             match guest.agent.remove_container(&request, left).await {
                 Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
                 Err(error) if Instant::now() + REMOVE_PAUSE < by => {
@@ -273,15 +354,19 @@ async fn remove_in_guest(guest: &Guest, id: &str, by: Instant) -> Result<()> {
     }
 }
 
-/// Gives up containers' parts of the host. umount(2) may wait for a slow disk, which must not hold up other requests, and
-/// for one that is gone for ever, which must not hold up this one.
+/// Gives up containers' parts of the host. umount(2) may wait for a slow disk, which must not hold
+/// up other requests, and for one that is gone for ever, which must not hold up this one.
 pub async fn release(containers: Vec<Container>) {
     let released = tokio::task::spawn_blocking(move || drop(containers));
     if timeout(RELEASE_DEADLINE, released).await.is_err() {
-        tracing::warn!("a storage on the host hangs: a container's mounts stay until it lets go of them");
+        tracing::warn!(
+            "a storage on the host hangs: a container's mounts stay until it lets go of them"
+        );
     }
 }
 
 fn needs_own_agent(what: &str) -> Error {
-    Error::unimplemented(format!("{what} needs Cofferdam's own guest agent: use the initramfs of this installation"))
+    Error::unimplemented(format!(
+        "{what} needs Cofferdam's own guest agent: use the initramfs of this installation"
+    ))
 }

@@ -1,5 +1,5 @@
-//! The exit of a container's init process, kept in its bundle so that `delete` can answer with the real status after
-//! the server is gone: containerd publishes whatever `delete` returns.
+//! The exit of a container's init process, kept in its bundle so that `delete` can answer with the
+//! real status after the server is gone: containerd publishes whatever `delete` returns.
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -21,11 +21,13 @@ pub struct Exit {
 
 /// Records the exit; a bundle that is already gone needs no record.
 pub fn write(bundle: &Path, exit: Exit) {
-    let written = serde_json::to_vec(&exit).map_err(std::io::Error::other).and_then(|json| {
-        let temporary = bundle.join(format!(".{NAME}"));
-        std::fs::write(&temporary, json)?;
-        std::fs::rename(&temporary, bundle.join(NAME))
-    });
+    let written = serde_json::to_vec(&exit)
+        .map_err(std::io::Error::other)
+        .and_then(|json| {
+            let temporary = bundle.join(format!(".{NAME}"));
+            std::fs::write(&temporary, json)?;
+            std::fs::rename(&temporary, bundle.join(NAME))
+        });
     if let Err(error) = written {
         tracing::debug!(%error, bundle = %bundle.display(), "exit status is not recorded");
     }
@@ -44,7 +46,11 @@ mod tests {
     fn the_status_outlives_the_server() {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(read(bundle.path()), None);
-        let exit = Exit { pid: 7, status: 3, at: SystemTime::now() };
+        let exit = Exit {
+            pid: 7,
+            status: 3,
+            at: SystemTime::now(),
+        };
         write(bundle.path(), exit);
         assert_eq!(read(bundle.path()), Some(exit));
         std::fs::write(bundle.path().join(NAME), "garbage").unwrap();

@@ -1,8 +1,9 @@
-//! OCI hooks of the host: what clients such as nerdctl have run around a container, mostly to make its network.
+//! OCI hooks of the host: what clients such as nerdctl have run around a container, mostly to make
+//! its network.
 //!
-//! They run on the host, as with runc, and are told the pid of the virtual machine, which is in the sandbox's network
-//! namespace. Hooks that belong inside the container (createContainer, startContainer) are left out: their programs are
-//! the host's.
+//! They run on the host, as with runc, and are told the pid of the virtual machine, which is in the
+//! sandbox's network namespace. Hooks that belong inside the container (createContainer,
+//! startContainer) are left out: their programs are the host's.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -59,16 +60,19 @@ pub struct HostHooks {
 impl HostHooks {
     /// Those of a spec.
     pub fn of(spec: &Spec, id: &str, bundle: &str) -> HostHooks {
-        let state =
-            json!({"ociVersion": spec.version(), "id": id, "bundle": bundle, "annotations": spec.annotations()});
-        HostHooks { hooks: spec.hooks().clone(), state }
+        let state = json!({"ociVersion": spec.version(), "id": id, "bundle": bundle,
+            "annotations": spec.annotations()});
+        HostHooks {
+            hooks: spec.hooks().clone(),
+            state,
+        }
     }
 
     /// Runs the hooks of a moment, one after the other.
     ///
     /// # Errors
-    /// The first one that fails, by its path and with its last line. Hooks after the start change nothing any more: theirs
-    /// are only logged.
+    /// The first one that fails, by its path and with its last line. Hooks after the start change
+    /// nothing any more: theirs are only logged.
     pub async fn run(&self, moment: Moment, pid: i32) -> Result<()> {
         let mut state = self.state.clone();
         state["status"] = moment.status().into();
@@ -94,9 +98,21 @@ async fn run_one(hook: &Hook, state: String) -> Result<()> {
         command.arg0(name);
     }
     command.args(args).env_clear();
-    command.envs(hook.env().iter().flatten().filter_map(|variable| variable.split_once('=')));
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-    let deadline = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).map_or(DEADLINE, Duration::from_secs);
+    command.envs(
+        hook.env()
+            .iter()
+            .flatten()
+            .filter_map(|variable| variable.split_once('=')),
+    );
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let deadline = hook
+        .timeout()
+        .and_then(|seconds| u64::try_from(seconds).ok())
+        .map_or(DEADLINE, Duration::from_secs);
     let run = async {
         let mut child = command.spawn().doing(doing)?;
         if let Some(mut stdin) = child.stdin.take() {
@@ -106,14 +122,26 @@ async fn run_one(hook: &Hook, state: String) -> Result<()> {
         child.wait_with_output().await.doing(doing)
     };
     let output = timeout(deadline, run).await;
-    let output =
-        output.map_err(|_| Error::deadline(format!("hook {} took longer than {deadline:?}", path.display())))??;
+    let output = output.map_err(|_| {
+        Error::deadline(format!(
+            "hook {} took longer than {deadline:?}",
+            path.display()
+        ))
+    })??;
     if output.status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing on stderr");
-    Err(Error::internal(format!("hook {} failed ({}): {last}", path.display(), output.status)))
+    let last = said
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("it said nothing on stderr");
+    Err(Error::internal(format!(
+        "hook {} failed ({}): {last}",
+        path.display(),
+        output.status
+    )))
 }
 
 #[cfg(test)]
@@ -121,7 +149,8 @@ mod tests {
     use super::*;
 
     fn hooks(list: Value) -> HostHooks {
-        let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {"a": "b"}, "hooks": list});
+        let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {"a": "b"},
+            "hooks": list});
         HostHooks::of(&serde_json::from_value(spec).unwrap(), "web", "/bundle")
     }
 
@@ -135,26 +164,45 @@ mod tests {
         ]}));
         hooks.run(Moment::Create, 77).await.unwrap();
         let state: Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
-        let wanted = json!({"ociVersion": "1.1.0", "id": "web", "bundle": "/bundle", "annotations": {"a": "b"},
+        let wanted = json!({"ociVersion": "1.1.0", "id": "web", "bundle": "/bundle",
+            "annotations": {"a": "b"},
             "status": "creating", "pid": 77});
         assert_eq!(state, wanted);
     }
 
     #[tokio::test]
     async fn a_failing_hook_says_why_in_one_line() {
-        let failing = json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo one >&2; echo no network >&2; exit 3"]}]);
-        let error = hooks(json!({"prestart": failing})).run(Moment::Create, 1).await.unwrap_err().message;
-        assert!(error.contains("/bin/sh") && error.contains("3") && error.ends_with("no network"), "{error}");
-        hooks(json!({"poststop": failing})).run(Moment::Deleted, 1).await.unwrap();
+        let failing = json!([{"path": "/bin/sh", "args": ["sh", "-c",
+            "echo one >&2; echo no network >&2; exit 3"]}]);
+        let error = hooks(json!({"prestart": failing}))
+            .run(Moment::Create, 1)
+            .await
+            .unwrap_err()
+            .message;
+        assert!(
+            error.contains("/bin/sh") && error.contains("3") && error.ends_with("no network"),
+            "{error}"
+        );
+        hooks(json!({"poststop": failing}))
+            .run(Moment::Deleted, 1)
+            .await
+            .unwrap();
         let missing = json!([{"path": "/no/such/hook"}]);
-        let error = hooks(json!({"prestart": missing})).run(Moment::Create, 1).await.unwrap_err().message;
+        let error = hooks(json!({"prestart": missing}))
+            .run(Moment::Create, 1)
+            .await
+            .unwrap_err()
+            .message;
         assert!(error.contains("/no/such/hook"), "{error}");
     }
 
     #[tokio::test]
     async fn a_hook_that_hangs_is_ended() {
         let hanging = json!([{"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}]);
-        let error = hooks(json!({"prestart": hanging})).run(Moment::Create, 1).await.unwrap_err();
+        let error = hooks(json!({"prestart": hanging}))
+            .run(Moment::Create, 1)
+            .await
+            .unwrap_err();
         assert_eq!(error.code, ttrpc::Code::DEADLINE_EXCEEDED);
     }
 }

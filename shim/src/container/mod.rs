@@ -1,4 +1,5 @@
-//! A container on its way into the guest: its OCI spec, its root file system and volumes, and the request to the agent.
+//! A container on its way into the guest: its OCI spec, its root file system and volumes, and the
+//! request to the agent.
 
 pub mod create;
 pub mod devices;

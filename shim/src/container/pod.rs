@@ -1,8 +1,9 @@
 //! What a container is to its sandbox, and which namespaces of others it joins.
 //!
-//! Kubernetes' runtimes say it by annotations (what a container is) and by paths of the form `/proc/<pid>/ns/<kind>`
-//! (what it shares), where the pid is one that this shim gave. A path is therefore mapped back to the task whose pid it
-//! names; a path to anything else is a namespace of the host or of another virtual machine, which nothing can join.
+//! Kubernetes' runtimes say it by annotations (what a container is) and by paths of the form
+//! `/proc/<pid>/ns/<kind>` (what it shares), where the pid is one that this shim gave. A path is
+//! therefore mapped back to the task whose pid it names; a path to anything else is a namespace of
+//! the host or of another virtual machine, which nothing can join.
 
 use std::path::Path;
 
@@ -18,25 +19,38 @@ pub struct CriKey {
 }
 
 /// What a container is.
-const TYPE: CriKey =
-    CriKey { containerd: "io.kubernetes.cri.container-type", crio: "io.kubernetes.cri-o.ContainerType" };
+const TYPE: CriKey = CriKey {
+    containerd: "io.kubernetes.cri.container-type",
+    crio: "io.kubernetes.cri-o.ContainerType",
+};
 
 /// The sandbox that a container belongs to.
-pub const SANDBOX_ID: CriKey =
-    CriKey { containerd: "io.kubernetes.cri.sandbox-id", crio: "io.kubernetes.cri-o.SandboxID" };
+pub const SANDBOX_ID: CriKey = CriKey {
+    containerd: "io.kubernetes.cri.sandbox-id",
+    crio: "io.kubernetes.cri-o.SandboxID",
+};
 
 /// The uid of the pod.
-pub const UID: CriKey = CriKey { containerd: "io.kubernetes.cri.sandbox-uid", crio: "io.kubernetes.pod.uid" };
+pub const UID: CriKey = CriKey {
+    containerd: "io.kubernetes.cri.sandbox-uid",
+    crio: "io.kubernetes.pod.uid",
+};
 
-/// Whether containerd runs this process: it gives every shim the address for events, which CRI-O does not.
+/// Whether containerd runs this process: it gives every shim the address for events, which CRI-O
+/// does not.
 pub fn is_from_containerd() -> bool {
     std::env::var_os("TTRPC_ADDRESS").is_some_and(|address| !address.is_empty())
 }
 
 impl CriKey {
-    /// The value that the calling runtime has set. CRI-O copies all annotations and labels of a pod, so the other
-    /// runtime's key is the tenant's own and says nothing: it would choose the machine that the container enters.
-    pub fn of<'a>(self, from_containerd: bool, find: impl Fn(&str) -> Option<&'a str>) -> Option<&'a str> {
+    /// The value that the calling runtime has set. CRI-O copies all annotations and labels of a
+    /// pod, so the other runtime's key is the tenant's own and says nothing: it would choose the
+    /// machine that the container enters.
+    pub fn of<'a>(
+        self,
+        from_containerd: bool,
+        find: impl Fn(&str) -> Option<&'a str>,
+    ) -> Option<&'a str> {
         let find = |key| find(key).filter(|value| !value.is_empty());
         match find(self.crio) {
             Some(value) if !from_containerd => Some(value),
@@ -75,7 +89,9 @@ impl Role {
 
     fn by(spec: &Spec, from_containerd: bool) -> Role {
         let annotations = spec.annotations().as_ref();
-        match TYPE.of(from_containerd, |key| annotations?.get(key).map(String::as_str)) {
+        match TYPE.of(from_containerd, |key| {
+            annotations?.get(key).map(String::as_str)
+        }) {
             Some("sandbox") => Role::Sandbox,
             Some("container") => Role::Member,
             _ => Role::Single,
@@ -83,30 +99,45 @@ impl Role {
     }
 }
 
-/// Which pid namespace a container wants, and whether all others that it names can be had. `find` tells whose pid it is;
-/// an empty name is the sandbox's own.
+/// Which pid namespace a container wants, and whether all others that it names can be had. `find`
+/// tells whose pid it is; an empty name is the sandbox's own.
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` that says what to use instead.
-pub fn namespaces(spec: &Spec, role: Role, find: impl Fn(u32) -> Option<String>) -> Result<PidNamespace> {
-    let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+pub fn namespaces(
+    spec: &Spec,
+    role: Role,
+    find: impl Fn(u32) -> Option<String>,
+) -> Result<PidNamespace> {
+    let list = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default();
     let entry = |kind| list.iter().find(|namespace| namespace.typ() == kind);
     let needed = [
-        (LinuxNamespaceType::Network, "network", "hostNetwork, --net-host"),
+        (
+            LinuxNamespaceType::Network,
+            "network",
+            "hostNetwork, --net-host",
+        ),
         (LinuxNamespaceType::Pid, "process ids", "hostPID"),
         (LinuxNamespaceType::Ipc, "IPC", "hostIPC"),
     ];
     for (kind, what, setting) in needed {
         if entry(kind).is_none() {
             return Err(Error::invalid(format!(
-                "asks for the host's {what} ({setting}), which a virtual machine cannot share: leave that out, or run it \
+                "asks for the host's {what} ({setting}), which a virtual machine cannot share: \
+                 leave that out, or run it \
                  with the runtime runc"
             )));
         }
     }
     let mut pid = PidNamespace::Own;
     for namespace in list {
-        let Some(path) = namespace.path() else { continue };
+        let Some(path) = namespace.path() else {
+            continue;
+        };
         let kind = namespace.typ();
         // A network namespace that is made for this sandbox has a path of any form.
         if kind == LinuxNamespaceType::Network && role != Role::Member {
@@ -117,11 +148,13 @@ pub fn namespaces(spec: &Spec, role: Role, find: impl Fn(u32) -> Option<String>)
             (LinuxNamespaceType::Pid, Some(owner)) if owner.is_empty() => pid = PidNamespace::Pod,
             (LinuxNamespaceType::Pid, Some(owner)) => pid = PidNamespace::Of(owner),
             (_, Some(_)) => {}
-            // By its own path, as CRI-O names it: it is the sandbox's or not, which the network's owner checks.
+            // By its own path, as CRI-O names it: it is the sandbox's or not, which the network's
+            // owner checks.
             (LinuxNamespaceType::Network, None) if proc_pid(path).is_none() => {}
             (kind, None) => {
                 return Err(Error::invalid(format!(
-                    "joins the {kind:?} namespace {}, which is not of this sandbox: a virtual machine shares namespaces \
+                    "joins the {kind:?} namespace {}, which is not of this sandbox: a virtual \
+                     machine shares namespaces \
                      among its own containers only",
                     path.display()
                 )));
@@ -164,14 +197,43 @@ mod tests {
     #[test]
     fn annotations_of_every_client_tell_what_a_container_is() {
         for (containerd, key, value, role) in [
-            (true, "io.kubernetes.cri.container-type", "sandbox", Role::Sandbox),
-            (true, "io.kubernetes.cri.container-type", "container", Role::Member),
-            (true, "io.kubernetes.cri-o.ContainerType", "sandbox", Role::Single),
-            (false, "io.kubernetes.cri-o.ContainerType", "sandbox", Role::Sandbox),
-            (true, "io.kubernetes.cri.container-type", "galaxy", Role::Single),
+            (
+                true,
+                "io.kubernetes.cri.container-type",
+                "sandbox",
+                Role::Sandbox,
+            ),
+            (
+                true,
+                "io.kubernetes.cri.container-type",
+                "container",
+                Role::Member,
+            ),
+            (
+                true,
+                "io.kubernetes.cri-o.ContainerType",
+                "sandbox",
+                Role::Single,
+            ),
+            (
+                false,
+                "io.kubernetes.cri-o.ContainerType",
+                "sandbox",
+                Role::Sandbox,
+            ),
+            (
+                true,
+                "io.kubernetes.cri.container-type",
+                "galaxy",
+                Role::Single,
+            ),
             (true, "other", "sandbox", Role::Single),
         ] {
-            assert_eq!(Role::by(&spec(json!([]), json!({key: value})), containerd), role, "{key} {value}");
+            assert_eq!(
+                Role::by(&spec(json!([]), json!({key: value})), containerd),
+                role,
+                "{key} {value}"
+            );
         }
     }
 
@@ -179,12 +241,19 @@ mod tests {
     fn paths_are_mapped_back_to_tasks() {
         let path = |pid: &str| {
             json!([
-                {"type": "network", "path": "/proc/100/ns/net"}, {"type": "ipc", "path": "/proc/100/ns/ipc"},
+                {"type": "network", "path": "/proc/100/ns/net"}, {"type": "ipc",
+                    "path": "/proc/100/ns/ipc"},
                 {"type": "uts", "path": "/proc/100/ns/uts"}, {"type": "pid", "path": pid}
             ])
         };
-        assert_eq!(wanted(path("/proc/100/ns/pid"), Role::Member).unwrap(), PidNamespace::Pod);
-        assert_eq!(wanted(path("/proc/200/ns/pid"), Role::Member).unwrap(), PidNamespace::Of("web".into()));
+        assert_eq!(
+            wanted(path("/proc/100/ns/pid"), Role::Member).unwrap(),
+            PidNamespace::Pod
+        );
+        assert_eq!(
+            wanted(path("/proc/200/ns/pid"), Role::Member).unwrap(),
+            PidNamespace::Of("web".into())
+        );
         for other in ["/proc/1/ns/pid", "/run/pidns", "/proc/100x/ns/pid"] {
             let error = wanted(path(other), Role::Member).unwrap_err().message;
             assert!(error.contains(other) && error.contains("Pid"), "{error}");
@@ -193,21 +262,35 @@ mod tests {
 
     #[test]
     fn what_is_the_hosts_is_refused_by_name() {
-        let all = [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")];
+        let all = [
+            ("network", "hostNetwork"),
+            ("pid", "hostPID"),
+            ("ipc", "hostIPC"),
+        ];
         for (missing, named) in all {
-            let others: Vec<_> =
-                all.iter().filter(|(kind, _)| *kind != missing).map(|(k, _)| json!({"type": k})).collect();
+            let others: Vec<_> = all
+                .iter()
+                .filter(|(kind, _)| *kind != missing)
+                .map(|(k, _)| json!({"type": k}))
+                .collect();
             let error = wanted(json!(others), Role::Sandbox).unwrap_err();
             assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
             assert!(error.message.contains(named), "{error}");
         }
-        let own = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/run/netns/cni-1"}]);
+        let own = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network",
+            "path": "/run/netns/cni-1"}]);
         assert_eq!(wanted(own, Role::Sandbox).unwrap(), PidNamespace::Own);
     }
 
     #[test]
     fn another_sandboxs_network_cannot_be_joined() {
-        let foreign = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/proc/300/ns/net"}]);
-        assert!(wanted(foreign, Role::Member).unwrap_err().message.contains("/proc/300/ns/net"));
+        let foreign = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network",
+            "path": "/proc/300/ns/net"}]);
+        assert!(
+            wanted(foreign, Role::Member)
+                .unwrap_err()
+                .message
+                .contains("/proc/300/ns/net")
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! A container's root file system, as containerd's snapshotter says: mounted on the host under the shared directory, or
-//! where it is a disk (devmapper, blockfile, erofs), plugged into the guest and mounted there.
+//! A container's root file system, as containerd's snapshotter says: mounted on the host under the
+//! shared directory, or where it is a disk (devmapper, blockfile, erofs), plugged into the guest
+//! and mounted there.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -23,7 +24,8 @@ pub const NAME: &str = "rootfs";
 
 /// Mounts the root file system in a container's directory, as [`NAME`].
 ///
-/// With an empty list the client prepared a directory itself: the spec's `root.path`, relative to the bundle.
+/// With an empty list the client prepared a directory itself: the spec's `root.path`, relative to
+/// the bundle.
 ///
 /// # Errors
 /// One line that names the mount; whoever removes the directory takes off what is mounted.
@@ -33,7 +35,10 @@ pub fn mount_all(list: &[Mount], root_path: &Path, dir: &Dir) -> Result<()> {
         let doing = || format!("share the root file system {}", root_path.display());
         let root = hold(root_path).doing(doing)?;
         if !root.metadata().doing(doing)?.is_dir() {
-            return Err(Error::invalid(format!("root file system {} is not a directory", root_path.display())));
+            return Err(Error::invalid(format!(
+                "root file system {} is not a directory",
+                root_path.display()
+            )));
         }
         return mounts::bind(&root, &target, Bind::RECURSIVE).doing(doing);
     }
@@ -46,8 +51,8 @@ pub fn mount_all(list: &[Mount], root_path: &Path, dir: &Dir) -> Result<()> {
     Ok(())
 }
 
-/// Where in the root file system an entry is mounted. What is there already is the image's, so its links are followed
-/// inside the root only, and once.
+/// Where in the root file system an entry is mounted. What is there already is the image's, so its
+/// links are followed inside the root only, and once.
 fn place(root: Dir, target: &str) -> Result<OwnedFd> {
     let target = target.trim_start_matches('/');
     if target.is_empty() {
@@ -61,11 +66,14 @@ fn place(root: Dir, target: &str) -> Result<OwnedFd> {
 
 /// A file or directory that a client names, by its descriptor.
 fn hold(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path)
 }
 
-/// Whether nobody but the container changes the root file system while it lives: a mount of the snapshotter's that
-/// this process makes, and whose layers the kernel forbids to change below it.
+/// Whether nobody but the container changes the root file system while it lives: a mount of the
+/// snapshotter's that this process makes, and whose layers the kernel forbids to change below it.
 pub fn is_own(list: &[Mount]) -> bool {
     matches!(list, [entry] if entry.type_ == "overlay")
 }
@@ -95,33 +103,57 @@ pub fn disk(list: &[Mount]) -> Option<Disk> {
         return None;
     }
     let has = |option: &str| entry.options.iter().any(|other| other == option);
-    let mut options: Vec<String> = entry.options.iter().filter(|option| *option != "loop").cloned().collect();
+    let mut options: Vec<String> = entry
+        .options
+        .iter()
+        .filter(|option| *option != "loop")
+        .cloned()
+        .collect();
     if entry.type_ == "xfs" && !has("nouuid") {
         // Snapshots of one file system have one id, which xfs takes for the same disk twice.
         options.push("nouuid".to_owned());
     }
     let read_only = has("ro") || entry.type_ == "erofs";
-    Some(Disk { path, fstype: entry.type_.clone(), read_only, options })
+    Some(Disk {
+        path,
+        fstype: entry.type_.clone(),
+        read_only,
+        options,
+    })
 }
 
 fn mount_one(entry: &Mount, place: &OwnedFd) -> Result<()> {
     let (flags, data) = flags(&entry.options);
     let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
-    let doing = || format!("mount the root file system ({} from {})", entry.type_, entry.source);
+    let doing = || {
+        format!(
+            "mount the root file system ({} from {})",
+            entry.type_, entry.source
+        )
+    };
     if flags.contains(MsFlags::MS_BIND) || matches!(entry.type_.as_str(), "bind" | "rbind") {
         let how = Bind {
             recursive: flags.contains(MsFlags::MS_REC) || entry.type_ == "rbind",
             read_only: flags.contains(MsFlags::MS_RDONLY),
             ..Bind::default()
         };
-        return hold(Path::new(&entry.source)).and_then(|source| mounts::bind(&source, place, how)).doing(doing);
+        return hold(Path::new(&entry.source))
+            .and_then(|source| mounts::bind(&source, place, how))
+            .doing(doing);
     }
     let target = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
     let joined = data.join(",");
     if joined.len() > MAX_DATA && entry.type_ == "overlay" {
         return mount_long_overlay(entry, flags, &data, &target).doing(doing);
     }
-    mount(Some(entry.source.as_str()), &target, Some(entry.type_.as_str()), flags, Some(joined.as_str())).doing(doing)
+    mount(
+        Some(entry.source.as_str()),
+        &target,
+        Some(entry.type_.as_str()),
+        flags,
+        Some(joined.as_str()),
+    )
+    .doing(doing)
 }
 
 /// Options of mount(8) that are flags of mount(2); the rest is the file system's own.
@@ -148,30 +180,56 @@ fn flags(options: &[String]) -> (MsFlags, Vec<&str>) {
     (flags, data)
 }
 
-/// An image of many layers has more options than fit a page: the layers' common directory becomes the working
-/// directory, and their names become relative. The working directory belongs to a thread of its own for that.
-fn mount_long_overlay(entry: &Mount, flags: MsFlags, data: &[&str], target: &Path) -> std::io::Result<()> {
-    let (directory, data) = shorten(data).ok_or_else(|| std::io::Error::from_raw_os_error(libc::E2BIG))?;
+/// An image of many layers has more options than fit a page: the layers' common directory becomes
+/// the working directory, and their names become relative. The working directory belongs to a
+/// thread of its own for that.
+fn mount_long_overlay(
+    entry: &Mount,
+    flags: MsFlags,
+    data: &[&str],
+    target: &Path,
+) -> std::io::Result<()> {
+    let (directory, data) =
+        shorten(data).ok_or_else(|| std::io::Error::from_raw_os_error(libc::E2BIG))?;
     let (source, target) = (entry.source.clone(), target.to_owned());
     let worker = std::thread::spawn(move || -> std::io::Result<()> {
         unshare(CloneFlags::CLONE_FS)?;
         nix::unistd::chdir(Path::new(&directory))?;
-        Ok(mount(Some(source.as_str()), &target, Some("overlay"), flags, Some(data.as_str()))?)
+        Ok(mount(
+            Some(source.as_str()),
+            &target,
+            Some("overlay"),
+            flags,
+            Some(data.as_str()),
+        )?)
     });
-    worker.join().map_err(|_| std::io::Error::other("the mounting thread ended"))?
+    worker
+        .join()
+        .map_err(|_| std::io::Error::other("the mounting thread ended"))?
 }
 
 /// The layers' common parent directory and the options with it taken out, if that is enough.
 fn shorten(data: &[&str]) -> Option<(String, String)> {
-    let layers: Vec<&str> = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?.split(':').collect();
+    let layers: Vec<&str> = data
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))?
+        .split(':')
+        .collect();
     let mut common = layers.first()?.rfind('/').map(|end| &layers[0][..end])?;
-    while !layers.iter().all(|layer| layer.strip_prefix(common).is_some_and(|rest| rest.starts_with('/'))) {
+    while !layers.iter().all(|layer| {
+        layer
+            .strip_prefix(common)
+            .is_some_and(|rest| rest.starts_with('/'))
+    }) {
         common = &common[..common.rfind('/')?];
     }
     if common.is_empty() {
         return None;
     }
-    let relative: Vec<&str> = layers.iter().map(|layer| &layer[common.len() + 1..]).collect();
+    let relative: Vec<&str> = layers
+        .iter()
+        .map(|layer| &layer[common.len() + 1..])
+        .collect();
     let options: Vec<String> = data
         .iter()
         .map(|option| match option.starts_with("lowerdir=") {
@@ -190,13 +248,20 @@ mod tests {
     #[test]
     fn an_image_of_many_layers_fits_a_page() {
         let layers: Vec<String> = (0..120)
-            .map(|n| format!("/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots/{n}/fs"))
+            .map(|n| {
+                format!(
+                    "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots/{n}/fs"
+                )
+            })
             .collect();
         let lower = format!("lowerdir={}", layers.join(":"));
         let data = ["index=off", "workdir=/w", "upperdir=/u", &lower];
         assert!(data.join(",").len() > MAX_DATA);
         let (directory, data) = shorten(&data).unwrap();
-        assert_eq!(directory, "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots");
+        assert_eq!(
+            directory,
+            "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots"
+        );
         assert!(data.starts_with("index=off,workdir=/w,upperdir=/u,lowerdir=0/fs:1/fs:"));
     }
 
@@ -204,7 +269,10 @@ mod tests {
     fn layers_without_a_common_directory_are_left_alone() {
         assert_eq!(shorten(&["lowerdir=/a:/b"]), None);
         assert_eq!(shorten(&["upperdir=/a"]), None);
-        assert_eq!(shorten(&["lowerdir=/a/x:/a/xy"]), Some(("/a".into(), "lowerdir=x:xy".into())));
+        assert_eq!(
+            shorten(&["lowerdir=/a/x:/a/xy"]),
+            Some(("/a".into(), "lowerdir=x:xy".into()))
+        );
     }
 
     #[test]
@@ -236,8 +304,16 @@ mod tests {
             ..Default::default()
         };
         let found = disk(&[mount("ext4", file.path(), &["loop", "ro"])]).unwrap();
-        assert_eq!((found.read_only, found.options), (true, vec!["ro".to_owned()]));
-        assert_eq!(disk(&[mount("xfs", file.path(), &["loop"])]).unwrap().options, ["nouuid"]);
+        assert_eq!(
+            (found.read_only, found.options),
+            (true, vec!["ro".to_owned()])
+        );
+        assert_eq!(
+            disk(&[mount("xfs", file.path(), &["loop"])])
+                .unwrap()
+                .options,
+            ["nouuid"]
+        );
         assert_eq!(disk(&[mount("ext4", Path::new("/"), &[])]), None);
         assert_eq!(disk(&[mount("overlay", file.path(), &[])]), None);
         assert_eq!(disk(&[]), None);
@@ -247,6 +323,9 @@ mod tests {
     fn options_are_flags_or_the_file_systems_own() {
         let options = ["ro", "nosuid", "index=off", "defaults"].map(str::to_owned);
         let (flags, data) = flags(&options);
-        assert_eq!((flags, data), (MsFlags::MS_RDONLY | MsFlags::MS_NOSUID, vec!["index=off"]));
+        assert_eq!(
+            (flags, data),
+            (MsFlags::MS_RDONLY | MsFlags::MS_NOSUID, vec!["index=off"])
+        );
     }
 }

@@ -1,8 +1,9 @@
-//! Files and directories of the host that the guest sees: each is bound below the shared directory once, however many of
-//! the sandbox's containers use it.
+//! Files and directories of the host that the guest sees: each is bound below the shared directory
+//! once, however many of the sandbox's containers use it.
 //!
-//! Once, because a file that the guest saw through two binds would be two files to it: containers of one pod could
-//! neither meet at a unix socket of a shared volume, nor lock each other's files, nor share a mapping.
+//! Once, because a file that the guest saw through two binds would be two files to it: containers
+//! of one pod could neither meet at a unix socket of a shared volume, nor lock each other's files,
+//! nor share a mapping.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -54,7 +55,11 @@ pub struct Share {
 impl Shares {
     /// Nothing yet, below the directories that the guest sees.
     pub fn new(share: Dir, rootfs: Dir) -> Shares {
-        Shares { share: share.into(), rootfs: rootfs.into(), inner: Mutex::default() }
+        Shares {
+            share: share.into(),
+            rootfs: rootfs.into(),
+            inner: Mutex::default(),
+        }
     }
 
     /// A number that no other use of this sandbox gets.
@@ -70,9 +75,15 @@ impl Shares {
     /// One line that names the source or the place.
     pub fn get(&self, source: &Pinned, how: Bind) -> Result<Arc<Share>> {
         let metadata = &source.metadata;
-        let key = Key { source: source.is_at.clone(), device: metadata.dev(), inode: metadata.ino(), how };
+        let key = Key {
+            source: source.is_at.clone(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            how,
+        };
         let number = self.number();
-        // Held over the bind, which waits for nothing: two containers that are made at a time get the same one.
+        // Held over the bind, which waits for nothing: two containers that are made at a time get
+        // the same one.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(share) = inner.live.get(&key).and_then(Weak::upgrade) {
             return Ok(share);
@@ -80,7 +91,10 @@ impl Shares {
         let (dir, name) = (Arc::new(self.share.make(NAME)?), number.to_string());
         // From here on its drop undoes it.
         let place = Entry::new(&dir, &name);
-        let share = Arc::new(Share { place, guest: format!("{GUEST_SHARE}/{NAME}/{name}") });
+        let share = Arc::new(Share {
+            place,
+            guest: format!("{GUEST_SHARE}/{NAME}/{name}"),
+        });
         let bound = match metadata.is_dir() {
             true => mounts::bind(source, &dir.make(&name)?, how),
             false => mounts::bind(source, &dir.make_file(&name)?, how),

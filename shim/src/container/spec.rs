@@ -1,34 +1,48 @@
-//! A container's OCI spec as its client wrote it: read, freed of names that this runtime does not know, and checked
-//! before anything is made for it.
+//! A container's OCI spec as its client wrote it: read, freed of names that this runtime does not
+//! know, and checked before anything is made for it.
 //!
-//! The runtime spec asks for a warning, not an error, on an unknown capability or seccomp action, where the parser rejects
-//! the whole document. So the JSON is filtered first. What restricts is never left out for that: it is replaced by
-//! something stricter, or refused.
+//! The runtime spec asks for a warning, not an error, on an unknown capability or seccomp action,
+//! where the parser rejects the whole document. So the JSON is filtered first. What restricts is
+//! never left out for that: it is replaced by something stricter, or refused.
 
 use std::path::Path;
 
 use oci_spec::runtime::{
-    Arch, Capability, LinuxNamespaceType, LinuxResources, LinuxSeccompAction, LinuxSeccompFilterFlag, PosixRlimitType,
-    Process, Spec,
+    Arch, Capability, LinuxNamespaceType, LinuxResources, LinuxSeccompAction,
+    LinuxSeccompFilterFlag, PosixRlimitType, Process, Spec,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// What an action of a seccomp profile becomes that cannot be kept: the strictest that lets the container start.
+/// What an action of a seccomp profile becomes that cannot be kept: the strictest that lets the
+/// container start.
 const STRICT_ACTION: &str = "SCMP_ACT_ERRNO";
 
 /// Actions that need a tracer or a listener on the host, which no process of a guest can have.
 const OF_THE_HOST: [&str; 2] = ["SCMP_ACT_NOTIFY", "SCMP_ACT_TRACE"];
 
-/// AppArmor profiles that runtimes put every container in. A guest's kernel has no AppArmor; the virtual machine stands in
-/// for what these keep a container from, which is the host.
-const STOCK_APPARMOR: [&str; 6] =
-    ["", "unconfined", "cri-containerd.apparmor.d", "docker-default", "crio-default", "nerdctl-default"];
+/// AppArmor profiles that runtimes put every container in. A guest's kernel has no AppArmor; the
+/// virtual machine stands in for what these keep a container from, which is the host.
+const STOCK_APPARMOR: [&str; 6] = [
+    "",
+    "unconfined",
+    "cri-containerd.apparmor.d",
+    "docker-default",
+    "crio-default",
+    "nerdctl-default",
+];
 
-/// Types of SELinux labels that runtimes give to containers. The guest's kernel has no SELinux either.
-const STOCK_SELINUX: [&str; 5] = ["container_t", "container_init_t", "container_kvm_t", "spc_t", "svirt_lxc_net_t"];
+/// Types of SELinux labels that runtimes give to containers. The guest's kernel has no SELinux
+/// either.
+const STOCK_SELINUX: [&str; 5] = [
+    "container_t",
+    "container_init_t",
+    "container_kvm_t",
+    "spc_t",
+    "svirt_lxc_net_t",
+];
 
 /// Reads the bundle's config.json.
 ///
@@ -36,8 +50,12 @@ const STOCK_SELINUX: [&str; 5] = ["container_t", "container_init_t", "container_
 /// `INVALID_ARGUMENT`: missing, not JSON, not a spec, or not possible in a virtual machine.
 pub fn load(bundle: &Path) -> Result<Spec> {
     let path = bundle.join("config.json");
-    let text = std::fs::read(&path)
-        .map_err(|error| Error::invalid(format!("cannot read the container's spec {}: {error}", path.display())))?;
+    let text = std::fs::read(&path).map_err(|error| {
+        Error::invalid(format!(
+            "cannot read the container's spec {}: {error}",
+            path.display()
+        ))
+    })?;
     parse(&text).map_err(|error| error.context(format!("the container's spec {}", path.display())))
 }
 
@@ -46,8 +64,8 @@ pub fn load(bundle: &Path) -> Result<Spec> {
 /// # Errors
 /// As [`load`].
 pub(crate) fn parse(text: &[u8]) -> Result<Spec> {
-    let mut json: Value =
-        serde_json::from_slice(text).map_err(|error| Error::invalid(format!("is not valid JSON: {error}")))?;
+    let mut json: Value = serde_json::from_slice(text)
+        .map_err(|error| Error::invalid(format!("is not valid JSON: {error}")))?;
     if let Some(process) = json.get_mut("process") {
         filter_process(process)?;
     }
@@ -55,8 +73,8 @@ pub(crate) fn parse(text: &[u8]) -> Result<Spec> {
         filter_seccomp(seccomp)?;
     }
     check_namespaces(&json["linux"]["namespaces"])?;
-    let spec: Spec =
-        serde_json::from_value(json).map_err(|error| Error::invalid(format!("is not an OCI runtime spec: {error}")))?;
+    let spec: Spec = serde_json::from_value(json)
+        .map_err(|error| Error::invalid(format!("is not an OCI runtime spec: {error}")))?;
     check(&spec)?;
     Ok(spec)
 }
@@ -79,8 +97,11 @@ pub fn parse_process(text: &[u8]) -> Result<Process> {
 /// # Errors
 /// `INVALID_ARGUMENT`.
 pub fn parse_resources(text: &[u8]) -> Result<LinuxResources> {
-    serde_json::from_slice(text)
-        .map_err(|error| Error::invalid(format!("the update's resources are not OCI linux resources: {error}")))
+    serde_json::from_slice(text).map_err(|error| {
+        Error::invalid(format!(
+            "the update's resources are not OCI linux resources: {error}"
+        ))
+    })
 }
 
 fn known<T: DeserializeOwned>(value: &Value) -> bool {
@@ -100,12 +121,21 @@ fn retain_known<T: DeserializeOwned>(list: &mut Value, what: &str) {
 }
 
 fn filter_process(process: &mut Value) -> Result<()> {
-    if let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut) {
-        sets.values_mut().for_each(|set| retain_known::<Capability>(set, "capability"));
+    if let Some(sets) = process
+        .get_mut("capabilities")
+        .and_then(Value::as_object_mut)
+    {
+        sets.values_mut()
+            .for_each(|set| retain_known::<Capability>(set, "capability"));
     }
     let rlimits = process["rlimits"].as_array().into_iter().flatten();
-    match rlimits.map(|rlimit| &rlimit["type"]).find(|kind| !known::<PosixRlimitType>(kind)) {
-        Some(kind) => Err(Error::invalid(format!("sets the unknown resource limit {kind}: leave it out"))),
+    match rlimits
+        .map(|rlimit| &rlimit["type"])
+        .find(|kind| !known::<PosixRlimitType>(kind))
+    {
+        Some(kind) => Err(Error::invalid(format!(
+            "sets the unknown resource limit {kind}: leave it out"
+        ))),
         None => Ok(()),
     }
 }
@@ -119,8 +149,13 @@ fn filter_seccomp(seccomp: &mut Value) -> Result<()> {
         retain_known::<Arch>(list, "seccomp architecture");
     }
     let flags = seccomp["flags"].as_array().into_iter().flatten();
-    if let Some(flag) = flags.into_iter().find(|flag| !known::<LinuxSeccompFilterFlag>(flag)) {
-        return Err(Error::invalid(format!("has a seccomp profile with the unknown flag {flag}: leave it out")));
+    if let Some(flag) = flags
+        .into_iter()
+        .find(|flag| !known::<LinuxSeccompFilterFlag>(flag))
+    {
+        return Err(Error::invalid(format!(
+            "has a seccomp profile with the unknown flag {flag}: leave it out"
+        )));
     }
     let rules = seccomp.get_mut("syscalls").and_then(Value::as_array_mut);
     let rules = rules.into_iter().flatten().filter(|rule| rule.is_object());
@@ -129,19 +164,23 @@ fn filter_seccomp(seccomp: &mut Value) -> Result<()> {
 }
 
 fn keep_or_restrict(action: &mut Value) {
-    let is_hosts = action.as_str().is_some_and(|action| OF_THE_HOST.contains(&action));
+    let is_hosts = action
+        .as_str()
+        .is_some_and(|action| OF_THE_HOST.contains(&action));
     if is_hosts || !known::<LinuxSeccompAction>(action) {
         tracing::warn!("seccomp action {action} cannot be kept and becomes {STRICT_ACTION}");
         *action = STRICT_ACTION.into();
     }
 }
 
-/// A namespace that nobody knows is no warning: the container would share what it asked not to share.
+/// A namespace that nobody knows is no warning: the container would share what it asked not to
+/// share.
 fn check_namespaces(namespaces: &Value) -> Result<()> {
     for namespace in namespaces.as_array().into_iter().flatten() {
         if !known::<LinuxNamespaceType>(&namespace["type"]) {
             return Err(Error::invalid(format!(
-                "names the unknown namespace type {}: use cgroup, ipc, mount, network, pid, user or uts",
+                "names the unknown namespace type {}: use cgroup, ipc, mount, network, pid, user \
+                 or uts",
                 namespace["type"]
             )));
         }
@@ -150,15 +189,23 @@ fn check_namespaces(namespaces: &Value) -> Result<()> {
 }
 
 fn check(spec: &Spec) -> Result<()> {
-    let Some(process) = spec.process() else { return Err(Error::invalid("has no process")) };
+    let Some(process) = spec.process() else {
+        return Err(Error::invalid("has no process"));
+    };
     check_process(process)?;
     if spec.root().is_none() {
         return Err(Error::invalid("has no root"));
     }
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let has = |kind| namespaces.is_some_and(|list| list.iter().any(|namespace| namespace.typ() == kind));
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    let has =
+        |kind| namespaces.is_some_and(|list| list.iter().any(|namespace| namespace.typ() == kind));
     if !has(LinuxNamespaceType::Mount) {
-        return Err(Error::invalid("has no mount namespace: a container needs one of its own"));
+        return Err(Error::invalid(
+            "has no mount namespace: a container needs one of its own",
+        ));
     }
     Ok(())
 }
@@ -171,7 +218,8 @@ fn check_process(process: &Process) -> Result<()> {
         && !STOCK_APPARMOR.contains(&profile.as_str())
     {
         return Err(Error::invalid(format!(
-            "asks for the AppArmor profile {profile:?}, which the guest's kernel cannot apply: use the runtime's default \
+            "asks for the AppArmor profile {profile:?}, which the guest's kernel cannot apply: \
+             use the runtime's default \
              or unconfined, or run it with the runtime runc"
         )));
     }
@@ -180,12 +228,16 @@ fn check_process(process: &Process) -> Result<()> {
         && !STOCK_SELINUX.contains(&kind)
     {
         return Err(Error::invalid(format!(
-            "asks for the SELinux label {label:?}, which the guest's kernel cannot apply: use the runtime's default, or run \
+            "asks for the SELinux label {label:?}, which the guest's kernel cannot apply: use the \
+             runtime's default, or run \
              it with the runtime runc"
         )));
     }
     if !process.cwd().is_absolute() {
-        return Err(Error::invalid(format!("has the working directory {:?}, which is not absolute", process.cwd())));
+        return Err(Error::invalid(format!(
+            "has the working directory {:?}, which is not absolute",
+            process.cwd()
+        )));
     }
     Ok(())
 }
@@ -231,19 +283,43 @@ mod tests {
     fn what_this_runtime_does_not_know_is_left_out_or_stricter() {
         let spec = parse(minimal().to_string().as_bytes()).unwrap();
         let process = spec.process().as_ref().unwrap();
-        assert_eq!(process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().len(), 1);
+        assert_eq!(
+            process
+                .capabilities()
+                .as_ref()
+                .unwrap()
+                .bounding()
+                .as_ref()
+                .unwrap()
+                .len(),
+            1
+        );
         assert_eq!(process.rlimits().as_ref().unwrap().len(), 1);
         let seccomp = spec.linux().as_ref().unwrap().seccomp().as_ref().unwrap();
         assert_eq!(seccomp.default_action(), LinuxSeccompAction::ScmpActErrno);
         assert_eq!(seccomp.architectures().as_ref().unwrap().len(), 1);
-        let actions: Vec<_> = seccomp.syscalls().iter().flatten().map(|rule| rule.action()).collect();
-        assert_eq!(actions, [LinuxSeccompAction::ScmpActAllow, LinuxSeccompAction::ScmpActErrno]);
+        let actions: Vec<_> = seccomp
+            .syscalls()
+            .iter()
+            .flatten()
+            .map(|rule| rule.action())
+            .collect();
+        assert_eq!(
+            actions,
+            [
+                LinuxSeccompAction::ScmpActAllow,
+                LinuxSeccompAction::ScmpActErrno
+            ]
+        );
         for action in OF_THE_HOST {
             let mut json = minimal();
             json["linux"]["seccomp"]["syscalls"][0]["action"] = action.into();
             let spec = parse(json.to_string().as_bytes()).unwrap();
             let seccomp = spec.linux().as_ref().unwrap().seccomp().as_ref().unwrap();
-            assert_eq!(seccomp.syscalls().as_ref().unwrap()[0].action(), LinuxSeccompAction::ScmpActErrno);
+            assert_eq!(
+                seccomp.syscalls().as_ref().unwrap()[0].action(),
+                LinuxSeccompAction::ScmpActErrno
+            );
         }
     }
 
@@ -252,9 +328,12 @@ mod tests {
         let new_limit = json!([{"type": "RLIMIT_NEW", "hard": 1, "soft": 1}]);
         assert!(refused(|json| json["process"]["rlimits"] = new_limit).contains("RLIMIT_NEW"));
         assert!(
-            refused(|json| json["linux"]["seccomp"]["flags"] = json!(["SECCOMP_FILTER_FLAG_NEW"])).contains("_NEW")
+            refused(|json| json["linux"]["seccomp"]["flags"] = json!(["SECCOMP_FILTER_FLAG_NEW"]))
+                .contains("_NEW")
         );
-        assert!(refused(|json| json["process"]["apparmorProfile"] = "mine".into()).contains("\"mine\""));
+        assert!(
+            refused(|json| json["process"]["apparmorProfile"] = "mine".into()).contains("\"mine\"")
+        );
         let label = "system_u:system_r:my_container.process:s0:c1,c2";
         assert!(refused(|json| json["process"]["selinuxLabel"] = label.into()).contains(label));
         for kind in STOCK_SELINUX {
@@ -280,7 +359,10 @@ mod tests {
         assert!(refused(|json| json["process"]["args"] = json!([])).contains("names no command"));
         assert!(refused(|json| json["process"]["cwd"] = "tmp".into()).contains("not absolute"));
         assert!(refused(|json| json["process"] = Value::Null).contains("no process"));
-        assert!(refused(|json| json["linux"]["namespaces"] = json!([{"type": "network"}])).contains("mount namespace"));
+        assert!(
+            refused(|json| json["linux"]["namespaces"] = json!([{"type": "network"}]))
+                .contains("mount namespace")
+        );
     }
 
     #[test]
@@ -297,6 +379,11 @@ mod tests {
         ] {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
-        assert!(load(Path::new("/nonexistent")).unwrap_err().message.contains("/nonexistent/config.json"));
+        assert!(
+            load(Path::new("/nonexistent"))
+                .unwrap_err()
+                .message
+                .contains("/nonexistent/config.json")
+        );
     }
 }

@@ -8,7 +8,10 @@ use serde::Serialize;
 
 /// How an OCI enum is written in JSON, which is how the agent's protocol carries it.
 fn name<T: Serialize>(value: &T) -> String {
-    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_default()
 }
 
 fn text(path: &std::path::Path) -> String {
@@ -37,9 +40,10 @@ pub struct Place {
 
 /// The whole spec.
 ///
-/// Left out, because the guest has its own: hooks (they would run on the host), network and time namespaces (the
-/// guest's network is the container's), namespace paths, labels of the host's security modules, host CPU and memory
-/// node numbers, and block and network classes of host devices.
+/// Left out, because the guest has its own: hooks (they would run on the host), network and time
+/// namespaces (the guest's network is the container's), namespace paths, labels of the host's
+/// security modules, host CPU and memory node numbers, and block and network classes of host
+/// devices.
 pub fn spec(spec: &oci::Spec, place: Place) -> proto::Spec {
     let root = spec.root().as_ref();
     proto::Spec {
@@ -119,11 +123,18 @@ fn linux(from: &oci::Linux, place: &Place) -> proto::Linux {
         ..Default::default()
     };
     let kept = |from: &&oci::LinuxNamespace| {
-        !matches!(from.typ(), oci::LinuxNamespaceType::Network | oci::LinuxNamespaceType::Time)
+        !matches!(
+            from.typ(),
+            oci::LinuxNamespaceType::Network | oci::LinuxNamespaceType::Time
+        )
     };
     let namespace = |from: &oci::LinuxNamespace| proto::LinuxNamespace {
         Type: name(&from.typ()),
-        Path: if from.typ() == oci::LinuxNamespaceType::Pid { place.pid_namespace.clone() } else { String::new() },
+        Path: if from.typ() == oci::LinuxNamespaceType::Pid {
+            place.pid_namespace.clone()
+        } else {
+            String::new()
+        },
         ..Default::default()
     };
     let device = |from: &oci::LinuxDevice| proto::LinuxDevice {
@@ -143,12 +154,28 @@ fn linux(from: &oci::Linux, place: &Place) -> proto::Linux {
     proto::Linux {
         UIDMappings: from.uid_mappings().iter().flatten().map(mapping).collect(),
         GIDMappings: from.gid_mappings().iter().flatten().map(mapping).collect(),
-        Sysctl: place.sysctls.clone().into_iter().chain(from.sysctl().clone().unwrap_or_default()).collect(),
+        Sysctl: place
+            .sysctls
+            .clone()
+            .into_iter()
+            .chain(from.sysctl().clone().unwrap_or_default())
+            .collect(),
         Resources: from.resources().as_ref().map(limits).into(),
         CgroupsPath: place.cgroup.clone(),
-        Namespaces: from.namespaces().iter().flatten().filter(kept).map(namespace).collect(),
+        Namespaces: from
+            .namespaces()
+            .iter()
+            .flatten()
+            .filter(kept)
+            .map(namespace)
+            .collect(),
         Devices: place.devices.iter().map(device).collect(),
-        Seccomp: from.seccomp().as_ref().filter(|_| place.seccomp).map(seccomp).into(),
+        Seccomp: from
+            .seccomp()
+            .as_ref()
+            .filter(|_| place.seccomp)
+            .map(seccomp)
+            .into(),
         RootfsPropagation: from.rootfs_propagation().clone().unwrap_or_default(),
         MaskedPaths: from.masked_paths().clone().unwrap_or_default(),
         ReadonlyPaths: from.readonly_paths().clone().unwrap_or_default(),
@@ -180,8 +207,19 @@ pub fn resources(from: &oci::LinuxResources) -> proto::LinuxResources {
     proto::LinuxResources {
         Memory: from.memory().as_ref().map(memory).into(),
         CPU: from.cpu().as_ref().map(cpu).into(),
-        Pids: from.pids().map(|pids| proto::LinuxPids { Limit: pids.limit(), ..Default::default() }).into(),
-        HugepageLimits: from.hugepage_limits().iter().flatten().map(hugepages).collect(),
+        Pids: from
+            .pids()
+            .map(|pids| proto::LinuxPids {
+                Limit: pids.limit(),
+                ..Default::default()
+            })
+            .into(),
+        HugepageLimits: from
+            .hugepage_limits()
+            .iter()
+            .flatten()
+            .map(hugepages)
+            .collect(),
         ..Default::default()
     }
 }
@@ -239,7 +277,16 @@ mod tests {
             rootfs: "/guest/rootfs".into(),
             mounts: Vec::new(),
             devices: from.linux().as_ref().unwrap().devices().clone().unwrap(),
-            device_rules: from.linux().as_ref().unwrap().resources().as_ref().unwrap().devices().clone().unwrap(),
+            device_rules: from
+                .linux()
+                .as_ref()
+                .unwrap()
+                .resources()
+                .as_ref()
+                .unwrap()
+                .devices()
+                .clone()
+                .unwrap(),
             pid_namespace: String::new(),
             sysctls: [("net.core.somaxconn", "1"), ("net.ipv4.ip_forward", "1")]
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
@@ -256,21 +303,26 @@ mod tests {
             "ociVersion": "1.1.0", "hostname": "web", "root": {"path": "rootfs", "readonly": true},
             "process": {
                 "terminal": true, "consoleSize": {"height": 24, "width": 80},
-                "user": {"uid": 1000, "gid": 100, "additionalGids": [5, 6]}, "args": ["sh", "-c", "id"],
+                "user": {"uid": 1000, "gid": 100, "additionalGids": [5, 6]}, "args": ["sh", "-c",
+                    "id"],
                 "env": ["A=b"], "cwd": "/tmp", "noNewPrivileges": true, "oomScoreAdj": -5,
                 "capabilities": {"bounding": ["CAP_KILL", "CAP_CHOWN"], "ambient": ["CAP_KILL"]},
                 "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 2, "soft": 1}]
             },
             "linux": {
                 "namespaces": [
-                    {"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "network"}, {"type": "time"}, {"type": "mount"}
+                    {"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "network"},
+                        {"type": "time"}, {"type": "mount"}
                 ],
                 "cgroupsPath": "/default/web", "sysctl": {"net.core.somaxconn": "7"},
                 "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"],
-                "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438}],
+                "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229,
+                    "fileMode": 438}],
                 "resources": {
-                    "devices": [{"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "major": 1, "minor": 0}],
-                    "memory": {"limit": 64}, "cpu": {"shares": 2, "quota": 5, "period": 6, "cpus": "0-3"},
+                    "devices": [{"allow": false, "access": "rwm"}, {"allow": true, "type": "c",
+                        "major": 1, "minor": 0}],
+                    "memory": {"limit": 64}, "cpu": {"shares": 2, "quota": 5, "period": 6,
+                        "cpus": "0-3"},
                     "pids": {"limit": 9}
                 },
                 "seccomp": {
@@ -285,30 +337,73 @@ mod tests {
         }));
         let process = &spec.Process;
         assert!(process.Terminal && process.NoNewPrivileges && spec.Root.Readonly);
-        assert_eq!((process.ConsoleSize.Height, process.ConsoleSize.Width, process.OOMScoreAdj), (24, 80, -5));
         assert_eq!(
-            (process.User.UID, process.User.GID, process.User.AdditionalGids.as_slice()),
+            (
+                process.ConsoleSize.Height,
+                process.ConsoleSize.Width,
+                process.OOMScoreAdj
+            ),
+            (24, 80, -5)
+        );
+        assert_eq!(
+            (
+                process.User.UID,
+                process.User.GID,
+                process.User.AdditionalGids.as_slice()
+            ),
             (1000, 100, &[5, 6][..])
         );
         assert_eq!(process.Capabilities.Bounding, ["CAP_CHOWN", "CAP_KILL"]);
-        assert_eq!((process.Rlimits[0].Type.as_str(), process.Rlimits[0].Hard), ("RLIMIT_NOFILE", 2));
-        assert_eq!((spec.Root.Path.as_str(), spec.Hostname.as_str()), ("/guest/rootfs", "web"));
+        assert_eq!(
+            (process.Rlimits[0].Type.as_str(), process.Rlimits[0].Hard),
+            ("RLIMIT_NOFILE", 2)
+        );
+        assert_eq!(
+            (spec.Root.Path.as_str(), spec.Hostname.as_str()),
+            ("/guest/rootfs", "web")
+        );
         let linux = &spec.Linux;
-        let namespaces: Vec<_> = linux.Namespaces.iter().map(|ns| (ns.Type.as_str(), ns.Path.as_str())).collect();
+        let namespaces: Vec<_> = linux
+            .Namespaces
+            .iter()
+            .map(|ns| (ns.Type.as_str(), ns.Path.as_str()))
+            .collect();
         assert_eq!(namespaces, [("pid", ""), ("mount", "")]);
         assert_eq!(linux.CgroupsPath, "/cofferdam/web");
         assert_eq!(
-            (linux.Sysctl["net.core.somaxconn"].as_str(), linux.Sysctl["net.ipv4.ip_forward"].as_str()),
+            (
+                linux.Sysctl["net.core.somaxconn"].as_str(),
+                linux.Sysctl["net.ipv4.ip_forward"].as_str()
+            ),
             ("7", "1")
         );
-        assert_eq!((linux.Devices[0].Type.as_str(), linux.Devices[0].FileMode), ("c", 438));
+        assert_eq!(
+            (linux.Devices[0].Type.as_str(), linux.Devices[0].FileMode),
+            ("c", 438)
+        );
         let resources = &linux.Resources;
-        assert_eq!((resources.Devices[0].Major, resources.Devices[1].Minor), (-1, 0));
-        assert_eq!((resources.Memory.Limit, resources.CPU.Quota, resources.Pids.Limit), (64, 5, 9));
-        assert_eq!(resources.CPU.Cpus, "", "host CPU numbers mean nothing in the guest");
+        assert_eq!(
+            (resources.Devices[0].Major, resources.Devices[1].Minor),
+            (-1, 0)
+        );
+        assert_eq!(
+            (
+                resources.Memory.Limit,
+                resources.CPU.Quota,
+                resources.Pids.Limit
+            ),
+            (64, 5, 9)
+        );
+        assert_eq!(
+            resources.CPU.Cpus, "",
+            "host CPU numbers mean nothing in the guest"
+        );
         let rule = &linux.Seccomp.Syscalls[0];
         assert!(rule.has_errnoret());
-        assert_eq!((rule.Action.as_str(), rule.Args[0].Op.as_str()), ("SCMP_ACT_ALLOW", "SCMP_CMP_EQ"));
+        assert_eq!(
+            (rule.Action.as_str(), rule.Args[0].Op.as_str()),
+            ("SCMP_ACT_ALLOW", "SCMP_CMP_EQ")
+        );
         assert_eq!(linux.Seccomp.Flags, ["SECCOMP_FILTER_FLAG_LOG"]);
     }
 }

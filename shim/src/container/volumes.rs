@@ -1,4 +1,5 @@
-//! A container's mounts: what of them the host shares, what the guest makes itself, and in which way.
+//! A container's mounts: what of them the host shares, what the guest makes itself, and in which
+//! way.
 //!
 //! | mount | becomes |
 //! |---|---|
@@ -74,7 +75,11 @@ impl Volumes {
     fn one(&mut self, from: &Mount, shares: &Shares, pod: OfPod<'_>) -> Result<proto::Mount> {
         let mut to = proto::Mount {
             destination: from.destination().to_string_lossy().into_owned(),
-            source: from.source().as_ref().map(|source| source.to_string_lossy().into_owned()).unwrap_or_default(),
+            source: from
+                .source()
+                .as_ref()
+                .map(|source| source.to_string_lossy().into_owned())
+                .unwrap_or_default(),
             type_: from.typ().clone().unwrap_or_default(),
             options: from.options().clone().unwrap_or_default(),
             ..Default::default()
@@ -85,9 +90,14 @@ impl Volumes {
             to.options = vec!["rbind".to_owned()];
             return Ok(to);
         }
-        let has = |wanted: &[&str]| to.options.iter().any(|option| wanted.contains(&option.as_str()));
+        let has = |wanted: &[&str]| {
+            to.options
+                .iter()
+                .any(|option| wanted.contains(&option.as_str()))
+        };
         let is_socket = to.type_ == "uds";
-        let is_bind = has(&["bind", "rbind"]) || matches!(to.type_.as_str(), "bind" | "rbind") || is_socket;
+        let is_bind =
+            has(&["bind", "rbind"]) || matches!(to.type_.as_str(), "bind" | "rbind") || is_socket;
         if !is_bind {
             return Ok(to);
         }
@@ -97,7 +107,10 @@ impl Volumes {
             // The guest may have what the host has not.
             Err(_) if is_the_guests(Path::new(&to.source)) => return Ok(to),
             Err(error) => {
-                return Err(Error::invalid(format!("mount source {} for {}: {error}", to.source, to.destination)));
+                return Err(Error::invalid(format!(
+                    "mount source {} for {}: {error}",
+                    to.source, to.destination
+                )));
             }
         };
         if is_the_guests(&pinned.is_at) {
@@ -106,14 +119,16 @@ impl Volumes {
         }
         if pinned.is_kernels() {
             return Err(Error::invalid(format!(
-                "mount source {} for {} is the host kernel's (proc, sysfs, cgroup or the like), which a virtual machine \
+                "mount source {} for {} is the host kernel's (proc, sysfs, cgroup or the like), \
+                 which a virtual machine \
                  cannot share: leave that mount out",
                 to.source, to.destination
             )));
         }
         if has(&["shared", "rshared"]) {
             return Err(Error::invalid(format!(
-                "mount {} asks that mounts made in the container appear on the host (Bidirectional, shared), which a \
+                "mount {} asks that mounts made in the container appear on the host \
+                 (Bidirectional, shared), which a \
                  virtual machine cannot do: use HostToContainer (rslave) or None",
                 to.destination
             )));
@@ -123,7 +138,8 @@ impl Volumes {
         let read_only = has(&["ro", "rro"]);
         if metadata.file_type().is_socket() || is_socket {
             let name = uds::random_name()?;
-            // Not the name, which is a secret: every container of the guest can read the paths of sockets.
+            // Not the name, which is a secret: every container of the guest can read the paths of
+            // sockets.
             to.source = format!("{GUEST_SANDBOX}/uds/{}", shares.number());
             to.type_ = "bind".to_owned();
             if !has(&["bind", "rbind"]) {
@@ -147,17 +163,21 @@ impl Volumes {
         } else {
             let how = Bind {
                 recursive: has(&["rbind"]) || to.type_ == "rbind",
-                // A pod's own scratch space is written by some of its containers and only read by others, which must
-                // see the same files: there the guest alone keeps readers from writing.
+                // A pod's own scratch space is written by some of its containers and only read by
+                // others, which must see the same files: there the guest alone keeps readers from
+                // writing.
                 read_only: read_only && !is_empty_dir(&source, pod.uid),
-                // The kernel's own file systems are closed to writers also where other mounts below are not.
-                read_only_below: has(&["rro"]) || read_only && mounts::has_kernels_mounts_below(&source)?,
+                // The kernel's own file systems are closed to writers also where other mounts below
+                // are not.
+                read_only_below: has(&["rro"])
+                    || read_only && mounts::has_kernels_mounts_below(&source)?,
                 private: !has(&["slave", "rslave"]),
             };
             let share = shares.get(&pinned, how)?;
             to.source = share.guest_path().to_owned();
             if how.read_only && !how.read_only_below && share.has_mounts_below()? {
-                // What is mounted below the source stays writable, and in the guest it takes its parent's flags.
+                // What is mounted below the source stays writable, and in the guest it takes its
+                // parent's flags.
                 to.options.retain(|option| option != "ro");
             }
             self.shares.push(share);
@@ -176,8 +196,8 @@ pub struct Pinned {
     pub metadata: std::fs::Metadata,
 }
 
-/// File systems in which the kernel shows itself (linux/magic.h): proc, sysfs, cgroup, cgroup2, debugfs, tracefs,
-/// securityfs, bpf, devpts, mqueue, pstore, efivarfs, configfs.
+/// File systems in which the kernel shows itself (linux/magic.h): proc, sysfs, cgroup, cgroup2,
+/// debugfs, tracefs, securityfs, bpf, devpts, mqueue, pstore, efivarfs, configfs.
 const OF_THE_KERNEL: [i64; 13] = [
     0x9fa0,
     0x6265_6572,
@@ -200,10 +220,17 @@ impl Pinned {
     /// # Errors
     /// The system's own.
     pub fn open(path: &Path) -> std::io::Result<Pinned> {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(path)?;
         let metadata = file.metadata()?;
         let is_at = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        Ok(Pinned { file, is_at, metadata })
+        Ok(Pinned {
+            file,
+            is_at,
+            metadata,
+        })
     }
 
     /// The size in bytes of the tmpfs that it is in, if it is in one.
@@ -217,7 +244,9 @@ impl Pinned {
         // What cannot be told is not shared. A devtmpfs says that it is a tmpfs.
         let device = |path: &str| std::fs::metadata(path).map(|found| found.dev()).ok();
         let is_dev = device("/dev") != device("/") && device("/dev") == Some(self.metadata.dev());
-        is_dev || !fstatfs(&self.file).is_ok_and(|found| !OF_THE_KERNEL.contains(&found.filesystem_type().0))
+        is_dev
+            || !fstatfs(&self.file)
+                .is_ok_and(|found| !OF_THE_KERNEL.contains(&found.filesystem_type().0))
     }
 }
 
@@ -229,22 +258,32 @@ impl AsFd for Pinned {
 
 /// Whether the guest has what is there itself.
 fn is_the_guests(path: &Path) -> bool {
-    ["/proc", "/sys", "/dev"].iter().any(|root| path.starts_with(root))
+    ["/proc", "/sys", "/dev"]
+        .iter()
+        .any(|root| path.starts_with(root))
 }
 
-/// Whether this is in an emptyDir of this very pod: `…/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`, as the kubelet
-/// names it. Another pod's is a directory of the host like any other.
+/// Whether this is in an emptyDir of this very pod:
+/// `…/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`, as the kubelet names it. Another pod's is
+/// a directory of the host like any other.
 fn is_empty_dir(source: &Path, uid: Option<&str>) -> bool {
     let Some(uid) = uid else { return false };
     let parts: Vec<_> = source.iter().collect();
-    parts.windows(4).any(|window| window == ["pods", uid, "volumes", EMPTY_DIR])
+    parts
+        .windows(4)
+        .any(|window| window == ["pods", uid, "volumes", EMPTY_DIR])
 }
 
-/// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its own instead. It stays
-/// until the sandbox ends: a container that is restarted finds its data.
+/// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its
+/// own instead. It stays until the sandbox ends: a container that is restarted finds its data.
 fn memory_volume(source: &Pinned, uid: Option<&str>) -> Option<Storage> {
-    let Pinned { file, is_at, metadata } = source;
-    if !metadata.is_dir() || is_at.parent()?.file_name()? != EMPTY_DIR || !is_empty_dir(is_at, uid) {
+    let Pinned {
+        file,
+        is_at,
+        metadata,
+    } = source;
+    if !metadata.is_dir() || is_at.parent()?.file_name()? != EMPTY_DIR || !is_empty_dir(is_at, uid)
+    {
         return None;
     }
     let parent = openat(file, "..", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
@@ -252,7 +291,10 @@ fn memory_volume(source: &Pinned, uid: Option<&str>) -> Option<Storage> {
         return None;
     }
     let size = source.tmpfs_size()?;
-    let mut options = vec![format!("size={size}"), format!("mode={:o}", metadata.permissions().mode() & 0o7777)];
+    let mut options = vec![
+        format!("size={size}"),
+        format!("mode={:o}", metadata.permissions().mode() & 0o7777),
+    ];
     if metadata.gid() != 0 {
         options.push(format!("fsgid={}", metadata.gid()));
     }
@@ -261,7 +303,10 @@ fn memory_volume(source: &Pinned, uid: Option<&str>) -> Option<Storage> {
         source: "tmpfs".to_owned(),
         fstype: "tmpfs".to_owned(),
         options,
-        mount_point: format!("{GUEST_SANDBOX}/ephemeral/{}", is_at.file_name()?.to_string_lossy()),
+        mount_point: format!(
+            "{GUEST_SANDBOX}/ephemeral/{}",
+            is_at.file_name()?.to_string_lossy()
+        ),
         shared: true,
         ..Default::default()
     })
@@ -275,7 +320,10 @@ mod tests {
     use super::*;
     use crate::sandbox::dir::Dir;
 
-    const POD: OfPod<'_> = OfPod { shm: None, uid: Some("u1") };
+    const POD: OfPod<'_> = OfPod {
+        shm: None,
+        uid: Some("u1"),
+    };
 
     fn mounts_of(list: serde_json::Value) -> Vec<Mount> {
         serde_json::from_value(list).unwrap()
@@ -311,12 +359,15 @@ mod tests {
         alone(|dir| {
             let data = source(dir, "data");
             let shares = shares(dir);
-            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": ["rbind"]}]));
+            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": data,
+                    "options": ["rbind"]}]));
             let first = prepare(&list, &shares, POD).unwrap();
             let second = prepare(&list, &shares, POD).unwrap();
             assert_eq!(first.mounts[0].source, second.mounts[0].source);
             drop(first);
-            let place = dir.join("share/.volumes").join(second.mounts[0].source.rsplit('/').next().unwrap());
+            let place = dir
+                .join("share/.volumes")
+                .join(second.mounts[0].source.rsplit('/').next().unwrap());
             std::fs::write(data.join("file"), "").unwrap();
             assert!(place.join("file").exists());
             drop(second);
@@ -328,29 +379,49 @@ mod tests {
     fn a_reader_cannot_write_on_the_host_but_for_a_pods_scratch_space() {
         alone(|dir| {
             let shares = shares(dir);
-            let (data, scratch) = (source(dir, "data"), source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache"));
+            let (data, scratch) = (
+                source(dir, "data"),
+                source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache"),
+            );
             let mounted = |path: &Path| {
                 let list = mounts_of(json!([
-                    {"destination": "/d", "type": "bind", "source": path, "options": ["rbind", "ro"]}
+                    {"destination": "/d", "type": "bind", "source": path, "options": ["rbind",
+                        "ro"]}
                 ]));
                 let volumes = prepare(&list, &shares, POD).unwrap();
-                let name = volumes.mounts[0].source.rsplit('/').next().unwrap().to_owned();
+                let name = volumes.mounts[0]
+                    .source
+                    .rsplit('/')
+                    .next()
+                    .unwrap()
+                    .to_owned();
                 (volumes, dir.join("share/.volumes").join(name))
             };
             let (_volumes, place) = mounted(&data);
             assert!(std::fs::write(place.join("file"), "").is_err());
             let (volumes, place) = mounted(&scratch);
             std::fs::write(place.join("file"), "").unwrap();
-            assert!(volumes.mounts[0].options.contains(&"ro".to_owned()), "the guest keeps it read-only");
+            assert!(
+                volumes.mounts[0].options.contains(&"ro".to_owned()),
+                "the guest keeps it read-only"
+            );
         });
     }
 
     #[test]
     fn another_pods_scratch_space_is_a_directory_like_any_other() {
         for (path, uid, own) in [
-            ("/k/pods/u1/volumes/kubernetes.io~empty-dir/c", Some("u1"), true),
+            (
+                "/k/pods/u1/volumes/kubernetes.io~empty-dir/c",
+                Some("u1"),
+                true,
+            ),
             ("/k/pods/u1/volumes/kubernetes.io~empty-dir/c", None, false),
-            ("/k/pods/u2/volumes/kubernetes.io~empty-dir/c", Some("u1"), false),
+            (
+                "/k/pods/u2/volumes/kubernetes.io~empty-dir/c",
+                Some("u1"),
+                false,
+            ),
             ("/srv/kubernetes.io~empty-dir/u1", Some("u1"), false),
         ] {
             assert_eq!(is_empty_dir(Path::new(path), uid), own, "{path} {uid:?}");
@@ -362,18 +433,34 @@ mod tests {
         alone(|dir| {
             let data = source(dir, "data");
             let below = source(dir, "data/below");
-            mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            mount(
+                Some("tmpfs"),
+                &below,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
             let shares = shares(dir);
             let list = |options: &[&str]| {
-                mounts_of(json!([{"destination": "/d", "type": "bind", "source": data, "options": options}]))
+                mounts_of(json!([{"destination": "/d", "type": "bind", "source": data,
+                        "options": options}]))
             };
             let volumes = prepare(&list(&["rbind", "ro"]), &shares, POD).unwrap();
-            assert_eq!(volumes.mounts[0].options, ["rbind"], "the host alone keeps it read-only");
-            let place = dir.join("share/.volumes").join(volumes.mounts[0].source.rsplit('/').next().unwrap());
+            assert_eq!(
+                volumes.mounts[0].options,
+                ["rbind"],
+                "the host alone keeps it read-only"
+            );
+            let place = dir
+                .join("share/.volumes")
+                .join(volumes.mounts[0].source.rsplit('/').next().unwrap());
             std::fs::write(place.join("below/file"), "").unwrap();
             assert!(std::fs::write(place.join("file"), "").is_err());
             let all = prepare(&list(&["rbind", "rro"]), &shares, POD).unwrap();
-            let place = dir.join("share/.volumes").join(all.mounts[0].source.rsplit('/').next().unwrap());
+            let place = dir
+                .join("share/.volumes")
+                .join(all.mounts[0].source.rsplit('/').next().unwrap());
             assert!(std::fs::write(place.join("below/other"), "").is_err());
             drop((volumes, all));
             nix::mount::umount(&below).unwrap();
@@ -385,14 +472,28 @@ mod tests {
         alone(|dir| {
             let path = source(dir, "pods/u1/volumes/kubernetes.io~empty-dir/cache");
             let flags = MsFlags::empty();
-            mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some("size=8m,mode=1777")).unwrap();
+            mount(
+                Some("tmpfs"),
+                &path,
+                Some("tmpfs"),
+                flags,
+                Some("size=8m,mode=1777"),
+            )
+            .unwrap();
             let shares = shares(dir);
-            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path, "options": ["rbind"]}]));
+            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path,
+                    "options": ["rbind"]}]));
             let volumes = prepare(&list, &shares, POD).unwrap();
             let storage = &volumes.storages[0];
-            assert_eq!((storage.driver.as_str(), storage.shared), ("ephemeral", true));
+            assert_eq!(
+                (storage.driver.as_str(), storage.shared),
+                ("ephemeral", true)
+            );
             assert_eq!(storage.options, ["size=8388608", "mode=1777"]);
-            assert_eq!(volumes.mounts[0].source, "/run/kata-containers/sandbox/ephemeral/cache");
+            assert_eq!(
+                volumes.mounts[0].source,
+                "/run/kata-containers/sandbox/ephemeral/cache"
+            );
             nix::mount::umount(&path).unwrap();
         });
     }
@@ -409,10 +510,23 @@ mod tests {
             ]));
             let volumes = prepare(&list, &shares, POD).unwrap();
             for (mount, storage) in volumes.mounts.iter().zip(&volumes.storages) {
-                assert_eq!((mount.type_.as_str(), &mount.source), ("bind", &storage.mount_point));
-                assert_eq!((storage.driver.as_str(), storage.source.len()), (UDS_DRIVER, 32));
+                assert_eq!(
+                    (mount.type_.as_str(), &mount.source),
+                    ("bind", &storage.mount_point)
+                );
+                assert_eq!(
+                    (storage.driver.as_str(), storage.source.len()),
+                    (UDS_DRIVER, 32)
+                );
             }
-            assert_eq!(volumes.sockets.iter().map(|(_, path)| path).collect::<Vec<_>>(), [&path, &path]);
+            assert_eq!(
+                volumes
+                    .sockets
+                    .iter()
+                    .map(|(_, path)| path)
+                    .collect::<Vec<_>>(),
+                [&path, &path]
+            );
         });
     }
 
@@ -423,21 +537,57 @@ mod tests {
             let shares = shares(dir);
             let list = mounts_of(json!([
                 {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
+                {"destination": "/dev/null2", "type": "bind", "source": "/dev/null",
+                    "options": ["bind"]},
                 {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind"]}
             ]));
-            let volumes = prepare(&list, &shares, OfPod { shm: Some(&shm), ..POD }).unwrap();
-            let sources: Vec<_> = volumes.mounts.iter().map(|mount| mount.source.as_str()).collect();
+            let volumes = prepare(
+                &list,
+                &shares,
+                OfPod {
+                    shm: Some(&shm),
+                    ..POD
+                },
+            )
+            .unwrap();
+            let sources: Vec<_> = volumes
+                .mounts
+                .iter()
+                .map(|mount| mount.source.as_str())
+                .collect();
             assert_eq!(sources, ["proc", "/dev/null", GUEST_SHM]);
             assert!(volumes.storages.is_empty());
             // A volume that the pod has put there is no shm of the pod's.
-            let volumes = prepare(&list, &shares, OfPod { shm: Some(Path::new("/other")), ..POD }).unwrap();
+            let volumes = prepare(
+                &list,
+                &shares,
+                OfPod {
+                    shm: Some(Path::new("/other")),
+                    ..POD
+                },
+            )
+            .unwrap();
             assert!(volumes.mounts[2].source.contains(".volumes"));
             let list = mounts_of(json!([
-                {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"]}
+                {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                    "options": ["size=65536k"]}
             ]));
-            let volumes = prepare(&list, &shares, OfPod { shm: Some(Path::new("shm")), ..POD }).unwrap();
-            assert_eq!((volumes.mounts[0].source.as_str(), volumes.mounts[0].type_.as_str()), (GUEST_SHM, "bind"));
+            let volumes = prepare(
+                &list,
+                &shares,
+                OfPod {
+                    shm: Some(Path::new("shm")),
+                    ..POD
+                },
+            )
+            .unwrap();
+            assert_eq!(
+                (
+                    volumes.mounts[0].source.as_str(),
+                    volumes.mounts[0].type_.as_str()
+                ),
+                (GUEST_SHM, "bind")
+            );
         });
     }
 
@@ -446,11 +596,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("share")).unwrap();
         let shares = shares(dir.path());
-        let refused = |mount: serde_json::Value| prepare(&mounts_of(json!([mount])), &shares, POD).unwrap_err().message;
-        let message =
-            refused(json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}));
-        assert!(message.contains("HostToContainer") && message.contains("/d"), "{message}");
-        let message = refused(json!({"destination": "/d", "type": "bind", "source": "/no/such", "options": ["bind"]}));
-        assert!(message.contains("/no/such") && message.contains("No such file"), "{message}");
+        let refused = |mount: serde_json::Value| {
+            prepare(&mounts_of(json!([mount])), &shares, POD)
+                .unwrap_err()
+                .message
+        };
+        let message = refused(
+            json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind",
+                "rshared"]}),
+        );
+        assert!(
+            message.contains("HostToContainer") && message.contains("/d"),
+            "{message}"
+        );
+        let message = refused(
+            json!({"destination": "/d", "type": "bind", "source": "/no/such", "options": ["bind"]}),
+        );
+        assert!(
+            message.contains("/no/such") && message.contains("No such file"),
+            "{message}"
+        );
     }
 }

@@ -1,13 +1,15 @@
-//! The agent, as the rest of the shim knows it: each call gives what the host may believe, or an error.
+//! The agent, as the rest of the shim knows it: each call gives what the host may believe, or an
+//! error.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent_client::protocols::agent::{
-    AddARPNeighborsRequest, CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest, GetOOMEventRequest,
-    GuestDetailsRequest, OnlineCPUMemRequest, PauseContainerRequest, ReadStreamRequest, RemoveContainerRequest,
-    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
+    AddARPNeighborsRequest, CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest,
+    GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest, PauseContainerRequest,
+    ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use agent_client::stdio::Channel;
 use agent_client::{AgentClient, context};
@@ -32,7 +34,8 @@ pub struct Agent {
     fault: Arc<watch::Sender<Option<Fault>>>,
 }
 
-/// Calls whose answer says nothing but that it is done; if it has more in it (the routes, the interface), nobody looks.
+/// Calls whose answer says nothing but that it is done; if it has more in it (the routes, the
+/// interface), nobody looks.
 macro_rules! calls {
     ($($(#[$doc:meta])* $name:ident($request:ty) $method:literal;)*) => {
         impl Agent {
@@ -82,15 +85,23 @@ calls! {
 impl Agent {
     /// Takes the client; nobody else has it.
     pub fn new(client: AgentClient) -> Agent {
-        Agent { client, fault: Arc::new(watch::Sender::new(None)) }
+        Agent {
+            client,
+            fault: Arc::new(watch::Sender::new(None)),
+        }
     }
 
     /// Waits until the agent is of no use any more; any number of callers may.
     pub async fn failed(&self) -> Fault {
         let mut fault = self.fault.subscribe();
-        let seen = fault.wait_for(Option::is_some).await.map(|fault| fault.clone());
+        let seen = fault
+            .wait_for(Option::is_some)
+            .await
+            .map(|fault| fault.clone());
         // `self` holds the sender.
-        seen.ok().flatten().unwrap_or_else(|| Fault::Lost("the connection to the guest agent was lost".into()))
+        seen.ok()
+            .flatten()
+            .unwrap_or_else(|| Fault::Lost("the connection to the guest agent was lost".into()))
     }
 
     /// The first fault stays: what follows it follows from it.
@@ -105,7 +116,9 @@ impl Agent {
     fn judged<T>(&self, method: &str, answer: ttrpc::Result<T>) -> Result<T> {
         answer.map_err(|error| {
             let error = match self.client.broken() {
-                Some(rule) if !matches!(error, ttrpc::Error::RpcStatus(_)) => ttrpc::Error::Socket(rule.to_owned()),
+                Some(rule) if !matches!(error, ttrpc::Error::RpcStatus(_)) => {
+                    ttrpc::Error::Socket(rule.to_owned())
+                }
                 _ => error,
             };
             let (error, fault) = judge(method, &error);
@@ -119,8 +132,11 @@ impl Agent {
     /// # Errors
     /// As those of every call.
     pub async fn features(&self, deadline: Duration) -> Result<Features> {
-        let answer =
-            self.client.agent.get_guest_details(context(Some(deadline)), &GuestDetailsRequest::default()).await;
+        let answer = self
+            .client
+            .agent
+            .get_guest_details(context(Some(deadline)), &GuestDetailsRequest::default())
+            .await;
         let details = self.judged("GetGuestDetails", answer)?;
         Ok(Features::of(&details.agent_details))
     }
@@ -129,13 +145,23 @@ impl Agent {
     ///
     /// # Errors
     /// As those of every call.
-    pub async fn stats(&self, request: &StatsContainerRequest, deadline: Duration) -> Result<Stats> {
-        let answer = self.client.agent.stats_container(context(Some(deadline)), request).await;
-        Ok(Stats::of(&self.judged("StatsContainer", answer)?.cgroup_stats))
+    pub async fn stats(
+        &self,
+        request: &StatsContainerRequest,
+        deadline: Duration,
+    ) -> Result<Stats> {
+        let answer = self
+            .client
+            .agent
+            .stats_container(context(Some(deadline)), request)
+            .await;
+        Ok(Stats::of(
+            &self.judged("StatsContainer", answer)?.cgroup_stats,
+        ))
     }
 
-    /// Waits for the end of a process, as long as that takes: its status, or none if there will not be one, because the
-    /// agent has failed.
+    /// Waits for the end of a process, as long as that takes: its status, or none if there will not
+    /// be one, because the agent has failed.
     pub async fn wait_process(&self, request: &WaitProcessRequest) -> Option<u32> {
         match self.client.agent.wait_process(context(None), request).await {
             Ok(answer) => Some(exit_status(answer.status)),
@@ -143,7 +169,8 @@ impl Agent {
                 let is_answer = matches!(error, ttrpc::Error::RpcStatus(_));
                 let error = self.judged("WaitProcess", Err::<(), _>(error)).err()?;
                 if is_answer {
-                    tracing::warn!(%error, id = request.container_id, "the guest does not know how a process ended");
+                    tracing::warn!(%error, id = request.container_id,
+                        "the guest does not know how a process ended");
                     return Some(UNKNOWN_STATUS);
                 }
                 // Nobody would ever hear of the process again.
@@ -153,12 +180,18 @@ impl Agent {
         }
     }
 
-    /// Waits for the next container that is out of memory: a name that may be anything. None: the agent cannot tell.
+    /// Waits for the next container that is out of memory: a name that may be anything. None: the
+    /// agent cannot tell.
     ///
     /// # Errors
     /// The agent has failed.
     pub(super) async fn oom_event(&self) -> Result<Option<String>> {
-        match self.client.agent.get_oom_event(context(None), &GetOOMEventRequest::default()).await {
+        match self
+            .client
+            .agent
+            .get_oom_event(context(None), &GetOOMEventRequest::default())
+            .await
+        {
             Ok(event) => Ok(Some(event.container_id)),
             Err(error) => {
                 let is_answer = matches!(error, ttrpc::Error::RpcStatus(_));
@@ -172,10 +205,16 @@ impl Agent {
     ///
     /// # Errors
     /// As those of every call; more than was asked for.
-    pub async fn read(&self, channel: Channel, request: &ReadStreamRequest) -> Result<Option<Vec<u8>>> {
+    pub async fn read(
+        &self,
+        channel: Channel,
+        request: &ReadStreamRequest,
+    ) -> Result<Option<Vec<u8>>> {
         let answer = match channel {
             Channel::Stderr => self.client.agent.read_stderr(context(None), request).await,
-            Channel::Stdin | Channel::Stdout => self.client.agent.read_stdout(context(None), request).await,
+            Channel::Stdin | Channel::Stdout => {
+                self.client.agent.read_stdout(context(None), request).await
+            }
         };
         let data = self.judged("ReadStdout", answer)?.data;
         if data.len() > request.len as usize {
@@ -187,7 +226,8 @@ impl Agent {
         Ok(Some(data).filter(|data| !data.is_empty()))
     }
 
-    /// Writes to a process's input. How much of it the agent says that it took says nothing: it takes all or fails.
+    /// Writes to a process's input. How much of it the agent says that it took says nothing: it
+    /// takes all or fails.
     ///
     /// # Errors
     /// As those of every call.

@@ -1,19 +1,22 @@
 //! Everything that the guest says, and what of it may be said.
 //!
-//! The guest is whoever broke into it. Each value that the agent answers comes through here before anything else of the
-//! shim sees it: [`Agent`] is the only holder of the client, and gives known features, statuses of 0 to 255, short texts
-//! without control characters, lists of a known length, containers of this sandbox. What cannot be understood is no
-//! answer: it ends the machine, with a reason.
+//! The guest is whoever broke into it. Each value that the agent answers comes through here before
+//! anything else of the shim sees it: [`Agent`] is the only holder of the client, and gives known
+//! features, statuses of 0 to 255, short texts without control characters, lists of a known length,
+//! containers of this sandbox. What cannot be understood is no answer: it ends the machine, with a
+//! reason.
 //!
-//! Sizes are bounded below that already: no answer is larger than [`agent_client::MAX_FRAME`], and there is one for each
-//! question.
+//! Sizes are bounded below that already: no answer is larger than [`agent_client::MAX_FRAME`], and
+//! there is one for each question.
 
 mod agent;
 mod oom;
 mod stats;
 
 use agent_client::protocols::agent::AgentDetails;
-use agent_client::{FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS};
+use agent_client::{
+    FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
+};
 use ttrpc::Code;
 
 use crate::error::{Error, Failure};
@@ -52,7 +55,12 @@ pub struct Features {
 
 impl Features {
     pub(crate) fn of(details: &AgentDetails) -> Features {
-        let has = |feature| details.extra_features.iter().any(|announced| announced == feature);
+        let has = |feature| {
+            details
+                .extra_features
+                .iter()
+                .any(|announced| announced == feature)
+        };
         Features {
             version: text(&details.version, MAX_VERSION),
             seccomp: details.supports_seccomp,
@@ -65,11 +73,13 @@ impl Features {
     }
 }
 
-/// A text of the guest's as one line of at most `max` bytes: each run of control characters (those that change the
-/// direction of a text are among them) and white space is a blank.
+/// A text of the guest's as one line of at most `max` bytes: each run of control characters (those
+/// that change the direction of a text are among them) and white space is a blank.
 pub fn text(raw: &str, max: usize) -> String {
     let mut line = String::new();
-    for word in raw.split(|c: char| c.is_control() || c.is_whitespace() || is_format(c)).filter(|word| !word.is_empty())
+    for word in raw
+        .split(|c: char| c.is_control() || c.is_whitespace() || is_format(c))
+        .filter(|word| !word.is_empty())
     {
         let blank = usize::from(!line.is_empty());
         let room = max.saturating_sub(line.len() + blank);
@@ -87,7 +97,8 @@ pub fn text(raw: &str, max: usize) -> String {
 
 /// Characters that are not seen and change how others are.
 fn is_format(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+    matches!(c,
+        '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
         | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
 }
 
@@ -96,21 +107,40 @@ fn exit_status(raw: i32) -> u32 {
     u8::try_from(raw).map_or(UNKNOWN_STATUS, u32::from)
 }
 
-/// What a failed call to the agent means: what its caller is told, and, if it is the end of the agent, how.
+/// What a failed call to the agent means: what its caller is told, and, if it is the end of the
+/// agent, how.
 pub(crate) fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>) {
     let words = || text(&error.to_string(), MAX_TEXT);
     match (Failure::of(error), error) {
         (_, ttrpc::Error::RpcStatus(status)) => {
             // An error that says that there is none is none that a client could act on.
-            let code = Some(status.code()).filter(|code| *code != Code::OK).unwrap_or(Code::UNKNOWN);
-            (Error { code, message: text(status.message(), MAX_TEXT) }, None)
+            let code = Some(status.code())
+                .filter(|code| *code != Code::OK)
+                .unwrap_or(Code::UNKNOWN);
+            (
+                Error {
+                    code,
+                    message: text(status.message(), MAX_TEXT),
+                },
+                None,
+            )
         }
-        (Failure::Late, _) => (Error::deadline(format!("the guest agent did not answer {method} in time")), None),
-        (Failure::Unsendable, _) => {
-            (Error::internal(format!("cannot ask the guest agent for {method}: {}", words())), None)
-        }
+        (Failure::Late, _) => (
+            Error::deadline(format!("the guest agent did not answer {method} in time")),
+            None,
+        ),
+        (Failure::Unsendable, _) => (
+            Error::internal(format!(
+                "cannot ask the guest agent for {method}: {}",
+                words()
+            )),
+            None,
+        ),
         (Failure::Garbled, _) => {
-            let reason = format!("the guest agent's answer to {method} is not understood: {}", words());
+            let reason = format!(
+                "the guest agent's answer to {method} is not understood: {}",
+                words()
+            );
             (Error::unavailable(&reason), Some(Fault::Garbled(reason)))
         }
         (Failure::Lost | Failure::Answered, _) => {

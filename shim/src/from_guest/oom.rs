@@ -1,4 +1,5 @@
-//! Containers that ran out of memory, at a rate that costs the host nothing whatever the guest says.
+//! Containers that ran out of memory, at a rate that costs the host nothing whatever the guest
+//! says.
 
 use std::time::Duration;
 
@@ -7,8 +8,8 @@ use tokio::time::{Instant, sleep};
 use super::Agent;
 use crate::error::Result;
 
-/// Events that are taken one after the other, and how long after that each of the next waits. A guest that names one
-/// without end costs ten questions a second.
+/// Events that are taken one after the other, and how long after that each of the next waits. A
+/// guest that names one without end costs ten questions a second.
 const BURST: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -27,7 +28,11 @@ pub struct Bucket {
 impl Bucket {
     /// `burst` at once, then one in `each`.
     pub fn new(burst: u32, each: Duration) -> Bucket {
-        Bucket { burst, each, full: Instant::now() }
+        Bucket {
+            burst,
+            each,
+            full: Instant::now(),
+        }
     }
 
     /// Whether there is one more now, which is taken.
@@ -50,8 +55,8 @@ impl Bucket {
     }
 }
 
-/// Asks the agent for containers that ran out of memory until it fails, and tells each that it names: one may be of
-/// another sandbox, or none at all.
+/// Asks the agent for containers that ran out of memory until it fails, and tells each that it
+/// names: one may be of another sandbox, or none at all.
 pub async fn watch_oom(agent: Agent, tell: impl Fn(String)) {
     let mut pace = Bucket::new(BURST, PAUSE);
     loop {

@@ -1,4 +1,5 @@
-//! What a container uses, by its guest: numbers, and nothing of a length or a name that the guest chooses.
+//! What a container uses, by its guest: numbers, and nothing of a length or a name that the guest
+//! chooses.
 
 use std::collections::BTreeMap;
 
@@ -58,7 +59,14 @@ pub enum Op {
 }
 
 impl Op {
-    const ALL: [Op; 6] = [Op::Read, Op::Write, Op::Sync, Op::Async, Op::Discard, Op::Total];
+    const ALL: [Op; 6] = [
+        Op::Read,
+        Op::Write,
+        Op::Sync,
+        Op::Async,
+        Op::Discard,
+        Op::Total,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -136,15 +144,28 @@ impl Stats {
             cpu_total: cpu.cpu_usage.total_usage,
             cpu_kernel: cpu.cpu_usage.usage_in_kernelmode,
             cpu_user: cpu.cpu_usage.usage_in_usermode,
-            cpus: cpu.cpu_usage.percpu_usage.iter().take(MAX_CPUS).copied().collect(),
-            throttling: (throttling.periods, throttling.throttled_periods, throttling.throttled_time),
+            cpus: cpu
+                .cpu_usage
+                .percpu_usage
+                .iter()
+                .take(MAX_CPUS)
+                .copied()
+                .collect(),
+            throttling: (
+                throttling.periods,
+                throttling.throttled_periods,
+                throttling.throttled_time,
+            ),
             memory: limited(&memory.usage),
             swap: limited(&memory.swap_usage),
             kernel: limited(&memory.kernel_usage),
             pids: (said.pids_stats.current, said.pids_stats.limit),
             io_bytes: entries(&said.blkio_stats.io_service_bytes_recursive),
             io_requests: entries(&said.blkio_stats.io_serviced_recursive),
-            memory_stat: MEMORY.iter().filter_map(|key| Some((*key, *memory.stats.get(*key)?))).collect(),
+            memory_stat: MEMORY
+                .iter()
+                .filter_map(|key| Some((*key, *memory.stats.get(*key)?)))
+                .collect(),
         }
     }
 
@@ -169,13 +190,25 @@ impl Stats {
 }
 
 fn limited(said: &MemoryData) -> Limited {
-    Limited { usage: said.usage, max_usage: said.max_usage, failcnt: said.failcnt, limit: said.limit }
+    Limited {
+        usage: said.usage,
+        max_usage: said.max_usage,
+        failcnt: said.failcnt,
+        limit: said.limit,
+    }
 }
 
 fn entries(said: &[BlkioStatsEntry]) -> Vec<IoEntry> {
     let known = |entry: &BlkioStatsEntry| {
-        let op = Op::ALL.into_iter().find(|op| op.name().eq_ignore_ascii_case(&entry.op))?;
-        Some(IoEntry { major: entry.major, minor: entry.minor, op, value: entry.value })
+        let op = Op::ALL
+            .into_iter()
+            .find(|op| op.name().eq_ignore_ascii_case(&entry.op))?;
+        Some(IoEntry {
+            major: entry.major,
+            minor: entry.minor,
+            op,
+            value: entry.value,
+        })
     };
     // What comes after these is not even looked at.
     said.iter().take(MAX_IO).filter_map(known).collect()
@@ -189,11 +222,20 @@ mod tests {
 
     #[test]
     fn lists_and_names_are_the_hosts() {
-        let entry =
-            |op: &str, value| BlkioStatsEntry { major: 8, minor: value, op: op.into(), value, ..Default::default() };
+        let entry = |op: &str, value| BlkioStatsEntry {
+            major: 8,
+            minor: value,
+            op: op.into(),
+            value,
+            ..Default::default()
+        };
         let said = CgroupStats {
             cpu_stats: Some(CpuStats {
-                cpu_usage: Some(CpuUsage { percpu_usage: vec![1; 5000], ..Default::default() }).into(),
+                cpu_usage: Some(CpuUsage {
+                    percpu_usage: vec![1; 5000],
+                    ..Default::default()
+                })
+                .into(),
                 ..Default::default()
             })
             .into(),
@@ -212,7 +254,10 @@ mod tests {
             ..Default::default()
         };
         let stats = Stats::of(&said);
-        assert_eq!((stats.cpus.len(), stats.io_bytes.len()), (MAX_CPUS, MAX_IO - 1));
+        assert_eq!(
+            (stats.cpus.len(), stats.io_bytes.len()),
+            (MAX_CPUS, MAX_IO - 1)
+        );
         assert_eq!(stats.io_bytes[0].op.name(), "Read");
         assert_eq!(stats.memory_stat.len(), 1);
         assert_eq!(stats.memory_stat("anon"), 7);
@@ -221,14 +266,24 @@ mod tests {
     #[test]
     fn sums_have_an_end() {
         let said = CgroupStats {
-            memory_stats: Some(MemoryStats { stats: [("file".to_owned(), u64::MAX)].into(), ..Default::default() })
-                .into(),
+            memory_stats: Some(MemoryStats {
+                stats: [("file".to_owned(), u64::MAX)].into(),
+                ..Default::default()
+            })
+            .into(),
             ..Default::default()
         };
-        let one = Stats { cpu_total: u64::MAX - 1, pids: (3, 0), ..Stats::of(&said) };
+        let one = Stats {
+            cpu_total: u64::MAX - 1,
+            pids: (3, 0),
+            ..Stats::of(&said)
+        };
         let mut sum = Stats::default();
         sum.add(&one);
         sum.add(&one);
-        assert_eq!((sum.cpu_total, sum.pids.0, sum.memory_stat("file")), (u64::MAX, 6, u64::MAX));
+        assert_eq!(
+            (sum.cpu_total, sum.pids.0, sum.memory_stat("file")),
+            (u64::MAX, 6, u64::MAX)
+        );
     }
 }

@@ -1,8 +1,10 @@
-//! Port forwarding: what connects to loopback in a pod's network namespace on the host reaches the guest's loopback.
+//! Port forwarding: what connects to loopback in a pod's network namespace on the host reaches the
+//! guest's loopback.
 //!
-//! `kubectl port-forward` ends in containerd dialling `localhost:<port>` inside the pod's network namespace, where
-//! nobody listens, because the pod's servers run in the guest. So a listener answers there for every port. A port that
-//! somebody does listen on there, such as a proxy of the host's side, stays theirs.
+//! `kubectl port-forward` ends in containerd dialling `localhost:<port>` inside the pod's network
+//! namespace, where nobody listens, because the pod's servers run in the guest. So a listener
+//! answers there for every port. A port that somebody does listen on there, such as a proxy of the
+//! host's side, stays theirs.
 
 use std::collections::HashSet;
 use std::io;
@@ -34,12 +36,14 @@ pub struct Forwarder {
 
 impl Forwarder {
     /// Begins to answer on the loopback addresses of a namespace. The guest's agent must have
-    /// [`agent_client::FEATURE_PORT_FORWARD`]. On a host that cannot do it there is no forwarding, and a warning.
+    /// [`agent_client::FEATURE_PORT_FORWARD`]. On a host that cannot do it there is no forwarding,
+    /// and a warning.
     pub fn start(netns: &Netns, transport: &Transport) -> Option<Forwarder> {
         match start(netns, transport) {
             Ok(forwarder) => Some(forwarder),
             Err(error) => {
-                tracing::warn!(%error, "no port forwarding to this pod: it needs Linux 5.9 with BPF");
+                tracing::warn!(%error,
+                    "no port forwarding to this pod: it needs Linux 5.9 with BPF");
                 None
             }
         }
@@ -59,9 +63,12 @@ impl Taken {
     /// Looks again who listens, tells the program, and says whether `port` is somebody's.
     fn look(&self, port: u16) -> io::Result<bool> {
         let now = self.netns.run(|| {
-            let read = |file: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+            let read =
+                |file: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{file}"));
             let all = format!("{}{}", read("tcp")?, read("tcp6").unwrap_or_default());
-            Ok(listening(&all).filter(|port| !self.own.contains(port)).collect::<HashSet<u16>>())
+            Ok(listening(&all)
+                .filter(|port| !self.own.contains(port))
+                .collect::<HashSet<u16>>())
         })?;
         let mut known = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
         let (ports, before) = &mut *known;
@@ -98,9 +105,15 @@ fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
     })?;
     let ports = Ports::new()?;
     let program = sk_lookup::attach(netns.fd(), v4.as_fd(), v6.as_ref().map(AsFd::as_fd), &ports)?;
-    let own =
-        [Some(&v4), v6.as_ref()].into_iter().flatten().filter_map(|listener| Some(listener.local_addr().ok()?.port()));
-    let taken = Taken { netns: netns.try_clone()?, own: own.collect(), ports: Mutex::new((ports, HashSet::new())) };
+    let own = [Some(&v4), v6.as_ref()]
+        .into_iter()
+        .flatten()
+        .filter_map(|listener| Some(listener.local_addr().ok()?.port()));
+    let taken = Taken {
+        netns: netns.try_clone()?,
+        own: own.collect(),
+        ports: Mutex::new((ports, HashSet::new())),
+    };
     taken.look(0)?;
     let taken = Arc::new(taken);
     let mut relays = Vec::new();
@@ -108,9 +121,14 @@ fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
         listener.set_nonblocking(true)?;
         let (transport, taken) = (transport.clone(), taken.clone());
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        relays.push(serve(listener, move |connection| forward(connection, transport.clone(), taken.clone())));
+        relays.push(serve(listener, move |connection| {
+            forward(connection, transport.clone(), taken.clone())
+        }));
     }
-    Ok(Forwarder { _program: program, _relays: relays })
+    Ok(Forwarder {
+        _program: program,
+        _relays: relays,
+    })
 }
 
 async fn forward(mut connection: TcpStream, transport: Transport, taken: Arc<Taken>) {
@@ -121,33 +139,55 @@ async fn forward(mut connection: TcpStream, transport: Transport, taken: Arc<Tak
     }
 }
 
-async fn join(connection: &mut TcpStream, transport: &Transport, taken: Arc<Taken>) -> io::Result<()> {
+async fn join(
+    connection: &mut TcpStream,
+    transport: &Transport,
+    taken: Arc<Taken>,
+) -> io::Result<()> {
     // The port that the client asked for, not the listener's.
     let wanted = connection.local_addr()?;
     let port = wanted.port();
     if taken.look(port)? {
         // Its listener has come since the last look; from now on the program lets it be.
-        let dial = move || taken.netns.run(|| std::net::TcpStream::connect_timeout(&wanted, DIAL_DEADLINE));
-        let listener = tokio::task::spawn_blocking(dial).await.map_err(io::Error::other)??;
+        let dial = move || {
+            taken
+                .netns
+                .run(|| std::net::TcpStream::connect_timeout(&wanted, DIAL_DEADLINE))
+        };
+        let listener = tokio::task::spawn_blocking(dial)
+            .await
+            .map_err(io::Error::other)??;
         listener.set_nonblocking(true)?;
         let mut listener = TcpStream::from_std(listener)?;
-        return copy_bidirectional(connection, &mut listener).await.map(|_| ());
+        return copy_bidirectional(connection, &mut listener)
+            .await
+            .map(|_| ());
     }
-    let refused = || io::Error::new(io::ErrorKind::TimedOut, format!("the guest did not answer for port {port}"));
-    let mut guest = timeout(DIAL_DEADLINE, dial(transport, port)).await.map_err(|_| refused())??;
+    let refused = || {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("the guest did not answer for port {port}"),
+        )
+    };
+    let mut guest = timeout(DIAL_DEADLINE, dial(transport, port))
+        .await
+        .map_err(|_| refused())??;
     connection.set_nodelay(true)?;
     copy_bidirectional(connection, &mut guest).await.map(|_| ())
 }
 
 async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
     let mut guest = transport.dial(FORWARD_PORT, DIAL_DEADLINE).await?;
-    guest.write_all(format!("{FORWARD_MAGIC} {port}\n").as_bytes()).await?;
+    guest
+        .write_all(format!("{FORWARD_MAGIC} {port}\n").as_bytes())
+        .await?;
     match guest.read_u8().await {
         Ok(ACCEPTED) => Ok(guest),
         Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
-        _ => {
-            Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("nobody listens on port {port} in the guest")))
-        }
+        _ => Err(io::Error::new(
+            io::ErrorKind::ConnectionRefused,
+            format!("nobody listens on port {port} in the guest"),
+        )),
     }
 }
 
@@ -176,7 +216,8 @@ mod tests {
         fn new() -> Guest {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("agent");
-            let listener = UnixListener::bind(format!("{}_{FORWARD_PORT}", path.display())).unwrap();
+            let listener =
+                UnixListener::bind(format!("{}_{FORWARD_PORT}", path.display())).unwrap();
             let task = tokio::spawn(async move {
                 loop {
                     let (stream, _) = listener.accept().await.unwrap();
@@ -184,20 +225,32 @@ mod tests {
                         let mut stream = BufReader::new(stream);
                         let mut line = String::new();
                         stream.read_line(&mut line).await.unwrap();
-                        let port = line.trim_end().strip_prefix("cofferdam-forward/1 ").unwrap().to_owned();
+                        let port = line
+                            .trim_end()
+                            .strip_prefix("cofferdam-forward/1 ")
+                            .unwrap()
+                            .to_owned();
                         if port == REFUSED.to_string() {
                             return;
                         }
-                        stream.write_all(format!("+{port}:").as_bytes()).await.unwrap();
+                        stream
+                            .write_all(format!("+{port}:").as_bytes())
+                            .await
+                            .unwrap();
                         let mut all = Vec::new();
-                        // A server that answers only what is complete: it needs the client's half-close.
+                        // A server that answers only what is complete: it needs the client's
+                        // half-close.
                         if stream.read_to_end(&mut all).await.is_ok() {
                             let _ = stream.write_all(&all).await;
                         }
                     });
                 }
             });
-            Guest { transport: Transport::Unix { path }, task, _dir: dir }
+            Guest {
+                transport: Transport::Unix { path },
+                task,
+                _dir: dir,
+            }
         }
     }
 
@@ -233,8 +286,14 @@ mod tests {
         for ip in ["127.0.0.1", "127.9.8.7", "::1"] {
             let ip: IpAddr = ip.parse().unwrap();
             for port in [1, 80, 8080, 65535] {
-                let answer = exchange(connect(&netns, (ip, port)).unwrap(), b"hello").await.unwrap();
-                assert_eq!(String::from_utf8(answer).unwrap(), format!("{port}:hello"), "{ip}");
+                let answer = exchange(connect(&netns, (ip, port)).unwrap(), b"hello")
+                    .await
+                    .unwrap();
+                assert_eq!(
+                    String::from_utf8(answer).unwrap(),
+                    format!("{port}:hello"),
+                    "{ip}"
+                );
             }
         }
     }
@@ -250,7 +309,11 @@ mod tests {
     #[tokio::test]
     async fn a_port_that_somebody_has_in_the_namespace_stays_theirs() {
         let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
-        let bind = |port: u16| netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port))).unwrap();
+        let bind = |port: u16| {
+            netns
+                .run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port)))
+                .unwrap()
+        };
         let before = bind(7000);
         let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
         let after = bind(7001);
@@ -260,9 +323,13 @@ mod tests {
             assert_eq!(answer.unwrap(), b"own", "{port}");
         }
         // Any connection shows that they have gone.
-        let other = exchange(connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap(), b"").await.unwrap();
+        let other = exchange(connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap(), b"")
+            .await
+            .unwrap();
         assert_eq!(other, b"80:");
-        let again = exchange(connect(&netns, (Ipv4Addr::LOCALHOST, 7000)).unwrap(), b"").await.unwrap();
+        let again = exchange(connect(&netns, (Ipv4Addr::LOCALHOST, 7000)).unwrap(), b"")
+            .await
+            .unwrap();
         assert_eq!(again, b"7000:");
     }
 
@@ -279,9 +346,15 @@ mod tests {
     async fn a_port_that_nobody_serves_resets_the_connection() {
         let (netns, guest) = (Netns::create().await.unwrap(), Guest::new());
         let _forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
-        for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
+        for ip in [
+            IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpAddr::from(Ipv6Addr::LOCALHOST),
+        ] {
             let mut stream = connect(&netns, (ip, REFUSED)).unwrap();
-            let error = timeout(DEADLINE, stream.read(&mut [0; 8])).await.unwrap().unwrap_err();
+            let error = timeout(DEADLINE, stream.read(&mut [0; 8]))
+                .await
+                .unwrap()
+                .unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         }
     }
@@ -295,7 +368,10 @@ mod tests {
         assert!(netns.run(|| add.status()).unwrap().success());
         let own: IpAddr = "10.1.1.1".parse().unwrap();
 
-        assert_eq!(connect(&netns, (own, 80)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(
+            connect(&netns, (own, 80)).unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
         let listener = netns.run(|| TcpListener::bind((own, 80))).unwrap();
         let _stream = connect(&netns, (own, 80)).unwrap();
         listener.accept().unwrap();
@@ -314,12 +390,17 @@ mod tests {
         for port in 1000..1050_u16 {
             let stream = connect(&netns, (Ipv4Addr::LOCALHOST, port)).unwrap();
             let request = vec![port as u8; 300_000];
-            exchanges.push(tokio::spawn(async move { (port, exchange(stream, &request).await.unwrap()) }));
+            exchanges.push(tokio::spawn(async move {
+                (port, exchange(stream, &request).await.unwrap())
+            }));
         }
         let mut seen = HashSet::new();
         for exchange in exchanges {
             let (port, answer) = exchange.await.unwrap();
-            assert_eq!(answer, [format!("{port}:").as_bytes(), &vec![port as u8; 300_000]].concat());
+            assert_eq!(
+                answer,
+                [format!("{port}:").as_bytes(), &vec![port as u8; 300_000]].concat()
+            );
             seen.insert(port);
         }
         assert_eq!(seen.len(), 50);
@@ -331,7 +412,10 @@ mod tests {
         let forwarder = Forwarder::start(&netns, &guest.transport).unwrap();
         let mut stream = connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap();
         let mut greeting = [0; 3];
-        timeout(DEADLINE, stream.read_exact(&mut greeting)).await.unwrap().unwrap();
+        timeout(DEADLINE, stream.read_exact(&mut greeting))
+            .await
+            .unwrap()
+            .unwrap();
 
         drop(forwarder);
 
@@ -344,10 +428,15 @@ mod tests {
     #[tokio::test]
     async fn a_guest_that_is_gone_resets_the_connection() {
         let netns = Netns::create().await.unwrap();
-        let transport = Transport::Unix { path: "/nonexistent/agent".into() };
+        let transport = Transport::Unix {
+            path: "/nonexistent/agent".into(),
+        };
         let _forwarder = Forwarder::start(&netns, &transport).unwrap();
         let mut stream = connect(&netns, (Ipv4Addr::LOCALHOST, 80)).unwrap();
-        let error = timeout(DEADLINE, stream.read(&mut [0; 8])).await.unwrap().unwrap_err();
+        let error = timeout(DEADLINE, stream.read(&mut [0; 8]))
+            .await
+            .unwrap()
+            .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
 }

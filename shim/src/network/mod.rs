@@ -1,8 +1,9 @@
 //! A pod's network and its VM: each link in the pod's network namespace becomes a NIC of the guest.
 //!
-//! What CNI left in the namespace is the truth, and it stays as it is: a tap is made beside each link, traffic control
-//! sends everything that comes in on the one out by the other, and the guest gets the link's addresses. So whatever
-//! CNI's plugins do on the host's side of the link keeps working.
+//! What CNI left in the namespace is the truth, and it stays as it is: a tap is made beside each
+//! link, traffic control sends everything that comes in on the one out by the other, and the guest
+//! gets the link's addresses. So whatever CNI's plugins do on the host's side of the link keeps
+//! working.
 
 mod forward;
 mod netns;
@@ -36,7 +37,8 @@ pub use undo::Redirect;
 
 use crate::error::{Error, IoContext, Result};
 
-/// How long the kernel may take to answer. It waits for other namespaces' changes: one lock is for all of them.
+/// How long the kernel may take to answer. It waits for other namespaces' changes: one lock is for
+/// all of them.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// `IFF_NOARP`, the one link flag that the agent takes.
@@ -79,13 +81,24 @@ impl Endpoint {
     /// # Errors
     /// Too many open files.
     pub fn clone_fds(&self) -> io::Result<Fds> {
-        let again = |list: &[OwnedFd]| list.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
-        Ok(Fds { taps: again(&self.fds.taps)?, vhosts: again(&self.fds.vhosts)? })
+        let again = |list: &[OwnedFd]| {
+            list.iter()
+                .map(OwnedFd::try_clone)
+                .collect::<io::Result<Vec<_>>>()
+        };
+        Ok(Fds {
+            taps: again(&self.fds.taps)?,
+            vhosts: again(&self.fds.vhosts)?,
+        })
     }
 
-    /// The message that sets the NIC up in the guest. `pci_path` may be empty: the agent finds it by hardware address.
+    /// The message that sets the NIC up in the guest. `pci_path` may be empty: the agent finds it
+    /// by hardware address.
     pub fn interface(&self, pci_path: &str) -> types::Interface {
-        let addresses = self.addresses.iter().map(|a| routes::to_address(a.ip, &a.prefix.to_string()));
+        let addresses = self
+            .addresses
+            .iter()
+            .map(|a| routes::to_address(a.ip, &a.prefix.to_string()));
         types::Interface {
             device: self.name.clone(),
             name: self.name.clone(),
@@ -121,7 +134,11 @@ impl Network {
                 "a virtual machine cannot have the host's own network: give the pod one of its own",
             ));
         }
-        Ok(Network { netns, links: HashMap::new(), taps: HashSet::new() })
+        Ok(Network {
+            netns,
+            links: HashMap::new(),
+            taps: HashSet::new(),
+        })
     }
 
     /// The namespace.
@@ -132,24 +149,31 @@ impl Network {
     /// Refuses a namespace with rules of a packet filter, which would not bind the guest.
     ///
     /// # Errors
-    /// `FAILED_PRECONDITION` that names the rule; the kernel's, if it does not say what rules there are.
+    /// `FAILED_PRECONDITION` that names the rule; the kernel's, if it does not say what rules there
+    /// are.
     pub fn refuse_rules(&self) -> Result<()> {
         // One of our own has none.
         if self.netns.path().is_none() {
             return Ok(());
         }
-        match self.netns.run(rules::first).doing(|| "read the packet filter of the network namespace".into())? {
+        match self
+            .netns
+            .run(rules::first)
+            .doing(|| "read the packet filter of the network namespace".into())?
+        {
             None => Ok(()),
             Some(rule) => Err(Error::precondition(format!(
-                "the pod's network namespace has rules that do not bind a virtual machine ({rule}): take the pod out of \
-                 the mesh or policy that made them, run it with the runtime runc, or set netns_rules = \"ignore\" in \
+                "the pod's network namespace has rules that do not bind a virtual machine \
+                 ({rule}): take the pod out of \
+                 the mesh or policy that made them, run it with the runtime runc, or set \
+                 netns_rules = \"ignore\" in \
                  Cofferdam's configuration"
             ))),
         }
     }
 
-    /// Makes a NIC of each link that is not one yet. `record` is told before anything is made that would outlive both
-    /// the descriptors and the pod.
+    /// Makes a NIC of each link that is not one yet. `record` is told before anything is made that
+    /// would outlive both the descriptors and the pod.
     ///
     /// # Errors
     /// The kernel's, or that of `record`; then nothing of this call is left.
@@ -173,11 +197,17 @@ impl Network {
                     for endpoint in endpoints {
                         disconnect(&netlink, &endpoint).await;
                     }
-                    return Err(error.context(format!("cannot connect {name} to the virtual machine")));
+                    return Err(
+                        error.context(format!("cannot connect {name} to the virtual machine"))
+                    );
                 }
             }
         }
-        self.links.extend(endpoints.iter().map(|endpoint| (endpoint.index, endpoint.name.clone())));
+        self.links.extend(
+            endpoints
+                .iter()
+                .map(|endpoint| (endpoint.index, endpoint.name.clone())),
+        );
         self.taps.extend(taps);
         Ok(endpoints)
     }
@@ -220,20 +250,35 @@ impl Network {
             redirected: None,
         };
         if link.tap {
-            endpoint.fds.taps = tap::open(&self.netns, &endpoint.name, queues).doing(|| "open the tap".into())?;
+            endpoint.fds.taps =
+                tap::open(&self.netns, &endpoint.name, queues).doing(|| "open the tap".into())?;
             endpoint.fds.vhosts = tap::vhosts(endpoint.fds.taps.len());
             return Ok((endpoint, None));
         }
-        let tap = tap::create(&self.netns, queues).doing(|| "make a tap with /dev/net/tun".into())?;
-        endpoint.fds = Fds { vhosts: tap::vhosts(tap.queues.len()), taps: tap.queues };
-        let up = LinkUnspec::new_with_index(tap.index).mtu(link.mtu.min(tap::MAX_MTU)).up().build();
+        let tap =
+            tap::create(&self.netns, queues).doing(|| "make a tap with /dev/net/tun".into())?;
+        endpoint.fds = Fds {
+            vhosts: tap::vhosts(tap.queues.len()),
+            taps: tap.queues,
+        };
+        let up = LinkUnspec::new_with_index(tap.index)
+            .mtu(link.mtu.min(tap::MAX_MTU))
+            .up()
+            .build();
         rtnl("set the tap up", netlink.link().set(up).execute()).await?;
         tc::redirect(netlink, tap.index, link.index, true).await?;
 
         let qdisc = !tc::has_ingress(netlink, link.index).await?;
         if let Some(path) = self.netns.path() {
-            let (netns, inode, link) = (path.to_owned(), self.netns.inode()?, endpoint.name.clone());
-            record(&Redirect { netns, inode, link, index: endpoint.index, qdisc })?;
+            let (netns, inode, link) =
+                (path.to_owned(), self.netns.inode()?, endpoint.name.clone());
+            record(&Redirect {
+                netns,
+                inode,
+                link,
+                index: endpoint.index,
+                qdisc,
+            })?;
         }
         endpoint.redirected = Some(qdisc);
         if let Err(error) = tc::redirect(netlink, link.index, tap.index, qdisc).await {
@@ -263,12 +308,19 @@ impl Drop for Netlink {
 }
 
 /// Waits for the kernel's answer to a netlink request.
-async fn rtnl<T>(doing: &str, request: impl Future<Output = Result<T, rtnetlink::Error>>) -> Result<T> {
+async fn rtnl<T>(
+    doing: &str,
+    request: impl Future<Output = Result<T, rtnetlink::Error>>,
+) -> Result<T> {
     match timeout(DEADLINE, request).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(rtnetlink::Error::NetlinkError(error))) => Err(error.to_io()).doing(|| doing.to_owned()),
+        Ok(Err(rtnetlink::Error::NetlinkError(error))) => {
+            Err(error.to_io()).doing(|| doing.to_owned())
+        }
         Ok(Err(error)) => Err(Error::internal(format!("cannot {doing}: {error}"))),
-        Err(_) => Err(Error::deadline(format!("cannot {doing}: the kernel did not answer within {DEADLINE:?}"))),
+        Err(_) => Err(Error::deadline(format!(
+            "cannot {doing}: the kernel did not answer within {DEADLINE:?}"
+        ))),
     }
 }
 

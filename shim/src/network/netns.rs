@@ -1,7 +1,7 @@
 //! A pod's network namespace: opened or made, and entered by threads that end at once.
 //!
-//! The shim itself never leaves the host's namespace. A socket keeps the namespace it was made in, so a netlink
-//! connection that was opened in there is used from the shim's own thread.
+//! The shim itself never leaves the host's namespace. A socket keeps the namespace it was made in,
+//! so a netlink connection that was opened in there is used from the shim's own thread.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -36,14 +36,25 @@ impl Netns {
     pub fn open(path: &Path) -> Result<Netns> {
         let doing = || format!("open the network namespace {}", path.display());
         // Not blocking: the path could be a FIFO.
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).doing(doing)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .doing(doing)?;
         if kind(&file).ok() != Some(CloneFlags::CLONE_NEWNET.bits()) {
-            return Err(Error::invalid(format!("{} is not a network namespace", path.display())));
+            return Err(Error::invalid(format!(
+                "{} is not a network namespace",
+                path.display()
+            )));
         }
-        Ok(Netns { file, path: Some(path.to_owned()) })
+        Ok(Netns {
+            file,
+            path: Some(path.to_owned()),
+        })
     }
 
-    /// Makes a namespace that has nothing but its loopback device and ends with its last descriptor.
+    /// Makes a namespace that has nothing but its loopback device and ends with its last
+    /// descriptor.
     ///
     /// # Errors
     /// The kernel's refusal.
@@ -56,7 +67,11 @@ impl Netns {
         let netns = Netns { file, path: None };
         let (_connection, netlink) = netns.netlink()?;
         let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
-        rtnl("set the loopback device up", netlink.link().set(up).execute()).await?;
+        rtnl(
+            "set the loopback device up",
+            netlink.link().set(up).execute(),
+        )
+        .await?;
         Ok(netns)
     }
 
@@ -65,7 +80,10 @@ impl Netns {
     /// # Errors
     /// Too many open files.
     pub fn try_clone(&self) -> io::Result<Netns> {
-        Ok(Netns { file: self.file.try_clone()?, path: self.path.clone() })
+        Ok(Netns {
+            file: self.file.try_clone()?,
+            path: self.path.clone(),
+        })
     }
 
     /// The descriptor.
@@ -83,7 +101,11 @@ impl Netns {
     /// # Errors
     /// The kernel's.
     pub fn inode(&self) -> Result<u64> {
-        Ok(self.file.metadata().doing(|| "look at a network namespace".into())?.ino())
+        Ok(self
+            .file
+            .metadata()
+            .doing(|| "look at a network namespace".into())?
+            .ino())
     }
 
     /// Whether it is the one that this process is in.
@@ -92,7 +114,10 @@ impl Netns {
     /// `/proc` is not there.
     pub fn is_host(&self) -> Result<bool> {
         let own = std::fs::metadata(HOST).doing(|| format!("look at {HOST}"))?;
-        let other = self.file.metadata().doing(|| "look at a network namespace".into())?;
+        let other = self
+            .file
+            .metadata()
+            .doing(|| "look at a network namespace".into())?;
         Ok((own.dev(), own.ino()) == (other.dev(), other.ino()))
     }
 
@@ -107,8 +132,8 @@ impl Netns {
         })
     }
 
-    /// A netlink connection of the namespace; it needs the runtime of the calling thread. It lasts as long as the
-    /// first of the two.
+    /// A netlink connection of the namespace; it needs the runtime of the calling thread. It lasts
+    /// as long as the first of the two.
     ///
     /// # Errors
     /// The kernel's refusal.
@@ -131,8 +156,12 @@ fn kind(file: &File) -> nix::Result<i32> {
 
 fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
-        let thread = thread::Builder::new().name("netns".into()).spawn_scoped(scope, work)?;
-        thread.join().map_err(|_| io::Error::other("the thread in the network namespace panicked"))?
+        let thread = thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, work)?;
+        thread
+            .join()
+            .map_err(|_| io::Error::other("the thread in the network namespace panicked"))?
     })
 }
 
@@ -144,14 +173,27 @@ mod tests {
     async fn a_new_namespace_has_its_loopback_up_and_is_not_the_hosts() {
         let netns = Netns::create().await.unwrap();
         assert!(!netns.is_host().unwrap());
-        let dev = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap();
-        assert_eq!(dev.lines().filter(|line| line.contains(':')).count(), dev.matches("lo:").count(), "{dev}");
-        netns.run(|| std::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let dev = netns
+            .run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))
+            .unwrap();
+        assert_eq!(
+            dev.lines().filter(|line| line.contains(':')).count(),
+            dev.matches("lo:").count(),
+            "{dev}"
+        );
+        netns
+            .run(|| std::net::TcpListener::bind("127.0.0.1:0"))
+            .unwrap();
     }
 
     #[test]
     fn the_hosts_namespace_is_told_from_others() {
-        assert!(Netns::open(Path::new("/proc/self/ns/net")).unwrap().is_host().unwrap());
+        assert!(
+            Netns::open(Path::new("/proc/self/ns/net"))
+                .unwrap()
+                .is_host()
+                .unwrap()
+        );
     }
 
     #[test]
@@ -160,7 +202,12 @@ mod tests {
             let error = Netns::open(Path::new(path)).unwrap_err();
             assert_eq!(error.message, format!("{path} is not a network namespace"));
         }
-        let error = Netns::open(Path::new("/run/netns/no-such")).unwrap_err().message;
-        assert!(error.starts_with("cannot open the network namespace /run/netns/no-such: No such file"), "{error}");
+        let error = Netns::open(Path::new("/run/netns/no-such"))
+            .unwrap_err()
+            .message;
+        assert!(
+            error.starts_with("cannot open the network namespace /run/netns/no-such: No such file"),
+            "{error}"
+        );
     }
 }

@@ -5,27 +5,40 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use agent_client::protocols::types;
 use futures::TryStreamExt;
-use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteProtocol, RouteType,
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::{mac_text, rtnl};
 use crate::error::Result;
 
-/// The main table's routes over the links of `names`. Those that the kernel made are left out: the guest's kernel makes
-/// them from the addresses.
+/// The main table's routes over the links of `names`. Those that the kernel made are left out: the
+/// guest's kernel makes them from the addresses.
 ///
 /// # Errors
 /// The kernel's.
 pub async fn routes(netlink: &Handle, names: &HashMap<u32, String>) -> Result<Vec<types::Route>> {
-    // One after the other: a request is sent when it is made, and a socket takes one dump at a time.
-    let v4 = netlink.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+    // One after the other: a request is sent when it is made, and a socket takes one dump at a
+    // time.
+    let v4 = netlink
+        .route()
+        .get(RouteMessageBuilder::<Ipv4Addr>::new().build())
+        .execute();
     let mut routes: Vec<RouteMessage> = rtnl("list IPv4 routes", v4.try_collect()).await?;
-    let v6 = netlink.route().get(RouteMessageBuilder::<Ipv6Addr>::new().build()).execute();
+    let v6 = netlink
+        .route()
+        .get(RouteMessageBuilder::<Ipv6Addr>::new().build())
+        .execute();
     routes.append(&mut rtnl("list IPv6 routes", v6.try_collect()).await?);
-    Ok(routes.iter().filter_map(|message| route(message, names)).collect())
+    Ok(routes
+        .iter()
+        .filter_map(|message| route(message, names))
+        .collect())
 }
 
 fn route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<types::Route> {
@@ -36,7 +49,10 @@ fn route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<types::
     if header.protocol == RouteProtocol::Kernel && !leads_to_peer(message) {
         return None;
     }
-    let mut route = types::Route { scope: u8::from(header.scope).into(), ..Default::default() };
+    let mut route = types::Route {
+        scope: u8::from(header.scope).into(),
+        ..Default::default()
+    };
     route.flags = (header.flags & RouteFlags::Onlink).bits();
     route.family = family(u8::from(header.address_family) == libc::AF_INET6 as u8);
     let mut table = u32::from(header.table);
@@ -50,12 +66,21 @@ fn route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<types::
             RouteAttribute::Gateway(gateway) => route.gateway = ip(gateway)?.to_string(),
             RouteAttribute::PrefSource(source) => route.source = ip(source)?.to_string(),
             RouteAttribute::Metrics(metrics) => {
-                let mtu = |metric: &RouteMetric| if let RouteMetric::Mtu(mtu) = metric { Some(*mtu) } else { None };
+                let mtu = |metric: &RouteMetric| {
+                    if let RouteMetric::Mtu(mtu) = metric {
+                        Some(*mtu)
+                    } else {
+                        None
+                    }
+                };
                 route.mtu = metrics.iter().find_map(mtu).unwrap_or_default();
             }
             // The agent's message has one next hop and a gateway of the route's own family.
             RouteAttribute::MultiPath(_) | RouteAttribute::Via(_) => {
-                tracing::warn!(?message, "the guest does without a route that its agent cannot be told");
+                tracing::warn!(
+                    ?message,
+                    "the guest does without a route that its agent cannot be told"
+                );
                 return None;
             }
             _ => {}
@@ -64,8 +89,8 @@ fn route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<types::
     (table == u32::from(RouteHeader::RT_TABLE_MAIN) && !route.device.is_empty()).then_some(route)
 }
 
-/// A kernel's route that the guest's kernel would not make: the address it is from has a peer, which the agent's message
-/// of an address has no field for.
+/// A kernel's route that the guest's kernel would not make: the address it is from has a peer,
+/// which the agent's message of an address has no field for.
 fn leads_to_peer(message: &RouteMessage) -> bool {
     let (mut to, mut from) = (None, None);
     for attribute in &message.attributes {
@@ -75,7 +100,9 @@ fn leads_to_peer(message: &RouteMessage) -> bool {
             _ => {}
         }
     }
-    let (Some(to), Some(from)) = (to, from) else { return false };
+    let (Some(to), Some(from)) = (to, from) else {
+        return false;
+    };
     let host_bits = 32_u32.saturating_sub(message.header.destination_prefix_length.into());
     (to ^ from).checked_shr(host_bits).unwrap_or(0) != 0
 }
@@ -84,13 +111,22 @@ fn leads_to_peer(message: &RouteMessage) -> bool {
 ///
 /// # Errors
 /// The kernel's.
-pub async fn neighbours(netlink: &Handle, names: &HashMap<u32, String>) -> Result<Vec<types::ARPNeighbor>> {
+pub async fn neighbours(
+    netlink: &Handle,
+    names: &HashMap<u32, String>,
+) -> Result<Vec<types::ARPNeighbor>> {
     let list = netlink.neighbours().get().execute().try_collect::<Vec<_>>();
     let messages = rtnl("list neighbours", list).await?;
-    Ok(messages.iter().filter_map(|message| neighbour(message, names)).collect())
+    Ok(messages
+        .iter()
+        .filter_map(|message| neighbour(message, names))
+        .collect())
 }
 
-fn neighbour(message: &NeighbourMessage, names: &HashMap<u32, String>) -> Option<types::ARPNeighbor> {
+fn neighbour(
+    message: &NeighbourMessage,
+    names: &HashMap<u32, String>,
+) -> Option<types::ARPNeighbor> {
     if message.header.state != NeighbourState::Permanent {
         return None;
     }
@@ -126,7 +162,11 @@ pub fn to_address(ip: IpAddr, mask: &str) -> types::IPAddress {
 }
 
 fn family(v6: bool) -> protobuf::EnumOrUnknown<types::IPFamily> {
-    if v6 { types::IPFamily::v6.into() } else { types::IPFamily::v4.into() }
+    if v6 {
+        types::IPFamily::v6.into()
+    } else {
+        types::IPFamily::v4.into()
+    }
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

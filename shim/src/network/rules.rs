@@ -1,13 +1,17 @@
-//! Rules of a packet filter (nftables, iptables) that somebody has put into a pod's network namespace: meshes and policy
-//! agents do. They do not bind a guest, whose packets pass below them, so whoever made them must be told.
+//! Rules of a packet filter (nftables, iptables) that somebody has put into a pod's network
+//! namespace: meshes and policy agents do. They do not bind a guest, whose packets pass below them,
+//! so whoever made them must be told.
 //!
-//! docker's rules for its DNS server on 127.0.0.11 are let pass: they concern loopback only, which the guest has itself.
+//! docker's rules for its DNS server on 127.0.0.11 are let pass: they concern loopback only, which
+//! the guest has itself.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
 
 /// Chains that docker makes for its DNS.
 const DOCKER: [&str; 2] = ["DOCKER_OUTPUT", "DOCKER_POSTROUTING"];
@@ -45,7 +49,8 @@ pub fn first() -> io::Result<Option<String>> {
         ("ip6_tables_names", AddressFamily::Inet6, libc::IPPROTO_IPV6),
     ] {
         // No such file: this kernel has no iptables of the old kind.
-        let tables = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
+        let tables =
+            fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
         for table in tables.lines() {
             let legacy = Legacy::read(table, family, level)?;
             if legacy.binds() {
@@ -57,15 +62,21 @@ pub fn first() -> io::Result<Option<String>> {
 }
 
 fn nftables() -> io::Result<Option<String>> {
-    let rules =
-        dump(GET_RULE, NEW_RULE, |attributes| Some((text(attributes, RULE_TABLE)?, text(attributes, RULE_CHAIN)?)))?;
+    let rules = dump(GET_RULE, NEW_RULE, |attributes| {
+        Some((text(attributes, RULE_TABLE)?, text(attributes, RULE_CHAIN)?))
+    })?;
     let chains = dump(GET_CHAIN, NEW_CHAIN, |attributes| {
         // NF_DROP is 0.
         let drops = attribute(attributes, CHAIN_POLICY)? == [0; 4];
-        drops.then_some((text(attributes, CHAIN_TABLE)?, text(attributes, CHAIN_NAME)?))
+        drops.then_some((
+            text(attributes, CHAIN_TABLE)?,
+            text(attributes, CHAIN_NAME)?,
+        ))
     })?;
     if let Some((table, chain)) = chains.first() {
-        return Ok(Some(format!("nftables chain {chain} of table {table}, which drops by default")));
+        return Ok(Some(format!(
+            "nftables chain {chain} of table {table}, which drops by default"
+        )));
     }
     Ok(binding(&rules).map(|(table, chain)| format!("nftables chain {chain} of table {table}")))
 }
@@ -83,7 +94,12 @@ fn binding(rules: &[Place]) -> Option<&Place> {
 
 /// Asks for all objects of a kind and takes what `read` makes of their attributes.
 fn dump(get: u16, new: u16, read: impl Fn(&[u8]) -> Option<Place>) -> io::Result<Vec<Place>> {
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkNetFilter,
+    )?;
     let mut request = Vec::new();
     request.extend(20_u32.to_ne_bytes());
     request.extend(get.to_ne_bytes());
@@ -105,7 +121,9 @@ fn dump(get: u16, new: u16, read: impl Fn(&[u8]) -> Option<Place>) -> io::Result
             match u16::from_ne_bytes([header[4], header[5]]) {
                 DONE => return Ok(found),
                 ERROR => {
-                    let errno = message.first_chunk::<4>().map_or(0, |code| -i32::from_ne_bytes(*code));
+                    let errno = message
+                        .first_chunk::<4>()
+                        .map_or(0, |code| -i32::from_ne_bytes(*code));
                     return match errno {
                         // A kernel without nftables has no rules of it.
                         0 | libc::ENOENT | libc::EOPNOTSUPP | libc::EINVAL => Ok(found),
@@ -163,7 +181,8 @@ struct Info {
 
 const GET_INFO: libc::c_int = 64;
 const GET_ENTRIES: libc::c_int = 65;
-/// Entries that docker's DNS makes: two chains with two rules, a head and an end each, and two calls.
+/// Entries that docker's DNS makes: two chains with two rules, a head and an end each, and two
+/// calls.
 const DOCKER_ENTRIES: u32 = 10;
 /// -NF_DROP - 1.
 const DROP: i32 = -1;
@@ -171,20 +190,39 @@ const DROP: i32 = -1;
 impl Legacy {
     fn read(table: &str, family: AddressFamily, level: libc::c_int) -> io::Result<Legacy> {
         // SAFETY: socket(2) with integers only.
-        let fd = unsafe { libc::socket(family as i32, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) };
+        let fd = unsafe {
+            libc::socket(
+                family as i32,
+                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+                libc::IPPROTO_RAW,
+            )
+        };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the kernel has just made this descriptor for us.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut info =
-            Info { name: [0; 32], hooks: 0, entries_of_hooks: [0; 5], policies: [0; 5], entries: 0, size: 0 };
+        let mut info = Info {
+            name: [0; 32],
+            hooks: 0,
+            entries_of_hooks: [0; 5],
+            policies: [0; 5],
+            entries: 0,
+            size: 0,
+        };
         let name = table.as_bytes().get(..31).unwrap_or(table.as_bytes());
         info.name[..name.len()].copy_from_slice(name);
         let mut length = size_of::<Info>() as libc::socklen_t;
         // SAFETY: the kernel reads and writes an Info of the given length.
-        let got =
-            unsafe { libc::getsockopt(socket.as_raw_fd(), level, GET_INFO, (&raw mut info).cast(), &raw mut length) };
+        let got = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                level,
+                GET_INFO,
+                (&raw mut info).cast(),
+                &raw mut length,
+            )
+        };
         if got < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -192,36 +230,64 @@ impl Legacy {
         const HEAD: usize = 40;
         let size = usize::try_from(info.size).map_err(io::Error::other)?;
         let mut blob = vec![0_u64; (HEAD + size).div_ceil(8)];
-        // SAFETY: the bytes of a vector of integers, which any bytes may be.
-        let bytes: &mut [u8] = unsafe { std::slice::from_raw_parts_mut(blob.as_mut_ptr().cast(), HEAD + size) };
+        let bytes: &mut [u8] =
+            // SAFETY: the bytes of a vector of integers, which any bytes may be.
+            unsafe { std::slice::from_raw_parts_mut(blob.as_mut_ptr().cast(), HEAD + size) };
         bytes[..32].copy_from_slice(&info.name);
         bytes[32..36].copy_from_slice(&info.size.to_ne_bytes());
         let mut length = (HEAD + size) as libc::socklen_t;
         // SAFETY: the kernel reads and writes so many bytes.
         let got = unsafe {
-            libc::getsockopt(socket.as_raw_fd(), level, GET_ENTRIES, bytes.as_mut_ptr().cast(), &raw mut length)
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                level,
+                GET_ENTRIES,
+                bytes.as_mut_ptr().cast(),
+                &raw mut length,
+            )
         };
         if got < 0 {
             return Err(io::Error::last_os_error());
         }
-        // Where struct ipt_entry and ip6t_entry have the offsets of their target and of the next entry.
-        let offsets = if family == AddressFamily::Inet { 88 } else { 140 };
+        // Where struct ipt_entry and ip6t_entry have the offsets of their target and of the next
+        // entry.
+        let offsets = if family == AddressFamily::Inet {
+            88
+        } else {
+            140
+        };
         Ok(Legacy::parse(&info, &bytes[HEAD..], offsets))
     }
 
     fn parse(info: &Info, entries: &[u8], offsets: usize) -> Legacy {
-        let half = |at: usize| entries.get(at..at + 2).map(|two| usize::from(u16::from_ne_bytes([two[0], two[1]])));
+        let half = |at: usize| {
+            entries
+                .get(at..at + 2)
+                .map(|two| usize::from(u16::from_ne_bytes([two[0], two[1]])))
+        };
         let target = |entry: usize| Some(entry + half(entry + offsets)?);
-        let word = |at: usize| entries.get(at..at + 4).and_then(|four| four.try_into().ok()).map(i32::from_ne_bytes);
+        let word = |at: usize| {
+            entries
+                .get(at..at + 4)
+                .and_then(|four| four.try_into().ok())
+                .map(i32::from_ne_bytes)
+        };
         let string = |at: usize, most: usize| {
-            let bytes = entries.get(at..at + most)?.split(|byte| *byte == 0).next()?;
+            let bytes = entries
+                .get(at..at + most)?
+                .split(|byte| *byte == 0)
+                .next()?;
             Some(String::from_utf8_lossy(bytes).into_owned())
         };
-        // struct xt_entry_target: size, name of 29 bytes, revision; then what the target itself has.
-        let drops = (0..5).filter(|hook| info.hooks & (1 << hook) != 0).any(|hook| {
-            let verdict = target(info.policies[hook] as usize).and_then(|target| word(target + 32));
-            verdict == Some(DROP)
-        });
+        // struct xt_entry_target: size, name of 29 bytes, revision; then what the target itself
+        // has.
+        let drops = (0..5)
+            .filter(|hook| info.hooks & (1 << hook) != 0)
+            .any(|hook| {
+                let verdict =
+                    target(info.policies[hook] as usize).and_then(|target| word(target + 32));
+                verdict == Some(DROP)
+            });
         let mut chains = Vec::new();
         let mut entry = 0;
         while let Some(next) = half(entry + offsets + 2).filter(|next| *next > 0) {
@@ -235,11 +301,19 @@ impl Legacy {
         // The last one of all is an error too.
         chains.pop();
         let own = info.hooks.count_ones() + 1;
-        Legacy { entries: info.entries.saturating_sub(own), chains, drops }
+        Legacy {
+            entries: info.entries.saturating_sub(own),
+            chains,
+            drops,
+        }
     }
 
     fn binds(&self) -> bool {
-        let is_dockers = !self.chains.is_empty() && self.chains.iter().all(|chain| DOCKER.contains(&chain.as_str()));
+        let is_dockers = !self.chains.is_empty()
+            && self
+                .chains
+                .iter()
+                .all(|chain| DOCKER.contains(&chain.as_str()));
         self.drops || (self.entries > 0 && !(is_dockers && self.entries <= DOCKER_ENTRIES))
     }
 }
@@ -251,7 +325,8 @@ mod tests {
     use super::super::Netns;
     use super::*;
 
-    /// What is found after these commands in a namespace of their own; none where a program is not installed.
+    /// What is found after these commands in a namespace of their own; none where a program is not
+    /// installed.
     async fn after(commands: &[&str]) -> Option<Option<String>> {
         let netns = Netns::create().await.unwrap();
         for command in commands {
@@ -278,8 +353,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_redirection_and_a_policy_that_drops_are_found_in_every_kind_of_table() {
-        for program in ["iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"] {
-            for rule in ["-t nat -A OUTPUT -p tcp -j REDIRECT --to-ports 15001", "-A INPUT -j DROP", "-P INPUT DROP"] {
+        for program in [
+            "iptables-nft",
+            "iptables-legacy",
+            "ip6tables-nft",
+            "ip6tables-legacy",
+        ] {
+            for rule in [
+                "-t nat -A OUTPUT -p tcp -j REDIRECT --to-ports 15001",
+                "-A INPUT -j DROP",
+                "-P INPUT DROP",
+            ] {
                 if let Some(found) = after(&[&format!("{program} {rule}")]).await {
                     assert!(found.is_some(), "{program} {rule}");
                 }
@@ -296,13 +380,27 @@ mod tests {
                 rule("-N DOCKER_POSTROUTING"),
                 rule("-A OUTPUT -d 127.0.0.11 -j DOCKER_OUTPUT"),
                 rule("-A POSTROUTING -d 127.0.0.11 -j DOCKER_POSTROUTING"),
-                rule("-A DOCKER_OUTPUT -d 127.0.0.11 -p tcp --dport 53 -j DNAT --to-destination 127.0.0.11:4000"),
-                rule("-A DOCKER_OUTPUT -d 127.0.0.11 -p udp --dport 53 -j DNAT --to-destination 127.0.0.11:4000"),
-                rule("-A DOCKER_POSTROUTING -s 127.0.0.11 -p tcp --sport 4000 -j SNAT --to-source :53"),
-                rule("-A DOCKER_POSTROUTING -s 127.0.0.11 -p udp --sport 4000 -j SNAT --to-source :53"),
+                rule(
+                    "-A DOCKER_OUTPUT -d 127.0.0.11 -p tcp --dport 53 -j DNAT --to-destination \
+                     127.0.0.11:4000",
+                ),
+                rule(
+                    "-A DOCKER_OUTPUT -d 127.0.0.11 -p udp --dport 53 -j DNAT --to-destination \
+                     127.0.0.11:4000",
+                ),
+                rule(
+                    "-A DOCKER_POSTROUTING -s 127.0.0.11 -p tcp --sport 4000 -j SNAT --to-source \
+                     :53",
+                ),
+                rule(
+                    "-A DOCKER_POSTROUTING -s 127.0.0.11 -p udp --sport 4000 -j SNAT --to-source \
+                     :53",
+                ),
             ];
             let mut commands: Vec<&str> = docker.iter().map(String::as_str).collect();
-            let Some(found) = after(&commands).await else { continue };
+            let Some(found) = after(&commands).await else {
+                continue;
+            };
             assert_eq!(found, None, "{program}");
             let mesh = rule("-A OUTPUT -p tcp -j REDIRECT --to-ports 15001");
             commands.push(&mesh);

@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use futures::TryStreamExt;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressProtocol};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 
 use super::rtnl;
 use crate::error::Result;
@@ -41,23 +43,40 @@ pub struct Link {
     pub addresses: Vec<Address>,
 }
 
-/// Finds the links that matter: Ethernet, not part of another (a bridge's port), and in use. Each namespace has devices
-/// that only came with kernel modules (`gretap0`, …): they are down and have no address.
+/// Finds the links that matter: Ethernet, not part of another (a bridge's port), and in use. Each
+/// namespace has devices that only came with kernel modules (`gretap0`, …): they are down and have
+/// no address.
 ///
 /// # Errors
 /// The kernel's.
 pub async fn links(netlink: &Handle, known: &HashSet<u32>) -> Result<Vec<Link>> {
-    let links: Vec<LinkMessage> = rtnl("list links", netlink.link().get().execute().try_collect()).await?;
-    let addresses: Vec<AddressMessage> =
-        rtnl("list addresses", netlink.address().get().execute().try_collect()).await?;
+    let links: Vec<LinkMessage> =
+        rtnl("list links", netlink.link().get().execute().try_collect()).await?;
+    let addresses: Vec<AddressMessage> = rtnl(
+        "list addresses",
+        netlink.address().get().execute().try_collect(),
+    )
+    .await?;
     let mut by_link: HashMap<u32, Vec<Address>> = HashMap::new();
     for message in &addresses {
         if let Some(address) = address(message) {
-            by_link.entry(message.header.index).or_default().push(address);
+            by_link
+                .entry(message.header.index)
+                .or_default()
+                .push(address);
         }
     }
-    let new = links.iter().filter(|message| !known.contains(&message.header.index));
-    Ok(new.filter_map(|message| link(message, by_link.remove(&message.header.index).unwrap_or_default())).collect())
+    let new = links
+        .iter()
+        .filter(|message| !known.contains(&message.header.index));
+    Ok(new
+        .filter_map(|message| {
+            link(
+                message,
+                by_link.remove(&message.header.index).unwrap_or_default(),
+            )
+        })
+        .collect())
 }
 
 fn link(message: &LinkMessage, addresses: Vec<Address>) -> Option<Link> {
@@ -115,11 +134,15 @@ fn address(message: &AddressMessage) -> Option<Address> {
     }
     let ip = local.or(own)?;
     if let IpAddr::V6(v6) = ip {
-        // Kernels before 5.18 do not say where an address is from; they build it from the hardware address.
+        // Kernels before 5.18 do not say where an address is from; they build it from the hardware
+        // address.
         let built = v6.octets()[11..13] == [0xff, 0xfe];
         if v6.is_unicast_link_local() && (generated || (!known_origin && built)) {
             return None;
         }
     }
-    Some(Address { ip, prefix: message.header.prefix_len })
+    Some(Address {
+        ip,
+        prefix: message.header.prefix_len,
+    })
 }

@@ -1,8 +1,10 @@
-//! A BPF program that decides who gets the TCP connections to a network namespace's loopback addresses.
+//! A BPF program that decides who gets the TCP connections to a network namespace's loopback
+//! addresses.
 //!
-//! The kernel runs it where it looks for a listening socket (`BPF_PROG_TYPE_SK_LOOKUP`, Linux 5.9), so two listeners
-//! answer for every port, and each connection keeps the port that it was made to. It runs before the kernel's own lookup,
-//! so ports that somebody in the namespace listens on are named to it ([`Ports`]), and it lets those pass.
+//! The kernel runs it where it looks for a listening socket (`BPF_PROG_TYPE_SK_LOOKUP`, Linux 5.9),
+//! so two listeners answer for every port, and each connection keeps the port that it was made to.
+//! It runs before the kernel's own lookup, so ports that somebody in the namespace listens on are
+//! named to it ([`Ports`]), and it lets those pass.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -68,7 +70,8 @@ struct Instruction {
     immediate: i32,
 }
 
-/// Hands TCP connections to 127.0.0.0/8 and ::1 of a namespace to the listeners, as long as the result is open.
+/// Hands TCP connections to 127.0.0.0/8 and ::1 of a namespace to the listeners, as long as the
+/// result is open.
 ///
 /// # Errors
 /// A kernel without it, or without BPF.
@@ -110,16 +113,29 @@ fn program(map: i32, ports: i32) -> Vec<Instruction> {
     const EXIT: u8 = 0x95;
     /// Stands for the distance to the end of the program.
     const TO_PASS: i16 = i16::MAX;
-    let op = |code, registers, offset, immediate| Instruction { code, registers, offset, immediate };
+    let op = |code, registers, offset, immediate| Instruction {
+        code,
+        registers,
+        offset,
+        immediate,
+    };
 
     let is_loopback_v4 = [
         op(LOAD_WORD, 0x62, LOCAL_IP4, 0),
         op(AND_32, 0x02, 0, i32::from_ne_bytes([0xff, 0, 0, 0])),
-        op(JUMP_NOT_EQUAL, 0x02, TO_PASS, i32::from_ne_bytes([127, 0, 0, 0])),
+        op(
+            JUMP_NOT_EQUAL,
+            0x02,
+            TO_PASS,
+            i32::from_ne_bytes([127, 0, 0, 0]),
+        ),
         op(STORE_WORD, 0x0a, -4, 0),
     ];
     let mut is_loopback_v6 = Vec::new();
-    for (offset, word) in LOCAL_IP6.into_iter().zip([0, 0, 0, i32::from_ne_bytes([0, 0, 0, 1])]) {
+    for (offset, word) in LOCAL_IP6
+        .into_iter()
+        .zip([0, 0, 0, i32::from_ne_bytes([0, 0, 0, 1])])
+    {
         is_loopback_v6.push(op(LOAD_WORD, 0x62, offset, 0));
         is_loopback_v6.push(op(JUMP_NOT_EQUAL, 0x02, TO_PASS, word));
     }
@@ -131,7 +147,12 @@ fn program(map: i32, ports: i32) -> Vec<Instruction> {
         op(LOAD_WORD, 0x62, PROTOCOL, 0),
         op(JUMP_NOT_EQUAL, 0x02, TO_PASS, libc::IPPROTO_TCP),
         op(LOAD_WORD, 0x62, FAMILY, 0),
-        op(JUMP_EQUAL, 0x02, length(&is_loopback_v4) + 1, libc::AF_INET6),
+        op(
+            JUMP_EQUAL,
+            0x02,
+            length(&is_loopback_v4) + 1,
+            libc::AF_INET6,
+        ),
     ];
     program.extend(is_loopback_v4);
     program.push(op(JUMP, 0, length(&is_loopback_v6), 0));
@@ -213,9 +234,20 @@ struct LinkAttributes {
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the attributes have the layout of the command's part of `union bpf_attr`, and their size is given.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
-    i32::try_from(result).ok().filter(|result| *result >= 0).ok_or_else(io::Error::last_os_error)
+    // SAFETY: the attributes have the layout of the command's part of `union bpf_attr`, and their
+    // size is given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    i32::try_from(result)
+        .ok()
+        .filter(|result| *result >= 0)
+        .ok_or_else(io::Error::last_os_error)
 }
 
 fn descriptor<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
@@ -225,7 +257,13 @@ fn descriptor<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
 }
 
 fn create_map(kind: u32, max_entries: u32, flags: u32) -> io::Result<OwnedFd> {
-    let attributes = MapAttributes { kind, key_size: 4, value_size: 4, max_entries, flags };
+    let attributes = MapAttributes {
+        kind,
+        key_size: 4,
+        value_size: 4,
+        max_entries,
+        flags,
+    };
     descriptor(BPF_MAP_CREATE, &attributes)
 }
 

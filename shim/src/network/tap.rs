@@ -1,7 +1,8 @@
-//! Taps: the end of a link that QEMU holds. A tap that was made here vanishes with its last descriptor.
+//! Taps: the end of a link that QEMU holds. A tap that was made here vanishes with its last
+//! descriptor.
 //!
-//! Offloads and the size of the virtio-net header are QEMU's to set: it does when it gets the descriptors and again
-//! when the guest's driver has said what it can do.
+//! Offloads and the size of the virtio-net header are QEMU's to set: it does when it gets the
+//! descriptors and again when the guest's driver has said what it can do.
 
 use std::fs::{File, OpenOptions, write};
 use std::io;
@@ -44,9 +45,13 @@ pub fn create(netns: &Netns, queues: u32) -> io::Result<Tap> {
         for _ in 1..queues {
             fds.push(attach(&name, multi)?.0);
         }
-        // Only the guest talks here: the namespace's own IPv6 must not announce itself to it. Fails without IPv6.
+        // Only the guest talks here: the namespace's own IPv6 must not announce itself to it. Fails
+        // without IPv6.
         let _ = write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
-        Ok(Tap { index: if_nametoindex(name.as_str())?, queues: fds })
+        Ok(Tap {
+            index: if_nametoindex(name.as_str())?,
+            queues: fds,
+        })
     })
 }
 
@@ -70,7 +75,11 @@ pub fn open(netns: &Netns, name: &str, queues: u32) -> io::Result<Vec<OwnedFd>> 
 }
 
 fn attach(name: &str, flags: libc::c_int) -> io::Result<(OwnedFd, String)> {
-    let tun: File = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    let tun: File = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
     // SAFETY: all zeroes is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
@@ -82,13 +91,34 @@ fn attach(name: &str, flags: libc::c_int) -> io::Result<(OwnedFd, String)> {
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | flags;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the request takes a pointer to an ifreq, which outlives the call.
-    unsafe { tun_set_iff(tun.as_raw_fd(), std::ptr::from_mut(&mut request).addr() as libc::c_ulong) }?;
-    let name = request.ifr_name.iter().take_while(|byte| **byte != 0).map(|byte| char::from(byte.cast_unsigned()));
+    unsafe {
+        tun_set_iff(
+            tun.as_raw_fd(),
+            std::ptr::from_mut(&mut request).addr() as libc::c_ulong,
+        )
+    }?;
+    let name = request
+        .ifr_name
+        .iter()
+        .take_while(|byte| **byte != 0)
+        .map(|byte| char::from(byte.cast_unsigned()));
     Ok((tun.into(), name.collect()))
 }
 
 /// A vhost-net descriptor for each of `queues` queues; none where the host has no vhost-net.
 pub fn vhosts(queues: usize) -> Vec<OwnedFd> {
-    let open = |_| Some(OpenOptions::new().read(true).write(true).open("/dev/vhost-net").ok()?.into());
-    (0..queues).map(open).collect::<Option<_>>().unwrap_or_default()
+    let open = |_| {
+        Some(
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open("/dev/vhost-net")
+                .ok()?
+                .into(),
+        )
+    };
+    (0..queues)
+        .map(open)
+        .collect::<Option<_>>()
+        .unwrap_or_default()
 }

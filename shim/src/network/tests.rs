@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, SockaddrLike, bind, socket};
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, SockaddrLike, bind, socket,
+};
 
 use super::*;
 
@@ -34,10 +36,17 @@ impl Bound {
         let thread = std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             let (process, thread) = (std::process::id(), nix::unistd::gettid());
-            say.send(PathBuf::from(format!("/proc/{process}/task/{thread}/ns/net"))).unwrap();
+            say.send(PathBuf::from(format!(
+                "/proc/{process}/task/{thread}/ns/net"
+            )))
+            .unwrap();
             let _ = stopped.recv();
         });
-        Bound { path: hear.recv().unwrap(), stop: Some(stop), thread: Some(thread) }
+        Bound {
+            path: hear.recv().unwrap(),
+            stop: Some(stop),
+            thread: Some(thread),
+        }
     }
 
     fn open(&self) -> Netns {
@@ -49,14 +58,21 @@ impl Bound {
         let mut words = line.split_whitespace();
         let mut command = Command::new(words.next().unwrap());
         let output = self.open().run(|| command.args(words).output()).unwrap();
-        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{line}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stdout).unwrap()
     }
 
     /// A veth pair with one end in `other`, both up.
     fn veth(&self, name: &str, other: &Bound, peer: &str) {
         self.sh(&format!("ip link add {name} type veth peer name {peer}"));
-        self.sh(&format!("ip link set {peer} netns {}", other.path.display()));
+        self.sh(&format!(
+            "ip link set {peer} netns {}",
+            other.path.display()
+        ));
         self.sh(&format!("ip link set {name} up"));
         other.sh(&format!("ip link set {peer} up"));
     }
@@ -66,15 +82,21 @@ impl Bound {
         self.open()
             .run(|| {
                 let kind = SockType::Raw;
-                let fd = socket(AddressFamily::Packet, kind, SockFlag::SOCK_NONBLOCK, None::<SockProtocol>)?;
+                let fd = socket(
+                    AddressFamily::Packet,
+                    kind,
+                    SockFlag::SOCK_NONBLOCK,
+                    None::<SockProtocol>,
+                )?;
                 // SAFETY: all zeroes is a valid address.
                 let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
                 to.sll_family = libc::AF_PACKET as u16;
                 to.sll_protocol = EXPERIMENT.to_be();
                 to.sll_ifindex = nix::net::if_::if_nametoindex(link)?.cast_signed();
                 let length = size_of::<libc::sockaddr_ll>() as u32;
-                // SAFETY: it points at a whole sockaddr_ll, whose size is given.
-                let to = unsafe { LinkAddr::from_raw(std::ptr::from_ref(&to).cast(), Some(length)) };
+                let to =
+                    // SAFETY: it points at a whole sockaddr_ll, whose size is given.
+                    unsafe { LinkAddr::from_raw(std::ptr::from_ref(&to).cast(), Some(length)) };
                 bind(fd.as_raw_fd(), &to.unwrap())?;
                 Ok(fd)
             })
@@ -82,7 +104,8 @@ impl Bound {
     }
 
     fn ingress(&self, link: &str) -> String {
-        self.sh(&format!("tc qdisc show dev {link}")) + &self.sh(&format!("tc filter show dev {link} parent ffff:fff2"))
+        self.sh(&format!("tc qdisc show dev {link}"))
+            + &self.sh(&format!("tc filter show dev {link} parent ffff:fff2"))
     }
 }
 
@@ -101,13 +124,16 @@ fn frame(payload: u8) -> Vec<u8> {
     frame
 }
 
-/// Sends a frame until it comes out of one of the descriptors behind `skip` bytes: a link takes its first frames for
-/// nothing, until its carrier is noticed.
+/// Sends a frame until it comes out of one of the descriptors behind `skip` bytes: a link takes its
+/// first frames for nothing, until its carrier is noticed.
 fn pass(frame: &[u8], send: impl Fn(&[u8]), fds: &[OwnedFd], skip: usize) {
     let end = Instant::now() + Duration::from_secs(5);
     while Instant::now() < end {
         send(frame);
-        let mut polls: Vec<PollFd> = fds.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        let mut polls: Vec<PollFd> = fds
+            .iter()
+            .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN))
+            .collect();
         poll(&mut polls, PollTimeout::from(100_u16)).unwrap();
         for fd in fds {
             let mut buffer = [0; 2048];
@@ -123,7 +149,10 @@ fn pass(frame: &[u8], send: impl Fn(&[u8]), fds: &[OwnedFd], skip: usize) {
 
 fn send(fd: &OwnedFd, header: usize, frame: &[u8]) {
     let whole = [vec![0; header], frame.to_vec()].concat();
-    assert_eq!(File::from(fd.try_clone().unwrap()).write(&whole).unwrap(), whole.len());
+    assert_eq!(
+        File::from(fd.try_clone().unwrap()).write(&whole).unwrap(),
+        whole.len()
+    );
 }
 
 /// Sends a frame each way between a socket beyond a link and a tap's queues.
@@ -131,12 +160,20 @@ fn assert_frames_pass(beyond: &OwnedFd, taps: &[OwnedFd]) {
     pass(&frame(99), |frame| send(beyond, 0, frame), taps, HEADER);
     for (number, tap) in taps.iter().enumerate() {
         let out = [beyond.try_clone().unwrap()];
-        pass(&frame(number as u8), |frame| send(tap, HEADER, frame), &out, 0);
+        pass(
+            &frame(number as u8),
+            |frame| send(tap, HEADER, frame),
+            &out,
+            0,
+        );
     }
 }
 
 fn names(endpoints: &[Endpoint]) -> Vec<&str> {
-    let mut names: Vec<&str> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+    let mut names: Vec<&str> = endpoints
+        .iter()
+        .map(|endpoint| endpoint.name.as_str())
+        .collect();
     names.sort_unstable();
     names
 }
@@ -166,20 +203,40 @@ async fn a_veth_becomes_a_nic_and_frames_pass_both_ways() {
     assert_eq!(names(&endpoints), ["eth0"]);
     assert_eq!(recorded.len(), 1);
     let interface = endpoints[0].interface("02/00");
-    assert_eq!((interface.device.as_str(), interface.name.as_str(), interface.mtu), ("eth0", "eth0", 1400));
-    assert_eq!((interface.hwAddr.as_str(), interface.devicePath.as_str()), ("0a:58:0a:00:00:05", "02/00"));
+    assert_eq!(
+        (
+            interface.device.as_str(),
+            interface.name.as_str(),
+            interface.mtu
+        ),
+        ("eth0", "eth0", 1400)
+    );
+    assert_eq!(
+        (interface.hwAddr.as_str(), interface.devicePath.as_str()),
+        ("0a:58:0a:00:00:05", "02/00")
+    );
     assert_eq!((interface.type_.as_str(), interface.raw_flags), ("veth", 0));
-    let mut addresses: Vec<String> =
-        interface.IPAddresses.iter().map(|a| format!("{:?} {}/{}", a.family.unwrap(), a.address, a.mask)).collect();
+    let mut addresses: Vec<String> = interface
+        .IPAddresses
+        .iter()
+        .map(|a| format!("{:?} {}/{}", a.family.unwrap(), a.address, a.mask))
+        .collect();
     addresses.sort();
-    assert_eq!(addresses, ["v4 10.0.0.5/24", "v6 fd00::5/64", "v6 fe80::1234/64"], "and no generated one");
+    assert_eq!(
+        addresses,
+        ["v4 10.0.0.5/24", "v6 fd00::5/64", "v6 fe80::1234/64"],
+        "and no generated one"
+    );
     let fds = endpoints[0].clone_fds().unwrap();
     assert_eq!(fds.taps.len(), 2);
     assert!(pod.sh("ip link show vmtap0").contains("mtu 1400"));
     assert_frames_pass(&host.packet_socket("host0"), &fds.taps);
 
     drop((fds, endpoints));
-    assert!(!pod.sh("ip link").contains("vmtap"), "a tap goes with its descriptors");
+    assert!(
+        !pod.sh("ip link").contains("vmtap"),
+        "a tap goes with its descriptors"
+    );
 }
 
 #[tokio::test]
@@ -200,7 +257,11 @@ async fn a_macvlan_and_a_bridge_are_nics_and_a_bridges_ports_are_not() {
     assert_eq!(names(&endpoints), ["br0", "mac0"]);
     for endpoint in &endpoints {
         let fds = endpoint.clone_fds().unwrap();
-        let (kind, beyond) = if endpoint.name == "br0" { ("bridge", "host0") } else { ("macvlan", "switch") };
+        let (kind, beyond) = if endpoint.name == "br0" {
+            ("bridge", "host0")
+        } else {
+            ("macvlan", "switch")
+        };
         assert_eq!(endpoint.interface("").type_, kind);
         assert_frames_pass(&host.packet_socket(beyond), &fds.taps);
     }
@@ -256,7 +317,10 @@ async fn routes_and_permanent_neighbours_are_told_to_the_agent() {
             assert_eq!(route.device, "eth0");
             let family = route.family.unwrap();
             let (dest, gateway, source) = (&route.dest, &route.gateway, &route.source);
-            format!("{family:?} [{dest}] via [{gateway}] src [{source}] {} {} {}", route.scope, route.flags, route.mtu)
+            format!(
+                "{family:?} [{dest}] via [{gateway}] src [{source}] {} {} {}",
+                route.scope, route.flags, route.mtu
+            )
         })
         .collect();
     routes.sort();
@@ -281,7 +345,10 @@ async fn routes_and_permanent_neighbours_are_told_to_the_agent() {
         })
         .collect();
     neighbours.sort();
-    assert_eq!(neighbours, ["169.254.1.1 ee:ee:ee:ee:ee:ee", "fd00::1 ee:ee:ee:ee:ee:01"]);
+    assert_eq!(
+        neighbours,
+        ["169.254.1.1 ee:ee:ee:ee:ee:ee", "fd00::1 ee:ee:ee:ee:ee:01"]
+    );
 }
 
 #[tokio::test]
@@ -289,7 +356,10 @@ async fn links_that_come_later_are_found_and_the_others_are_not_made_twice() {
     let (pod, host) = (Bound::new(), Bound::new());
     pod.sh("ip link add idle type bridge");
     let (mut network, endpoints, _) = connect(&pod).await;
-    assert!(endpoints.is_empty(), "a device without address that is down is nobody's");
+    assert!(
+        endpoints.is_empty(),
+        "a device without address that is down is nobody's"
+    );
 
     pod.veth("eth0", &host, "host0");
     let first = network.connect_new(1, |_| Ok(())).await.unwrap();
@@ -298,7 +368,10 @@ async fn links_that_come_later_are_found_and_the_others_are_not_made_twice() {
     let second = network.connect_new(1, |_| Ok(())).await.unwrap();
     assert_eq!(names(&second), ["eth1"]);
     assert!(network.connect_new(1, |_| Ok(())).await.unwrap().is_empty());
-    assert_frames_pass(&host.packet_socket("host1"), &second[0].clone_fds().unwrap().taps);
+    assert_frames_pass(
+        &host.packet_socket("host1"),
+        &second[0].clone_fds().unwrap().taps,
+    );
 }
 
 #[tokio::test]
@@ -309,7 +382,8 @@ async fn undoing_leaves_the_link_as_it_was_and_may_happen_twice() {
         if name != "plain" {
             pod.sh(&format!("tc qdisc add dev {name} {name}"));
             pod.sh(&format!(
-                "tc filter add dev {name} parent ffff:fff2 protocol ip u32 match u32 0xffffffff 0xffffffff flowid 1:1"
+                "tc filter add dev {name} parent ffff:fff2 protocol ip u32 match u32 0xffffffff \
+                 0xffffffff flowid 1:1"
             ));
         }
     }
@@ -319,15 +393,25 @@ async fn undoing_leaves_the_link_as_it_was_and_may_happen_twice() {
     let (_network, endpoints, recorded) = connect(&pod).await;
     for endpoint in &endpoints {
         let peer = format!("{}-peer", endpoint.name);
-        assert_frames_pass(&host.packet_socket(&peer), &endpoint.clone_fds().unwrap().taps);
+        assert_frames_pass(
+            &host.packet_socket(&peer),
+            &endpoint.clone_fds().unwrap().taps,
+        );
     }
-    assert!(all().iter().all(|state| state.contains("mirred")), "{:?}", all());
+    assert!(
+        all().iter().all(|state| state.contains("mirred")),
+        "{:?}",
+        all()
+    );
 
     drop(endpoints);
     for _ in 0..2 {
         for redirect in &recorded {
             let text = serde_json::to_string(redirect).unwrap();
-            serde_json::from_str::<Redirect>(&text).unwrap().undo().unwrap();
+            serde_json::from_str::<Redirect>(&text)
+                .unwrap()
+                .undo()
+                .unwrap();
         }
         assert_eq!(all(), before);
     }
@@ -338,10 +422,16 @@ async fn what_a_dead_pod_left_does_not_stop_the_next() {
     let (pod, host) = (Bound::new(), Bound::new());
     pod.veth("eth0", &host, "host0");
     drop(connect(&pod).await);
-    assert!(pod.ingress("eth0").contains("ingress"), "nobody has undone it");
+    assert!(
+        pod.ingress("eth0").contains("ingress"),
+        "nobody has undone it"
+    );
 
     let (_network, endpoints, _) = connect(&pod).await;
-    assert_frames_pass(&host.packet_socket("host0"), &endpoints[0].clone_fds().unwrap().taps);
+    assert_frames_pass(
+        &host.packet_socket("host0"),
+        &endpoints[0].clone_fds().unwrap().taps,
+    );
 }
 
 #[tokio::test]
@@ -349,20 +439,39 @@ async fn a_failure_midway_leaves_nothing() {
     let (pod, host) = (Bound::new(), Bound::new());
     pod.veth("eth0", &host, "host0");
     pod.veth("eth1", &host, "host1");
-    let state = || (pod.sh("ip -o link").lines().count(), pod.ingress("eth0"), pod.ingress("eth1"));
+    let state = || {
+        (
+            pod.sh("ip -o link").lines().count(),
+            pod.ingress("eth0"),
+            pod.ingress("eth1"),
+        )
+    };
     let before = state();
     let mut network = Network::new(pod.open()).unwrap();
 
     let mut left = 1;
     let record = |_: &Redirect| {
         left -= 1;
-        if left < 0 { Err(Error::internal("the disk is full")) } else { Ok(()) }
+        if left < 0 {
+            Err(Error::internal("the disk is full"))
+        } else {
+            Ok(())
+        }
     };
     let error = network.connect_new(1, record).await.unwrap_err();
 
-    assert!(error.message.ends_with("to the virtual machine: the disk is full"), "{error}");
+    assert!(
+        error
+            .message
+            .ends_with("to the virtual machine: the disk is full"),
+        "{error}"
+    );
     assert_eq!(state(), before);
-    assert_eq!(network.connect_new(1, |_| Ok(())).await.unwrap().len(), 2, "and it can be tried again");
+    assert_eq!(
+        network.connect_new(1, |_| Ok(())).await.unwrap().len(),
+        2,
+        "and it can be tried again"
+    );
 }
 
 #[tokio::test]
@@ -377,16 +486,27 @@ async fn undoing_in_a_namespace_or_on_a_link_that_is_gone_is_no_error() {
     pod.veth("eth0", &host, "host0");
     pod.sh("tc qdisc add dev eth0 ingress");
     recorded[0].undo().unwrap();
-    assert!(pod.ingress("eth0").contains("ingress"), "another link of the same name is not ours");
+    assert!(
+        pod.ingress("eth0").contains("ingress"),
+        "another link of the same name is not ours"
+    );
 
     drop(pod);
     recorded[0].undo().unwrap();
-    let other = Redirect { netns: "/proc/self/ns/net".into(), ..recorded[0].clone() };
+    let other = Redirect {
+        netns: "/proc/self/ns/net".into(),
+        ..recorded[0].clone()
+    };
     other.undo().unwrap();
 }
 
 #[test]
 fn the_hosts_own_network_is_refused() {
     let error = Network::new(Netns::open("/proc/self/ns/net".as_ref()).unwrap()).unwrap_err();
-    assert!(error.message.starts_with("a virtual machine cannot have the host's own network"), "{error}");
+    assert!(
+        error
+            .message
+            .starts_with("a virtual machine cannot have the host's own network"),
+        "{error}"
+    );
 }

@@ -1,5 +1,5 @@
-//! What of a pod's network is left on the host after its descriptors: a filter, and perhaps its qdisc, on each link of
-//! a namespace that outlives the pod.
+//! What of a pod's network is left on the host after its descriptors: a filter, and perhaps its
+//! qdisc, on each link of a namespace that outlives the pod.
 
 use std::io;
 use std::path::PathBuf;
@@ -33,27 +33,46 @@ impl Redirect {
     /// # Errors
     /// The kernel's.
     pub fn undo(&self) -> Result<()> {
-        let Ok(netns) = Netns::open(&self.netns) else { return Ok(()) };
+        let Ok(netns) = Netns::open(&self.netns) else {
+            return Ok(());
+        };
         if netns.is_host()? || netns.inode()? != self.inode {
             return Ok(());
         }
         // The caller may have a runtime or none; a thread of its own can have one in any case.
         let result = netns.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             Ok(runtime.block_on(self.remove()))
         });
-        let doing = format!("cannot take back the redirection of {} in {}", self.link, self.netns.display());
-        result.map_err(|error: io::Error| Error::internal(error.to_string())).flatten().map_err(|e| e.context(doing))
+        let doing = format!(
+            "cannot take back the redirection of {} in {}",
+            self.link,
+            self.netns.display()
+        );
+        result
+            .map_err(|error: io::Error| Error::internal(error.to_string()))
+            .flatten()
+            .map_err(|e| e.context(doing))
     }
 
     /// Runs in the namespace.
     async fn remove(&self) -> Result<()> {
-        let (connection, netlink, _) = rtnetlink::new_connection().map_err(|e| Error::internal(e.to_string()))?;
+        let (connection, netlink, _) =
+            rtnetlink::new_connection().map_err(|e| Error::internal(e.to_string()))?;
         tokio::spawn(connection);
-        let list = netlink.link().get().execute().try_collect::<Vec<LinkMessage>>();
+        let list = netlink
+            .link()
+            .get()
+            .execute()
+            .try_collect::<Vec<LinkMessage>>();
         let same = |link: &LinkMessage| {
             link.header.index == self.index
-                && link.attributes.iter().any(|a| matches!(a, LinkAttribute::IfName(name) if *name == self.link))
+                && link
+                    .attributes
+                    .iter()
+                    .any(|a| matches!(a, LinkAttribute::IfName(name) if *name == self.link))
         };
         if !rtnl("list links", list).await?.iter().any(same) {
             return Ok(());

@@ -1,5 +1,5 @@
-//! A directory of the shim's own, held by a descriptor: what is made, mounted and removed in it is found from there, by a
-//! single name and through no link.
+//! A directory of the shim's own, held by a descriptor: what is made, mounted and removed in it is
+//! found from there, by a single name and through no link.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -37,9 +37,13 @@ impl Dir {
     /// # Errors
     /// One line that names the directory.
     pub fn open(path: &Path) -> Result<Dir> {
-        let how = OpenHow::new().flags(DIRECTORY).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let how = OpenHow::new()
+            .flags(DIRECTORY)
+            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
         let opened = openat2(nix::fcntl::AT_FDCWD, path, how);
-        opened.map(Dir).doing(|| format!("open directory {}", path.display()))
+        opened
+            .map(Dir)
+            .doing(|| format!("open directory {}", path.display()))
     }
 
     /// Where it is now, for messages and for whoever serves it.
@@ -72,8 +76,12 @@ impl Dir {
     /// # Errors
     /// One line that names the directory.
     pub fn get(&self, name: &str) -> Result<Dir> {
-        let how = OpenHow::new().flags(DIRECTORY).resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
-        openat2(&self.0, name, how).map(Dir).doing(|| self.doing("open directory", name))
+        let how = OpenHow::new()
+            .flags(DIRECTORY)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
+        openat2(&self.0, name, how)
+            .map(Dir)
+            .doing(|| self.doing("open directory", name))
     }
 
     /// A new file in it.
@@ -81,12 +89,15 @@ impl Dir {
     /// # Errors
     /// One line that names the file; whatever has that name is one.
     pub fn make_file(&self, name: &str) -> Result<File> {
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let flags =
+            OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let how = OpenHow::new()
             .flags(flags)
             .mode(Mode::from_bits_truncate(0o644))
             .resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
-        openat2(&self.0, name, how).map(File::from).doing(|| self.doing("make file", name))
+        openat2(&self.0, name, how)
+            .map(File::from)
+            .doing(|| self.doing("make file", name))
     }
 
     /// Takes off everything that is mounted at or below a name, in this namespace.
@@ -97,10 +108,20 @@ impl Dir {
         let path = self.path();
         for point in mounts::outermost(&path.join(name))?.iter().rev() {
             let doing = || format!("unmount {}", point.display());
-            let parent = point.parent().and_then(|parent| parent.strip_prefix(&path).ok());
-            let (Some(parent), Some(last)) = (parent, point.file_name()) else { continue };
-            let parent = if parent == Path::new("") { Path::new(".") } else { parent };
-            let how = OpenHow::new().flags(DIRECTORY).resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
+            let parent = point
+                .parent()
+                .and_then(|parent| parent.strip_prefix(&path).ok());
+            let (Some(parent), Some(last)) = (parent, point.file_name()) else {
+                continue;
+            };
+            let parent = if parent == Path::new("") {
+                Path::new(".")
+            } else {
+                parent
+            };
+            let how = OpenHow::new()
+                .flags(DIRECTORY)
+                .resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
             let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
             let parent = openat2(&self.0, parent, how).map(Dir);
             match parent.and_then(|parent| umount2(&parent.fd_path().join(last), flags)) {
@@ -112,8 +133,8 @@ impl Dir {
         Ok(())
     }
 
-    /// Removes a file or a directory of mount points. What is mounted there is taken off first and never descended into:
-    /// it is somebody else's data. Nothing there is success.
+    /// Removes a file or a directory of mount points. What is mounted there is taken off first and
+    /// never descended into: it is somebody else's data. Nothing there is success.
     ///
     /// # Errors
     /// One line that names what stays.
@@ -121,7 +142,11 @@ impl Dir {
         self.unmount(name)?;
         let doing = || self.doing("remove", name);
         if let Some(point) = mounts::outermost(&self.path().join(name))?.first() {
-            return Err(Error::internal(format!("cannot {}: {} is mounted", doing(), point.display())));
+            return Err(Error::internal(format!(
+                "cannot {}: {} is mounted",
+                doing(),
+                point.display()
+            )));
         }
         match unlinkat(&self.0, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
@@ -131,11 +156,13 @@ impl Dir {
     }
 }
 
-const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
+const DIRECTORY: OFlag = OFlag::O_PATH
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_CLOEXEC);
 const NO_LINKS: ResolveFlag = ResolveFlag::RESOLVE_NO_SYMLINKS;
 
-/// A name in a directory that somebody has for a while. Dropping this removes what is there, and takes off first what is
-/// mounted there.
+/// A name in a directory that somebody has for a while. Dropping this removes what is there, and
+/// takes off first what is mounted there.
 #[derive(Debug)]
 pub struct Entry {
     dir: Arc<Dir>,
@@ -145,7 +172,10 @@ pub struct Entry {
 impl Entry {
     /// Of a name that is about to be made.
     pub fn new(dir: &Arc<Dir>, name: impl Into<String>) -> Entry {
-        Entry { dir: dir.clone(), name: name.into() }
+        Entry {
+            dir: dir.clone(),
+            name: name.into(),
+        }
     }
 
     /// Where it is now.
@@ -176,11 +206,22 @@ mod tests {
         let dir = Dir::open(&own).unwrap();
         std::os::unix::fs::symlink(&victim, own.join("directory")).unwrap();
         std::os::unix::fs::symlink(victim.join("file"), own.join("file")).unwrap();
-        assert!(dir.make("directory").is_err() && dir.get("directory").is_err() && dir.make_file("file").is_err());
-        assert!(dir.get("..").is_err() && dir.get("/").is_err() && Dir::open(&own.join("directory")).is_err());
+        assert!(
+            dir.make("directory").is_err()
+                && dir.get("directory").is_err()
+                && dir.make_file("file").is_err()
+        );
+        assert!(
+            dir.get("..").is_err()
+                && dir.get("/").is_err()
+                && Dir::open(&own.join("directory")).is_err()
+        );
         dir.remove("directory").unwrap();
         dir.remove("file").unwrap();
-        assert_eq!(std::fs::read_to_string(victim.join("file")).unwrap(), "precious");
+        assert_eq!(
+            std::fs::read_to_string(victim.join("file")).unwrap(),
+            "precious"
+        );
         assert_eq!(std::fs::read_dir(&own).unwrap().count(), 0);
     }
 

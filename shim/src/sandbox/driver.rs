@@ -1,6 +1,6 @@
-//! The one owner of a sandbox's state. Requests and the outcomes of what was begun arrive as closures on one channel
-//! and run one after the other; what takes time runs beside them and reports back the same way. So there is no lock,
-//! and no request waits for another's guest.
+//! The one owner of a sandbox's state. Requests and the outcomes of what was begun arrive as
+//! closures on one channel and run one after the other; what takes time runs beside them and
+//! reports back the same way. So there is no lock, and no request waits for another's guest.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -34,13 +34,15 @@ use crate::from_guest::{Bucket, text, watch_oom};
 use crate::identity::SandboxIdentity;
 use crate::stdio::Pumps;
 
-/// After init's death its execs are killed by the kernel; one that is not heard of by then is taken for dead.
+/// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
+/// for dead.
 const HELD_DEADLINE: Duration = Duration::from_secs(2);
 
 /// containerd may be away when the last events are made; `delete` makes up for what it misses.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How often a guest's talk of containers that are not there comes into the log, and how much of their names.
+/// How often a guest's talk of containers that are not there comes into the log, and how much of
+/// their names.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 const STRANGERS_NAME: usize = 80;
 
@@ -65,7 +67,9 @@ impl Handle {
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.tell(move |driver| request(driver, reply));
-        answer.await.unwrap_or_else(|_| Err(Error::unavailable("the sandbox has ended")))
+        answer
+            .await
+            .unwrap_or_else(|_| Err(Error::unavailable("the sandbox has ended")))
     }
 
     /// Hands the owner something to do.
@@ -114,12 +118,18 @@ impl Blueprint {
     /// By the spec of a sandbox or of its first container.
     pub fn of(spec: &Spec) -> Blueprint {
         let linux = spec.linux().as_ref();
-        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
-        let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+        let namespaces = linux
+            .and_then(|linux| linux.namespaces().as_deref())
+            .unwrap_or_default();
+        let network = namespaces
+            .iter()
+            .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
         let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
         Blueprint {
             hostname: spec.hostname().clone(),
-            cgroups_path: cgroups_path.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            cgroups_path: cgroups_path
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
             netns: network.and_then(|network| network.path().clone()),
         }
     }
@@ -129,15 +139,26 @@ impl Pod {
     /// By the sandbox's spec.
     pub fn of(spec: &Spec) -> Pod {
         // The last one is what a container would see: containerd 1.6 has a default below it.
-        let shm = spec.mounts().iter().flatten().rfind(|mount| mount.destination() == Path::new("/dev/shm"));
+        let shm = spec
+            .mounts()
+            .iter()
+            .flatten()
+            .rfind(|mount| mount.destination() == Path::new("/dev/shm"));
         Pod {
-            sysctls: spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
+            sysctls: spec
+                .linux()
+                .as_ref()
+                .and_then(|linux| linux.sysctl().clone())
+                .unwrap_or_default(),
             need: Need::of_pod(spec),
             files: None,
             unannounced: false,
             shm: shm.and_then(|mount| {
                 let source = mount.source().clone()?;
-                Pinned::open(&source).ok()?.tmpfs_size().map(|bytes| Shm { source, bytes })
+                Pinned::open(&source)
+                    .ok()?
+                    .tmpfs_size()
+                    .map(|bytes| Shm { source, bytes })
             }),
         }
     }
@@ -254,7 +275,9 @@ impl Driver {
 
     pub(super) fn living_guest(&self) -> Result<Arc<Guest>> {
         self.state.alive()?;
-        self.guest.clone().ok_or_else(|| Error::unavailable("the sandbox has no virtual machine yet"))
+        self.guest
+            .clone()
+            .ok_or_else(|| Error::unavailable("the sandbox has no virtual machine yet"))
     }
 
     /// The guest, which begins to come up with the first call.
@@ -277,7 +300,9 @@ impl Driver {
             netns: blueprint.netns,
         };
         let ledger = self.ledger.clone();
-        let launching: Launching = async move { launch(&plan, &ledger).await.map(Arc::new) }.boxed().shared();
+        let launching: Launching = async move { launch(&plan, &ledger).await.map(Arc::new) }
+            .boxed()
+            .shared();
         self.launching = Some(launching.clone());
         self.begin(launching.clone(), Driver::launched);
         Ok(launching)
@@ -294,7 +319,9 @@ impl Driver {
         let state = Dir::open(self.ledger.dir())?;
         let make = |name: &str| {
             // An attempt before this one may have got half-way.
-            state.unmount(name).and_then(|()| state.unmount(&served(name)))?;
+            state
+                .unmount(name)
+                .and_then(|()| state.unmount(&served(name)))?;
             mounts::make_served(&state, name, &served(name))
         };
         let shares = Arc::new(Shares::new(make(SHARE)?, make(ROOTFS)?));
@@ -312,12 +339,18 @@ impl Driver {
             Ok(guest) => {
                 self.guest = Some(guest.clone());
                 let handle = self.handle.clone();
-                let tell = move |container: String| handle.tell(move |driver| driver.out_of_memory(&container));
+                let tell = move |container: String| {
+                    handle.tell(move |driver| driver.out_of_memory(&container))
+                };
                 tokio::spawn(watch_oom(guest.agent.clone(), tell));
                 self.begin(async move { guest.died().await }, |driver, ended| {
                     if ended.out_of_memory {
                         let ids: Vec<String> = driver.needs.keys().cloned().collect();
-                        for id in ids.into_iter().filter(|id| driver.state.is_unfinished(id)).collect::<Vec<_>>() {
+                        for id in ids
+                            .into_iter()
+                            .filter(|id| driver.state.is_unfinished(id))
+                            .collect::<Vec<_>>()
+                        {
                             driver.out_of_memory(&id);
                         }
                     }
@@ -336,18 +369,25 @@ impl Driver {
         match self.state.out_of_memory(container) {
             Ok(true) if self.is_unannounced(container) => {}
             Ok(true) => {
-                self.events.publish(&TaskOOM { container_id: container.to_owned(), ..Default::default() });
+                self.events.publish(&TaskOOM {
+                    container_id: container.to_owned(),
+                    ..Default::default()
+                });
             }
             Ok(false) => {}
             Err(_) if self.strangers.take() => {
                 let container = text(container, STRANGERS_NAME);
-                tracing::warn!(container, "the guest says that a container ran out of memory which it does not have");
+                tracing::warn!(
+                    container,
+                    "the guest says that a container ran out of memory which it does not have"
+                );
             }
             Err(_) => {}
         }
     }
 
-    /// A SIGKILL is sent to all of a container's processes. From the first one on they have a certain time to end.
+    /// A SIGKILL is sent to all of a container's processes. From the first one on they have a
+    /// certain time to end.
     pub(super) fn begin_to_end(&mut self, id: &str) {
         if self.killed.contains_key(id) {
             return;
@@ -362,14 +402,21 @@ impl Driver {
         });
     }
 
-    /// A SIGKILL is sent to an exec. One that has not ended after a certain time hangs in the guest's kernel, or the guest
-    /// does not obey: nobody waits for it any longer, and it goes with its container.
+    /// A SIGKILL is sent to an exec. One that has not ended after a certain time hangs in the
+    /// guest's kernel, or the guest does not obey: nobody waits for it any longer, and it goes with
+    /// its container.
     pub(super) fn begin_to_give_up(&mut self, key: &Key) {
-        let Ok(pid) = self.state.process(key).map(|process| process.pid) else { return };
+        let Ok(pid) = self.state.process(key).map(|process| process.pid) else {
+            return;
+        };
         let key = key.clone();
         self.begin(sleep(self.config.kill_timeout()), move |driver, ()| {
             // Another one may have the name by now.
-            if driver.state.process(&key).is_ok_and(|process| process.pid == pid && process.is_live()) {
+            if driver
+                .state
+                .process(&key)
+                .is_ok_and(|process| process.pid == pid && process.is_live())
+            {
                 tracing::warn!(%key, "an exec did not end after a SIGKILL, and is taken for ended");
                 driver.exited(&key, 128 + libc::SIGKILL.cast_unsigned());
             }
@@ -390,16 +437,26 @@ impl Driver {
 
     pub(super) fn watch_exit(&self, guest: Arc<Guest>, key: Key) {
         let watched = key.clone();
-        self.begin(async move { process::wait(&guest, &watched).await }, move |driver, status| {
-            // Without a status the agent has failed, and with it the machine: `vm_died` comes.
-            if let Some(status) = status {
-                driver.exited(&key, status);
-            }
-        });
+        self.begin(
+            async move { process::wait(&guest, &watched).await },
+            move |driver, status| {
+                // Without a status the agent has failed, and with it the machine: `vm_died` comes.
+                if let Some(status) = status {
+                    driver.exited(&key, status);
+                }
+            },
+        );
     }
 
     pub(super) fn exited(&mut self, key: &Key, status: u32) {
-        let exits = self.state.exited(key, Exit { pid: 0, status, at: SystemTime::now() });
+        let exits = self.state.exited(
+            key,
+            Exit {
+                pid: 0,
+                status,
+                at: SystemTime::now(),
+            },
+        );
         self.announce(exits);
         if self.state.is_held(&key.container) {
             let id = key.container.clone();
@@ -427,7 +484,11 @@ impl Driver {
                 continue;
             }
             self.events.publish(&TaskExit {
-                id: if key.is_init() { key.container.clone() } else { key.exec.clone() },
+                id: if key.is_init() {
+                    key.container.clone()
+                } else {
+                    key.exec.clone()
+                },
                 container_id: key.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,
@@ -439,19 +500,25 @@ impl Driver {
         self.waiters.retain(|key, waiters| match state.exit(key) {
             Ok(None) => true,
             Ok(Some(exit)) => {
-                waiters.drain(..).for_each(|waiter| answer(waiter, Ok(exit)));
+                waiters
+                    .drain(..)
+                    .for_each(|waiter| answer(waiter, Ok(exit)));
                 false
             }
             Err(error) => {
-                waiters.drain(..).for_each(|waiter| answer(waiter, Err(error.clone())));
+                waiters
+                    .drain(..)
+                    .for_each(|waiter| answer(waiter, Err(error.clone())));
                 false
             }
         });
     }
 
     pub(super) fn take_pumps(&mut self, container: &str) -> Vec<Pumps> {
-        let (of_container, others): (HashMap<_, _>, _) =
-            self.pumps.drain().partition(|(key, _)| key.container == container);
+        let (of_container, others): (HashMap<_, _>, _) = self
+            .pumps
+            .drain()
+            .partition(|(key, _)| key.container == container);
         self.pumps = others;
         of_container.into_values().collect()
     }
@@ -459,7 +526,8 @@ impl Driver {
     /// Drops everything that is kept for a process; for init, for its whole container.
     pub(super) fn forget(&mut self, key: &Key) {
         self.state.deleted(key);
-        let gone = |other: &Key| other == key || (key.is_init() && other.container == key.container);
+        let gone =
+            |other: &Key| other == key || (key.is_init() && other.container == key.container);
         self.announced.retain(|other, _| !gone(other));
         self.sizes.retain(|other, _| !gone(other));
         self.stdin_closed.retain(|other| !gone(other));

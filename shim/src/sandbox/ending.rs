@@ -1,6 +1,6 @@
-//! How an end is brought about that the guest may not want. Whatever a guest, its file server or a storage below a
-//! volume does, a SIGKILL and the removal after it are over within 15 s; the last resort is always to end the machine,
-//! and a machine that has ended is asked nothing.
+//! How an end is brought about that the guest may not want. Whatever a guest, its file server or a
+//! storage below a volume does, a SIGKILL and the removal after it are over within 15 s; the last
+//! resort is always to end the machine, and a machine that has ended is asked nothing.
 //!
 //! With `kill_timeout_seconds = 10`, counted from the SIGKILL:
 //!
@@ -12,8 +12,9 @@
 //! | removed in the guest, disks unplugged | 12 s, or 3 s after the delete began ([`DeleteBy::removed`]) | the machine is ended |
 //! | the host's mounts taken off | 2 s later ([`RELEASE_DEADLINE`]) | they go when the kernel lets them |
 //!
-//! A task that ended by itself has the same steps without the first two: 10 s for its output, 12 s in all.
-//! A sandbox that is told to stop ends its machine at once: QEMU has 0.3 s to quit and is killed, helpers likewise.
+//! A task that ended by itself has the same steps without the first two: 10 s for its output, 12 s
+//! in all. A sandbox that is told to stop ends its machine at once: QEMU has 0.3 s to quit and is
+//! killed, helpers likewise.
 
 use std::time::Duration;
 
@@ -31,10 +32,12 @@ const REMOVE_SHARE: Duration = Duration::from_secs(2);
 /// How little a delete has, however late it began after a SIGKILL.
 const LEAST: Duration = Duration::from_secs(3);
 
-/// How long the host may take to take off a container's mounts; a storage that hangs keeps them longer.
+/// How long the host may take to take off a container's mounts; a storage that hangs keeps them
+/// longer.
 pub const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 
-/// How long the agent may take to say that a signal is sent: well below the time in which a SIGKILL has to work.
+/// How long the agent may take to say that a signal is sent: well below the time in which a SIGKILL
+/// has to work.
 pub fn signal_deadline(kill_timeout: Duration) -> Duration {
     Duration::from_secs(5).min(kill_timeout / 2)
 }
@@ -52,18 +55,24 @@ impl DeleteBy {
     /// Of a delete that begins now, of a container that got its first SIGKILL at `killed`.
     pub fn from(now: Instant, killed: Option<Instant>) -> DeleteBy {
         let end = now + DELETE_DEADLINE;
-        let removed = killed.map_or(end, |killed| (killed + DELETE_DEADLINE).clamp(now + LEAST, end));
-        DeleteBy { drained: removed - REMOVE_SHARE, removed }
+        let removed = killed.map_or(end, |killed| {
+            (killed + DELETE_DEADLINE).clamp(now + LEAST, end)
+        });
+        DeleteBy {
+            drained: removed - REMOVE_SHARE,
+            removed,
+        }
     }
 }
 
-/// What comes of a SIGKILL to a container, by the agent's answer to it: `Some` says why the machine has to end now. An
-/// agent that knows of no such process has to have told its exit, so that is for the clock.
+/// What comes of a SIGKILL to a container, by the agent's answer to it: `Some` says why the machine
+/// has to end now. An agent that knows of no such process has to have told its exit, so that is for
+/// the clock.
 pub fn refuses_to_kill(answer: &Result<()>) -> Option<String> {
     match answer {
-        Err(error) if error.code != Code::NOT_FOUND => {
-            Some(format!("the guest did not obey a SIGKILL, and so was ended: {error}"))
-        }
+        Err(error) if error.code != Code::NOT_FOUND => Some(format!(
+            "the guest did not obey a SIGKILL, and so was ended: {error}"
+        )),
         _ => None,
     }
 }
@@ -71,7 +80,8 @@ pub fn refuses_to_kill(answer: &Result<()>) -> Option<String> {
 /// Why a machine ends whose guest has taken a SIGKILL and does not let the process go.
 pub fn overdue(container: &str, kill_timeout: Duration) -> String {
     format!(
-        "task {container} did not end within {} s of a SIGKILL, so the virtual machine was ended: its processes, its \
+        "task {container} did not end within {} s of a SIGKILL, so the virtual machine was ended: \
+         its processes, its \
          file server or a storage below a volume hangs",
         kill_timeout.as_secs()
     )
@@ -90,7 +100,10 @@ mod tests {
         for tenths in 0..=110 {
             let begun = killed + Duration::from_millis(100) * tenths;
             let by = DeleteBy::from(begun, Some(killed));
-            assert!(by.removed + RELEASE_DEADLINE <= killed + Duration::from_secs(16), "begun after {tenths}/10 s");
+            assert!(
+                by.removed + RELEASE_DEADLINE <= killed + Duration::from_secs(16),
+                "begun after {tenths}/10 s"
+            );
             assert!(begun < by.drained && by.drained < by.removed);
         }
         let last = DeleteBy::from(killed + timeout, Some(killed));
@@ -102,17 +115,34 @@ mod tests {
 
     #[test]
     fn a_short_time_for_a_sigkill_has_room_for_the_answer() {
-        assert_eq!(signal_deadline(Duration::from_secs(1)), Duration::from_millis(500));
-        assert_eq!(signal_deadline(Duration::from_secs(3600)), Duration::from_secs(5));
+        assert_eq!(
+            signal_deadline(Duration::from_secs(1)),
+            Duration::from_millis(500)
+        );
+        assert_eq!(
+            signal_deadline(Duration::from_secs(3600)),
+            Duration::from_secs(5)
+        );
     }
 
     #[test]
     fn any_answer_but_done_and_gone_ends_the_machine() {
         assert_eq!(refuses_to_kill(&Ok(())), None);
-        assert_eq!(refuses_to_kill(&Err(Error::not_found("no such process"))), None);
-        for error in [Error::invalid("no"), Error::internal("no"), Error::unimplemented("no"), Error::deadline("late")]
-        {
-            assert!(refuses_to_kill(&Err(error.clone())).unwrap().contains(&error.message));
+        assert_eq!(
+            refuses_to_kill(&Err(Error::not_found("no such process"))),
+            None
+        );
+        for error in [
+            Error::invalid("no"),
+            Error::internal("no"),
+            Error::unimplemented("no"),
+            Error::deadline("late"),
+        ] {
+            assert!(
+                refuses_to_kill(&Err(error.clone()))
+                    .unwrap()
+                    .contains(&error.message)
+            );
         }
     }
 }

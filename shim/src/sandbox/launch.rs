@@ -1,8 +1,9 @@
-//! How a sandbox's virtual machine comes up: helpers and QEMU side by side, devices, power on, the agent's answer.
+//! How a sandbox's virtual machine comes up: helpers and QEMU side by side, devices, power on, the
+//! agent's answer.
 //!
-//! Every process is in the ledger before it is used, and all of them are killed when the future that builds them is
-//! dropped or fails, so there is nothing to roll back by hand. QEMU and the helpers also die with the shim
-//! (PR_SET_PDEATHSIG), because nobody else could take them over.
+//! Every process is in the ledger before it is used, and all of them are killed when the future
+//! that builds them is dropped or fails, so there is nothing to roll back by hand. QEMU and the
+//! helpers also die with the shim (PR_SET_PDEATHSIG), because nobody else could take them over.
 
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -12,7 +13,8 @@ use std::time::Duration;
 
 use agent_client::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
 use agent_client::{
-    AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG, SHARE_TAG, Transport, UDS_PORT,
+    AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG, SHARE_TAG,
+    Transport, UDS_PORT,
 };
 use launcher::UidLease;
 use tokio::sync::Mutex;
@@ -48,19 +50,22 @@ const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
 /// QEMU's own orderly end, before it is killed.
 const QUIT_DEADLINE: Duration = Duration::from_millis(300);
 
-/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for now.
+/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for
+/// now.
 const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
 const ROOT_PORTS: u8 = 9;
 
-/// The same for a pod, whose containers may each have a disk for their root file system, and which may grow.
+/// The same for a pod, whose containers may each have a disk for their root file system, and which
+/// may grow.
 const POD_ROOT_PORTS: u8 = 13;
 
 /// Queue size of a virtio-fs device.
 const FS_QUEUE_SIZE: u16 = 1024;
 
-/// Context id of a guest behind a user space vsock device: each has a device, and so a number space, of its own.
+/// Context id of a guest behind a user space vsock device: each has a device, and so a number
+/// space, of its own.
 const HYBRID_CID: u32 = 3;
 
 /// What a launch needs to know.
@@ -77,7 +82,8 @@ pub struct Plan {
     pub cgroups_path: String,
     /// Size of the /dev/shm that the containers of a pod share.
     pub shm_bytes: Option<u64>,
-    /// Path of the network namespace that was made for the sandbox; without one it gets an empty one.
+    /// Path of the network namespace that was made for the sandbox; without one it gets an empty
+    /// one.
     pub netns: Option<PathBuf>,
 }
 
@@ -105,7 +111,8 @@ pub struct Guest {
     pub signal_all: bool,
     /// Whether a pod needs no container for its sandbox.
     pub pod: bool,
-    /// Unix sockets of the host that containers may connect to, and the port that they are dialled on if the agent can.
+    /// Unix sockets of the host that containers may connect to, and the port that they are dialled
+    /// on if the agent can.
     pub sockets: Sockets,
     /// See `sockets`.
     pub sockets_port: Option<u32>,
@@ -124,30 +131,42 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Waits until the machine, a helper that it cannot live without, or an agent that makes sense is gone; says which
-    /// and why. The machine may still run.
+    /// Waits until the machine, a helper that it cannot live without, or an agent that makes sense
+    /// is gone; says which and why. The machine may still run.
     pub async fn died(&self) -> Ended {
         let reason = self.end().await;
         match self.place.out_of_memory() {
-            Some(why) => Ended { reason: format!("{reason}: {why}"), out_of_memory: true },
-            None => Ended { reason, out_of_memory: false },
+            Some(why) => Ended {
+                reason: format!("{reason}: {why}"),
+                out_of_memory: true,
+            },
+            None => Ended {
+                reason,
+                out_of_memory: false,
+            },
         }
     }
 
     async fn end(&self) -> String {
-        let mut death = pin!(death(&self.vm, &self.file_servers, self.vsock_daemon.as_ref()));
+        let mut death = pin!(death(
+            &self.vm,
+            &self.file_servers,
+            self.vsock_daemon.as_ref()
+        ));
         let fault = tokio::select! {
             why = &mut death => return why,
             fault = self.agent.failed() => fault,
         };
         match fault {
             Fault::Garbled(why) => why,
-            // Usually because the machine has ended, and QEMU's own death is the better reason to give.
+            // Usually because the machine has ended, and QEMU's own death is the better reason to
+            // give.
             Fault::Lost(why) => timeout(AGENT_LOST_GRACE, death).await.unwrap_or(why),
         }
     }
 
-    /// Brings the machine to another size, as far as it goes: a guest keeps what it cannot give back.
+    /// Brings the machine to another size, as far as it goes: a guest keeps what it cannot give
+    /// back.
     ///
     /// # Errors
     /// QEMU's own, or the agent's: added CPUs that do not come to life.
@@ -157,7 +176,12 @@ impl Guest {
         let resized = self.resize_machine(&mut size, to).await;
         if let Ok(has_mib) = resized {
             // What the guest did not give back it may still use.
-            self.place.settle(Sizing { memory_mib: has_mib.max(to.memory_mib), ..to }).await;
+            self.place
+                .settle(Sizing {
+                    memory_mib: has_mib.max(to.memory_mib),
+                    ..to
+                })
+                .await;
         }
         place::set_oom_score(&self.processes(), to.oom_score_adj);
         resized.map(drop)
@@ -175,16 +199,26 @@ impl Guest {
     /// Returns the MiB of memory that the guest has.
     async fn resize_machine(&self, size: &mut Sizing, to: Sizing) -> Result<u64> {
         if to.memory_mib != size.memory_mib {
-            let got = self.vm.resize_memory(to.memory_mib, RESIZE_DEADLINE).await?;
+            let got = self
+                .vm
+                .resize_memory(to.memory_mib, RESIZE_DEADLINE)
+                .await?;
             if got < to.memory_mib {
-                tracing::warn!(got, wanted = to.memory_mib, "the guest has less memory than its containers may use");
+                tracing::warn!(
+                    got,
+                    wanted = to.memory_mib,
+                    "the guest has less memory than its containers may use"
+                );
             }
             size.memory_mib = to.memory_mib;
             self.has_mib.store(got, Ordering::Relaxed);
         }
         if to.vcpus != size.vcpus {
             let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
-            let request = OnlineCPUMemRequest { nb_cpus: got.saturating_sub(size.vcpus), ..Default::default() };
+            let request = OnlineCPUMemRequest {
+                nb_cpus: got.saturating_sub(size.vcpus),
+                ..Default::default()
+            };
             size.vcpus = got;
             if request.nb_cpus > 0 {
                 self.agent.online_cpu_mem(&request, RESIZE_DEADLINE).await?;
@@ -208,8 +242,16 @@ impl Guest {
     /// # Errors
     /// The path, or QEMU's own.
     pub async fn attach_disk(&self, path: &Path, read_only: bool) -> Result<Attached> {
-        let disk = Block { path: path.to_owned(), read_only, direct: false, serial: None };
-        self.vm.attach(Device::Block(disk)).await.map_err(Error::from)
+        let disk = Block {
+            path: path.to_owned(),
+            read_only,
+            direct: false,
+            serial: None,
+        };
+        self.vm
+            .attach(Device::Block(disk))
+            .await
+            .map_err(Error::from)
     }
 
     /// Ends QEMU and the helpers.
@@ -223,7 +265,10 @@ impl Guest {
                 None => Ok(()),
             }
         };
-        let [volumes, roots] = self.file_servers.each_ref().map(|server| server.stop(QUIT_DEADLINE));
+        let [volumes, roots] = self
+            .file_servers
+            .each_ref()
+            .map(|server| server.stop(QUIT_DEADLINE));
         let (volumes, roots, daemon) = tokio::join!(volumes, roots, daemon);
         for error in [volumes, roots, daemon].into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "a helper did not stop in order");
@@ -244,7 +289,8 @@ async fn death(vm: &Vm, [volumes, roots]: &[Virtiofsd; 2], daemon: Option<&Vsock
         why = roots.exited() => why,
         why = daemon => why,
     };
-    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the reason.
+    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the
+    // reason.
     match timeout(QUIT_DEADLINE, vm.died()).await {
         Ok(death) => death.to_string(),
         Err(_) => why,
@@ -254,10 +300,12 @@ async fn death(vm: &Vm, [volumes, roots]: &[Virtiofsd; 2], daemon: Option<&Vsock
 /// Directory in the sandbox's own for volumes, and root file systems that others may change.
 pub const SHARE: &str = "share";
 
-/// Directory in the sandbox's own for what the guest keeps in its memory: root file systems that are a container's own.
+/// Directory in the sandbox's own for what the guest keeps in its memory: root file systems that
+/// are a container's own.
 pub const ROOTFS: &str = "rootfs";
 
-/// Name of what virtiofsd serves of a directory in which the shim makes mounts ([`super::mounts::make_served`]).
+/// Name of what virtiofsd serves of a directory in which the shim makes mounts
+/// ([`super::mounts::make_served`]).
 pub fn served(name: &str) -> String {
     format!("{name}.served")
 }
@@ -273,7 +321,8 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     find_file(&config.kernel, "kernel")?;
     find_file(&config.initramfs, "initramfs")?;
     let cache_dir = Path::new(STATE_ROOT).join("cache");
-    std::fs::create_dir_all(&cache_dir).doing(|| format!("make directory {}", cache_dir.display()))?;
+    std::fs::create_dir_all(&cache_dir)
+        .doing(|| format!("make directory {}", cache_dir.display()))?;
     let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
     let accel = match config.accelerator {
         Accelerator::Auto => vmm::accel::Accel::Auto,
@@ -283,7 +332,10 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     let accel = accel.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
     // No limit of CPU time before there is a container: what boots is ours.
-    let size = Sizing { milli_cpus: None, ..plan.sizing };
+    let size = Sizing {
+        milli_cpus: None,
+        ..plan.sizing
+    };
     let place = Place::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
     let mut machine = MachineConfig {
@@ -298,7 +350,11 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         max_memory_mib: host_memory_mib().max(plan.sizing.memory_mib),
         vcpus: plan.sizing.vcpus,
         max_vcpus: host_cpus().max(plan.sizing.vcpus),
-        root_ports: if plan.shm_bytes.is_some() { POD_ROOT_PORTS } else { ROOT_PORTS },
+        root_ports: if plan.shm_bytes.is_some() {
+            POD_ROOT_PORTS
+        } else {
+            ROOT_PORTS
+        },
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs: place.procs(),
         netns: Some(nics.netns()),
@@ -306,28 +362,36 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
         confinement,
         cache_dir: cache_dir.clone(),
     };
-    let file_servers = [(SHARE, FsCache::Auto), (ROOTFS, FsCache::Always)].map(|(name, cache)| VirtiofsdConfig {
-        binary: virtiofsd.clone(),
-        cache_dir: cache_dir.clone(),
-        socket: ledger.dir().join(format!("{name}.sock")),
-        shared_dir: ledger.dir().join(served(name)),
-        cache,
-        cgroup_procs: machine.cgroup_procs.clone(),
-        oom_score_adj: machine.oom_score_adj,
-        confinement: machine.confinement.clone(),
-    });
+    let file_servers =
+        [(SHARE, FsCache::Auto), (ROOTFS, FsCache::Always)].map(|(name, cache)| VirtiofsdConfig {
+            binary: virtiofsd.clone(),
+            cache_dir: cache_dir.clone(),
+            socket: ledger.dir().join(format!("{name}.sock")),
+            shared_dir: ledger.dir().join(served(name)),
+            cache,
+            cgroup_procs: machine.cgroup_procs.clone(),
+            oom_score_adj: machine.oom_score_adj,
+            confinement: machine.confinement.clone(),
+        });
     for attempt in 1..=2 {
         let boot = boot(plan, &mut machine, &file_servers, &nics, &place, ledger);
         match timeout(config.boot_deadline(), boot).await {
-            Ok(result) => return result.map(|guest| Guest { _uid: lease, ..guest }),
+            Ok(result) => {
+                return result.map(|guest| Guest {
+                    _uid: lease,
+                    ..guest
+                });
+            }
             Err(_) => {
                 let console = last_lines(machine.console.as_deref());
-                tracing::warn!(attempt, deadline = ?config.boot_deadline(), console, "the guest did not answer");
+                tracing::warn!(attempt, deadline = ?config.boot_deadline(), console,
+                    "the guest did not answer");
             }
         }
     }
     Err(Error::deadline(format!(
-        "the guest agent did not answer within {} s, twice: is the initramfs {} the one of this installation? \
+        "the guest agent did not answer within {} s, twice: is the initramfs {} the one of this \
+         installation? \
          with debug = true in the configuration the guest's last words are in containerd's log",
         config.boot_timeout_seconds,
         config.initramfs.display()
@@ -335,37 +399,57 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
 }
 
 /// What the sandbox's processes are confined to, as configured; and the user id that is theirs.
-fn confinement(config: &Config, state_dir: &Path) -> Result<(Option<UidLease>, Option<Confinement>)> {
+fn confinement(
+    config: &Config,
+    state_dir: &Path,
+) -> Result<(Option<UidLease>, Option<Confinement>)> {
     let level = config.confinement;
     if level != ConfinementLevel::Full {
-        tracing::warn!(?level, "QEMU and the helpers are confined less than they could be");
+        tracing::warn!(
+            ?level,
+            "QEMU and the helpers are confined less than they could be"
+        );
     }
     if level == ConfinementLevel::None {
         return Ok((None, None));
     }
-    let lease = config.uid_range.lease(&Path::new(STATE_ROOT).join("cache/uids"));
-    let lease = lease.doing(|| "get a user id for the sandbox (uid_range in the configuration)".into())?;
+    let lease = config
+        .uid_range
+        .lease(&Path::new(STATE_ROOT).join("cache/uids"));
+    let lease =
+        lease.doing(|| "get a user id for the sandbox (uid_range in the configuration)".into())?;
     let mount_point = Dir::open(state_dir)?.make("jail")?.path();
     let user_namespace = match level {
         ConfinementLevel::NoUserNamespace => None,
         _ => Some(Arc::new(launcher::user_namespace().doing(|| {
-            "make a user namespace for virtiofsd (allow them, sysctl user.max_user_namespaces, or set confinement = \
+            "make a user namespace for virtiofsd (allow them, sysctl user.max_user_namespaces, or \
+             set confinement = \
              \"no-user-namespace\" in the configuration)"
                 .into()
         })?)),
     };
     let seccomp = level != ConfinementLevel::NoSeccomp;
     tracing::info!(?level, uid = lease.uid, "confinement");
-    let confinement = Confinement { mount_point, uid: lease.uid, user_namespace, seccomp };
+    let confinement = Confinement {
+        mount_point,
+        uid: lease.uid,
+        user_namespace,
+        seccomp,
+    };
     Ok((Some(lease), Some(confinement)))
 }
 
 /// The end of the guest's console, as far as it fits a line of the log.
 fn last_lines(console: Option<&Path>) -> String {
     const LENGTH: usize = 1000;
-    let text = console.and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
+    let text = console
+        .and_then(|path| std::fs::read(path).ok())
+        .unwrap_or_default();
     let text = String::from_utf8_lossy(&text[text.len().saturating_sub(LENGTH)..]).into_owned();
-    text.lines().map(str::trim_end).collect::<Vec<_>>().join(" | ")
+    text.lines()
+        .map(str::trim_end)
+        .collect::<Vec<_>>()
+        .join(" | ")
 }
 
 async fn boot(
@@ -378,9 +462,16 @@ async fn boot(
 ) -> Result<Guest> {
     let config = &plan.config;
     let dir = ledger.dir();
-    let reach::Address { transport, ready, port, kernel } = reach::address(config.vsock, dir)?;
+    let reach::Address {
+        transport,
+        ready,
+        port,
+        kernel,
+    } = reach::address(config.vsock, dir)?;
     machine.kernel_params = config.kernel_params.clone();
-    machine.kernel_params.push(format!("{READY_PARAMETER}={port}"));
+    machine
+        .kernel_params
+        .push(format!("{READY_PARAMETER}={port}"));
     machine.kernel_params.push(format!("{KEY_PARAMETER}=1"));
     if config.debug {
         machine.kernel_params.push("agent.log=debug".to_owned());
@@ -408,13 +499,19 @@ async fn boot(
     let serve = async |config, tag: &str| {
         let (server, connection) = Virtiofsd::spawn(config).await?;
         ledger.record(&Resource::Process(server.identity()))?;
-        let device = VirtioFs { tag: tag.to_owned(), connection, queue_size: FS_QUEUE_SIZE };
+        let device = VirtioFs {
+            tag: tag.to_owned(),
+            connection,
+            queue_size: FS_QUEUE_SIZE,
+        };
         Ok::<_, Error>((server, Device::VirtioFs(device)))
     };
     let vsock = async {
         match (kernel, &daemon) {
             (Some(kernel), _) => Ok(VsockDevice::Kernel(kernel)),
-            (None, Some(daemon)) => Ok(VsockDevice::User { connection: daemon.connect(START_DEADLINE).await? }),
+            (None, Some(daemon)) => Ok(VsockDevice::User {
+                connection: daemon.connect(START_DEADLINE).await?,
+            }),
             (None, None) => Err(Error::internal("no vsock device")),
         }
     };
@@ -453,10 +550,12 @@ async fn boot(
     let (stream, transport) = match reached {
         Ok(reached) => reached,
         // Whatever broke, an end of the machine is the better reason.
-        Err(error) => match timeout(QUIT_DEADLINE, death(&vm, &file_servers, daemon.as_ref())).await {
-            Ok(why) => return Err(ended(why)),
-            Err(_) => return Err(error),
-        },
+        Err(error) => {
+            match timeout(QUIT_DEADLINE, death(&vm, &file_servers, daemon.as_ref())).await {
+                Ok(why) => return Err(ended(why)),
+                Err(_) => return Err(error),
+            }
+        }
     };
     let agent = Agent::new(AgentClient::new(stream));
     nics.set_up(&agent, &cards).await?;
@@ -472,7 +571,11 @@ async fn boot(
     if features.port_forward && plan.netns.is_some() {
         forwarder = nics.forward(&transport).await;
     }
-    tracing::info!(version = features.version, raw_stdio = features.raw_stdio, "guest agent");
+    tracing::info!(
+        version = features.version,
+        raw_stdio = features.raw_stdio,
+        "guest agent"
+    );
     Ok(Guest {
         vm,
         agent,
@@ -495,13 +598,14 @@ async fn boot(
 }
 
 async fn create_sandbox(agent: &Agent, plan: &Plan) -> Result<Features> {
-    let shared = [(SHARE_TAG, GUEST_SHARE), (ROOTFS_TAG, GUEST_ROOTFS)].map(|(tag, place)| Storage {
-        driver: "virtio-fs".to_owned(),
-        source: tag.to_owned(),
-        fstype: "virtiofs".to_owned(),
-        mount_point: place.to_owned(),
-        ..Default::default()
-    });
+    let shared =
+        [(SHARE_TAG, GUEST_SHARE), (ROOTFS_TAG, GUEST_ROOTFS)].map(|(tag, place)| Storage {
+            driver: "virtio-fs".to_owned(),
+            source: tag.to_owned(),
+            fstype: "virtiofs".to_owned(),
+            mount_point: place.to_owned(),
+            ..Default::default()
+        });
     let shm = plan.shm_bytes.map(|bytes| Storage {
         driver: "ephemeral".to_owned(),
         source: "shm".to_owned(),
@@ -520,8 +624,10 @@ async fn create_sandbox(agent: &Agent, plan: &Plan) -> Result<Features> {
         storages: shared.into_iter().chain(shm).collect(),
         ..Default::default()
     };
-    let (created, features) =
-        tokio::join!(agent.create_sandbox(&sandbox, CALL_DEADLINE), agent.features(CALL_DEADLINE));
+    let (created, features) = tokio::join!(
+        agent.create_sandbox(&sandbox, CALL_DEADLINE),
+        agent.features(CALL_DEADLINE)
+    );
     created.map_err(|error| error.context("the guest agent cannot set up the sandbox"))?;
     features.map_err(|error| error.context("the guest agent does not say what it can do"))
 }

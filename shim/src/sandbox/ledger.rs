@@ -1,9 +1,10 @@
 //! The undo ledger: what a sandbox made on the host that the kernel does not take back by itself.
 //!
-//! A file of JSON lines in the sandbox's state directory. An entry is written before its resource is made (a process:
-//! before it is used), and undoing is idempotent, so an entry without a resource does no harm. The file is not synced:
-//! everything it names ends with the running kernel, and what was written before a crash of the shim is in the page
-//! cache. Mounts need no entry: they live in the sandbox's own mount namespace and go with its last process.
+//! A file of JSON lines in the sandbox's state directory. An entry is written before its resource
+//! is made (a process: before it is used), and undoing is idempotent, so an entry without a
+//! resource does no harm. The file is not synced: everything it names ends with the running kernel,
+//! and what was written before a crash of the shim is in the page cache. Mounts need no entry: they
+//! live in the sandbox's own mount namespace and go with its last process.
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
@@ -46,7 +47,8 @@ pub enum Resource {
         /// The unit.
         unit: String,
     },
-    /// What sends a link's packets to the virtual machine, in a network namespace that may outlive the sandbox.
+    /// What sends a link's packets to the virtual machine, in a network namespace that may outlive
+    /// the sandbox.
     Redirect(Redirect),
     /// A file or socket outside the state directory.
     File {
@@ -81,9 +83,20 @@ impl Ledger {
     /// One line that names the directory.
     pub fn create(dir: &Path) -> Result<Ledger> {
         let doing = || format!("make the sandbox's state directory {}", dir.display());
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).doing(doing)?;
-        let file = OpenOptions::new().create(true).append(true).open(dir.join(NAME)).doing(doing)?;
-        Ok(Ledger { dir: dir.to_owned(), file: Mutex::new(file) })
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .doing(doing)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(dir.join(NAME))
+            .doing(doing)?;
+        Ok(Ledger {
+            dir: dir.to_owned(),
+            file: Mutex::new(file),
+        })
     }
 
     /// The state directory.
@@ -96,16 +109,27 @@ impl Ledger {
     /// # Errors
     /// One line; a full disk is the likely reason.
     pub fn record(&self, resource: &Resource) -> Result<()> {
-        let doing = || format!("record {} in {}", resource.kind(), self.dir.join(NAME).display());
-        let mut line = serde_json::to_vec(resource).map_err(std::io::Error::other).doing(doing)?;
+        let doing = || {
+            format!(
+                "record {} in {}",
+                resource.kind(),
+                self.dir.join(NAME).display()
+            )
+        };
+        let mut line = serde_json::to_vec(resource)
+            .map_err(std::io::Error::other)
+            .doing(doing)?;
         line.push(b'\n');
-        let mut file = self.file.lock().map_err(|_| Error::internal("the ledger's lock is poisoned"))?;
+        let mut file = self
+            .file
+            .lock()
+            .map_err(|_| Error::internal("the ledger's lock is poisoned"))?;
         file.write_all(&line).doing(doing)
     }
 }
 
-/// Undoes all that the ledger in `dir` names, newest first, then removes the directory. A server that still lives is
-/// given `server_deadline` to do so itself. Nothing there is success.
+/// Undoes all that the ledger in `dir` names, newest first, then removes the directory. A server
+/// that still lives is given `server_deadline` to do so itself. Nothing there is success.
 ///
 /// # Errors
 /// One line that names the first thing that could not be undone; the rest is undone all the same.
@@ -131,13 +155,17 @@ pub fn undo_own(dir: &Path) -> Result<()> {
     undo_all(dir, &resources)
 }
 
-/// Looks into all state directories below `root`, until `deadline` is over, for what dead servers left whose own
-/// `delete` was killed (containerd gives it 5 s) or never ran.
+/// Looks into all state directories below `root`, until `deadline` is over, for what dead servers
+/// left whose own `delete` was killed (containerd gives it 5 s) or never ran.
 pub fn sweep(root: &Path, deadline: Duration) {
     let end = Instant::now() + deadline;
-    // The lock of `start`: what is read here must not become a new server's before it is undone. Whoever has it is quick;
-    // the next sweep comes.
-    let Ok(Ok(_lock)) = File::open(root).map(|root| Flock::lock(root, FlockArg::LockExclusiveNonblock)) else { return };
+    // The lock of `start`: what is read here must not become a new server's before it is undone.
+    // Whoever has it is quick; the next sweep comes.
+    let Ok(Ok(_lock)) =
+        File::open(root).map(|root| Flock::lock(root, FlockArg::LockExclusiveNonblock))
+    else {
+        return;
+    };
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
         if Instant::now() < end {
             let _ = undo_abandoned(&entry.path()); // the next sweep tries again
@@ -151,10 +179,15 @@ pub fn sweep(root: &Path, deadline: Duration) {
 /// As for [`undo`].
 pub fn undo_abandoned(dir: &Path) -> Result<()> {
     let resources = read(dir)?;
-    if is_abandoned(&resources) { undo_all(dir, &resources) } else { Ok(()) }
+    if is_abandoned(&resources) {
+        undo_all(dir, &resources)
+    } else {
+        Ok(())
+    }
 }
 
-/// Whether the server has come and gone. Its socket is asked too: in another pid namespace its number says nothing.
+/// Whether the server has come and gone. Its socket is asked too: in another pid namespace its
+/// number says nothing.
 fn is_abandoned(resources: &[Resource]) -> bool {
     let mut servers = 0;
     let gone = resources.iter().all(|resource| match resource {
@@ -170,24 +203,36 @@ fn is_abandoned(resources: &[Resource]) -> bool {
 
 /// Lines that do not parse (a full disk tears the last one) are passed over.
 pub(crate) fn parse(text: &[u8]) -> Vec<Resource> {
-    text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
+    text.split(|byte| *byte == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok())
+        .collect()
 }
 
 fn read(dir: &Path) -> Result<Vec<Resource>> {
     let path = dir.join(NAME);
     match std::fs::read(&path) {
         Ok(text) => Ok(parse(&text)),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(Vec::new())
+        }
         Err(error) => Err(error).doing(|| format!("read {}", path.display())),
     }
 }
 
 fn undo_all(dir: &Path, resources: &[Resource]) -> Result<()> {
     // Processes first, the server before its children so that it starts no more of them.
-    let (servers, others): (Vec<_>, Vec<_>) = resources.iter().partition(|r| matches!(r, Resource::Server(_)));
-    let (processes, files): (Vec<_>, Vec<_>) = others.into_iter().partition(|r| matches!(r, Resource::Process(_)));
+    let (servers, others): (Vec<_>, Vec<_>) = resources
+        .iter()
+        .partition(|r| matches!(r, Resource::Server(_)));
+    let (processes, files): (Vec<_>, Vec<_>) = others
+        .into_iter()
+        .partition(|r| matches!(r, Resource::Process(_)));
     let mut result = Ok(());
-    for resource in servers.into_iter().chain(processes.into_iter().rev()).chain(files.into_iter().rev()) {
+    for resource in servers
+        .into_iter()
+        .chain(processes.into_iter().rev())
+        .chain(files.into_iter().rev())
+    {
         if let Err(error) = undo_one(resource) {
             tracing::warn!(%error, "left behind");
             result = result.and(Err(error));
@@ -208,7 +253,9 @@ fn undo_one(resource: &Resource) -> Result<()> {
         Resource::Server(identity) | Resource::Process(identity) => {
             identity.kill_and_wait(KILL_DEADLINE).map_err(Error::from)
         }
-        Resource::Cgroup { path } => cgroup::remove(path).doing(|| format!("remove cgroup {}", path.display())),
+        Resource::Cgroup { path } => {
+            cgroup::remove(path).doing(|| format!("remove cgroup {}", path.display()))
+        }
         Resource::Scope { unit } => cgroup::systemd::undo(unit),
         Resource::Redirect(redirect) => redirect.undo(),
         Resource::File { path } => match std::fs::remove_file(path) {
@@ -237,12 +284,27 @@ mod tests {
         let dir = root.path().join("state");
         let outside = root.path().join("socket");
         let ledger = Ledger::create(&dir).unwrap();
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
         let identity = Identity::of(child.id().cast_signed()).unwrap();
         ledger.record(&Resource::Process(identity)).unwrap();
-        ledger.record(&Resource::File { path: outside.clone() }).unwrap();
-        ledger.record(&Resource::Cgroup { path: root.path().join("no-such-cgroup") }).unwrap();
-        ledger.record(&Resource::Scope { unit: "cofferdam-no-such.scope".into() }).unwrap();
+        ledger
+            .record(&Resource::File {
+                path: outside.clone(),
+            })
+            .unwrap();
+        ledger
+            .record(&Resource::Cgroup {
+                path: root.path().join("no-such-cgroup"),
+            })
+            .unwrap();
+        ledger
+            .record(&Resource::Scope {
+                unit: "cofferdam-no-such.scope".into(),
+            })
+            .unwrap();
         std::fs::write(&outside, "").unwrap();
         let reaper = std::thread::spawn(move || child.wait().unwrap());
         undo(&dir, Duration::ZERO).unwrap();
@@ -257,7 +319,12 @@ mod tests {
         let dir = root.path().join("state");
         let ledger = Ledger::create(&dir).unwrap();
         let own = Identity::of(std::process::id().cast_signed()).unwrap();
-        ledger.record(&Resource::Process(Identity { start_time: own.start_time + 1, ..own })).unwrap();
+        ledger
+            .record(&Resource::Process(Identity {
+                start_time: own.start_time + 1,
+                ..own
+            }))
+            .unwrap();
         undo(&dir, Duration::ZERO).unwrap();
     }
 
@@ -267,9 +334,16 @@ mod tests {
         let dir = root.path().join("state");
         let outside = root.path().join("file");
         let ledger = Ledger::create(&dir).unwrap();
-        ledger.record(&Resource::File { path: outside.clone() }).unwrap();
+        ledger
+            .record(&Resource::File {
+                path: outside.clone(),
+            })
+            .unwrap();
         std::fs::write(&outside, "").unwrap();
-        let mut file = OpenOptions::new().append(true).open(dir.join(NAME)).unwrap();
+        let mut file = OpenOptions::new()
+            .append(true)
+            .open(dir.join(NAME))
+            .unwrap();
         file.write_all(b"\xff\xfe{\n{\"kind\":\"proce").unwrap();
         undo(&dir, Duration::ZERO).unwrap();
         assert!(!outside.exists() && !dir.exists());
@@ -279,20 +353,35 @@ mod tests {
     fn a_sweep_takes_what_dead_servers_left_and_nothing_else() {
         let root = tempfile::tempdir().unwrap();
         let own = Identity::of(std::process::id().cast_signed()).unwrap();
-        let dead = Identity { start_time: own.start_time + 1, ..own };
+        let dead = Identity {
+            start_time: own.start_time + 1,
+            ..own
+        };
         let (socket, outside) = (root.path().join("socket"), root.path().join("file"));
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         std::fs::write(&outside, "").unwrap();
-        let file = |path: &Path| Resource::File { path: path.to_owned() };
+        let file = |path: &Path| Resource::File {
+            path: path.to_owned(),
+        };
         let sandboxes = [
-            ("abandoned", vec![Resource::Server(dead), file(&outside)], false),
+            (
+                "abandoned",
+                vec![Resource::Server(dead), file(&outside)],
+                false,
+            ),
             ("alive", vec![Resource::Server(own)], true),
-            ("elsewhere", vec![Resource::Server(dead), file(&socket)], true),
+            (
+                "elsewhere",
+                vec![Resource::Server(dead), file(&socket)],
+                true,
+            ),
             ("begins", vec![], true),
         ];
         for (name, resources, _) in &sandboxes {
             let ledger = Ledger::create(&root.path().join(name)).unwrap();
-            resources.iter().for_each(|resource| ledger.record(resource).unwrap());
+            resources
+                .iter()
+                .for_each(|resource| ledger.record(resource).unwrap());
         }
         std::fs::create_dir(root.path().join("cache")).unwrap();
         sweep(root.path(), Duration::from_secs(1));
@@ -304,9 +393,17 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_named() {
-        let ledger =
-            Ledger { dir: "/dev".into(), file: Mutex::new(File::options().write(true).open("/dev/full").unwrap()) };
-        let message = ledger.record(&Resource::File { path: "/x".into() }).unwrap_err().to_string();
-        assert!(message.contains("No space left") && message.contains("/dev/ledger"), "{message}");
+        let ledger = Ledger {
+            dir: "/dev".into(),
+            file: Mutex::new(File::options().write(true).open("/dev/full").unwrap()),
+        };
+        let message = ledger
+            .record(&Resource::File { path: "/x".into() })
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("No space left") && message.contains("/dev/ledger"),
+            "{message}"
+        );
     }
 }

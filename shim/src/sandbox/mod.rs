@@ -1,5 +1,5 @@
-//! One sandbox: what may happen in which state (`state`), who makes it happen (`driver`), how its virtual machine
-//! comes up (`launch`) and how everything it left on the host is undone (`ledger`).
+//! One sandbox: what may happen in which state (`state`), who makes it happen (`driver`), how its
+//! virtual machine comes up (`launch`) and how everything it left on the host is undone (`ledger`).
 
 pub mod dir;
 pub mod driver;

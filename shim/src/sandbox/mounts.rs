@@ -1,7 +1,9 @@
-//! Mounts of a sandbox: a mount namespace of their own, the shared directories in it, binds, and the mount table.
+//! Mounts of a sandbox: a mount namespace of their own, the shared directories in it, binds, and
+//! the mount table.
 //!
-//! The namespace receives what the host mounts later (it is a slave) and shows the host nothing. The shared directory
-//! is a mount of its own that propagates to virtiofsd, which has a namespace below this one.
+//! The namespace receives what the host mounts later (it is a slave) and shows the host nothing.
+//! The shared directory is a mount of its own that propagates to virtiofsd, which has a namespace
+//! below this one.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -18,24 +20,40 @@ use crate::error::{IoContext, Result};
 /// One line; without CAP_SYS_ADMIN there is no runtime.
 pub fn enter_namespace() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).doing(|| "make a mount namespace (is this root?)".into())?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
-        .doing(|| "make / a slave mount".into())
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        None::<&str>,
+    )
+    .doing(|| "make / a slave mount".into())
 }
 
-/// Makes a directory in which mounts are made for the guest, and a second one that virtiofsd serves: the same directory,
-/// read-only at the top. What is mounted in the first appears in the second, as writable as it is, but the guest can
-/// change no name and no mount point that the shim makes: a link of the guest's there would lead the shim anywhere.
+/// Makes a directory in which mounts are made for the guest, and a second one that virtiofsd
+/// serves: the same directory, read-only at the top. What is mounted in the first appears in the
+/// second, as writable as it is, but the guest can change no name and no mount point that the shim
+/// makes: a link of the guest's there would lead the shim anywhere.
 ///
 /// # Errors
 /// One line that names the directory.
 pub fn make_served(state: &Dir, name: &str, served: &str) -> Result<Dir> {
     let shared = make_shared(state, name)?;
     let doing = || format!("serve {}", shared.path().display());
-    bind(&shared, &state.make(served)?, Bind { read_only: true, ..Bind::default() }).doing(doing)?;
+    bind(
+        &shared,
+        &state.make(served)?,
+        Bind {
+            read_only: true,
+            ..Bind::default()
+        },
+    )
+    .doing(doing)?;
     Ok(shared)
 }
 
-/// Makes a directory for a few small files that containers may write to, which must not fill the host's /run.
+/// Makes a directory for a few small files that containers may write to, which must not fill the
+/// host's /run.
 ///
 /// # Errors
 /// One line that names the directory.
@@ -43,8 +61,14 @@ pub fn make_small(state: &Dir, name: &str) -> Result<Dir> {
     state.unmount(name)?;
     let dir = state.make(name)?;
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), &dir.fd_path(), Some("tmpfs"), flags, Some("size=1m,nr_inodes=16,mode=755"))
-        .doing(|| format!("mount {}", dir.path().display()))?;
+    mount(
+        Some("tmpfs"),
+        &dir.fd_path(),
+        Some("tmpfs"),
+        flags,
+        Some("size=1m,nr_inodes=16,mode=755"),
+    )
+    .doing(|| format!("mount {}", dir.path().display()))?;
     state.get(name)
 }
 
@@ -76,25 +100,49 @@ pub struct Bind {
 
 impl Bind {
     /// Everything as it is at the source, and as it becomes.
-    pub const RECURSIVE: Bind = Bind { recursive: true, read_only: false, read_only_below: false, private: false };
+    pub const RECURSIVE: Bind = Bind {
+        recursive: true,
+        read_only: false,
+        read_only_below: false,
+        private: false,
+    };
 }
 
-/// Binds a file or directory onto another, both by their descriptors. The mount gets its attributes before it is attached:
-/// what propagates to virtiofsd is a copy of it as it is then, and no later change reaches that copy. Needs Linux 5.12
-/// (mount_setattr(2)).
+/// Binds a file or directory onto another, both by their descriptors. The mount gets its attributes
+/// before it is attached: what propagates to virtiofsd is a copy of it as it is then, and no later
+/// change reaches that copy. Needs Linux 5.12 (mount_setattr(2)).
 ///
 /// # Errors
 /// The system's own.
 pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> {
-    let recursive = if how.recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
-    let clone = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned() | recursive;
+    let recursive = if how.recursive {
+        libc::AT_RECURSIVE.cast_unsigned()
+    } else {
+        0
+    };
+    let clone = libc::OPEN_TREE_CLONE
+        | libc::OPEN_TREE_CLOEXEC
+        | libc::AT_EMPTY_PATH.cast_unsigned()
+        | recursive;
     // SAFETY: open_tree(2) reads an empty path.
-    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, from.as_fd().as_raw_fd(), c"".as_ptr(), clone) })?;
+    let fd = check(unsafe {
+        libc::syscall(
+            libc::SYS_open_tree,
+            from.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            clone,
+        )
+    })?;
     let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     let tree = unsafe { OwnedFd::from_raw_fd(fd) };
     // Device nodes and setuid programs in it are the guest kernel's business, never the host's.
-    set_attributes(&tree, libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID, 0, true)?;
+    set_attributes(
+        &tree,
+        libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID,
+        0,
+        true,
+    )?;
     if how.read_only {
         set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, 0, how.read_only_below)?;
     }
@@ -108,21 +156,49 @@ pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> 
     Ok(())
 }
 
-fn set_attributes(tree: &impl AsFd, set: u64, propagation: u64, recursive: bool) -> std::io::Result<()> {
-    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+fn set_attributes(
+    tree: &impl AsFd,
+    set: u64,
+    propagation: u64,
+    recursive: bool,
+) -> std::io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    let (fd, flags) = (libc::c_long::from(tree.as_fd().as_raw_fd()), libc::c_long::from(flags));
+    let (fd, flags) = (
+        libc::c_long::from(tree.as_fd().as_raw_fd()),
+        libc::c_long::from(flags),
+    );
     let size = size_of::<libc::mount_attr>();
-    // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive the call.
-    check(unsafe { libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attributes, size) })?;
+    // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive
+    // the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd,
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size,
+        )
+    })?;
     Ok(())
 }
 
 fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
-    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
-/// Whether anything is mounted below a directory, as this namespace has it now. Its path is compared, not walked.
+/// Whether anything is mounted below a directory, as this namespace has it now. Its path is
+/// compared, not walked.
 ///
 /// # Errors
 /// The mount table cannot be read.
@@ -130,8 +206,9 @@ pub fn has_mounts_below(dir: &Path) -> Result<bool> {
     Ok(below(dir)?.iter().any(|point| point != dir))
 }
 
-/// Types of file systems by which a writer changes the host itself, by their names in the mount table: to ask what is
-/// mounted there, as is done for a volume's own source, could hang in a storage that is gone.
+/// Types of file systems by which a writer changes the host itself, by their names in the mount
+/// table: to ask what is mounted there, as is done for a volume's own source, could hang in a
+/// storage that is gone.
 const OF_THE_KERNEL: [&str; 14] = [
     "binfmt_misc",
     "bpf",
@@ -149,21 +226,27 @@ const OF_THE_KERNEL: [&str; 14] = [
     "tracefs",
 ];
 
-/// Whether the host kernel's own file systems are mounted below a directory, as this namespace has it now.
+/// Whether the host kernel's own file systems are mounted below a directory, as this namespace has
+/// it now.
 ///
 /// # Errors
 /// The mount table cannot be read.
 pub fn has_kernels_mounts_below(dir: &Path) -> Result<bool> {
-    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").doing(|| "read the mount table".into())?;
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo")
+        .doing(|| "read the mount table".into())?;
     Ok(text.lines().any(|line| {
-        let kind = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').next());
+        let kind = line
+            .split_once(" - ")
+            .and_then(|(_, rest)| rest.split(' ').next());
         kind.is_some_and(|kind| OF_THE_KERNEL.contains(&kind))
-            && mount_points(line).iter().any(|point| point.starts_with(dir))
+            && mount_points(line)
+                .iter()
+                .any(|point| point.starts_with(dir))
     }))
 }
 
-/// Mount points at or below a directory, without those that go with one above them: to take off the others one by one
-/// would be to walk paths in what a container may change.
+/// Mount points at or below a directory, without those that go with one above them: to take off the
+/// others one by one would be to walk paths in what a container may change.
 ///
 /// # Errors
 /// The mount table cannot be read.
@@ -172,18 +255,34 @@ pub fn outermost(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn without_inner(points: Vec<PathBuf>) -> Vec<PathBuf> {
-    let is_inner = |point: &PathBuf| points.iter().any(|other| other != point && point.starts_with(other));
-    points.iter().filter(|point| !is_inner(point)).cloned().collect()
+    let is_inner = |point: &PathBuf| {
+        points
+            .iter()
+            .any(|other| other != point && point.starts_with(other))
+    };
+    points
+        .iter()
+        .filter(|point| !is_inner(point))
+        .cloned()
+        .collect()
 }
 
 fn below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").doing(|| "read the mount table".into())?;
-    Ok(mount_points(&text).into_iter().filter(|point| point.starts_with(dir)).collect())
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo")
+        .doing(|| "read the mount table".into())?;
+    Ok(mount_points(&text)
+        .into_iter()
+        .filter(|point| point.starts_with(dir))
+        .collect())
 }
 
 /// Fifth field of each line, with the kernel's octal escapes resolved.
 fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
-    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).collect()
+    mountinfo
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(unescape)
+        .collect()
 }
 
 fn unescape(field: &str) -> PathBuf {
@@ -213,14 +312,19 @@ mod tests {
 
     #[test]
     fn mount_points_with_odd_names_are_found() {
-        let text =
-            "36 35 98:0 / /run/a\\040b\\134c rw shared:1 - ext4 /dev/x rw\n37 36 0:5 / /proc rw - proc proc rw\n";
-        assert_eq!(mount_points(text), [PathBuf::from("/run/a b\\c"), PathBuf::from("/proc")]);
+        let text = "36 35 98:0 / /run/a\\040b\\134c rw shared:1 - ext4 /dev/x rw\n37 36 0:5 / /proc rw - proc proc rw\n";
+        assert_eq!(
+            mount_points(text),
+            [PathBuf::from("/run/a b\\c"), PathBuf::from("/proc")]
+        );
     }
 
     #[test]
     fn what_a_container_may_rename_is_not_walked_to_be_unmounted() {
         let points = ["/s/1/rootfs/a/b", "/s/1/rootfs", "/s/2", "/s/2", "/s/10"].map(PathBuf::from);
-        assert_eq!(without_inner(points.to_vec()), ["/s/1/rootfs", "/s/2", "/s/2", "/s/10"].map(PathBuf::from));
+        assert_eq!(
+            without_inner(points.to_vec()),
+            ["/s/1/rootfs", "/s/2", "/s/2", "/s/10"].map(PathBuf::from)
+        );
     }
 }

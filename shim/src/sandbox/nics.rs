@@ -1,5 +1,6 @@
-//! The sandbox's network cards: a NIC for each link of its network namespace, plugged into the machine and set up by the
-//! agent. Links may also come between a container's creation and its start: docker and nerdctl make them then.
+//! The sandbox's network cards: a NIC for each link of its network namespace, plugged into the
+//! machine and set up by the agent. Links may also come between a container's creation and its
+//! start: docker and nerdctl make them then.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -48,9 +49,19 @@ impl Nics {
             Some(path) => Netns::open(path)?,
             None => Netns::create().await?,
         };
-        let fd = netns.fd().try_clone_to_owned().doing(|| "keep the network namespace open".into())?;
-        let state = State { network: Network::new(netns)?, wired: Vec::new() };
-        Ok(Nics { netns: Arc::new(fd), ignores_rules: rules == NetnsRules::Ignore, state: Mutex::new(state) })
+        let fd = netns
+            .fd()
+            .try_clone_to_owned()
+            .doing(|| "keep the network namespace open".into())?;
+        let state = State {
+            network: Network::new(netns)?,
+            wired: Vec::new(),
+        };
+        Ok(Nics {
+            netns: Arc::new(fd),
+            ignores_rules: rules == NetnsRules::Ignore,
+            state: Mutex::new(state),
+        })
     }
 
     /// The namespace.
@@ -58,7 +69,8 @@ impl Nics {
         self.netns.clone()
     }
 
-    /// Answers on the namespace's loopback for the pod's servers; `None` where the host's kernel cannot.
+    /// Answers on the namespace's loopback for the pod's servers; `None` where the host's kernel
+    /// cannot.
     pub async fn forward(&self, transport: &Transport) -> Option<Forwarder> {
         Forwarder::start(self.state.lock().await.network.netns(), transport)
     }
@@ -86,18 +98,26 @@ impl Nics {
         let state = self.state.lock().await;
         let mut paths = Vec::new();
         for endpoint in &state.wired {
-            let fds = endpoint.clone_fds().doing(|| format!("open the queues of {} again", endpoint.name))?;
+            let fds = endpoint
+                .clone_fds()
+                .doing(|| format!("open the queues of {} again", endpoint.name))?;
             let mtu = u16::try_from(endpoint.mtu).ok();
-            let card = Net { taps: fds.taps, vhost: fds.vhosts, mac: endpoint.mac, mtu };
+            let card = Net {
+                taps: fds.taps,
+                vhost: fds.vhosts,
+                mac: endpoint.mac,
+                mtu,
+            };
             let attached = vm.attach(Device::Net(card)).await;
-            let attached = attached.map_err(|error| Error::from(error).context(format!("NIC {}", endpoint.name)))?;
+            let attached = attached
+                .map_err(|error| Error::from(error).context(format!("NIC {}", endpoint.name)))?;
             paths.push(attached.pci_path);
         }
         Ok(paths)
     }
 
-    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `paths` is what [`Nics::plug`]
-    /// gave. From now on the taps live in QEMU alone and go with it.
+    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `paths`
+    /// is what [`Nics::plug`] gave. From now on the taps live in QEMU alone and go with it.
     ///
     /// # Errors
     /// The agent's own words.
@@ -108,19 +128,36 @@ impl Nics {
         }
         for (endpoint, path) in state.wired.iter().zip(paths) {
             let interface = Some(endpoint.interface(path)).into();
-            let request = UpdateInterfaceRequest { interface, ..Default::default() };
+            let request = UpdateInterfaceRequest {
+                interface,
+                ..Default::default()
+            };
             let done = agent.update_interface(&request, CALL_DEADLINE).await;
-            done.map_err(|error| error.context(format!("the guest cannot set up {}", endpoint.name)))?;
+            done.map_err(|error| {
+                error.context(format!("the guest cannot set up {}", endpoint.name))
+            })?;
         }
-        let routes = Routes { Routes: state.network.routes().await?, ..Default::default() };
+        let routes = Routes {
+            Routes: state.network.routes().await?,
+            ..Default::default()
+        };
         if !routes.Routes.is_empty() {
-            let request = UpdateRoutesRequest { routes: Some(routes).into(), ..Default::default() };
+            let request = UpdateRoutesRequest {
+                routes: Some(routes).into(),
+                ..Default::default()
+            };
             let done = agent.update_routes(&request, CALL_DEADLINE).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
-        let neighbours = ARPNeighbors { ARPNeighbors: state.network.neighbours().await?, ..Default::default() };
+        let neighbours = ARPNeighbors {
+            ARPNeighbors: state.network.neighbours().await?,
+            ..Default::default()
+        };
         if !neighbours.ARPNeighbors.is_empty() {
-            let request = AddARPNeighborsRequest { neighbors: Some(neighbours).into(), ..Default::default() };
+            let request = AddARPNeighborsRequest {
+                neighbors: Some(neighbours).into(),
+                ..Default::default()
+            };
             let done = agent.add_arp_neighbors(&request, CALL_DEADLINE).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }

@@ -1,5 +1,5 @@
-//! Where QEMU and the helpers are among the host's processes: their cgroup, its limits, and who is killed first when
-//! memory runs out.
+//! Where QEMU and the helpers are among the host's processes: their cgroup, its limits, and who is
+//! killed first when memory runs out.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,8 @@ use crate::cgroup::systemd::{self, Name, Scope};
 use crate::cgroup::{self, limits};
 use crate::error::{Error, IoContext, Result};
 
-/// The kernel may have to take memory back before a limit holds; where the limit is systemd's to set, it has as long.
+/// The kernel may have to take memory back before a limit holds; where the limit is systemd's to
+/// set, it has as long.
 const SET_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How many generations below what we started: a launcher's child, virtiofsd's, and one to spare.
@@ -45,8 +46,8 @@ enum Way {
     Scope(Name),
 }
 
-/// systemd makes what has a name of its. A scope with processes in it somebody else made, and it is entered as it is; one
-/// without is about to be gone.
+/// systemd makes what has a name of its. A scope with processes in it somebody else made, and it is
+/// entered as it is; one without is about to be gone.
 fn way(cgroups_path: &str, systemd_runs: bool, is_populated: impl Fn(&str) -> bool) -> Way {
     match Name::parse(cgroups_path) {
         Some(name) if systemd_runs && is_populated(&name.directory()) => Way::Enter,
@@ -60,7 +61,12 @@ impl Place {
     ///
     /// # Errors
     /// One line that names the directory, or systemd's refusal.
-    pub async fn join(cgroups_path: &str, kvm: bool, size: Sizing, ledger: &Ledger) -> Result<Arc<Place>> {
+    pub async fn join(
+        cgroups_path: &str,
+        kvm: bool,
+        size: Sizing,
+        ledger: &Ledger,
+    ) -> Result<Arc<Place>> {
         let directories = cgroup::directories(cgroups_path);
         let (mut scope, mut now) = (None, None);
         let way = way(cgroups_path, systemd::runs(), systemd::is_populated);
@@ -85,17 +91,31 @@ impl Place {
             cgroup::make(directory).doing(|| format!("make cgroup {}", directory.display()))?;
         }
         if let Some(missing) = limits::unavailable(&own).filter(|_| scope.is_none()) {
-            tracing::warn!(missing, cgroups_path, "the sandbox's processes have no such limit on the host");
+            tracing::warn!(
+                missing,
+                cgroups_path,
+                "the sandbox's processes have no such limit on the host"
+            );
         }
         let kills = limits::oom_kills(&directories);
-        let place = Arc::new(Place { directories, own, scope, kvm, kills, now: Mutex::new(now) });
+        let place = Arc::new(Place {
+            directories,
+            own,
+            scope,
+            kvm,
+            kills,
+            now: Mutex::new(now),
+        });
         place.raise(size).await?;
         Ok(place)
     }
 
     /// The files by which a process enters.
     pub fn procs(&self) -> Vec<PathBuf> {
-        self.directories.iter().map(|dir| dir.join("cgroup.procs")).collect()
+        self.directories
+            .iter()
+            .map(|dir| dir.join("cgroup.procs"))
+            .collect()
     }
 
     /// Makes room for this size beside what there is.
@@ -118,48 +138,80 @@ impl Place {
         let work = tokio::task::spawn_blocking(move || {
             let mut now = place.now.lock().unwrap_or_else(PoisonError::into_inner);
             let limits = limits::Limits::of(to.memory_mib, to.milli_cpus, place.kvm);
-            let limits = if raise { now.map_or(limits, |now| now.max(limits)) } else { limits };
+            let limits = if raise {
+                now.map_or(limits, |now| now.max(limits))
+            } else {
+                limits
+            };
             match &place.scope {
                 Some(_) if *now == Some(limits) => Ok(()),
                 Some(scope) => scope.set(limits).map(|()| *now = Some(limits)),
                 None => limits::set(&place.own, &mut now, limits),
             }
         });
-        let late = |_| Error::deadline("the limits of the sandbox's cgroup were not set within 10 s");
-        timeout(SET_DEADLINE, work).await.map_err(late)?.map_err(|error| Error::internal(error.to_string()))?
+        let late =
+            |_| Error::deadline("the limits of the sandbox's cgroup were not set within 10 s");
+        timeout(SET_DEADLINE, work)
+            .await
+            .map_err(late)?
+            .map_err(|error| Error::internal(error.to_string()))?
     }
 
-    /// Whether the kernel has killed one of its processes because memory ran out: where, and what the limit was.
+    /// Whether the kernel has killed one of its processes because memory ran out: where, and what
+    /// the limit was.
     pub fn out_of_memory(&self) -> Option<String> {
-        (limits::oom_kills(&self.directories) > self.kills).then(|| limits::lack_of_memory(&self.directories))
+        (limits::oom_kills(&self.directories) > self.kills)
+            .then(|| limits::lack_of_memory(&self.directories))
     }
 }
 
-async fn make_scope(name: Name, limits: limits::Limits, directories: &[PathBuf], ledger: &Ledger) -> Result<Scope> {
-    ledger.record(&Resource::Scope { unit: name.unit.clone() })?;
+async fn make_scope(
+    name: Name,
+    limits: limits::Limits,
+    directories: &[PathBuf],
+    ledger: &Ledger,
+) -> Result<Scope> {
+    ledger.record(&Resource::Scope {
+        unit: name.unit.clone(),
+    })?;
     let unit = name.unit.clone();
     let made = tokio::task::spawn_blocking(move || Scope::make(&name, limits)).await;
     let scope = made.map_err(|error| Error::internal(error.to_string()))??;
     ledger.record(&Resource::Process(scope.placeholder()?))?;
     if !directories.iter().any(|directory| directory.exists()) {
-        let place = directories.first().map(|directory| directory.display().to_string()).unwrap_or_default();
-        return Err(Error::internal(format!("systemd made {unit}, but there is no {place}")));
+        let place = directories
+            .first()
+            .map(|directory| directory.display().to_string())
+            .unwrap_or_default();
+        return Err(Error::internal(format!(
+            "systemd made {unit}, but there is no {place}"
+        )));
     }
     Ok(scope)
 }
 
-/// Gives these processes, and what descends from them, another `oom_score_adj`. To lower it takes CAP_SYS_RESOURCE: who
-/// lacks that leaves it as it is.
+/// Gives these processes, and what descends from them, another `oom_score_adj`. To lower it takes
+/// CAP_SYS_RESOURCE: who lacks that leaves it as it is.
 pub fn set_oom_score(processes: &[Identity], score: i32) {
-    let mut generation: Vec<i32> = processes.iter().filter(|one| one.is_alive()).map(|one| one.pid).collect();
+    let mut generation: Vec<i32> = processes
+        .iter()
+        .filter(|one| one.is_alive())
+        .map(|one| one.pid)
+        .collect();
     for _ in 0..GENERATIONS {
         let mut children = Vec::new();
         for pid in &generation {
-            if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+            if let Err(error) =
+                std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
+            {
                 tracing::debug!(%error, pid, score, "oom_score_adj stays as it is");
             }
-            let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            children.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+            let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+                .unwrap_or_default();
+            children.extend(
+                list.split_ascii_whitespace()
+                    .filter_map(|pid| pid.parse::<i32>().ok()),
+            );
         }
         generation = children;
     }
@@ -174,9 +226,17 @@ mod tests {
         let path = "kubepods-pod1.slice:cri-containerd:web";
         let name = Name::parse(path).unwrap();
         assert_eq!(way(path, true, |_| false), Way::Scope(name.clone()));
-        assert_eq!(way(path, false, |_| false), Way::Directories, "without systemd");
+        assert_eq!(
+            way(path, false, |_| false),
+            Way::Directories,
+            "without systemd"
+        );
         let made = |directory: &str| directory == name.directory();
-        assert_eq!(way(path, true, made), Way::Enter, "somebody made it and is in it");
+        assert_eq!(
+            way(path, true, made),
+            Way::Enter,
+            "somebody made it and is in it"
+        );
         assert_eq!(way("/kubepods/pod1/web", true, |_| false), Way::Directories);
         assert_eq!(way("", true, |_| false), Way::Directories);
     }

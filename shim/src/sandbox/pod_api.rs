@@ -1,7 +1,9 @@
-//! The Sandbox API: containerd's calls for a pod's sandbox that has no task. The sandbox is kept as the same task that
-//! stands in for a pause container otherwise, so that all rules for it are the same; only its events are not published.
+//! The Sandbox API: containerd's calls for a pod's sandbox that has no task. The sandbox is kept as
+//! the same task that stands in for a pause container otherwise, so that all rules for it are the
+//! same; only its events are not published.
 //!
-//! In this mode nobody makes the pod's files (/etc/hosts, /etc/hostname, /etc/resolv.conf) on the host but the shim.
+//! In this mode nobody makes the pod's files (/etc/hosts, /etc/hostname, /etc/resolv.conf) on the
+//! host but the shim.
 
 use std::fs;
 use std::io::Write;
@@ -31,17 +33,26 @@ const SHM_BYTES: u64 = 64 << 20;
 const POD_CONFIG: &str = "runtime.v1.PodSandboxConfig";
 
 /// Files of a pod, and where its containers have them.
-const FILES: [(&str, &str); 3] =
-    [("hosts", "/etc/hosts"), ("hostname", "/etc/hostname"), ("resolv.conf", "/etc/resolv.conf")];
+const FILES: [(&str, &str); 3] = [
+    ("hosts", "/etc/hosts"),
+    ("hostname", "/etc/hostname"),
+    ("resolv.conf", "/etc/resolv.conf"),
+];
 
 impl Driver {
     /// `CreateSandbox`: boots the virtual machine.
-    pub fn create_sandbox(&mut self, request: &CreateSandboxRequest, config: Result<Config>, reply: Reply<()>) {
+    pub fn create_sandbox(
+        &mut self,
+        request: &CreateSandboxRequest,
+        config: Result<Config>,
+        reply: Reply<()>,
+    ) {
         let launching = config.and_then(|config| {
             let asked = pod_config(request)?;
             let config = config.annotated(&asked.annotations)?;
             let (pod, blueprint) = self.plan(request, &asked)?;
-            self.state.create(&request.sandbox_id, &request.bundle_path, Io::default())?;
+            self.state
+                .create(&request.sandbox_id, &request.bundle_path, Io::default())?;
             self.pod = pod;
             let launching = self.guest_for(config, blueprint);
             launching.inspect_err(|_| self.state.create_failed(&request.sandbox_id))
@@ -53,19 +64,26 @@ impl Driver {
         let id = request.sandbox_id.clone();
         self.begin(launching, move |driver, result| match result {
             Ok(guest) if guest.pod => {
-                driver.state.created(&id, guest.vm.identity().pid.cast_unsigned(), true);
+                driver
+                    .state
+                    .created(&id, guest.vm.identity().pid.cast_unsigned(), true);
                 answer(reply, Ok(()));
             }
             other => {
                 driver.state.create_failed(&id);
-                let needs = || Error::unimplemented("the Sandbox API needs Cofferdam's own guest agent");
+                let needs =
+                    || Error::unimplemented("the Sandbox API needs Cofferdam's own guest agent");
                 answer(reply, Err(other.err().unwrap_or_else(needs)));
             }
         });
     }
 
     /// What a pod's configuration asks for, with the pod's files made.
-    fn plan(&self, request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Result<(Pod, Blueprint)> {
+    fn plan(
+        &self,
+        request: &CreateSandboxRequest,
+        config: &PodSandboxConfig,
+    ) -> Result<(Pod, Blueprint)> {
         let linux = config.linux.get_or_default();
         refuse_host_namespaces(config)?;
         let dir = mounts::make_small(&Dir::open(self.ledger.dir())?, "pod")?;
@@ -73,15 +91,26 @@ impl Driver {
         let pod = Pod {
             sysctls: linux.sysctls.clone(),
             // In this mode containerd leaves the default mount on /dev/shm in place.
-            shm: Some(Shm { source: "shm".into(), bytes: SHM_BYTES }),
+            shm: Some(Shm {
+                source: "shm".into(),
+                bytes: SHM_BYTES,
+            }),
             need: need(linux.resources.get_or_default()),
             files: Some(dir.path()),
             unannounced: true,
         };
-        let netns = Some(PathBuf::from(&request.netns_path)).filter(|path| !path.as_os_str().is_empty());
+        let netns =
+            Some(PathBuf::from(&request.netns_path)).filter(|path| !path.as_os_str().is_empty());
         let hostname = Some(config.hostname.clone()).filter(|name| !name.is_empty());
         let cgroups_path = cgroups_path(&linux.cgroup_parent, &request.sandbox_id);
-        Ok((pod, Blueprint { hostname, cgroups_path, netns }))
+        Ok((
+            pod,
+            Blueprint {
+                hostname,
+                cgroups_path,
+                netns,
+            },
+        ))
     }
 
     /// `StartSandbox`: its pid.
@@ -130,14 +159,17 @@ pub struct SandboxStatus {
 }
 
 fn pod_config(request: &CreateSandboxRequest) -> Result<PodSandboxConfig> {
-    let Some(options) = request.options.as_ref() else { return Ok(PodSandboxConfig::default()) };
+    let Some(options) = request.options.as_ref() else {
+        return Ok(PodSandboxConfig::default());
+    };
     match options.type_url.rsplit('/').next() {
         None | Some("") => Ok(PodSandboxConfig::default()),
-        Some(POD_CONFIG) => PodSandboxConfig::parse_from_bytes(&options.value)
-            .map_err(|error| Error::invalid(format!("the pod's configuration does not parse: {error}"))),
-        Some(other) => {
-            Err(Error::invalid(format!("sandbox options of type {other:?} are not known: use {POD_CONFIG}")))
-        }
+        Some(POD_CONFIG) => PodSandboxConfig::parse_from_bytes(&options.value).map_err(|error| {
+            Error::invalid(format!("the pod's configuration does not parse: {error}"))
+        }),
+        Some(other) => Err(Error::invalid(format!(
+            "sandbox options of type {other:?} are not known: use {POD_CONFIG}"
+        ))),
     }
 }
 
@@ -161,13 +193,24 @@ fn need(resources: &LinuxContainerResources) -> Need {
 }
 
 fn refuse_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
-    let options = config.linux.get_or_default().security_context.get_or_default().namespace_options.get_or_default();
+    let options = config
+        .linux
+        .get_or_default()
+        .security_context
+        .get_or_default()
+        .namespace_options
+        .get_or_default();
     let is_node = |mode: EnumOrUnknown<NamespaceMode>| mode.value() == NamespaceMode::NODE.value();
-    let wanted = [(options.network, "hostNetwork"), (options.pid, "hostPID"), (options.ipc, "hostIPC")];
+    let wanted = [
+        (options.network, "hostNetwork"),
+        (options.pid, "hostPID"),
+        (options.ipc, "hostIPC"),
+    ];
     match wanted.into_iter().find(|(mode, _)| is_node(*mode)) {
         None => Ok(()),
         Some((_, setting)) => Err(Error::invalid(format!(
-            "the pod asks for {setting}, which a virtual machine cannot share: leave that out, or run it with the runtime \
+            "the pod asks for {setting}, which a virtual machine cannot share: leave that out, or \
+             run it with the runtime \
              runc"
         ))),
     }
@@ -179,7 +222,10 @@ fn make_files(dir: &Dir, config: &PodSandboxConfig) -> Result<()> {
         written.doing(|| format!("write {}", dir.path().join(name).display()))
     };
     // What the host has, as containerd does it: the kubelet mounts its own over it.
-    write("hosts", fs::read_to_string("/etc/hosts").unwrap_or_default())?;
+    write(
+        "hosts",
+        fs::read_to_string("/etc/hosts").unwrap_or_default(),
+    )?;
     write("hostname", format!("{}\n", config.hostname))?;
     let resolv = match config.dns_config.as_ref() {
         Some(dns) => resolv_conf(dns),
@@ -193,7 +239,11 @@ fn resolv_conf(dns: &DNSConfig) -> String {
     if !dns.searches.is_empty() {
         lines.push(format!("search {}\n", dns.searches.join(" ")));
     }
-    lines.extend(dns.servers.iter().map(|server| format!("nameserver {server}\n")));
+    lines.extend(
+        dns.servers
+            .iter()
+            .map(|server| format!("nameserver {server}\n")),
+    );
     if !dns.options.is_empty() {
         lines.push(format!("options {}\n", dns.options.join(" ")));
     }
@@ -207,13 +257,23 @@ fn resolv_conf(dns: &DNSConfig) -> String {
 pub fn add_files(spec: &mut Spec, dir: &Path) -> Result<()> {
     let mut mounts: Vec<Mount> = spec.mounts().clone().unwrap_or_default();
     for (name, destination) in FILES {
-        if mounts.iter().any(|mount| mount.destination() == Path::new(destination)) {
+        if mounts
+            .iter()
+            .any(|mount| mount.destination() == Path::new(destination))
+        {
             continue;
         }
         let options = ["rbind", "rprivate", "rw"].map(str::to_owned).to_vec();
-        let mount =
-            MountBuilder::default().destination(destination).source(dir.join(name)).typ("bind").options(options);
-        mounts.push(mount.build().map_err(|error| Error::internal(error.to_string()))?);
+        let mount = MountBuilder::default()
+            .destination(destination)
+            .source(dir.join(name))
+            .typ("bind")
+            .options(options);
+        mounts.push(
+            mount
+                .build()
+                .map_err(|error| Error::internal(error.to_string()))?,
+        );
     }
     spec.set_mounts(Some(mounts));
     Ok(())
@@ -232,27 +292,41 @@ mod tests {
             options: vec!["ndots:5".into()],
             ..Default::default()
         };
-        let config = PodSandboxConfig { hostname: "web-0".into(), dns_config: Some(dns).into(), ..Default::default() };
+        let config = PodSandboxConfig {
+            hostname: "web-0".into(),
+            dns_config: Some(dns).into(),
+            ..Default::default()
+        };
         make_files(&Dir::open(dir.path()).unwrap(), &config).unwrap();
         let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!(read("hostname"), "web-0\n");
-        assert_eq!(read("resolv.conf"), "search default.svc svc\nnameserver 10.96.0.10\noptions ndots:5\n");
+        assert_eq!(
+            read("resolv.conf"),
+            "search default.svc svc\nnameserver 10.96.0.10\noptions ndots:5\n"
+        );
         let mut spec: Spec = serde_json::from_value(serde_json::json!({
             "ociVersion": "1.1.0", "root": {"path": "r"},
-            "mounts": [{"destination": "/etc/hosts", "type": "bind", "source": "/mine", "options": ["rbind"]}]
+            "mounts": [{"destination": "/etc/hosts", "type": "bind", "source": "/mine",
+                "options": ["rbind"]}]
         }))
         .unwrap();
         add_files(&mut spec, dir.path()).unwrap();
         let mounts = spec.mounts().as_ref().unwrap();
         assert_eq!(mounts.len(), 3);
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new("/mine")));
-        assert_eq!(mounts[2].source().as_deref(), Some(dir.path().join("resolv.conf").as_path()));
+        assert_eq!(
+            mounts[2].source().as_deref(),
+            Some(dir.path().join("resolv.conf").as_path())
+        );
     }
 
     #[test]
     fn cgroup_parents_of_both_drivers_are_understood() {
         assert_eq!(cgroups_path("/kubepods/pod1", "x"), "/kubepods/pod1/x");
-        assert_eq!(cgroups_path("/kubepods.slice/kubepods-pod1.slice", "x"), "kubepods-pod1.slice:cri-containerd:x");
+        assert_eq!(
+            cgroups_path("/kubepods.slice/kubepods-pod1.slice", "x"),
+            "kubepods-pod1.slice:cri-containerd:x"
+        );
         assert_eq!(cgroups_path("", "x"), "");
     }
 
@@ -261,8 +335,17 @@ mod tests {
         let mut config = PodSandboxConfig::default();
         refuse_host_namespaces(&config).unwrap();
         let linux = config.linux.mut_or_insert_default();
-        linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default().ipc =
-            NamespaceMode::NODE.into();
-        assert!(refuse_host_namespaces(&config).unwrap_err().message.contains("hostIPC"));
+        linux
+            .security_context
+            .mut_or_insert_default()
+            .namespace_options
+            .mut_or_insert_default()
+            .ipc = NamespaceMode::NODE.into();
+        assert!(
+            refuse_host_namespaces(&config)
+                .unwrap_err()
+                .message
+                .contains("hostIPC")
+        );
     }
 }

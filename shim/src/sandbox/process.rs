@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use agent_client::ALL_PROCESSES;
 use agent_client::protocols::agent::{
-    ExecProcessRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
+    ExecProcessRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
+    WaitProcessRequest,
 };
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::task::JoinHandle;
@@ -22,7 +23,8 @@ use crate::stdio::{GuestIo, HostIo, Pumps};
 /// Starting a process: it includes the guest's reading of the program from the image.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
-/// An agent gives up streams that nobody claims after 30 s; those of a client that takes nearly as long are made again.
+/// An agent gives up streams that nobody claims after 30 s; those of a client that takes nearly as
+/// long are made again.
 const HELD_BY_AGENT: Duration = Duration::from_secs(20);
 
 /// Everything that only changes something inside the guest.
@@ -36,11 +38,15 @@ const STATS_DEADLINE: Duration = Duration::from_secs(2);
 /// # Errors
 /// The agent's own words.
 pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
-    let request = StartContainerRequest { container_id: id.to_owned(), ..Default::default() };
+    let request = StartContainerRequest {
+        container_id: id.to_owned(),
+        ..Default::default()
+    };
     guest.agent.start_container(&request, START_DEADLINE).await
 }
 
-/// The streams of an exec that is announced, being connected while its client gets around to starting it.
+/// The streams of an exec that is announced, being connected while its client gets around to
+/// starting it.
 pub struct Dialled {
     begun: Instant,
     streams: JoinHandle<Result<GuestIo>>,
@@ -51,7 +57,10 @@ impl Dialled {
     pub fn begin(guest: &Arc<Guest>, key: &Key, io: &Io) -> Option<Dialled> {
         let (transport, key, io) = (guest.transport.clone(), key.clone(), io.clone());
         let dial = async move { GuestIo::raw(&transport, &key, &io).await };
-        guest.raw_stdio.then(|| Dialled { begun: Instant::now(), streams: tokio::spawn(dial) })
+        guest.raw_stdio.then(|| Dialled {
+            begun: Instant::now(),
+            streams: tokio::spawn(dial),
+        })
     }
 
     /// The streams, if the agent still holds them for the process.
@@ -81,7 +90,13 @@ pub struct Announced {
 ///
 /// # Errors
 /// The agent's own words; a stdio path that does not open.
-pub async fn start_exec(guest: &Guest, key: &Key, exec: Announced, io: &Io, namespace: &str) -> Result<Pumps> {
+pub async fn start_exec(
+    guest: &Guest,
+    key: &Key,
+    exec: Announced,
+    io: &Io,
+    namespace: &str,
+) -> Result<Pumps> {
     let Announced { process, dialled } = exec;
     let host_io = HostIo::open(io, namespace, &key.container).await?;
     let dialled = match dialled {
@@ -104,19 +119,34 @@ pub async fn start_exec(guest: &Guest, key: &Key, exec: Announced, io: &Io, name
     Ok(Pumps::start(host_io, guest_io))
 }
 
-/// Waits for the end of a process: its status, or `None` if the agent failed first, and with it the machine.
+/// Waits for the end of a process: its status, or `None` if the agent failed first, and with it the
+/// machine.
 pub async fn wait(guest: &Guest, key: &Key) -> Option<u32> {
-    let request =
-        WaitProcessRequest { container_id: key.container.clone(), exec_id: key.exec.clone(), ..Default::default() };
+    let request = WaitProcessRequest {
+        container_id: key.container.clone(),
+        exec_id: key.exec.clone(),
+        ..Default::default()
+    };
     guest.agent.wait_process(&request).await
 }
 
-/// Sends a signal, with `all` to every process of the container; SIGKILL to init is for all of them anyway.
+/// Sends a signal, with `all` to every process of the container; SIGKILL to init is for all of them
+/// anyway.
 ///
 /// # Errors
 /// `NOT_FOUND` if it is gone already.
-pub async fn signal(guest: &Guest, key: &Key, signal: u32, all: bool, deadline: Duration) -> Result<()> {
-    let exec_id = if all && guest.signal_all { ALL_PROCESSES } else { &key.exec };
+pub async fn signal(
+    guest: &Guest,
+    key: &Key,
+    signal: u32,
+    all: bool,
+    deadline: Duration,
+) -> Result<()> {
+    let exec_id = if all && guest.signal_all {
+        ALL_PROCESSES
+    } else {
+        &key.exec
+    };
     let request = SignalProcessRequest {
         container_id: key.container.clone(),
         exec_id: exec_id.to_owned(),
@@ -152,10 +182,16 @@ pub async fn resize(guest: &Guest, key: &Key, width: u32, height: u32) -> Result
 pub async fn set_paused(guest: &Guest, id: &str, paused: bool) -> Result<()> {
     let id = id.to_owned();
     if paused {
-        let request = PauseContainerRequest { container_id: id, ..Default::default() };
+        let request = PauseContainerRequest {
+            container_id: id,
+            ..Default::default()
+        };
         guest.agent.pause_container(&request, CALL_DEADLINE).await
     } else {
-        let request = ResumeContainerRequest { container_id: id, ..Default::default() };
+        let request = ResumeContainerRequest {
+            container_id: id,
+            ..Default::default()
+        };
         guest.agent.resume_container(&request, CALL_DEADLINE).await
     }
 }
@@ -165,7 +201,10 @@ pub async fn set_paused(guest: &Guest, id: &str, paused: bool) -> Result<()> {
 /// # Errors
 /// The agent's own words.
 pub async fn stats(guest: &Guest, id: &str) -> Result<Stats> {
-    let request = StatsContainerRequest { container_id: id.to_owned(), ..Default::default() };
+    let request = StatsContainerRequest {
+        container_id: id.to_owned(),
+        ..Default::default()
+    };
     guest.agent.stats(&request, STATS_DEADLINE).await
 }
 

@@ -1,4 +1,5 @@
-//! The way to the guest's agent: which vsock it is, and how the agent is reached over it after the boot.
+//! The way to the guest's agent: which vsock it is, and how the agent is reached over it after the
+//! boot.
 
 use std::fs::{DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -25,7 +26,8 @@ const REDIAL_PAUSE: Duration = Duration::from_millis(5);
 /// Between two attempts.
 const DIAL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// An agent that has not said that it is ready this long after the guest got its vsock driver never will.
+/// An agent that has not said that it is ready this long after the guest got its vsock driver never
+/// will.
 const NOTICE_GRACE: Duration = Duration::from_secs(1);
 
 /// Directory of vhost-device-vsock's sockets below the state directory.
@@ -64,7 +66,9 @@ pub fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
     };
     let transport = match &kernel {
         Some(kernel) => Transport::Vsock { cid: kernel.cid },
-        None => Transport::Hybrid { path: dir.join(SOCKETS).join(SOCKET_NAME) },
+        None => Transport::Hybrid {
+            path: dir.join(SOCKETS).join(SOCKET_NAME),
+        },
     };
     if kernel.is_none() {
         let dir = dir.join(SOCKETS);
@@ -74,11 +78,16 @@ pub fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
     let doing = || "listen for the guest's ready notice".to_owned();
     let ready = listen(&transport, READY_PORT).doing(doing)?;
     let port = ready.port(READY_PORT).doing(doing)?;
-    Ok(Address { transport, ready, port, kernel })
+    Ok(Address {
+        transport,
+        ready,
+        port,
+        kernel,
+    })
 }
 
-/// Listens for what the guest dials. A vsock daemon that is not root must be able to reach the socket; only it and root
-/// can enter the directory.
+/// Listens for what the guest dials. A vsock daemon that is not root must be able to reach the
+/// socket; only it and root can enter the directory.
 ///
 /// # Errors
 /// The socket's own.
@@ -90,10 +99,11 @@ pub fn listen(transport: &Transport, port: u32) -> std::io::Result<Listener> {
     Ok(listener)
 }
 
-/// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a connection made before
-/// that is swallowed by vhost-device-vsock, which may not recover from it.
+/// Our agent says when it is ready. Any other is dialled once the guest has a vsock driver: a
+/// connection made before that is swallowed by vhost-device-vsock, which may not recover from it.
 ///
-/// Our agent gets a key for this boot as the answer to its notice, which the returned transport shows it from then on.
+/// Our agent gets a key for this boot as the answer to its notice, which the returned transport
+/// shows it from then on.
 ///
 /// # Errors
 /// The agent is not reached; the machine has ended.
@@ -106,7 +116,8 @@ pub async fn agent(
     let doing = || "reach the guest agent".to_owned();
     tokio::select! {
         notice = ready.accept() => {
-            // Kept until the agent has answered: a connection that ends may take along what it still carries.
+            // Kept until the agent has answered: a connection that ends may take along what it
+            // still carries.
             let mut notice = notice.doing(doing)?;
             let key = Key::random().doing(|| "make a key for the guest agent".into())?;
             let exchange = async {
@@ -139,7 +150,11 @@ pub async fn agent(
     }
 }
 
-async fn dial_silent_agent(transport: &Transport, vm: &Vm, vsock: &str) -> Result<agent_client::Stream> {
+async fn dial_silent_agent(
+    transport: &Transport,
+    vm: &Vm,
+    vsock: &str,
+) -> Result<agent_client::Stream> {
     while vm.driver_ok(vsock).await? == Some(false) {
         sleep(DIAL_INTERVAL).await;
     }

@@ -1,7 +1,8 @@
 //! How large a virtual machine is: what it needs itself, and what the containers in it may use.
 //!
-//! A machine starts with what is known of its pod by then (the sandbox's annotations, or the limits of its first
-//! container), so that most pods are never resized, and follows its containers from there.
+//! A machine starts with what is known of its pod by then (the sandbox's annotations, or the limits
+//! of its first container), so that most pods are never resized, and follows its containers from
+//! there.
 
 use std::collections::BTreeMap;
 
@@ -9,8 +10,9 @@ use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::config::Config;
 
-/// What the guest's kernel and agent need beside containers that all have limits, in MiB. A pod's cgroup on the host has
-/// room for the limits and the RuntimeClass's overhead, so a machine must not be larger than those.
+/// What the guest's kernel and agent need beside containers that all have limits, in MiB. A pod's
+/// cgroup on the host has room for the limits and the RuntimeClass's overhead, so a machine must
+/// not be larger than those.
 const OWN_MIB: u64 = 128;
 
 /// A limit beyond this is how some clients write "none", in bytes.
@@ -40,22 +42,35 @@ pub struct Need {
 impl Need {
     /// By the resources of a container's spec.
     pub fn of_container(spec: &Spec) -> Need {
-        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let resources = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
         let process = spec.process().as_ref();
-        let none =
-            Need { oom_score_adj: process.and_then(|process| process.oom_score_adj()).unwrap_or(0), ..Need::default() };
+        let none = Need {
+            oom_score_adj: process
+                .and_then(|process| process.oom_score_adj())
+                .unwrap_or(0),
+            ..Need::default()
+        };
         resources.map_or(none, |resources| none.updated(resources))
     }
 
     /// By the annotations of a pod's sandbox.
     pub fn of_pod(spec: &Spec) -> Need {
         let annotations = spec.annotations().as_ref();
-        let number = |key| annotations.and_then(|all| all.get(key)).and_then(|text| text.parse().ok()).unwrap_or(0);
+        let number = |key| {
+            annotations
+                .and_then(|all| all.get(key))
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(0)
+        };
         Need {
             memory: limit(number(POD_MEMORY)),
             quota: limit(number(POD_QUOTA)),
             period: limit(number(POD_PERIOD)),
-            // Every pause container has -998, also that of a pod that is the first to go: its containers decide.
+            // Every pause container has -998, also that of a pod that is the first to go: its
+            // containers decide.
             oom_score_adj: 0,
         }
     }
@@ -63,23 +78,41 @@ impl Need {
     /// After an update, which may name only a part of it.
     pub fn updated(self, resources: &LinuxResources) -> Need {
         let cpu = resources.cpu().as_ref();
-        let new = |given: Option<i64>, old| given.map_or(old, |value| if value == 0 { old } else { limit(value) });
+        let new = |given: Option<i64>, old| {
+            given.map_or(old, |value| if value == 0 { old } else { limit(value) })
+        };
         Need {
-            memory: new(resources.memory().as_ref().and_then(|memory| memory.limit()), self.memory),
+            memory: new(
+                resources
+                    .memory()
+                    .as_ref()
+                    .and_then(|memory| memory.limit()),
+                self.memory,
+            ),
             quota: new(cpu.and_then(|cpu| cpu.quota()), self.quota),
-            period: cpu.and_then(|cpu| cpu.period()).filter(|period| *period > 0).unwrap_or(self.period),
+            period: cpu
+                .and_then(|cpu| cpu.period())
+                .filter(|period| *period > 0)
+                .unwrap_or(self.period),
             ..self
         }
     }
 
     fn milli_cpus(self) -> u64 {
-        let period = if self.period == 0 { DEFAULT_PERIOD } else { self.period };
+        let period = if self.period == 0 {
+            DEFAULT_PERIOD
+        } else {
+            self.period
+        };
         self.quota.saturating_mul(1000).div_ceil(period)
     }
 }
 
 fn limit(value: i64) -> u64 {
-    u64::try_from(value).ok().filter(|value| *value < NO_LIMIT).unwrap_or_default()
+    u64::try_from(value)
+        .ok()
+        .filter(|value| *value < NO_LIMIT)
+        .unwrap_or_default()
 }
 
 /// The size of a machine.
@@ -91,29 +124,48 @@ pub struct Sizing {
     pub vcpus: u32,
     /// What its containers may use of CPUs, in thousandths of one, if all of them have a limit.
     pub milli_cpus: Option<u64>,
-    /// How gladly the kernel kills its processes when memory runs out (`oom_score_adj`): as its best protected container.
+    /// How gladly the kernel kills its processes when memory runs out (`oom_score_adj`): as its
+    /// best protected container.
     pub oom_score_adj: i32,
 }
 
 impl Sizing {
-    /// The memory that its containers may use, and as many CPUs as their quotas can use. A pod's own sums count where they
-    /// are more. The machine's own need comes on top, or with a container that has no limit, the configured size.
+    /// The memory that its containers may use, and as many CPUs as their quotas can use. A pod's
+    /// own sums count where they are more. The machine's own need comes on top, or with a container
+    /// that has no limit, the configured size.
     pub fn of(config: &Config, pod: Need, containers: &BTreeMap<String, Need>) -> Sizing {
-        let memory = containers.values().fold(0_u64, |sum, need| sum.saturating_add(need.memory)).max(pod.memory);
+        let memory = containers
+            .values()
+            .fold(0_u64, |sum, need| sum.saturating_add(need.memory))
+            .max(pod.memory);
         let limited = match containers.is_empty() {
             true => pod.memory > 0,
             false => containers.values().all(|need| need.memory > 0),
         };
-        let own = if limited { config.memory_mib.min(OWN_MIB) } else { config.memory_mib };
-        let milli_cpus = containers.values().map(|need| need.milli_cpus()).sum::<u64>().max(pod.milli_cpus());
+        let own = if limited {
+            config.memory_mib.min(OWN_MIB)
+        } else {
+            config.memory_mib
+        };
+        let milli_cpus = containers
+            .values()
+            .map(|need| need.milli_cpus())
+            .sum::<u64>()
+            .max(pod.milli_cpus());
         let most = u64::from(host_cpus());
         let vcpus = milli_cpus.div_ceil(1000).max(config.vcpus.into()).min(most);
         Sizing {
-            memory_mib: (own + memory.div_ceil(1 << 20)).next_multiple_of(2).min(host_memory_mib()),
+            memory_mib: (own + memory.div_ceil(1 << 20))
+                .next_multiple_of(2)
+                .min(host_memory_mib()),
             vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus),
             milli_cpus: (!containers.is_empty() && containers.values().all(|need| need.quota > 0))
                 .then_some(milli_cpus),
-            oom_score_adj: containers.values().map(|need| need.oom_score_adj).min().unwrap_or(pod.oom_score_adj),
+            oom_score_adj: containers
+                .values()
+                .map(|need| need.oom_score_adj)
+                .min()
+                .unwrap_or(pod.oom_score_adj),
         }
     }
 
@@ -122,7 +174,10 @@ impl Sizing {
         Sizing {
             memory_mib: self.memory_mib.max(other.memory_mib),
             vcpus: self.vcpus.max(other.vcpus),
-            milli_cpus: self.milli_cpus.zip(other.milli_cpus).map(|(one, other)| one.max(other)),
+            milli_cpus: self
+                .milli_cpus
+                .zip(other.milli_cpus)
+                .map(|(one, other)| one.max(other)),
             oom_score_adj: self.oom_score_adj.min(other.oom_score_adj),
         }
     }
@@ -130,7 +185,10 @@ impl Sizing {
 
 /// The most CPUs that make sense.
 pub fn host_cpus() -> u32 {
-    std::thread::available_parallelism().ok().and_then(|count| u32::try_from(count.get()).ok()).unwrap_or(1)
+    std::thread::available_parallelism()
+        .ok()
+        .and_then(|count| u32::try_from(count.get()).ok())
+        .unwrap_or(1)
 }
 
 /// The most memory that makes sense, in MiB: what the host has.
@@ -146,12 +204,17 @@ mod tests {
     use super::*;
 
     fn need(resources: serde_json::Value) -> Need {
-        let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "linux": {"resources": resources}});
+        let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"},
+            "linux": {"resources": resources}});
         Need::of_container(&serde_json::from_value(spec).unwrap())
     }
 
     fn sizing(pod: Need, containers: &[Need]) -> Sizing {
-        let containers = containers.iter().enumerate().map(|(index, need)| (index.to_string(), *need)).collect();
+        let containers = containers
+            .iter()
+            .enumerate()
+            .map(|(index, need)| (index.to_string(), *need))
+            .collect();
         Sizing::of(&Config::default(), pod, &containers)
     }
 
@@ -159,11 +222,19 @@ mod tests {
     fn a_machine_has_room_for_limits_and_little_more() {
         let base = Config::default().memory_mib;
         let none = Need::default();
-        let size = Sizing { memory_mib: base, vcpus: 1, milli_cpus: None, oom_score_adj: 0 };
+        let size = Sizing {
+            memory_mib: base,
+            vcpus: 1,
+            milli_cpus: None,
+            oom_score_adj: 0,
+        };
         assert_eq!(sizing(none, &[]), size);
         let small = need(json!({"memory": {"limit": 64 << 20}}));
         assert_eq!(sizing(none, &[small, small]).memory_mib, OWN_MIB + 128);
-        let pod = Need { memory: 300 << 20, ..none };
+        let pod = Need {
+            memory: 300 << 20,
+            ..none
+        };
         assert_eq!(sizing(pod, &[]).memory_mib, OWN_MIB + 300);
         assert_eq!(sizing(pod, &[small, small]).memory_mib, OWN_MIB + 300);
     }
@@ -186,8 +257,18 @@ mod tests {
         let half = need(json!({"cpu": {"quota": 50_000, "period": 100_000}}));
         assert_eq!(sizing(none, &[half, half]).vcpus, 1);
         assert_eq!(sizing(none, &[half, half, half]).vcpus, 2.min(host_cpus()));
-        assert_eq!(sizing(none, &[need(json!({"cpu": {"quota": -1}}))]).vcpus, 1);
-        assert_eq!(sizing(none, &[need(json!({"cpu": {"quota": 900_000_000, "period": 0}}))]).vcpus, host_cpus());
+        assert_eq!(
+            sizing(none, &[need(json!({"cpu": {"quota": -1}}))]).vcpus,
+            1
+        );
+        assert_eq!(
+            sizing(
+                none,
+                &[need(json!({"cpu": {"quota": 900_000_000, "period": 0}}))]
+            )
+            .vcpus,
+            host_cpus()
+        );
     }
 
     #[test]
@@ -195,7 +276,15 @@ mod tests {
         let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {
             POD_MEMORY: "1073741824", POD_QUOTA: "150000", POD_PERIOD: "100000"}});
         let need = Need::of_pod(&serde_json::from_value(spec).unwrap());
-        assert_eq!(need, Need { memory: 1 << 30, quota: 150_000, period: 100_000, oom_score_adj: 0 });
+        assert_eq!(
+            need,
+            Need {
+                memory: 1 << 30,
+                quota: 150_000,
+                period: 100_000,
+                oom_score_adj: 0
+            }
+        );
     }
 
     #[test]
@@ -204,17 +293,34 @@ mod tests {
         let half = need(json!({"cpu": {"quota": 50_000, "period": 100_000}}));
         assert_eq!(sizing(none, &[half, half]).milli_cpus, Some(1000));
         assert_eq!(sizing(none, &[half, none]).milli_cpus, None);
-        let score = |oom_score_adj| Need { oom_score_adj, ..none };
+        let score = |oom_score_adj| Need {
+            oom_score_adj,
+            ..none
+        };
         assert_eq!(sizing(none, &[score(1000), score(999)]).oom_score_adj, 999);
         assert_eq!(sizing(none, &[]).oom_score_adj, 0);
     }
 
     #[test]
     fn an_update_of_one_limit_keeps_the_others() {
-        let before = need(json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 5, "period": 10}}));
-        let update = serde_json::from_value(json!({"memory": {"limit": 128 << 20}, "cpu": {}})).unwrap();
-        assert_eq!(before.updated(&update), Need { memory: 128 << 20, ..before });
+        let before =
+            need(json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 5, "period": 10}}));
+        let update =
+            serde_json::from_value(json!({"memory": {"limit": 128 << 20}, "cpu": {}})).unwrap();
+        assert_eq!(
+            before.updated(&update),
+            Need {
+                memory: 128 << 20,
+                ..before
+            }
+        );
         let update = serde_json::from_value(json!({"memory": {"limit": -1}})).unwrap();
-        assert_eq!(before.updated(&update), Need { memory: 0, ..before });
+        assert_eq!(
+            before.updated(&update),
+            Need {
+                memory: 0,
+                ..before
+            }
+        );
     }
 }

@@ -6,9 +6,9 @@
 //! exec:              Created ─▶ Starting ─▶ Running ─▶ Exited ─▶ Deleting ─▶ (gone)
 //! ```
 //!
-//! Two rules of containerd's event order are kept here: an exit never comes before its start (an exit that overtakes
-//! the start's answer waits in `early`), and the exit of a container's init is the container's last (it waits in
-//! `held` while execs are still on their way out).
+//! Two rules of containerd's event order are kept here: an exit never comes before its start (an
+//! exit that overtakes the start's answer waits in `early`), and the exit of a container's init is
+//! the container's last (it waits in `held` while execs are still on their way out).
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,10 @@ pub struct Key {
 impl Key {
     /// The key of a request's `id` and `exec_id`.
     pub fn new(container: &str, exec: &str) -> Key {
-        Key { container: container.to_owned(), exec: exec.to_owned() }
+        Key {
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+        }
     }
 
     /// Whether this is the container's init.
@@ -51,7 +54,8 @@ impl std::fmt::Display for Key {
     }
 }
 
-/// Where the client wants a process's input and output: echoed in `State`, so that it can attach again.
+/// Where the client wants a process's input and output: echoed in `State`, so that it can attach
+/// again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Io {
     /// Fifo for input, or empty.
@@ -106,7 +110,8 @@ pub struct Task {
     pub execs: BTreeMap<String, Process>,
     /// Frozen by `Pause`.
     pub paused: bool,
-    /// A pod's sandbox for which there is no container in the guest: the sandbox itself stands in for its process.
+    /// A pod's sandbox for which there is no container in the guest: the sandbox itself stands in
+    /// for its process.
     pub stands_in: bool,
     /// Init's exit, while execs are still on their way out.
     held: Option<Exit>,
@@ -147,11 +152,15 @@ impl State {
     /// # Errors
     /// `NOT_FOUND`.
     pub fn task(&self, id: &str) -> Result<&Task> {
-        self.tasks.get(id).ok_or_else(|| Error::not_found(format!("task {id} is not there")))
+        self.tasks
+            .get(id)
+            .ok_or_else(|| Error::not_found(format!("task {id} is not there")))
     }
 
     fn task_mut(&mut self, id: &str) -> Result<&mut Task> {
-        self.tasks.get_mut(id).ok_or_else(|| Error::not_found(format!("task {id} is not there")))
+        self.tasks
+            .get_mut(id)
+            .ok_or_else(|| Error::not_found(format!("task {id} is not there")))
     }
 
     /// A process.
@@ -162,7 +171,10 @@ impl State {
         let task = self.task(&key.container)?;
         match key.is_init() {
             true => Ok(&task.init),
-            false => task.execs.get(&key.exec).ok_or_else(|| Error::not_found(format!("{key} is not there"))),
+            false => task
+                .execs
+                .get(&key.exec)
+                .ok_or_else(|| Error::not_found(format!("{key} is not there"))),
         }
     }
 
@@ -170,7 +182,10 @@ impl State {
         let task = self.task_mut(&key.container)?;
         match key.is_init() {
             true => Ok(&mut task.init),
-            false => task.execs.get_mut(&key.exec).ok_or_else(|| Error::not_found(format!("{key} is not there"))),
+            false => task
+                .execs
+                .get_mut(&key.exec)
+                .ok_or_else(|| Error::not_found(format!("{key} is not there"))),
         }
     }
 
@@ -181,7 +196,9 @@ impl State {
     pub fn alive(&self) -> Result<()> {
         match &self.dead {
             None => Ok(()),
-            Some(reason) => Err(Error::precondition(format!("the sandbox's virtual machine has ended: {reason}"))),
+            Some(reason) => Err(Error::precondition(format!(
+                "the sandbox's virtual machine has ended: {reason}"
+            ))),
         }
     }
 
@@ -199,7 +216,11 @@ impl State {
         if self.tasks.contains_key(id) {
             return Err(Error::exists(format!("task {id} already exists")));
         }
-        let init = Process { pid: self.next_pid(), stage: Stage::Creating, io };
+        let init = Process {
+            pid: self.next_pid(),
+            stage: Stage::Creating,
+            io,
+        };
         let task = Task {
             bundle: bundle.to_owned(),
             init,
@@ -213,11 +234,14 @@ impl State {
         Ok(())
     }
 
-    /// The guest has made the container, or the sandbox stands in for it. The first one of a sandbox goes by the pid of
-    /// the virtual machine itself, a real process in the sandbox's network namespace; pids stay unique.
+    /// The guest has made the container, or the sandbox stands in for it. The first one of a
+    /// sandbox goes by the pid of the virtual machine itself, a real process in the sandbox's
+    /// network namespace; pids stay unique.
     pub fn created(&mut self, id: &str, vm_pid: u32, stands_in: bool) -> u32 {
         let taken = self.tasks.values().any(|task| task.init.pid == vm_pid);
-        let Some(task) = self.tasks.get_mut(id) else { return vm_pid };
+        let Some(task) = self.tasks.get_mut(id) else {
+            return vm_pid;
+        };
         task.init.stage = Stage::Created;
         task.stands_in = stands_in;
         if !taken {
@@ -233,7 +257,10 @@ impl State {
 
     /// The container whose init goes by this pid.
     pub fn owner(&self, pid: u32) -> Option<&str> {
-        self.tasks.iter().find(|(_, task)| task.init.pid == pid).map(|(id, _)| id.as_str())
+        self.tasks
+            .iter()
+            .find(|(_, task)| task.init.pid == pid)
+            .map(|(id, _)| id.as_str())
     }
 
     /// Whether the sandbox itself stands in for this container's process.
@@ -250,14 +277,24 @@ impl State {
         let pid = self.next_pid();
         let task = self.task_mut(&key.container)?;
         if key.is_init() {
-            return Err(Error::invalid(format!("exec in task {} has no id", key.container)));
+            return Err(Error::invalid(format!(
+                "exec in task {} has no id",
+                key.container
+            )));
         }
         if task.execs.contains_key(&key.exec) {
             return Err(Error::exists(format!("{key} already exists")));
         }
         task.running()?;
         task.has_processes(&key.container)?;
-        task.execs.insert(key.exec.clone(), Process { pid, stage: Stage::Created, io });
+        task.execs.insert(
+            key.exec.clone(),
+            Process {
+                pid,
+                stage: Stage::Created,
+                io,
+            },
+        );
         Ok(())
     }
 
@@ -271,15 +308,22 @@ impl State {
         if !key.is_init() {
             task.running()?;
             if task.paused {
-                return Err(Error::precondition(format!("task {} is paused: resume it first", key.container)));
+                return Err(Error::precondition(format!(
+                    "task {} is paused: resume it first",
+                    key.container
+                )));
             }
         }
         let process = self.process_mut(key)?;
         match process.stage {
             Stage::Created => process.stage = Stage::Starting { early: None },
-            Stage::Creating => return Err(Error::precondition(format!("{key} is still being created"))),
+            Stage::Creating => {
+                return Err(Error::precondition(format!("{key} is still being created")));
+            }
             Stage::Exited(_) | Stage::Deleting(_) => {
-                return Err(Error::precondition(format!("{key} has ended: it cannot be started again")));
+                return Err(Error::precondition(format!(
+                    "{key} has ended: it cannot be started again"
+                )));
             }
             Stage::Starting { .. } | Stage::Running => {
                 return Err(Error::precondition(format!("{key} is already started")));
@@ -288,7 +332,8 @@ impl State {
         Ok(())
     }
 
-    /// The guest has started it. Returns its pid; [`State::take_early`] has what happened meanwhile.
+    /// The guest has started it. Returns its pid; [`State::take_early`] has what happened
+    /// meanwhile.
     ///
     /// # Errors
     /// `NOT_FOUND`.
@@ -300,12 +345,17 @@ impl State {
                 early
             }
             // Its machine ended meanwhile, and its end has been told.
-            _ => return Err(Error::precondition(format!("{key} has ended before it was started"))),
+            _ => {
+                return Err(Error::precondition(format!(
+                    "{key} has ended before it was started"
+                )));
+            }
         };
         Ok((process.pid, early))
     }
 
-    /// The guest could not start it. An init that failed is at its end; an exec waits to be deleted.
+    /// The guest could not start it. An init that failed is at its end; an exec waits to be
+    /// deleted.
     pub fn start_failed(&mut self, key: &Key) -> Option<Exit> {
         let process = self.process_mut(key).ok()?;
         match process.stage {
@@ -319,8 +369,13 @@ impl State {
 
     /// A process has ended. Returns the exits to tell the world, in order.
     pub fn exited(&mut self, key: &Key, exit: Exit) -> Vec<(Key, Exit)> {
-        let Ok(process) = self.process_mut(key) else { return Vec::new() };
-        let exit = Exit { pid: process.pid, ..exit };
+        let Ok(process) = self.process_mut(key) else {
+            return Vec::new();
+        };
+        let exit = Exit {
+            pid: process.pid,
+            ..exit
+        };
         match &mut process.stage {
             Stage::Starting { early } => {
                 *early = Some(exit);
@@ -329,7 +384,9 @@ impl State {
             Stage::Created | Stage::Running => {}
             Stage::Creating | Stage::Exited(_) | Stage::Deleting(_) => return Vec::new(),
         }
-        let Some(task) = self.tasks.get_mut(&key.container) else { return Vec::new() };
+        let Some(task) = self.tasks.get_mut(&key.container) else {
+            return Vec::new();
+        };
         if key.is_init() && task.has_live_execs() {
             task.held.get_or_insert(exit);
             return Vec::new();
@@ -363,32 +420,47 @@ impl State {
     }
 
     fn kill_task(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
-        let Some(task) = self.tasks.get_mut(id) else { return Vec::new() };
+        let Some(task) = self.tasks.get_mut(id) else {
+            return Vec::new();
+        };
         let mut exits = Vec::new();
         for (exec_id, exec) in &mut task.execs {
             if exec.is_live() {
-                let exit = Exit { pid: exec.pid, status: KILLED, at };
-                // Without a start event there is no exit event either; who waits for it is answered by `Exited`.
+                let exit = Exit {
+                    pid: exec.pid,
+                    status: KILLED,
+                    at,
+                };
+                // Without a start event there is no exit event either; who waits for it is answered
+                // by `Exited`.
                 if exec.stage == Stage::Running {
                     exits.push((Key::new(id, exec_id), exit));
                 }
                 exec.stage = Stage::Exited(exit);
             }
         }
-        if !matches!(task.init.stage, Stage::Creating | Stage::Exited(_) | Stage::Deleting(_)) {
-            let exit = task.held.take().unwrap_or(Exit { pid: task.init.pid, status: KILLED, at });
+        if !matches!(
+            task.init.stage,
+            Stage::Creating | Stage::Exited(_) | Stage::Deleting(_)
+        ) {
+            let exit = task.held.take().unwrap_or(Exit {
+                pid: task.init.pid,
+                status: KILLED,
+                at,
+            });
             task.end(exit);
             exits.push((Key::new(id, ""), exit));
         }
         exits
     }
 
-    /// There is no virtual machine any more. Returns the exits to tell the world, in order; the first reason stays.
+    /// There is no virtual machine any more. Returns the exits to tell the world, in order; the
+    /// first reason stays.
     pub fn vm_died(&mut self, reason: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
         self.dead.get_or_insert_with(|| reason.to_owned());
         let mut ids: Vec<String> = self.tasks.keys().cloned().collect();
-        // A pod's sandbox comes last, as its containers cannot outlive it: what is deleted with it, containerd takes for the
-        // end of the shim.
+        // A pod's sandbox comes last, as its containers cannot outlive it: what is deleted with it,
+        // containerd takes for the end of the shim.
         ids.sort_by_key(|id| self.stands_in(id));
         ids.iter().flat_map(|id| self.kill_task(id, at)).collect()
     }
@@ -396,12 +468,17 @@ impl State {
     /// Whether a signal may be sent.
     ///
     /// # Errors
-    /// `NOT_FOUND` once it has ended (clients take only that for "already gone"); `FAILED_PRECONDITION` before.
+    /// `NOT_FOUND` once it has ended (clients take only that for "already gone");
+    /// `FAILED_PRECONDITION` before.
     pub fn kill(&self, key: &Key) -> Result<()> {
         match self.process(key)?.stage {
-            Stage::Exited(_) | Stage::Deleting(_) => Err(Error::not_found(format!("{key}: process already finished"))),
+            Stage::Exited(_) | Stage::Deleting(_) => {
+                Err(Error::not_found(format!("{key}: process already finished")))
+            }
             Stage::Creating => Err(Error::precondition(format!("{key} is still being created"))),
-            Stage::Created if !key.is_init() => Err(Error::precondition(format!("{key} is not started"))),
+            Stage::Created if !key.is_init() => {
+                Err(Error::precondition(format!("{key} is not started")))
+            }
             Stage::Created | Stage::Starting { .. } | Stage::Running => Ok(()),
         }
     }
@@ -409,7 +486,11 @@ impl State {
     /// Whether a container's init could still be made to end: it is there and has not.
     pub fn is_unfinished(&self, id: &str) -> bool {
         self.tasks.get(id).is_some_and(|task| {
-            task.held.is_none() && matches!(task.init.stage, Stage::Created | Stage::Starting { .. } | Stage::Running)
+            task.held.is_none()
+                && matches!(
+                    task.init.stage,
+                    Stage::Created | Stage::Starting { .. } | Stage::Running
+                )
         })
     }
 
@@ -437,9 +518,15 @@ impl State {
         let exit = match process.stage {
             Stage::Created => None,
             Stage::Exited(exit) => Some(exit),
-            Stage::Deleting(_) => return Err(Error::precondition(format!("{key} is already being deleted"))),
+            Stage::Deleting(_) => {
+                return Err(Error::precondition(format!(
+                    "{key} is already being deleted"
+                )));
+            }
             Stage::Creating | Stage::Starting { .. } | Stage::Running => {
-                return Err(Error::precondition(format!("{key} is still running: kill it first")));
+                return Err(Error::precondition(format!(
+                    "{key} is still running: kill it first"
+                )));
             }
         };
         process.stage = Stage::Deleting(exit);
@@ -488,7 +575,9 @@ impl State {
     pub fn status(&self, key: &Key) -> Result<Status> {
         let paused = self.task(&key.container)?.paused;
         Ok(match self.process(key)?.stage {
-            Stage::Creating | Stage::Created | Stage::Starting { .. } | Stage::Deleting(None) => Status::Created,
+            Stage::Creating | Stage::Created | Stage::Starting { .. } | Stage::Deleting(None) => {
+                Status::Created
+            }
             Stage::Running if paused => Status::Paused,
             Stage::Running => Status::Running,
             Stage::Exited(exit) | Stage::Deleting(Some(exit)) => Status::Stopped(exit),
@@ -506,15 +595,22 @@ impl State {
         })
     }
 
-    /// Pids of a container's living processes, with the exec's id (empty for init). Init stays in the list until it is
-    /// deleted: containerd takes a task without pids for leaked when it comes back, and its exit status is lost.
+    /// Pids of a container's living processes, with the exec's id (empty for init). Init stays in
+    /// the list until it is deleted: containerd takes a task without pids for leaked when it comes
+    /// back, and its exit status is lost.
     ///
     /// # Errors
     /// `NOT_FOUND`.
     pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
         let task = self.task(id)?;
-        let execs = task.execs.iter().filter(|(_, exec)| exec.is_live()).map(|(id, exec)| (exec.pid, id.clone()));
-        Ok(std::iter::once((task.init.pid, String::new())).chain(execs).collect())
+        let execs = task
+            .execs
+            .iter()
+            .filter(|(_, exec)| exec.is_live())
+            .map(|(id, exec)| (exec.pid, id.clone()));
+        Ok(std::iter::once((task.init.pid, String::new()))
+            .chain(execs)
+            .collect())
     }
 }
 
@@ -539,7 +635,8 @@ impl Task {
     fn has_processes(&self, id: &str) -> Result<()> {
         match self.stands_in {
             true => Err(Error::precondition(format!(
-                "task {id} is a pod's sandbox, which has no processes of its own: use one of the pod's containers"
+                "task {id} is a pod's sandbox, which has no processes of its own: use one of the \
+                 pod's containers"
             ))),
             false => Ok(()),
         }

@@ -9,7 +9,11 @@ use super::*;
 const VM: u32 = 100;
 
 fn exit(status: u32) -> Exit {
-    Exit { pid: 0, status, at: SystemTime::UNIX_EPOCH }
+    Exit {
+        pid: 0,
+        status,
+        at: SystemTime::UNIX_EPOCH,
+    }
 }
 
 fn init() -> Key {
@@ -47,7 +51,10 @@ fn code<T: std::fmt::Debug>(result: Result<T>) -> Code {
 }
 
 fn order(exits: &[(Key, Exit)]) -> Vec<(&str, u32)> {
-    exits.iter().map(|(key, exit)| (key.exec.as_str(), exit.status)).collect()
+    exits
+        .iter()
+        .map(|(key, exit)| (key.exec.as_str(), exit.status))
+        .collect()
 }
 
 #[test]
@@ -80,9 +87,15 @@ fn pids_are_unique_and_never_zero() {
 
 #[test]
 fn a_second_task_of_the_same_name_is_refused() {
-    assert_eq!(code(created().create("web", "/b", Io::default())), Code::ALREADY_EXISTS);
+    assert_eq!(
+        code(created().create("web", "/b", Io::default())),
+        Code::ALREADY_EXISTS
+    );
     let mut state = running_with_exec();
-    assert_eq!(code(state.exec(&exec("e"), Io::default())), Code::ALREADY_EXISTS);
+    assert_eq!(
+        code(state.exec(&exec("e"), Io::default())),
+        Code::ALREADY_EXISTS
+    );
 }
 
 #[test]
@@ -109,8 +122,14 @@ fn the_exit_of_init_is_the_last_of_its_container() {
     let mut state = running_with_exec();
     assert!(state.exited(&init(), exit(0)).is_empty());
     assert!(state.is_held("web"));
-    assert_eq!(code(state.exec(&exec("late"), Io::default())), Code::FAILED_PRECONDITION);
-    assert_eq!(order(&state.exited(&exec("e"), exit(137))), [("e", 137), ("", 0)]);
+    assert_eq!(
+        code(state.exec(&exec("late"), Io::default())),
+        Code::FAILED_PRECONDITION
+    );
+    assert_eq!(
+        order(&state.exited(&exec("e"), exit(137))),
+        [("e", 137), ("", 0)]
+    );
     assert!(!state.is_held("web"));
 }
 
@@ -118,9 +137,15 @@ fn the_exit_of_init_is_the_last_of_its_container() {
 fn an_exec_that_is_never_heard_of_again_does_not_hold_init_for_ever() {
     let mut state = running_with_exec();
     state.exited(&init(), exit(5));
-    assert_eq!(order(&state.release_held("web", SystemTime::now())), [("e", 137), ("", 5)]);
+    assert_eq!(
+        order(&state.release_held("web", SystemTime::now())),
+        [("e", 137), ("", 5)]
+    );
     assert!(state.release_held("web", SystemTime::now()).is_empty());
-    assert!(state.exited(&exec("e"), exit(0)).is_empty(), "its exit is told once");
+    assert!(
+        state.exited(&exec("e"), exit(0)).is_empty(),
+        "its exit is told once"
+    );
 }
 
 #[test]
@@ -152,7 +177,10 @@ fn what_has_ended_is_gone_for_kill() {
 
 #[test]
 fn an_exec_needs_a_running_container() {
-    assert_eq!(code(created().exec(&exec("e"), Io::default())), Code::FAILED_PRECONDITION);
+    assert_eq!(
+        code(created().exec(&exec("e"), Io::default())),
+        Code::FAILED_PRECONDITION
+    );
     let mut state = running();
     state.exec(&exec("e"), Io::default()).unwrap();
     assert_eq!(code(state.kill(&exec("e"))), Code::FAILED_PRECONDITION);
@@ -176,11 +204,17 @@ fn a_failed_exec_can_be_deleted() {
 fn a_paused_task_takes_no_exec_until_resumed() {
     let mut state = running();
     state.exec(&exec("e"), Io::default()).unwrap();
-    assert_eq!(code(state.may_pause("web", false)), Code::FAILED_PRECONDITION);
+    assert_eq!(
+        code(state.may_pause("web", false)),
+        Code::FAILED_PRECONDITION
+    );
     state.may_pause("web", true).unwrap();
     state.set_paused("web", true);
     assert_eq!(state.status(&init()), Ok(Status::Paused));
-    assert_eq!(code(state.may_pause("web", true)), Code::FAILED_PRECONDITION);
+    assert_eq!(
+        code(state.may_pause("web", true)),
+        Code::FAILED_PRECONDITION
+    );
     assert_eq!(code(state.start(&exec("e"))), Code::FAILED_PRECONDITION);
     state.may_pause("web", false).unwrap();
     state.set_paused("web", false);
@@ -194,13 +228,18 @@ fn the_death_of_the_machine_is_the_death_of_all() {
     state.created("db", VM, false);
     state.create("unfinished", "/b3", Io::default()).unwrap();
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
-    let told: Vec<_> =
-        exits.iter().map(|(key, exit)| (key.container.as_str(), key.exec.as_str(), exit.status)).collect();
+    let told: Vec<_> = exits
+        .iter()
+        .map(|(key, exit)| (key.container.as_str(), key.exec.as_str(), exit.status))
+        .collect();
     assert_eq!(told, [("db", "", 137), ("web", "e", 137), ("web", "", 137)]);
     assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
     state.delete(&init()).unwrap();
     let refused = state.create("new", "/b", Io::default()).unwrap_err();
-    assert_eq!(refused.message, "the sandbox's virtual machine has ended: QEMU was killed");
+    assert_eq!(
+        refused.message,
+        "the sandbox's virtual machine has ended: QEMU was killed"
+    );
     assert!(state.vm_died("again", SystemTime::now()).is_empty());
 }
 
@@ -208,12 +247,21 @@ fn the_death_of_the_machine_is_the_death_of_all() {
 fn pids_lists_what_lives() {
     let mut state = running_with_exec();
     state.exec(&exec("announced"), Io::default()).unwrap();
-    let ids: Vec<String> = state.pids("web").unwrap().into_iter().map(|(_, id)| id).collect();
+    let ids: Vec<String> = state
+        .pids("web")
+        .unwrap()
+        .into_iter()
+        .map(|(_, id)| id)
+        .collect();
     assert_eq!(ids, ["", "e"]);
     state.exited(&exec("e"), exit(0));
     assert_eq!(state.pids("web").unwrap(), [(VM, String::new())]);
     state.exited(&init(), exit(0));
-    assert_eq!(state.pids("web").unwrap(), [(VM, String::new())], "an exit that nobody has taken is no leak");
+    assert_eq!(
+        state.pids("web").unwrap(),
+        [(VM, String::new())],
+        "an exit that nobody has taken is no leak"
+    );
 }
 
 #[test]
@@ -226,8 +274,14 @@ fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
     state.started(&init).unwrap();
     assert!(state.stands_in("pod") && !state.stands_in("web"));
     assert_eq!((state.owner(VM), state.owner(1)), (Some("pod"), None));
-    assert_eq!(code(state.exec(&Key::new("pod", "e"), Io::default())), Code::FAILED_PRECONDITION);
-    assert_eq!(code(state.may_pause("pod", true)), Code::FAILED_PRECONDITION);
+    assert_eq!(
+        code(state.exec(&Key::new("pod", "e"), Io::default())),
+        Code::FAILED_PRECONDITION
+    );
+    assert_eq!(
+        code(state.may_pause("pod", true)),
+        Code::FAILED_PRECONDITION
+    );
     assert_eq!(state.exited(&init, exit(137)).len(), 1);
 }
 
@@ -245,11 +299,23 @@ fn out_of_memory_is_told_once_and_only_of_what_is_there() {
     state.deleted(&init());
     assert_eq!(code(state.out_of_memory("web")), Code::NOT_FOUND);
     state.create("web", "/b", Io::default()).unwrap();
-    assert_eq!(code(state.out_of_memory("web")), Code::NOT_FOUND, "nothing of it is in the guest");
+    assert_eq!(
+        code(state.out_of_memory("web")),
+        Code::NOT_FOUND,
+        "nothing of it is in the guest"
+    );
     state.created("web", VM, false);
-    assert_eq!(state.out_of_memory("web"), Ok(true), "a new container of the same name");
+    assert_eq!(
+        state.out_of_memory("web"),
+        Ok(true),
+        "a new container of the same name"
+    );
     state.created("web", VM, true);
-    assert_eq!(code(state.out_of_memory("web")), Code::NOT_FOUND, "a pod's sandbox has no memory of its own");
+    assert_eq!(
+        code(state.out_of_memory("web")),
+        Code::NOT_FOUND,
+        "a pod's sandbox has no memory of its own"
+    );
 }
 
 #[test]
@@ -263,7 +329,10 @@ fn only_what_has_not_ended_can_be_late_with_its_end() {
     state.start(&init()).unwrap();
     assert!(state.is_unfinished("web"));
     state.exited(&init(), exit(137));
-    assert!(state.is_unfinished("web"), "its exit waits for an answer that may never come");
+    assert!(
+        state.is_unfinished("web"),
+        "its exit waits for an answer that may never come"
+    );
     let mut state = running_with_exec();
     state.exited(&init(), exit(137));
     assert!(!state.is_unfinished("web"), "its exit waits for an exec");
@@ -280,6 +349,9 @@ fn a_pods_sandbox_dies_after_its_containers() {
         state.created(id, VM, stands_in);
     }
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
-    let told: Vec<_> = exits.iter().map(|(key, _)| (key.container.as_str(), key.exec.as_str())).collect();
+    let told: Vec<_> = exits
+        .iter()
+        .map(|(key, _)| (key.container.as_str(), key.exec.as_str()))
+        .collect();
     assert_eq!(told, [("web", "e"), ("web", ""), ("z", ""), ("a-pod", "")]);
 }

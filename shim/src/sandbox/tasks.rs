@@ -7,7 +7,8 @@ use std::time::SystemTime;
 
 use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::time::Instant;
@@ -31,16 +32,30 @@ use crate::from_guest::Stats;
 use crate::stdio::{HostIo, Pumps};
 
 /// Signals that end no process unless it has a handler: none for a sandbox that stands in for one.
-const IGNORED_SIGNALS: [i32; 8] =
-    [0, libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH, libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN];
+const IGNORED_SIGNALS: [i32; 8] = [
+    0,
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGURG,
+    libc::SIGWINCH,
+    libc::SIGSTOP,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+];
 
 /// A guest, and the container that was made in it if one was.
 type Created = (Arc<Guest>, Option<(Container, Pumps)>);
 
 impl Driver {
-    /// `Create`: the host's part and the guest's boot side by side, then the container in the guest. For a pod's sandbox
-    /// the guest is all that is made: the sandbox stands in for the process that would do nothing but wait.
-    pub fn create(&mut self, request: CreateTaskRequest, config: Result<Config>, reply: Reply<u32>) {
+    /// `Create`: the host's part and the guest's boot side by side, then the container in the
+    /// guest. For a pod's sandbox the guest is all that is made: the sandbox stands in for the
+    /// process that would do nothing but wait.
+    pub fn create(
+        &mut self,
+        request: CreateTaskRequest,
+        config: Result<Config>,
+        reply: Reply<u32>,
+    ) {
         let io = Io {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -55,16 +70,18 @@ impl Driver {
             return answer(reply, Err(error));
         }
         if role != Role::Sandbox {
-            self.needs.insert(request.id.clone(), Need::of_container(&order.spec));
+            self.needs
+                .insert(request.id.clone(), Need::of_container(&order.spec));
         }
         let launching = self.guest_for(config, Blueprint::of(&order.spec));
-        let (launching, shares) = match launching.and_then(|launching| Ok((launching, self.shares()?))) {
-            Ok(both) => both,
-            Err(error) => {
-                self.create_failed(&request.id);
-                return answer(reply, Err(error));
-            }
-        };
+        let (launching, shares) =
+            match launching.and_then(|launching| Ok((launching, self.shares()?))) {
+                Ok(both) => both,
+                Err(error) => {
+                    self.create_failed(&request.id);
+                    return answer(reply, Err(error));
+                }
+            };
         let size = self.sizing();
         let hooks = HostHooks::of(&order.spec, &request.id, &request.bundle);
         self.hooks.insert(request.id.clone(), hooks.clone());
@@ -83,20 +100,36 @@ impl Driver {
                 let host = Host::prepare(&order, &shares);
                 host.map(|host| (order, host))
             });
-            let (order, host) = host.await.map_err(|error| Error::internal(error.to_string()))??;
+            let (order, host) = host
+                .await
+                .map_err(|error| Error::internal(error.to_string()))??;
             let guest = launching.await?;
-            guest.resize(size).await.map_err(|error| error.context("cannot make room for the container"))?;
+            guest
+                .resize(size)
+                .await
+                .map_err(|error| error.context("cannot make room for the container"))?;
             hooks.run(Moment::Create, guest.vm.identity().pid).await?;
             let made = in_guest(&guest, &order, host, host_io).await?;
             Ok((guest, Some(made)))
         };
-        self.begin(work, move |driver, result| driver.created(request, result, reply));
+        self.begin(work, move |driver, result| {
+            driver.created(request, result, reply)
+        });
     }
 
     /// Reads and checks what a client wants: what is wrong is refused before anything is made.
-    fn order(&mut self, config: Result<Config>, request: &CreateTaskRequest, io: Io) -> Result<(Config, Role, Order)> {
+    fn order(
+        &mut self,
+        config: Result<Config>,
+        request: &CreateTaskRequest,
+        io: Io,
+    ) -> Result<(Config, Role, Order)> {
         // The machine that is there is as it was configured, whatever has become of the file since.
-        let config = if self.launching.is_some() { Ok(self.config.clone()) } else { config }?;
+        let config = if self.launching.is_some() {
+            Ok(self.config.clone())
+        } else {
+            config
+        }?;
         let bundle = PathBuf::from(&request.bundle);
         let mut spec = spec::load(&bundle)?;
         let config = match spec.annotations() {
@@ -105,7 +138,15 @@ impl Driver {
         };
         let role = Role::of(&spec);
         let sandbox = &self.identity.id;
-        let find = |pid| self.state.owner(pid).map(|id| if id == sandbox { String::new() } else { id.to_owned() });
+        let find = |pid| {
+            self.state.owner(pid).map(|id| {
+                if id == sandbox {
+                    String::new()
+                } else {
+                    id.to_owned()
+                }
+            })
+        };
         let pid_namespace = pod::namespaces(&spec, role, find)?;
         if role == Role::Sandbox && self.launching.is_none() {
             self.pod = Pod::of(&spec);
@@ -114,7 +155,9 @@ impl Driver {
             pod_api::add_files(&mut spec, files)?;
         }
         let annotations = spec.annotations().as_ref();
-        let pod_uid = pod::UID.of(pod::is_from_containerd(), |key| annotations?.get(key).map(String::as_str));
+        let pod_uid = pod::UID.of(pod::is_from_containerd(), |key| {
+            annotations?.get(key).map(String::as_str)
+        });
         let pod_uid = pod_uid.map(str::to_owned);
         let order = Order {
             id: request.id.clone(),
@@ -123,9 +166,18 @@ impl Driver {
             spec,
             io,
             pid_namespace,
-            sysctls: if role == Role::Member { self.pod.sysctls.clone() } else { HashMap::new() },
+            sysctls: if role == Role::Member {
+                self.pod.sysctls.clone()
+            } else {
+                HashMap::new()
+            },
             pod_uid,
-            shm: self.pod.shm.as_ref().filter(|_| role == Role::Member).map(|shm| shm.source.clone()),
+            shm: self
+                .pod
+                .shm
+                .as_ref()
+                .filter(|_| role == Role::Member)
+                .map(|shm| shm.source.clone()),
         };
         Ok((config, role, order))
     }
@@ -145,7 +197,11 @@ impl Driver {
             }
         };
         let key = Key::new(&request.id, "");
-        let pid = self.state.created(&request.id, guest.vm.identity().pid.cast_unsigned(), made.is_none());
+        let pid = self.state.created(
+            &request.id,
+            guest.vm.identity().pid.cast_unsigned(),
+            made.is_none(),
+        );
         if let Some((container, pumps)) = made {
             self.containers.insert(request.id.clone(), container);
             self.pumps.insert(key.clone(), pumps);
@@ -169,7 +225,8 @@ impl Driver {
         });
         answer(reply, Ok(pid));
         if self.state.alive().is_err() {
-            // The machine ended while the guest answered: nobody else will say that this container did too.
+            // The machine ended while the guest answered: nobody else will say that this container
+            // did too.
             self.vm_died("its virtual machine has ended");
         }
     }
@@ -178,19 +235,28 @@ impl Driver {
     pub fn start(&mut self, key: Key, reply: Reply<u32>) {
         let Some(guest) = self.guest.clone() else {
             let error = self.state.process(&key).err();
-            let error = error.unwrap_or_else(|| Error::precondition(format!("{key} is still being created")));
+            let error = error
+                .unwrap_or_else(|| Error::precondition(format!("{key} is still being created")));
             return answer(reply, Err(error));
         };
-        let io = match self.state.start(&key).and_then(|()| Ok(self.state.process(&key)?.io.clone())) {
+        let io = match self
+            .state
+            .start(&key)
+            .and_then(|()| Ok(self.state.process(&key)?.io.clone()))
+        {
             Ok(io) => io,
             Err(error) => return answer(reply, Err(error)),
         };
         let exec = self.announced.get_mut(&key);
-        let exec = exec.map(|exec| Announced { process: exec.process.clone(), dialled: exec.dialled.take() });
+        let exec = exec.map(|exec| Announced {
+            process: exec.process.clone(),
+            dialled: exec.dialled.take(),
+        });
         let namespace = self.identity.namespace.clone();
         let stands_in = self.state.stands_in(&key.container);
         // Between the sandbox's creation and its start its network may have been made.
-        let ledger = (key.is_init() && key.container == self.identity.id).then(|| self.ledger.clone());
+        let ledger =
+            (key.is_init() && key.container == self.identity.id).then(|| self.ledger.clone());
         let target = key.clone();
         let starting = guest.clone();
         let work = async move {
@@ -199,14 +265,26 @@ impl Driver {
             }
             match exec {
                 None if stands_in => Ok(None),
-                None => process::start_init(&starting, &target.container).await.map(|()| None),
-                Some(exec) => process::start_exec(&starting, &target, exec, &io, &namespace).await.map(Some),
+                None => process::start_init(&starting, &target.container)
+                    .await
+                    .map(|()| None),
+                Some(exec) => process::start_exec(&starting, &target, exec, &io, &namespace)
+                    .await
+                    .map(Some),
             }
         };
-        self.begin(work, move |driver, result| driver.started(guest, key, result, reply));
+        self.begin(work, move |driver, result| {
+            driver.started(guest, key, result, reply)
+        });
     }
 
-    fn started(&mut self, guest: Arc<Guest>, key: Key, result: Result<Option<Pumps>>, reply: Reply<u32>) {
+    fn started(
+        &mut self,
+        guest: Arc<Guest>,
+        key: Key,
+        result: Result<Option<Pumps>>,
+        reply: Reply<u32>,
+    ) {
         let pumps = match result {
             Ok(pumps) => pumps,
             Err(error) => {
@@ -235,11 +313,20 @@ impl Driver {
         if key.is_init() {
             self.run_hooks(&key.container, Moment::Started);
             if !self.is_unannounced(&key.container) {
-                self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
+                self.events.publish(&TaskStart {
+                    container_id,
+                    pid,
+                    ..Default::default()
+                });
             }
         } else {
             let exec_id = key.exec.clone();
-            self.events.publish(&TaskExecStarted { container_id, exec_id, pid, ..Default::default() });
+            self.events.publish(&TaskExecStarted {
+                container_id,
+                exec_id,
+                pid,
+                ..Default::default()
+            });
         }
         answer(reply, Ok(pid));
         if let Some(exit) = early {
@@ -250,35 +337,62 @@ impl Driver {
     /// `Exec`: only announces the process.
     pub fn exec(&mut self, request: ExecProcessRequest, process: Process, reply: Reply<()>) {
         let key = Key::new(&request.id, &request.exec_id);
-        let io =
-            Io { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let io = Io {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
         let result = self.state.exec(&key, io);
         if result.is_ok() {
-            let io = self.state.process(&key).map(|process| process.io.clone()).unwrap_or_default();
-            let dialled = self.guest.as_ref().and_then(|guest| Dialled::begin(guest, &key, &io));
+            let io = self
+                .state
+                .process(&key)
+                .map(|process| process.io.clone())
+                .unwrap_or_default();
+            let dialled = self
+                .guest
+                .as_ref()
+                .and_then(|guest| Dialled::begin(guest, &key, &io));
             if let Some(container) = self.containers.get(&request.id) {
                 container.runs_as(process.user());
             }
             self.announced.insert(key, Announced { process, dialled });
             let (container_id, exec_id) = (request.id, request.exec_id);
-            self.events.publish(&TaskExecAdded { container_id, exec_id, ..Default::default() });
+            self.events.publish(&TaskExecAdded {
+                container_id,
+                exec_id,
+                ..Default::default()
+            });
         }
         answer(reply, result);
     }
 
     /// `Delete`: the answer comes when the output is read and everything of the process is undone.
     pub fn delete(&mut self, key: Key, reply: Reply<Exit>) {
-        let (pid, exit) = match self.state.delete(&key).and_then(|exit| Ok((self.state.process(&key)?.pid, exit))) {
+        let (pid, exit) = match self
+            .state
+            .delete(&key)
+            .and_then(|exit| Ok((self.state.process(&key)?.pid, exit)))
+        {
             Ok(deleting) => deleting,
             Err(error) => return answer(reply, Err(error)),
         };
-        let exit = exit.unwrap_or(Exit { pid, status: 0, at: SystemTime::UNIX_EPOCH });
+        let exit = exit.unwrap_or(Exit {
+            pid,
+            status: 0,
+            at: SystemTime::UNIX_EPOCH,
+        });
         let pumps: Vec<Pumps> = match key.is_init() {
             true => self.take_pumps(&key.container),
             false => self.pumps.remove(&key).into_iter().collect(),
         };
         let guest = self.living_guest().ok().filter(|_| key.is_init());
-        let container = if key.is_init() { self.containers.remove(&key.container) } else { None };
+        let container = if key.is_init() {
+            self.containers.remove(&key.container)
+        } else {
+            None
+        };
         let id = key.container.clone();
         let by = DeleteBy::from(Instant::now(), self.killed.get(&id).copied());
         let work = async move {
@@ -312,7 +426,9 @@ impl Driver {
 
     /// Nobody waits for hooks that can change nothing any more.
     fn run_hooks(&self, id: &str, moment: Moment) {
-        let (Some(hooks), Some(guest)) = (self.hooks.get(id).cloned(), self.guest.as_ref()) else { return };
+        let (Some(hooks), Some(guest)) = (self.hooks.get(id).cloned(), self.guest.as_ref()) else {
+            return;
+        };
         let pid = guest.vm.identity().pid;
         tokio::spawn(async move { hooks.run(moment, pid).await });
     }
@@ -358,14 +474,19 @@ impl Driver {
         let deadline = ending::signal_deadline(self.config.kill_timeout());
         let work = async move { process::signal(&guest, &key, signal, all, deadline).await };
         self.begin(work, move |driver, result| {
-            // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is what can be killed.
+            // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is
+            // what can be killed.
             match ending::refuses_to_kill(&result).filter(|_| is_last_resort) {
                 Some(reason) => {
                     driver.vm_died(&reason);
                     answer(reply, Ok(()));
                 }
                 // It runs, whatever the guest says; its end is told in any case.
-                None if is_last_resort && result.as_ref().is_err_and(|error| error.code == Code::NOT_FOUND) => {
+                None if is_last_resort
+                    && result
+                        .as_ref()
+                        .is_err_and(|error| error.code == Code::NOT_FOUND) =>
+                {
                     answer(reply, Ok(()));
                 }
                 None => answer(reply, result),
@@ -392,16 +513,25 @@ impl Driver {
             Err(error) => return answer(reply, Err(error)),
         };
         let container_id = id.clone();
-        self.begin(async move { process::set_paused(&guest, &id, paused).await }, move |driver, result| {
-            if result.is_ok() {
-                driver.state.set_paused(&container_id, paused);
-                match paused {
-                    true => driver.events.publish(&TaskPaused { container_id, ..Default::default() }),
-                    false => driver.events.publish(&TaskResumed { container_id, ..Default::default() }),
+        self.begin(
+            async move { process::set_paused(&guest, &id, paused).await },
+            move |driver, result| {
+                if result.is_ok() {
+                    driver.state.set_paused(&container_id, paused);
+                    match paused {
+                        true => driver.events.publish(&TaskPaused {
+                            container_id,
+                            ..Default::default()
+                        }),
+                        false => driver.events.publish(&TaskResumed {
+                            container_id,
+                            ..Default::default()
+                        }),
+                    }
                 }
-            }
-            answer(reply, result);
-        });
+                answer(reply, result);
+            },
+        );
     }
 
     /// `ResizePty`: before the start it is remembered, without a terminal it is nothing.
@@ -410,7 +540,9 @@ impl Driver {
             Err(error) => answer(reply, Err(error)),
             Ok(process) if !process.io.terminal => answer(reply, Ok(())),
             Ok(_) if key.is_init() || self.pumps.contains_key(&key) => {
-                self.relay(reply, |guest| async move { process::resize(&guest, &key, width, height).await });
+                self.relay(reply, |guest| async move {
+                    process::resize(&guest, &key, width, height).await
+                });
             }
             Ok(_) => {
                 self.sizes.insert(key, (width, height));
@@ -431,16 +563,25 @@ impl Driver {
         answer(reply, result);
     }
 
-    /// `Update`: room is made before a limit is raised, and given back after one is lowered or refused.
+    /// `Update`: room is made before a limit is raised, and given back after one is lowered or
+    /// refused.
     pub fn update(&mut self, id: String, resources: LinuxResources, reply: Reply<()>) {
-        let guest = match self.state.task(&id).map(drop).and_then(|()| self.living_guest()) {
+        let guest = match self
+            .state
+            .task(&id)
+            .map(drop)
+            .and_then(|()| self.living_guest())
+        {
             Ok(guest) => guest,
             Err(error) => return answer(reply, Err(error)),
         };
         let is_pod = self.state.stands_in(&id);
         let before = self.sizing();
         let Some(need) = self.need(&id) else {
-            return answer(reply, Err(Error::precondition(format!("{id} is being deleted"))));
+            return answer(
+                reply,
+                Err(Error::precondition(format!("{id} is being deleted"))),
+            );
         };
         let old = *need;
         *need = old.updated(&resources);
@@ -452,7 +593,9 @@ impl Driver {
                 true => Ok(()),
                 false => process::update(&guest, &target, &resources).await,
             };
-            let resized = guest.resize(if updated.is_ok() { after } else { before }).await;
+            let resized = guest
+                .resize(if updated.is_ok() { after } else { before })
+                .await;
             updated.and(resized)
         };
         self.begin(work, move |driver, result| {
@@ -466,7 +609,11 @@ impl Driver {
     }
 
     fn need(&mut self, id: &str) -> Option<&mut Need> {
-        if self.state.stands_in(id) { Some(&mut self.pod.need) } else { self.needs.get_mut(id) }
+        if self.state.stands_in(id) {
+            Some(&mut self.pod.need)
+        } else {
+            self.needs.get_mut(id)
+        }
     }
 
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
@@ -478,7 +625,10 @@ impl Driver {
             // What the machine itself uses is in the pod's cgroup on the host.
             return answer(reply, Ok(Stats::default()));
         }
-        self.relay(reply, |guest| async move { process::stats(&guest, &id).await });
+        self.relay(
+            reply,
+            |guest| async move { process::stats(&guest, &id).await },
+        );
     }
 
     /// `Shutdown`: ends the sandbox if nothing needs it, or if `now`. Says whether it did.

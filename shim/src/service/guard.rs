@@ -1,4 +1,5 @@
-//! A handler that panics answers `INTERNAL`. Without this its client would wait for ever: ttrpc sends nothing.
+//! A handler that panics answers `INTERNAL`. Without this its client would wait for ever: ttrpc
+//! sends nothing.
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -16,10 +17,15 @@ struct Guard(Box<dyn MethodHandler + Send + Sync>);
 impl MethodHandler for Guard {
     async fn handler(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
         let method = request.method.clone();
-        match AssertUnwindSafe(self.0.handler(context, request)).catch_unwind().await {
+        match AssertUnwindSafe(self.0.handler(context, request))
+            .catch_unwind()
+            .await
+        {
             Ok(result) => result,
             Err(_) => {
-                let error = Error::internal(format!("{method} failed inside the shim: its log has the panic"));
+                let error = Error::internal(format!(
+                    "{method} failed inside the shim: its log has the panic"
+                ));
                 Ok(ttrpc::Error::from(error).into())
             }
         }
@@ -31,11 +37,18 @@ pub fn guarded(services: HashMap<String, Service>) -> HashMap<String, Service> {
     services
         .into_iter()
         .map(|(name, service)| {
-            let methods = service
-                .methods
-                .into_iter()
-                .map(|(name, method)| -> (_, Box<dyn MethodHandler + Send + Sync>) { (name, Box::new(Guard(method))) });
-            (name, Service { methods: methods.collect(), streams: service.streams })
+            let methods = service.methods.into_iter().map(
+                |(name, method)| -> (_, Box<dyn MethodHandler + Send + Sync>) {
+                    (name, Box::new(Guard(method)))
+                },
+            );
+            (
+                name,
+                Service {
+                    methods: methods.collect(),
+                    streams: service.streams,
+                },
+            )
         })
         .collect()
 }
@@ -63,8 +76,14 @@ mod tests {
             timeout_nano: 0,
             connection_data: Default::default(),
         };
-        let request = Request { method: "State".into(), ..Default::default() };
-        let response = Guard(Box::new(Panics)).handler(context, request).await.unwrap();
+        let request = Request {
+            method: "State".into(),
+            ..Default::default()
+        };
+        let response = Guard(Box::new(Panics))
+            .handler(context, request)
+            .await
+            .unwrap();
         assert_eq!(response.status.code(), Code::INTERNAL);
         assert!(response.status.message().starts_with("State failed"));
     }

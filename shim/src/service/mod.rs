@@ -18,9 +18,12 @@ pub use task::TaskService;
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
 
-/// Services that containerd may ask a shim for and that this one does not have: without an entry ttrpc answers
-/// `INVALID_ARGUMENT`, where containerd looks for `UNIMPLEMENTED`.
-const ABSENT: [&str; 2] = ["containerd.services.streaming.v1.Streaming", "containerd.services.transfer.v1.Transfer"];
+/// Services that containerd may ask a shim for and that this one does not have: without an entry
+/// ttrpc answers `INVALID_ARGUMENT`, where containerd looks for `UNIMPLEMENTED`.
+const ABSENT: [&str; 2] = [
+    "containerd.services.streaming.v1.Streaming",
+    "containerd.services.transfer.v1.Transfer",
+];
 
 /// All services: the task service under its v2 and v3 names, whose messages are the same bytes.
 pub fn all(task: TaskService, sandbox: SandboxService) -> HashMap<String, Service> {
@@ -31,7 +34,13 @@ pub fn all(task: TaskService, sandbox: SandboxService) -> HashMap<String, Servic
     }
     services.extend(create_sandbox(Arc::new(sandbox)));
     for name in ABSENT {
-        services.insert(name.to_owned(), Service { methods: HashMap::new(), streams: HashMap::new() });
+        services.insert(
+            name.to_owned(),
+            Service {
+                methods: HashMap::new(),
+                streams: HashMap::new(),
+            },
+        );
     }
     guard::guarded(services)
 }

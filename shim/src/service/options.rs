@@ -11,13 +11,15 @@ use crate::error::{Error, Result};
 /// containerd's message for runtimes other than runc.
 const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
 
-/// runc's, which containerd itself sends to any runtime for some pods; nothing in it concerns a virtual machine.
+/// runc's, which containerd itself sends to any runtime for some pods; nothing in it concerns a
+/// virtual machine.
 const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
 
 /// The configuration that the options name and contain.
 ///
 /// # Errors
-/// `INVALID_ARGUMENT`: options of another type, a message that does not parse, a configuration with a mistake.
+/// `INVALID_ARGUMENT`: options of another type, a message that does not parse, a configuration with
+/// a mistake.
 pub fn config(options: Option<&Any>) -> Result<Config> {
     let options = match options {
         None => Options::default(),
@@ -27,7 +29,8 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
             Some(RUNC_OPTIONS) => Options::default(),
             _ => {
                 return Err(Error::invalid(format!(
-                    "runtime options of type {:?} are not known: use {RUNTIME_OPTIONS} with a ConfigPath",
+                    "runtime options of type {:?} are not known: use {RUNTIME_OPTIONS} with a \
+                     ConfigPath",
                     any.type_url
                 )));
             }
@@ -36,13 +39,14 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
     Config::load(options.config_path.as_deref(), &options.config_body)
 }
 
-/// `runtimeoptions.v1.Options`, as far as it says anything: its `type_url` (1) only repeats what the runtime is called.
+/// `runtimeoptions.v1.Options`, as far as it says anything: its `type_url` (1) only repeats what
+/// the runtime is called.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Options {
     /// A configuration file (2).
     config_path: Option<PathBuf>,
-    /// What else is in the runtime's options in containerd's configuration, as TOML (3). containerd sends it since 1.7,
-    /// and only without a ConfigPath.
+    /// What else is in the runtime's options in containerd's configuration, as TOML (3). containerd
+    /// sends it since 1.7, and only without a ConfigPath.
     config_body: Vec<u8>,
 }
 
@@ -57,9 +61,15 @@ impl Options {
                     let path = input.read_string().map_err(bad)?;
                     options.config_path = (!path.is_empty()).then(|| path.into());
                 }
-                (3, Some(WireType::LengthDelimited)) => options.config_body = input.read_bytes().map_err(bad)?,
+                (3, Some(WireType::LengthDelimited)) => {
+                    options.config_body = input.read_bytes().map_err(bad)?
+                }
                 (_, Some(wire_type)) => input.skip_field(wire_type).map_err(bad)?,
-                (_, None) => return Err(Error::invalid("the runtime options do not parse: unknown wire type")),
+                (_, None) => {
+                    return Err(Error::invalid(
+                        "the runtime options do not parse: unknown wire type",
+                    ));
+                }
             }
         }
         Ok(options)
@@ -71,7 +81,11 @@ mod tests {
     use super::*;
 
     fn any(type_url: &str, value: &[u8]) -> Any {
-        Any { type_url: type_url.into(), value: value.into(), ..Default::default() }
+        Any {
+            type_url: type_url.into(),
+            value: value.into(),
+            ..Default::default()
+        }
     }
 
     /// A message as containerd writes it.
@@ -104,26 +118,46 @@ mod tests {
         let config = |body| config(Some(&any(RUNTIME_OPTIONS, &message(&[(3, body)]))));
         let body = "ConfigPath = \"\"\nTypeUrl = \"x\"\ndebug = true\nkernel_params = [\"quiet\"]\nvcpus = 3\n";
         let read = config(body).unwrap();
-        assert_eq!((read.debug, read.vcpus, read.kernel_params), (true, 3, vec!["quiet".to_owned()]));
+        assert_eq!(
+            (read.debug, read.vcpus, read.kernel_params),
+            (true, 3, vec!["quiet".to_owned()])
+        );
         for (body, part) in [
-            ("BinaryName = \"/usr/bin/runc\"", "unknown field `BinaryName`"),
-            ("debug = true\nvcpus = 2.5", "line 2: vcpus: must be a whole number from 1 to 240, not 2.5"),
+            (
+                "BinaryName = \"/usr/bin/runc\"",
+                "unknown field `BinaryName`",
+            ),
+            (
+                "debug = true\nvcpus = 2.5",
+                "line 2: vcpus: must be a whole number from 1 to 240, not 2.5",
+            ),
             ("vcpus", "line 1: "),
         ] {
             let error = config(body).unwrap_err();
             assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
-            assert!(error.message.contains(part) && error.message.contains("containerd's configuration"), "{error}");
+            assert!(
+                error.message.contains(part)
+                    && error.message.contains("containerd's configuration"),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn options_that_say_nothing_are_the_defaults() {
-        for options in
-            [None, Some(any("", b"")), Some(any(RUNTIME_OPTIONS, b"")), Some(any(RUNC_OPTIONS, b"\x1a\x03abc"))]
-        {
+        for options in [
+            None,
+            Some(any("", b"")),
+            Some(any(RUNTIME_OPTIONS, b"")),
+            Some(any(RUNC_OPTIONS, b"\x1a\x03abc")),
+        ] {
             config(options.as_ref()).unwrap();
         }
-        config(Some(&any("type.googleapis.com/runtimeoptions.v1.Options", b""))).unwrap();
+        config(Some(&any(
+            "type.googleapis.com/runtimeoptions.v1.Options",
+            b"",
+        )))
+        .unwrap();
     }
 
     #[test]
@@ -132,7 +166,12 @@ mod tests {
         assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
         assert!(error.message.contains("windows.Options"));
         for garbage in [&b"\x12\xff"[..], b"\x0f", b"\x12\x05ab"] {
-            assert_eq!(config(Some(&any(RUNTIME_OPTIONS, garbage))).unwrap_err().code, ttrpc::Code::INVALID_ARGUMENT);
+            assert_eq!(
+                config(Some(&any(RUNTIME_OPTIONS, garbage)))
+                    .unwrap_err()
+                    .code,
+                ttrpc::Code::INVALID_ARGUMENT
+            );
         }
     }
 }

@@ -1,13 +1,15 @@
-//! `containerd.runtime.sandbox.v1.Sandbox`: a pod's sandbox without a task (containerd's `sandboxer = "shim"`).
+//! `containerd.runtime.sandbox.v1.Sandbox`: a pod's sandbox without a task (containerd's `sandboxer
+//! = "shim"`).
 
 use std::time::SystemTime;
 
 use async_trait::async_trait;
 use containerd_shim_protos::sandbox_api::{
-    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
-    SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
-    ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest, StopSandboxResponse,
-    WaitSandboxRequest, WaitSandboxResponse,
+    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest,
+    PlatformResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest,
+    SandboxStatusResponse, ShutdownSandboxRequest, ShutdownSandboxResponse, StartSandboxRequest,
+    StartSandboxResponse, StopSandboxRequest, StopSandboxResponse, WaitSandboxRequest,
+    WaitSandboxResponse,
 };
 use containerd_shim_protos::sandbox_async::Sandbox;
 use containerd_shim_protos::types::platform::Platform;
@@ -41,43 +43,93 @@ impl SandboxService {
 
 #[async_trait]
 impl Sandbox for SandboxService {
-    async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> Result<CreateSandboxResponse> {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> Result<CreateSandboxResponse> {
         let config = Config::load(None, &[]);
-        self.sandbox.ask(move |driver, reply| driver.create_sandbox(&request, config, reply)).await?;
+        self.sandbox
+            .ask(move |driver, reply| driver.create_sandbox(&request, config, reply))
+            .await?;
         Ok(CreateSandboxResponse::default())
     }
 
-    async fn start_sandbox(&self, _: &TtrpcContext, request: StartSandboxRequest) -> Result<StartSandboxResponse> {
-        let pid = self.sandbox.ask(move |driver, reply| driver.start_sandbox(&request.sandbox_id, reply)).await?;
-        Ok(StartSandboxResponse { pid, created_at: Some(SystemTime::now().into()).into(), ..Default::default() })
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> Result<StartSandboxResponse> {
+        let pid = self
+            .sandbox
+            .ask(move |driver, reply| driver.start_sandbox(&request.sandbox_id, reply))
+            .await?;
+        Ok(StartSandboxResponse {
+            pid,
+            created_at: Some(SystemTime::now().into()).into(),
+            ..Default::default()
+        })
     }
 
     async fn platform(&self, _: &TtrpcContext, _: PlatformRequest) -> Result<PlatformResponse> {
-        let platform = Platform { os: "linux".into(), architecture: "amd64".into(), ..Default::default() };
-        Ok(PlatformResponse { platform: Some(platform).into(), ..Default::default() })
+        let platform = Platform {
+            os: "linux".into(),
+            architecture: "amd64".into(),
+            ..Default::default()
+        };
+        Ok(PlatformResponse {
+            platform: Some(platform).into(),
+            ..Default::default()
+        })
     }
 
-    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> Result<StopSandboxResponse> {
+    async fn stop_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StopSandboxRequest,
+    ) -> Result<StopSandboxResponse> {
         let key = Key::new(&request.sandbox_id, "");
         let signal = libc::SIGKILL.cast_unsigned();
-        match self.sandbox.ask(move |driver, reply| driver.kill(key, signal, false, reply)).await {
+        match self
+            .sandbox
+            .ask(move |driver, reply| driver.kill(key, signal, false, reply))
+            .await
+        {
             // Stopped already, or never there: what is wanted is so.
             Err(error) if error.code != ttrpc::Code::NOT_FOUND => Err(error.into()),
             _ => Ok(StopSandboxResponse::default()),
         }
     }
 
-    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> Result<WaitSandboxResponse> {
+    async fn wait_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: WaitSandboxRequest,
+    ) -> Result<WaitSandboxResponse> {
         let key = Key::new(&request.sandbox_id, "");
-        let exit = self.sandbox.ask(|driver, reply| driver.wait(key, reply)).await?;
+        let exit = self
+            .sandbox
+            .ask(|driver, reply| driver.wait(key, reply))
+            .await?;
         let exited_at = Some(exit.at.into()).into();
-        Ok(WaitSandboxResponse { exit_status: exit.status, exited_at, ..Default::default() })
+        Ok(WaitSandboxResponse {
+            exit_status: exit.status,
+            exited_at,
+            ..Default::default()
+        })
     }
 
-    async fn sandbox_status(&self, _: &TtrpcContext, request: SandboxStatusRequest) -> Result<SandboxStatusResponse> {
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxStatusRequest,
+    ) -> Result<SandboxStatusResponse> {
         let id = request.sandbox_id.clone();
         let verbose = request.verbose;
-        let status = self.sandbox.ask(move |driver, reply| answer(reply, driver.sandbox_status(&id))).await?;
+        let status = self
+            .sandbox
+            .ask(move |driver, reply| answer(reply, driver.sandbox_status(&id)))
+            .await?;
         let mut response = SandboxStatusResponse {
             sandbox_id: request.sandbox_id,
             pid: status.pid,
@@ -101,15 +153,32 @@ impl Sandbox for SandboxService {
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
         let alive = move |driver: &mut crate::sandbox::driver::Driver, reply| {
-            let alive = driver.state.task(&request.sandbox_id).and_then(|_| driver.state.alive());
-            answer(reply, alive.map_err(|error| Error { code: ttrpc::Code::UNAVAILABLE, ..error }));
+            let alive = driver
+                .state
+                .task(&request.sandbox_id)
+                .and_then(|_| driver.state.alive());
+            answer(
+                reply,
+                alive.map_err(|error| Error {
+                    code: ttrpc::Code::UNAVAILABLE,
+                    ..error
+                }),
+            );
         };
         self.sandbox.ask(alive).await?;
         Ok(PingResponse::default())
     }
 
-    async fn shutdown_sandbox(&self, _: &TtrpcContext, _: ShutdownSandboxRequest) -> Result<ShutdownSandboxResponse> {
-        if self.sandbox.ask(|driver, reply| driver.shutdown(true, reply)).await? {
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: ShutdownSandboxRequest,
+    ) -> Result<ShutdownSandboxResponse> {
+        if self
+            .sandbox
+            .ask(|driver, reply| driver.shutdown(true, reply))
+            .await?
+        {
             self.ended.send_replace(true);
         }
         Ok(ShutdownSandboxResponse::default())
@@ -120,7 +189,10 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: SandboxMetricsRequest,
     ) -> Result<SandboxMetricsResponse> {
-        let stats = self.sandbox.ask(|driver, reply| driver.sandbox_stats(reply)).await?;
+        let stats = self
+            .sandbox
+            .ask(|driver, reply| driver.sandbox_stats(reply))
+            .await?;
         let mut response = SandboxMetricsResponse::default();
         let metrics = response.metrics.mut_or_insert_default();
         metrics.timestamp = Some(SystemTime::now().into()).into();

@@ -2,10 +2,11 @@
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
-    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
-    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
-    StateResponse, StatsRequest, StatsResponse, Status as ApiStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+    PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+    ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+    StatsResponse, Status as ApiStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
@@ -40,19 +41,38 @@ impl TaskService {
 
 #[async_trait]
 impl Task for TaskService {
-    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> Result<CreateTaskResponse> {
         if !request.checkpoint.is_empty() {
-            return Err(Error::unimplemented("a virtual machine is not restored from a checkpoint").into());
+            return Err(Error::unimplemented(
+                "a virtual machine is not restored from a checkpoint",
+            )
+            .into());
         }
         let config = options::config(request.options.as_ref());
-        let pid = self.sandbox.ask(|driver, reply| driver.create(request, config, reply)).await?;
-        Ok(CreateTaskResponse { pid, ..Default::default() })
+        let pid = self
+            .sandbox
+            .ask(|driver, reply| driver.create(request, config, reply))
+            .await?;
+        Ok(CreateTaskResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
         let key = Key::new(&request.id, &request.exec_id);
-        let pid = self.sandbox.ask(|driver, reply| driver.start(key, reply)).await?;
-        Ok(StartResponse { pid, ..Default::default() })
+        let pid = self
+            .sandbox
+            .ask(|driver, reply| driver.start(key, reply))
+            .await?;
+        Ok(StartResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Result<StateResponse> {
@@ -82,18 +102,31 @@ impl Task for TaskService {
             };
             Ok(response)
         };
-        Ok(self.sandbox.ask(move |driver, reply| answer(reply, state(&key, &driver.state))).await?)
+        Ok(self
+            .sandbox
+            .ask(move |driver, reply| answer(reply, state(&key, &driver.state)))
+            .await?)
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Result<WaitResponse> {
         let key = Key::new(&request.id, &request.exec_id);
-        let exit = self.sandbox.ask(|driver, reply| driver.wait(key, reply)).await?;
-        Ok(WaitResponse { exit_status: exit.status, exited_at: Some(exit.at.into()).into(), ..Default::default() })
+        let exit = self
+            .sandbox
+            .ask(|driver, reply| driver.wait(key, reply))
+            .await?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: Some(exit.at.into()).into(),
+            ..Default::default()
+        })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
         let key = Key::new(&request.id, &request.exec_id);
-        let exit = self.sandbox.ask(|driver, reply| driver.delete(key, reply)).await?;
+        let exit = self
+            .sandbox
+            .ask(|driver, reply| driver.delete(key, reply))
+            .await?;
         Ok(DeleteResponse {
             pid: exit.pid,
             exit_status: exit.status,
@@ -106,69 +139,105 @@ impl Task for TaskService {
         // All processes of a container are those of its init.
         let exec_id = if request.all { "" } else { &request.exec_id };
         let key = Key::new(&request.id, exec_id);
-        self.sandbox.ask(move |driver, reply| driver.kill(key, request.signal, request.all, reply)).await?;
+        self.sandbox
+            .ask(move |driver, reply| driver.kill(key, request.signal, request.all, reply))
+            .await?;
         Ok(Empty::default())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
         let mut process = spec::parse_process(&request.spec.value)?;
         process.set_terminal(Some(request.terminal));
-        self.sandbox.ask(|driver, reply| driver.exec(request, process, reply)).await?;
+        self.sandbox
+            .ask(|driver, reply| driver.exec(request, process, reply))
+            .await?;
         Ok(Empty::default())
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
-        let pids = self.sandbox.ask(move |driver, reply| answer(reply, driver.state.pids(&request.id))).await?;
+        let pids = self
+            .sandbox
+            .ask(move |driver, reply| answer(reply, driver.state.pids(&request.id)))
+            .await?;
         let processes = pids.into_iter().map(|(pid, exec_id)| {
-            let details = ProcessDetails { exec_id, ..Default::default() };
+            let details = ProcessDetails {
+                exec_id,
+                ..Default::default()
+            };
             let info = (!details.exec_id.is_empty()).then(|| Any {
                 type_url: ProcessDetails::descriptor().full_name().to_owned(),
                 value: details.write_to_bytes().unwrap_or_default(),
                 ..Default::default()
             });
-            ProcessInfo { pid, info: info.into(), ..Default::default() }
+            ProcessInfo {
+                pid,
+                info: info.into(),
+                ..Default::default()
+            }
         });
-        Ok(PidsResponse { processes: processes.collect(), ..Default::default() })
+        Ok(PidsResponse {
+            processes: processes.collect(),
+            ..Default::default()
+        })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
-        self.sandbox.ask(|driver, reply| driver.set_paused(request.id, true, reply)).await?;
+        self.sandbox
+            .ask(|driver, reply| driver.set_paused(request.id, true, reply))
+            .await?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
-        self.sandbox.ask(|driver, reply| driver.set_paused(request.id, false, reply)).await?;
+        self.sandbox
+            .ask(|driver, reply| driver.set_paused(request.id, false, reply))
+            .await?;
         Ok(Empty::default())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Result<Empty> {
-        Err(Error::unimplemented("checkpoints are not possible: the container lives in a virtual machine").into())
+        Err(Error::unimplemented(
+            "checkpoints are not possible: the container lives in a virtual machine",
+        )
+        .into())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
         let key = Key::new(&request.id, &request.exec_id);
-        self.sandbox.ask(move |driver, reply| driver.resize(key, request.width, request.height, reply)).await?;
+        self.sandbox
+            .ask(move |driver, reply| driver.resize(key, request.width, request.height, reply))
+            .await?;
         Ok(Empty::default())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
         if request.stdin {
             let key = Key::new(&request.id, &request.exec_id);
-            self.sandbox.ask(|driver, reply| driver.close_stdin(key, reply)).await?;
+            self.sandbox
+                .ask(|driver, reply| driver.close_stdin(key, reply))
+                .await?;
         }
         Ok(Empty::default())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
         let resources = spec::parse_resources(&request.resources.value)?;
-        self.sandbox.ask(|driver, reply| driver.update(request.id, resources, reply)).await?;
+        self.sandbox
+            .ask(|driver, reply| driver.update(request.id, resources, reply))
+            .await?;
         Ok(Empty::default())
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
-        let stats = self.sandbox.ask(|driver, reply| driver.stats(request.id, reply)).await?;
+        let stats = self
+            .sandbox
+            .ask(|driver, reply| driver.stats(request.id, reply))
+            .await?;
         let stats = metrics::pack(&stats, cgroup::host_is_v2())?;
-        Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
+        Ok(StatsResponse {
+            stats: Some(stats).into(),
+            ..Default::default()
+        })
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
@@ -180,11 +249,19 @@ impl Task for TaskService {
                 answer(reply, if own { pid.or(Ok(0)) } else { pid });
             })
             .await?;
-        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid: pid, ..Default::default() })
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: pid,
+            ..Default::default()
+        })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
-        if self.sandbox.ask(move |driver, reply| driver.shutdown(request.now, reply)).await? {
+        if self
+            .sandbox
+            .ask(move |driver, reply| driver.shutdown(request.now, reply))
+            .await?
+        {
             self.ended.send_replace(true);
         }
         Ok(Empty::default())

@@ -1,4 +1,5 @@
-//! The guest's end of stdio: raw vsock streams where the agent takes them, else the agent's polling calls.
+//! The guest's end of stdio: raw vsock streams where the agent takes them, else the agent's polling
+//! calls.
 
 use std::io::ErrorKind;
 use std::pin::Pin;
@@ -40,7 +41,9 @@ pub struct GuestIo {
 }
 
 fn channels(io: &Io) -> Vec<Channel> {
-    let uri = io.stdout.contains("://") || io.stdout.starts_with("file:") || io.stdout.starts_with("binary:");
+    let uri = io.stdout.contains("://")
+        || io.stdout.starts_with("file:")
+        || io.stdout.starts_with("binary:");
     let mut channels = Vec::new();
     if !io.stdin.is_empty() {
         channels.push(Channel::Stdin);
@@ -55,15 +58,16 @@ fn channels(io: &Io) -> Vec<Channel> {
 }
 
 impl GuestIo {
-    /// Connects a stream for each channel that `io` has, before the process exists: nothing it writes is lost.
+    /// Connects a stream for each channel that `io` has, before the process exists: nothing it
+    /// writes is lost.
     ///
     /// # Errors
     /// `UNAVAILABLE` or `DEADLINE_EXCEEDED`: the agent does not take them.
     pub async fn raw(transport: &Transport, key: &Key, io: &Io) -> Result<GuestIo> {
         let mut wanted = channels(io);
         if wanted.is_empty() {
-            // Without any stream the agent would wait for polling calls. An input that nobody feeds ends at once, and
-            // what has no stream beside it goes to /dev/null.
+            // Without any stream the agent would wait for polling calls. An input that nobody feeds
+            // ends at once, and what has no stream beside it goes to /dev/null.
             wanted.push(Channel::Stdin);
         }
         let dials = wanted.iter().map(|channel| dial(transport, key, *channel));
@@ -78,18 +82,25 @@ impl GuestIo {
         Ok(guest)
     }
 
-    /// Serves the channels by calls to an agent that has no raw streams. To be used once the process exists. What the
-    /// client does not want is read all the same, and an input that it does not have ends at once: a process must not
-    /// wait for nobody.
+    /// Serves the channels by calls to an agent that has no raw streams. To be used once the
+    /// process exists. What the client does not want is read all the same, and an input that it
+    /// does not have ends at once: a process must not wait for nobody.
     pub fn polled(agent: &Agent, key: &Key, io: &Io) -> GuestIo {
         let wanted = channels(io);
         let mut guest = GuestIo::default();
         let (ours, theirs) = duplex(BUFFER);
         tokio::spawn(write_loop(agent.clone(), key.clone(), ours));
-        guest.stdin = wanted.contains(&Channel::Stdin).then(|| Box::pin(theirs) as Writer);
+        guest.stdin = wanted
+            .contains(&Channel::Stdin)
+            .then(|| Box::pin(theirs) as Writer);
         let reader = |channel| -> Option<Reader> {
             if !wanted.contains(&channel) {
-                tokio::spawn(read_loop(agent.clone(), key.clone(), channel, tokio::io::sink()));
+                tokio::spawn(read_loop(
+                    agent.clone(),
+                    key.clone(),
+                    channel,
+                    tokio::io::sink(),
+                ));
                 return None;
             }
             let (ours, theirs) = duplex(BUFFER);
@@ -105,12 +116,18 @@ impl GuestIo {
 }
 
 async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agent_client::Stream> {
-    let header = Header { channel, container_id: key.container.clone(), exec_id: key.exec.clone() };
+    let header = Header {
+        channel,
+        container_id: key.container.clone(),
+        exec_id: key.exec.clone(),
+    };
     let connect = async {
         // The agent is there: a refusal is a queue that is full for the moment.
         let mut stream = loop {
             match transport.dial(STDIO_PORT, ACCEPT_DEADLINE).await {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => sleep(REDIAL_PAUSE).await,
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    sleep(REDIAL_PAUSE).await
+                }
                 result => break result?,
             }
         };
@@ -122,19 +139,23 @@ async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agen
     };
     match timeout(ACCEPT_DEADLINE, connect).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => {
-            Err(Error::unavailable(format!("the guest agent does not take {channel:?} of {key}: {error}")))
-        }
-        Err(_) => {
-            Err(Error::deadline(format!("the guest agent did not take {channel:?} of {key} in {ACCEPT_DEADLINE:?}")))
-        }
+        Ok(Err(error)) => Err(Error::unavailable(format!(
+            "the guest agent does not take {channel:?} of {key}: {error}"
+        ))),
+        Err(_) => Err(Error::deadline(format!(
+            "the guest agent did not take {channel:?} of {key} in {ACCEPT_DEADLINE:?}"
+        ))),
     }
 }
 
 /// An agent's end of output is empty data, or an error with older ones.
 async fn read_loop(agent: Agent, key: Key, channel: Channel, mut to: impl AsyncWrite + Unpin) {
-    let request =
-        ReadStreamRequest { container_id: key.container, exec_id: key.exec, len: POLL_SIZE, ..Default::default() };
+    let request = ReadStreamRequest {
+        container_id: key.container,
+        exec_id: key.exec,
+        len: POLL_SIZE,
+        ..Default::default()
+    };
     loop {
         match agent.read(channel, &request).await {
             Ok(Some(data)) => {
@@ -175,12 +196,29 @@ mod tests {
     #[test]
     fn a_process_has_the_channels_that_its_client_named() {
         let io = |stdin: &str, stdout: &str, stderr: &str, terminal| {
-            channels(&Io { stdin: stdin.into(), stdout: stdout.into(), stderr: stderr.into(), terminal })
+            channels(&Io {
+                stdin: stdin.into(),
+                stdout: stdout.into(),
+                stderr: stderr.into(),
+                terminal,
+            })
         };
         assert_eq!(io("", "", "", false), []);
-        assert_eq!(io("/i", "/o", "/e", false), [Channel::Stdin, Channel::Stdout, Channel::Stderr]);
-        assert_eq!(io("/i", "/o", "/e", true), [Channel::Stdin, Channel::Stdout]);
-        assert_eq!(io("", "file:///log", "file:///log", false), [Channel::Stdout, Channel::Stderr]);
-        assert_eq!(io("", "binary:///log", "", false), [Channel::Stdout, Channel::Stderr]);
+        assert_eq!(
+            io("/i", "/o", "/e", false),
+            [Channel::Stdin, Channel::Stdout, Channel::Stderr]
+        );
+        assert_eq!(
+            io("/i", "/o", "/e", true),
+            [Channel::Stdin, Channel::Stdout]
+        );
+        assert_eq!(
+            io("", "file:///log", "file:///log", false),
+            [Channel::Stdout, Channel::Stderr]
+        );
+        assert_eq!(
+            io("", "binary:///log", "", false),
+            [Channel::Stdout, Channel::Stderr]
+        );
     }
 }

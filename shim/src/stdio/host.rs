@@ -1,8 +1,9 @@
 //! containerd's end of stdio: fifos, `file://` and `binary://` URIs.
 //!
-//! Output fifos are opened for reading too: then opening waits for nobody, and a client that goes away and comes back
-//! (containerd's restart) is no broken pipe. The client sees the end of output when the shim closes its descriptor.
-//! An input fifo gets a writer of the shim's own that keeps it open until `CloseIO`.
+//! Output fifos are opened for reading too: then opening waits for nobody, and a client that goes
+//! away and comes back (containerd's restart) is no broken pipe. The client sees the end of output
+//! when the shim closes its descriptor. An input fifo gets a writer of the shim's own that keeps it
+//! open until `CloseIO`.
 
 use std::fs::File;
 use std::io;
@@ -23,8 +24,8 @@ use super::logger::Logger;
 use crate::error::{Error, IoContext, Result};
 use crate::sandbox::state::Io;
 
-/// How long after the shim a client may open its end of a fifo, and how often to look. containerd opens its own in the
-/// background, so on a busy host a process may be gone before.
+/// How long after the shim a client may open its end of a fifo, and how often to look. containerd
+/// opens its own in the background, so on a busy host a process may be gone before.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(3);
 const CLIENT_PAUSE: Duration = Duration::from_millis(5);
 
@@ -59,9 +60,9 @@ pub struct Fifo {
 }
 
 impl Output {
-    /// Waits until the client has opened its end, if the process was so quick that this is not sure: what is in a fifo that
-    /// nobody has open is lost, and who opens it then waits for ever. A client that does not come in the time that one may
-    /// take is none.
+    /// Waits until the client has opened its end, if the process was so quick that this is not
+    /// sure: what is in a fifo that nobody has open is lost, and who opens it then waits for ever.
+    /// A client that does not come in the time that one may take is none.
     pub async fn settle(&mut self) {
         let Output::Fifo(fifo) = self else { return };
         fifo.reader = None;
@@ -75,7 +76,9 @@ impl Output {
 fn has_reader(sender: &pipe::Sender) -> bool {
     let mut fds = [PollFd::new(sender.as_fd(), PollFlags::empty())];
     let _ = poll(&mut fds, PollTimeout::ZERO);
-    !fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
+    !fds[0]
+        .revents()
+        .is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 /// The shim's own writer of an input fifo: while it is there, the reader sees no end.
@@ -103,7 +106,12 @@ impl HostIo {
             host.stdin = Some(reader);
             host.close_stdin = StdinCloser(Arc::new(Mutex::new(Some(writer))));
         }
-        match io.stdout.split_once("://").map(|(scheme, _)| scheme).or_else(|| other_scheme(&io.stdout)) {
+        match io
+            .stdout
+            .split_once("://")
+            .map(|(scheme, _)| scheme)
+            .or_else(|| other_scheme(&io.stdout))
+        {
             None | Some("fifo") => {
                 host.stdout = open_output(&io.stdout)?;
                 if !io.terminal {
@@ -112,7 +120,9 @@ impl HostIo {
             }
             Some("file") => {
                 let file = open_file(&io.stdout)?;
-                host.stderr = Some(Output::File(file.try_clone().doing(|| format!("open {}", io.stdout))?));
+                host.stderr = Some(Output::File(
+                    file.try_clone().doing(|| format!("open {}", io.stdout))?,
+                ));
                 host.stdout = Some(Output::File(file));
             }
             Some("binary") => {
@@ -123,7 +133,8 @@ impl HostIo {
             }
             Some(scheme) => {
                 return Err(Error::invalid(format!(
-                    "stdio URI {:?} has the unknown scheme {scheme:?}: use a fifo, file:// or binary://",
+                    "stdio URI {:?} has the unknown scheme {scheme:?}: use a fifo, file:// or \
+                     binary://",
                     io.stdout
                 )));
             }
@@ -135,8 +146,11 @@ impl HostIo {
 /// A scheme without slashes (`file:/path`), as Go's URL parser takes it. An absolute path has none.
 fn other_scheme(uri: &str) -> Option<&str> {
     let (scheme, _) = uri.split_once(':')?;
-    (!scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')))
-        .then_some(scheme)
+    (!scheme.is_empty()
+        && scheme
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')))
+    .then_some(scheme)
 }
 
 fn open_input(path: &Path) -> Result<(pipe::Receiver, File)> {
@@ -144,7 +158,10 @@ fn open_input(path: &Path) -> Result<(pipe::Receiver, File)> {
     // The reader first: a fifo without one cannot be opened for writing alone.
     let reader = pipe::OpenOptions::new().open_receiver(path).doing(doing)?;
     let writer = pipe::OpenOptions::new().open_sender(path).doing(doing)?;
-    Ok((reader, File::from(writer.into_nonblocking_fd().doing(doing)?)))
+    Ok((
+        reader,
+        File::from(writer.into_nonblocking_fd().doing(doing)?),
+    ))
 }
 
 fn open_output(uri: &str) -> Result<Option<Output>> {
@@ -153,22 +170,41 @@ fn open_output(uri: &str) -> Result<Option<Output>> {
     }
     let path = Path::new(uri.strip_prefix("fifo://").unwrap_or(uri));
     let doing = || format!("open the output fifo {}", path.display());
-    let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).doing(doing)?;
+    let reader = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .doing(doing)?;
     let sender = pipe::OpenOptions::new().open_sender(path).doing(doing)?;
-    Ok(Some(Output::Fifo(Fifo { sender, reader: Some(reader), opened: Instant::now() })))
+    Ok(Some(Output::Fifo(Fifo {
+        sender,
+        reader: Some(reader),
+        opened: Instant::now(),
+    })))
 }
 
 fn open_file(uri: &str) -> Result<File> {
-    let path = uri.strip_prefix("file://").or_else(|| uri.strip_prefix("file:")).unwrap_or(uri);
+    let path = uri
+        .strip_prefix("file://")
+        .or_else(|| uri.strip_prefix("file:"))
+        .unwrap_or(uri);
     let doing = || format!("open the log file {path}");
     if let Some(parent) = Path::new(path).parent() {
         std::fs::create_dir_all(parent).doing(doing)?;
     }
-    File::options().create(true).append(true).open(path).doing(doing)
+    File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .doing(doing)
 }
 
 impl AsyncWrite for Output {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Output::Fifo(fifo) => Pin::new(&mut fifo.sender).poll_write(cx, buf),
             Output::Pipe(sender) => Pin::new(sender).poll_write(cx, buf),
@@ -203,10 +239,23 @@ mod tests {
     #[tokio::test]
     async fn fifos_open_without_a_client_and_end_when_closed() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io { stdout: fifo(dir.path(), "out"), stderr: fifo(dir.path(), "err"), ..Io::default() };
+        let io = Io {
+            stdout: fifo(dir.path(), "out"),
+            stderr: fifo(dir.path(), "err"),
+            ..Io::default()
+        };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
-        let mut reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&io.stdout).unwrap();
-        host.stdout.as_mut().unwrap().write_all(b"hello").await.unwrap();
+        let mut reader = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&io.stdout)
+            .unwrap();
+        host.stdout
+            .as_mut()
+            .unwrap()
+            .write_all(b"hello")
+            .await
+            .unwrap();
         drop(host);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
@@ -216,8 +265,15 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_comes_after_the_process_has_ended_finds_its_output() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io { stdout: fifo(dir.path(), "out"), ..Io::default() };
-        let mut output = HostIo::open(&io, "default", "web").await.unwrap().stdout.unwrap();
+        let io = Io {
+            stdout: fifo(dir.path(), "out"),
+            ..Io::default()
+        };
+        let mut output = HostIo::open(&io, "default", "web")
+            .await
+            .unwrap()
+            .stdout
+            .unwrap();
         output.write_all(b"hello").await.unwrap();
         let path = io.stdout.clone();
         let client = std::thread::spawn(move || {
@@ -232,24 +288,41 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_never_comes_is_not_waited_for_long_after_the_start() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io { stdout: fifo(dir.path(), "out"), ..Io::default() };
-        let mut output = HostIo::open(&io, "default", "web").await.unwrap().stdout.unwrap();
+        let io = Io {
+            stdout: fifo(dir.path(), "out"),
+            ..Io::default()
+        };
+        let mut output = HostIo::open(&io, "default", "web")
+            .await
+            .unwrap()
+            .stdout
+            .unwrap();
         tokio::time::pause();
         tokio::time::advance(CLIENT_DEADLINE).await;
-        tokio::time::timeout(CLIENT_PAUSE, output.settle()).await.unwrap();
+        tokio::time::timeout(CLIENT_PAUSE, output.settle())
+            .await
+            .unwrap();
     }
 
     #[tokio::test]
     async fn input_ends_at_close_io_behind_what_was_written() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io { stdin: fifo(dir.path(), "in"), ..Io::default() };
+        let io = Io {
+            stdin: fifo(dir.path(), "in"),
+            ..Io::default()
+        };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
         let mut client = File::options().write(true).open(&io.stdin).unwrap();
         client.write_all(b"all of it").unwrap();
         drop(client);
         host.close_stdin.close();
         let mut text = String::new();
-        host.stdin.take().unwrap().read_to_string(&mut text).await.unwrap();
+        host.stdin
+            .take()
+            .unwrap()
+            .read_to_string(&mut text)
+            .await
+            .unwrap();
         assert_eq!(text, "all of it");
     }
 
@@ -257,24 +330,45 @@ mod tests {
     async fn both_outputs_go_to_one_file_in_a_directory_that_is_made() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b/log");
-        for uri in [format!("file://{}", path.display()), format!("file:{}", path.display())] {
-            let io = Io { stdout: uri, ..Io::default() };
+        for uri in [
+            format!("file://{}", path.display()),
+            format!("file:{}", path.display()),
+        ] {
+            let io = Io {
+                stdout: uri,
+                ..Io::default()
+            };
             let mut host = HostIo::open(&io, "default", "web").await.unwrap();
-            host.stdout.as_mut().unwrap().write_all(b"out ").await.unwrap();
-            host.stderr.as_mut().unwrap().write_all(b"err ").await.unwrap();
+            host.stdout
+                .as_mut()
+                .unwrap()
+                .write_all(b"out ")
+                .await
+                .unwrap();
+            host.stderr
+                .as_mut()
+                .unwrap()
+                .write_all(b"err ")
+                .await
+                .unwrap();
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), "out err out err ");
     }
 
     #[tokio::test]
     async fn a_process_without_stdio_has_none() {
-        let host = HostIo::open(&Io::default(), "default", "web").await.unwrap();
+        let host = HostIo::open(&Io::default(), "default", "web")
+            .await
+            .unwrap();
         assert!(host.stdin.is_none() && host.stdout.is_none() && host.stderr.is_none());
     }
 
     #[tokio::test]
     async fn an_unknown_scheme_is_named() {
-        let io = Io { stdout: "gopher://x/y".into(), ..Io::default() };
+        let io = Io {
+            stdout: "gopher://x/y".into(),
+            ..Io::default()
+        };
         let error = HostIo::open(&io, "default", "web").await.err().unwrap();
         assert!(error.message.contains("\"gopher\""), "{error}");
     }

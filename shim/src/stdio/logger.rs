@@ -1,5 +1,5 @@
-//! A logger process (`binary:///path?key=value`): it reads a container's output from descriptors 3 and 4 and closes
-//! descriptor 5 when it is ready.
+//! A logger process (`binary:///path?key=value`): it reads a container's output from descriptors 3
+//! and 4 and closes descriptor 5 when it is ready.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -27,8 +27,8 @@ pub struct Logger {
 }
 
 impl Logger {
-    /// Starts the program that the URI names; the URI's query becomes its arguments, keys and values in turn. Returns
-    /// the writing ends of its output and error pipes.
+    /// Starts the program that the URI names; the URI's query becomes its arguments, keys and
+    /// values in turn. Returns the writing ends of its output and error pipes.
     ///
     /// # Errors
     /// One line that names the program; one that is not ready in time is killed.
@@ -39,19 +39,30 @@ impl Logger {
         let (stderr_reader, stderr) = pipe2(OFlag::O_CLOEXEC).doing(doing)?;
         let (ready, ready_writer) = pipe2(OFlag::O_CLOEXEC).doing(doing)?;
         let mut command = Command::new(&program);
-        command.args(arguments).env("CONTAINER_ID", id).env("CONTAINER_NAMESPACE", namespace);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .args(arguments)
+            .env("CONTAINER_ID", id)
+            .env("CONTAINER_NAMESPACE", namespace);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         // Above the numbers they get in the child, so that no dup2 closes another's source.
         let high = |fd: OwnedFd| -> Result<OwnedFd> {
-            let new = nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(10)).doing(doing)?;
+            let new =
+                nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(10)).doing(doing)?;
             // SAFETY: fcntl has just made this descriptor and nobody else knows it.
             Ok(unsafe { OwnedFd::from_raw_fd(new) })
         };
-        let passed = [high(stdout_reader)?, high(stderr_reader)?, high(ready_writer)?];
+        let passed = [
+            high(stdout_reader)?,
+            high(stderr_reader)?,
+            high(ready_writer)?,
+        ];
         let pass = move || {
             for (fd, number) in passed.iter().zip(3..) {
-                // SAFETY: dup2 is async-signal-safe, and the numbers are free in the child: all other descriptors are
-                // close-on-exec.
+                // SAFETY: dup2 is async-signal-safe, and the numbers are free in the child: all
+                // other descriptors are close-on-exec.
                 if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
@@ -66,10 +77,17 @@ impl Logger {
         drop(command);
         let mut ready = Receiver::from_owned_fd(ready).doing(doing)?;
         if timeout(READY_DEADLINE, ready.read(&mut [0])).await.is_err() {
-            return Err(Error::deadline(format!("the logger {program} was not ready within {READY_DEADLINE:?}")));
+            return Err(Error::deadline(format!(
+                "the logger {program} was not ready within {READY_DEADLINE:?}"
+            )));
         }
-        let sender = |fd: OwnedFd| -> Result<Sender> { Sender::from_file(File::from(fd)).doing(doing) };
-        Ok((Logger { child: Some(child) }, sender(stdout)?, sender(stderr)?))
+        let sender =
+            |fd: OwnedFd| -> Result<Sender> { Sender::from_file(File::from(fd)).doing(doing) };
+        Ok((
+            Logger { child: Some(child) },
+            sender(stdout)?,
+            sender(stderr)?,
+        ))
     }
 }
 
@@ -85,10 +103,15 @@ impl Drop for Logger {
 }
 
 fn parse(uri: &str) -> Result<(String, Vec<String>)> {
-    let rest = uri.strip_prefix("binary://").or_else(|| uri.strip_prefix("binary:")).unwrap_or(uri);
+    let rest = uri
+        .strip_prefix("binary://")
+        .or_else(|| uri.strip_prefix("binary:"))
+        .unwrap_or(uri);
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     if !path.starts_with('/') {
-        return Err(Error::invalid(format!("logger URI {uri:?} names no absolute path")));
+        return Err(Error::invalid(format!(
+            "logger URI {uri:?} names no absolute path"
+        )));
     }
     let mut arguments = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -142,7 +165,10 @@ mod tests {
         let (program, arguments) = parse("binary:///usr/bin/log?--id=a%20b&flag&x=").unwrap();
         assert_eq!(
             (program.as_str(), arguments),
-            ("/usr/bin/log", vec!["--id".into(), "a b".into(), "flag".into(), "x".into()])
+            (
+                "/usr/bin/log",
+                vec!["--id".into(), "a b".into(), "flag".into(), "x".into()]
+            )
         );
         assert!(parse("binary://relative").is_err());
     }
@@ -150,18 +176,26 @@ mod tests {
     #[tokio::test]
     async fn a_logger_gets_the_output_and_who_it_is_from() {
         let dir = tempfile::tempdir().unwrap();
-        let uri =
-            script(dir.path(), "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; } > $2\n");
+        let uri = script(
+            dir.path(),
+            "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; } > $2\n",
+        );
         let (mut logger, mut stdout, stderr) = Logger::start(&uri, "default", "web").await.unwrap();
         stdout.write_all(b"hello").await.unwrap();
         drop((stdout, stderr));
         logger.child.take().unwrap().wait().await.unwrap();
-        assert_eq!(std::fs::read_to_string(dir.path().join("out")).unwrap(), "default web\nhello");
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("out")).unwrap(),
+            "default web\nhello"
+        );
     }
 
     #[tokio::test]
     async fn a_logger_that_is_missing_is_named() {
-        let error = Logger::start("binary:///no/such/logger", "default", "web").await.err().unwrap();
+        let error = Logger::start("binary:///no/such/logger", "default", "web")
+            .await
+            .err()
+            .unwrap();
         assert!(error.message.contains("/no/such/logger"), "{error}");
     }
 }

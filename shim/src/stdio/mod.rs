@@ -1,7 +1,9 @@
-//! Input and output of one process: containerd's end (fifos, files, a logger) joined to the guest's.
+//! Input and output of one process: containerd's end (fifos, files, a logger) joined to the
+//! guest's.
 //!
-//! Output is copied by a task for each stream that ends when the guest's stream ends, so a reader that has stopped
-//! holds up its own stream and nothing else, and the exit of a process never waits for it.
+//! Output is copied by a task for each stream that ends when the guest's stream ends, so a reader
+//! that has stopped holds up its own stream and nothing else, and the exit of a process never waits
+//! for it.
 
 mod guest;
 mod host;
@@ -51,7 +53,13 @@ impl Pumps {
                 }));
             }
         }
-        Pumps { stdin, outputs, progress, close_stdin: host.close_stdin, _logger: host.logger }
+        Pumps {
+            stdin,
+            outputs,
+            progress,
+            close_stdin: host.close_stdin,
+            _logger: host.logger,
+        }
     }
 
     /// Lets the process see the end of its input, behind what is in the fifo already.
@@ -59,7 +67,8 @@ impl Pumps {
         self.close_stdin.close();
     }
 
-    /// Waits until all output is read, as long as somebody reads it and no longer than `end`, then closes everything.
+    /// Waits until all output is read, as long as somebody reads it and no longer than `end`, then
+    /// closes everything.
     pub async fn drain(mut self, end: Instant) {
         if let Some(stdin) = self.stdin.take() {
             stdin.abort();
@@ -86,7 +95,10 @@ impl Pumps {
 
 impl Drop for Pumps {
     fn drop(&mut self) {
-        self.stdin.iter().chain(&self.outputs).for_each(JoinHandle::abort);
+        self.stdin
+            .iter()
+            .chain(&self.outputs)
+            .for_each(JoinHandle::abort);
     }
 }
 
@@ -110,14 +122,19 @@ async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + 
     let _ = to.shutdown().await;
 }
 
-async fn copy_output(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, moved: watch::Sender<u64>) {
+async fn copy_output(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    moved: watch::Sender<u64>,
+) {
     let mut buffer = vec![0; BUFFER];
     loop {
         match from.read(&mut buffer).await {
             Ok(0) => break,
             Ok(length) => {
                 if let Err(error) = to.write_all(&buffer[..length]).await {
-                    // The guest's end stays open and drained: a process does not die of its log's disk being full.
+                    // The guest's end stays open and drained: a process does not die of its log's
+                    // disk being full.
                     tracing::warn!(%error, "output is lost");
                     let _ = tokio::io::copy(&mut from, &mut tokio::io::sink()).await;
                     return;
@@ -138,7 +155,13 @@ mod tests {
     use super::*;
 
     fn pumps(output: JoinHandle<()>, progress: watch::Receiver<u64>) -> Pumps {
-        Pumps { stdin: None, outputs: vec![output], progress, close_stdin: host::StdinCloser::default(), _logger: None }
+        Pumps {
+            stdin: None,
+            outputs: vec![output],
+            progress,
+            close_stdin: host::StdinCloser::default(),
+            _logger: None,
+        }
     }
 
     #[tokio::test(start_paused = true)]

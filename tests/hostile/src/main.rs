@@ -1,7 +1,9 @@
-//! A guest agent that means harm, as /init of a guest under test: what a guest's kernel may do to the host by its agent.
+//! A guest agent that means harm, as /init of a guest under test: what a guest's kernel may do to
+//! the host by its agent.
 //!
-//! /mode in the initramfs holds two words: how it does harm, and the method from whose call on it does. Until then, and
-//! beside that, it answers all calls with empty messages, which say that all is well, and does nothing at all.
+//! /mode in the initramfs holds two words: how it does harm, and the method from whose call on it
+//! does. Until then, and beside that, it answers all calls with empty messages, which say that all
+//! is well, and does nothing at all.
 
 mod plant;
 
@@ -17,13 +19,14 @@ use agent_client::protocols::agent::{
     AgentDetails, CreateContainerRequest, GuestDetailsResponse, OOMEvent, WaitProcessResponse,
 };
 use agent_client::{
-    AGENT_PORT, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, KEY_LINE, READY_PARAMETER, STDIO_PORT,
-    stdio,
+    AGENT_PORT, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, KEY_LINE,
+    READY_PARAMETER, STDIO_PORT, stdio,
 };
 use nix::mount::{MsFlags, mount};
 use protobuf::Message;
 use ttrpc::proto::{
-    Code, MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MESSAGE_TYPE_RESPONSE, MessageHeader, Request, Response, Status,
+    Code, MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MESSAGE_TYPE_RESPONSE, MessageHeader, Request,
+    Response, Status,
 };
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
@@ -98,7 +101,11 @@ struct Plan {
 impl Plan {
     /// What it does to an ordinary call.
     fn mode(&self) -> Mode {
-        if self.begun.load(Ordering::Acquire) { self.mode } else { Mode::Nothing }
+        if self.begun.load(Ordering::Acquire) {
+            self.mode
+        } else {
+            Mode::Nothing
+        }
     }
 }
 
@@ -112,10 +119,19 @@ fn main() -> ExitCode {
 fn run() -> io::Result<std::convert::Infallible> {
     for (kind, target) in [("proc", "/proc"), ("devtmpfs", "/dev")] {
         let _ = fs::create_dir(target);
-        mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)?;
+        mount(
+            Some(kind),
+            target,
+            Some(kind),
+            MsFlags::empty(),
+            None::<&str>,
+        )?;
     }
     let text = fs::read_to_string("/mode")?;
-    let (mode, from) = text.trim().split_once(' ').ok_or_else(|| io::Error::other("/mode has not two words"))?;
+    let (mode, from) = text
+        .trim()
+        .split_once(' ')
+        .ok_or_else(|| io::Error::other("/mode has not two words"))?;
     let plan: &'static Plan = Box::leak(Box::new(Plan {
         mode: mode.parse()?,
         from: from.to_owned(),
@@ -125,8 +141,12 @@ fn run() -> io::Result<std::convert::Infallible> {
     let listen = |port| VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port);
     let (agent, stdio) = (listen(AGENT_PORT)?, listen(STDIO_PORT)?);
     let line = fs::read_to_string("/proc/cmdline")?;
-    let port = line.split_whitespace().find_map(|word| word.strip_prefix(READY_PARAMETER)?.strip_prefix('='));
-    let port = port.and_then(|port| port.parse().ok()).ok_or_else(|| io::Error::other("no port for the notice"))?;
+    let port = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(READY_PARAMETER)?.strip_prefix('='));
+    let port = port
+        .and_then(|port| port.parse().ok())
+        .ok_or_else(|| io::Error::other("no port for the notice"))?;
     let mut notice = dial(port)?;
     notice.write_all(b"ready\n")?;
     notice.read_exact(&mut [0; KEY_LINE])?;
@@ -151,7 +171,10 @@ fn dial(port: u32) -> io::Result<VsockStream> {
     Err(io::Error::other("the host does not listen"))
 }
 
-fn accept(listener: &VsockListener, serve: impl Fn(VsockStream) -> io::Result<()> + Copy + Send + 'static) {
+fn accept(
+    listener: &VsockListener,
+    serve: impl Fn(VsockStream) -> io::Result<()> + Copy + Send + 'static,
+) {
     while let Ok((stream, _)) = listener.accept() {
         thread::spawn(move || {
             if let Err(error) = serve(stream) {
@@ -187,17 +210,38 @@ fn answer(plan: &Plan, stream: u32, request: &Request) -> io::Result<Option<Vec<
     match (request.method.as_str(), mode) {
         (_, Mode::Never) => return Ok(None),
         ("GetOOMEvent", Mode::Flood) => {
-            let own = plan.container.lock().map(|id| id.clone()).unwrap_or_default();
-            let names = [own, FOREIGN.to_owned(), String::new(), "x".repeat(100 << 10), "../../x".to_owned()];
+            let own = plan
+                .container
+                .lock()
+                .map(|id| id.clone())
+                .unwrap_or_default();
+            let names = [
+                own,
+                FOREIGN.to_owned(),
+                String::new(),
+                "x".repeat(100 << 10),
+                "../../x".to_owned(),
+            ];
             let name = names[usize::try_from(random()).unwrap_or(0) % names.len()].clone();
-            response.payload = OOMEvent { container_id: name, ..Default::default() }.write_to_bytes()?;
+            response.payload = OOMEvent {
+                container_id: name,
+                ..Default::default()
+            }
+            .write_to_bytes()?;
         }
         ("WaitProcess", Mode::Status) => {
             let statuses = [i32::MIN, -1, 256, i32::MAX];
             let status = statuses[usize::try_from(random()).unwrap_or(0) % statuses.len()];
-            response.payload = WaitProcessResponse { status, ..Default::default() }.write_to_bytes()?;
+            response.payload = WaitProcessResponse {
+                status,
+                ..Default::default()
+            }
+            .write_to_bytes()?;
         }
-        ("WaitProcess" | "GetOOMEvent", Mode::Nothing | Mode::Links | Mode::Dials | Mode::Flood | Mode::Status) => {
+        (
+            "WaitProcess" | "GetOOMEvent",
+            Mode::Nothing | Mode::Links | Mode::Dials | Mode::Flood | Mode::Status,
+        ) => {
             return Ok(None);
         }
         ("GetGuestDetails", _) => response.payload = details().write_to_bytes()?,
@@ -211,7 +255,16 @@ fn answer(plan: &Plan, stream: u32, request: &Request) -> io::Result<Option<Vec<
     }
     let frame = |kind: u8, payload: &[u8]| {
         let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        [Vec::from(MessageHeader { length, stream_id: stream, type_: kind, flags: 0 }), payload.to_vec()].concat()
+        [
+            Vec::from(MessageHeader {
+                length,
+                stream_id: stream,
+                type_: kind,
+                flags: 0,
+            }),
+            payload.to_vec(),
+        ]
+        .concat()
     };
     Ok(Some(match mode {
         Mode::Late => {
@@ -222,12 +275,21 @@ fn answer(plan: &Plan, stream: u32, request: &Request) -> io::Result<Option<Vec<
         Mode::Noise => noise(100_000),
         Mode::Error => {
             let message = "\u{1b}[2J\n\0".repeat(20 << 10);
-            let status = Status { code: Code::INTERNAL.into(), message, ..Default::default() };
+            let status = Status {
+                code: Code::INTERNAL.into(),
+                message,
+                ..Default::default()
+            };
             response.status = Some(status).into();
             frame(MESSAGE_TYPE_RESPONSE, &response.write_to_bytes()?)
         }
         Mode::Much => {
-            let header = MessageHeader { length: 64 << 20, stream_id: stream, type_: MESSAGE_TYPE_RESPONSE, flags: 0 };
+            let header = MessageHeader {
+                length: 64 << 20,
+                stream_id: stream,
+                type_: MESSAGE_TYPE_RESPONSE,
+                flags: 0,
+            };
             [Vec::from(header), vec![0; 64 << 20]].concat()
         }
         Mode::Again => frame(MESSAGE_TYPE_RESPONSE, &response.write_to_bytes()?).repeat(1000),
@@ -237,13 +299,21 @@ fn answer(plan: &Plan, stream: u32, request: &Request) -> io::Result<Option<Vec<
 }
 
 fn details() -> GuestDetailsResponse {
-    let features = [FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_POD];
+    let features = [
+        FEATURE_RAW_STDIO,
+        FEATURE_SIGNAL_ALL,
+        FEATURE_UDS,
+        FEATURE_POD,
+    ];
     let details = AgentDetails {
         version: env!("CARGO_PKG_VERSION").into(),
         extra_features: features.map(str::to_owned).into(),
         ..Default::default()
     };
-    GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() }
+    GuestDetailsResponse {
+        agent_details: Some(details).into(),
+        ..Default::default()
+    }
 }
 
 /// A stdio channel: taken, and then silent, or never silent.
@@ -281,7 +351,13 @@ fn noise(length: usize) -> Vec<u8> {
 fn random() -> u32 {
     static STATE: AtomicU64 = AtomicU64::new(1);
     // Knuth's MMIX generator.
-    let next = |state: u64| state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    let state = STATE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |state| Some(next(state)));
+    let next = |state: u64| {
+        state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407)
+    };
+    let state = STATE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |state| {
+        Some(next(state))
+    });
     u32::try_from(next(state.unwrap_or(1)) >> 33).unwrap_or(0)
 }

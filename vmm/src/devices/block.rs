@@ -26,27 +26,45 @@ pub struct Block {
 impl Block {
     pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
         let shown = self.path.display();
-        // Opened once, here: what is looked at is what QEMU gets, which could not open it by itself.
-        let file = OpenOptions::new().read(true).write(!self.read_only).open(&self.path);
+        // Opened once, here: what is looked at is what QEMU gets, which could not open it by
+        // itself.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!self.read_only)
+            .open(&self.path);
         let file = file.doing(|| format!("open the disk {shown}"))?;
-        let kind = file.metadata().doing(|| format!("use the disk {shown}"))?.file_type();
-        let driver = if kind.is_block_device() { "host_device" } else { "file" };
+        let kind = file
+            .metadata()
+            .doing(|| format!("use the disk {shown}"))?
+            .file_type();
+        let driver = if kind.is_block_device() {
+            "host_device"
+        } else {
+            "file"
+        };
         if !kind.is_block_device() && !kind.is_file() {
-            return Err(Error::Unsupported(format!("{shown} is neither a file nor a block device")));
+            return Err(Error::Unsupported(format!(
+                "{shown} is neither a file nor a block device"
+            )));
         }
         let set = plug.qmp.add_fd(file.into()).await?;
         plug.undo.push(Undo::RemoveFdSet(set));
         let node = format!("{}-raw", plug.id);
-        let file = json!({"driver": driver, "filename": format!("/dev/fdset/{set}"), "aio": "threads"});
-        let node_arguments = json!({"driver": "raw", "node-name": node, "read-only": self.read_only, "file": file,
+        let file =
+            json!({"driver": driver, "filename": format!("/dev/fdset/{set}"), "aio": "threads"});
+        let node_arguments = json!({"driver": "raw", "node-name": node,
+            "read-only": self.read_only, "file": file,
             "discard": "unmap", "cache": {"direct": self.direct}});
-        let Value::Object(node_arguments) = node_arguments else { return Ok(()) };
+        let Value::Object(node_arguments) = node_arguments else {
+            return Ok(());
+        };
         plug.qmp.execute(&BlockdevAdd(node_arguments)).await?;
         plug.undo.push(Undo::RemoveBlockNode(node.clone()));
         let mut properties = Map::from_iter([("drive".to_owned(), json!(node))]);
         if let Some(serial) = self.serial {
             properties.insert("serial".into(), json!(serial));
         }
-        plug.device_add("virtio-blk-pci", Value::Object(properties)).await
+        plug.device_add("virtio-blk-pci", Value::Object(properties))
+            .await
     }
 }

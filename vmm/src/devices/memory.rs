@@ -1,5 +1,6 @@
-//! Memory that comes and goes while the guest runs (virtio-mem): one device, made at the first growth, whose size the
-//! guest follows block by block. [`crate::Vm::resize_memory`] is the only one to make it.
+//! Memory that comes and goes while the guest runs (virtio-mem): one device, made at the first
+//! growth, whose size the guest follows block by block. [`crate::Vm::resize_memory`] is the only
+//! one to make it.
 
 use serde_json::{Map, json};
 
@@ -37,8 +38,10 @@ impl Memory {
         ]);
         plug.qmp.execute(&ObjectAdd(arguments)).await?;
         plug.undo.push(Undo::RemoveObject(backend.clone()));
-        // What the guest was not given it cannot touch either: its memory is bounded by more than its good will.
-        let properties = json!({"memdev": backend, "block-size": BLOCK, "requested-size": self.requested,
+        // What the guest was not given it cannot touch either: its memory is bounded by more than
+        // its good will.
+        let properties = json!({"memdev": backend, "block-size": BLOCK,
+            "requested-size": self.requested,
             "unplugged-inaccessible": "on"});
         plug.device_add("virtio-mem-pci", properties).await
     }
@@ -46,5 +49,7 @@ impl Memory {
 
 /// MiB of the device's place in the guest's address space, for a machine between these sizes.
 pub(crate) fn region_mib(memory_mib: u64, max_memory_mib: u64) -> u64 {
-    max_memory_mib.saturating_sub(memory_mib).next_multiple_of(SECTION_MIB)
+    max_memory_mib
+        .saturating_sub(memory_mib)
+        .next_multiple_of(SECTION_MIB)
 }

@@ -1,5 +1,6 @@
-//! Devices that a sandbox adds to the base machine. There is one way for all of them, before the CPUs run and after:
-//! QMP commands that end in a `device_add` into a free root port, undone in reverse order if one fails.
+//! Devices that a sandbox adds to the base machine. There is one way for all of them, before the
+//! CPUs run and after: QMP commands that end in a `device_add` into a free root port, undone in
+//! reverse order if one fails.
 
 pub mod block;
 pub(crate) mod memory;
@@ -12,7 +13,8 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{
-    BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, NetdevDel, ObjectDel, QomList, RemoveFd, connected_socket,
+    BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, NetdevDel, ObjectDel, QomList, RemoveFd,
+    connected_socket,
 };
 
 /// A device to attach.
@@ -35,7 +37,8 @@ pub enum Device {
 pub struct Attached {
     /// Its id, unique in this virtual machine.
     pub id: String,
-    /// Where the guest finds it: slot of the root port and of the device behind it, hexadecimal: `04/00`.
+    /// Where the guest finds it: slot of the root port and of the device behind it, hexadecimal:
+    /// `04/00`.
     pub pci_path: String,
 }
 
@@ -88,7 +91,12 @@ impl Plug<'_> {
         let (fdname, id) = (format!("{}-fd", self.id), format!("{}-chr", self.id));
         self.qmp.pass_fd(&fdname, connection).await?;
         self.undo.push(Undo::CloseFd(fdname.clone()));
-        self.qmp.execute(&ChardevAdd { id: id.clone(), backend: connected_socket(&fdname) }).await?;
+        self.qmp
+            .execute(&ChardevAdd {
+                id: id.clone(),
+                backend: connected_socket(&fdname),
+            })
+            .await?;
         // The character device has taken the descriptor.
         self.undo.pop();
         self.undo.push(Undo::RemoveChardev(id.clone()));
@@ -101,7 +109,10 @@ impl Plug<'_> {
             Value::Object(properties) => properties,
             _ => Map::new(),
         };
-        arguments.extend([("driver", driver), ("id", &self.id), ("bus", &self.bus)].map(|(k, v)| (k.into(), json!(v))));
+        arguments.extend(
+            [("driver", driver), ("id", &self.id), ("bus", &self.bus)]
+                .map(|(k, v)| (k.into(), json!(v))),
+        );
         match self.qmp.execute(&DeviceAdd(arguments)).await {
             Ok(_) => Ok(()),
             // No answer does not mean not done.
@@ -116,11 +127,16 @@ impl Plug<'_> {
 
 /// Whether the machine has a device with this id.
 pub(crate) async fn exists(qmp: &Qmp, id: &str) -> Result<bool> {
-    let devices = qmp.execute(&QomList { path: "/machine/peripheral".into() }).await?;
+    let devices = qmp
+        .execute(&QomList {
+            path: "/machine/peripheral".into(),
+        })
+        .await?;
     Ok(devices.iter().any(|device| device.name == id))
 }
 
-/// Takes steps back, the last one first. One that fails is logged: the others still have to be taken.
+/// Takes steps back, the last one first. One that fails is logged: the others still have to be
+/// taken.
 pub(crate) async fn undo(qmp: &Qmp, steps: Vec<Undo>) {
     for step in steps.into_iter().rev() {
         let done = match &step {
@@ -129,11 +145,22 @@ pub(crate) async fn undo(qmp: &Qmp, steps: Vec<Undo>) {
                 Err(Error::Refused { .. }) => Ok(()),
                 done => done,
             },
-            Undo::RemoveFdSet(fdset_id) => qmp.execute(&RemoveFd { fdset_id: *fdset_id }).await.map(drop),
-            Undo::RemoveChardev(id) => qmp.execute(&ChardevRemove { id: id.clone() }).await.map(drop),
-            Undo::RemoveBlockNode(node_name) => {
-                qmp.execute(&BlockdevDel { node_name: node_name.clone() }).await.map(drop)
-            }
+            Undo::RemoveFdSet(fdset_id) => qmp
+                .execute(&RemoveFd {
+                    fdset_id: *fdset_id,
+                })
+                .await
+                .map(drop),
+            Undo::RemoveChardev(id) => qmp
+                .execute(&ChardevRemove { id: id.clone() })
+                .await
+                .map(drop),
+            Undo::RemoveBlockNode(node_name) => qmp
+                .execute(&BlockdevDel {
+                    node_name: node_name.clone(),
+                })
+                .await
+                .map(drop),
             Undo::RemoveObject(id) => qmp.execute(&ObjectDel { id: id.clone() }).await.map(drop),
             Undo::RemoveNetdev(id) => qmp.execute(&NetdevDel { id: id.clone() }).await.map(drop),
         };

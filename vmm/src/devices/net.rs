@@ -1,4 +1,5 @@
-//! A network card (virtio-net) on tap queues that the caller has opened, in whatever network namespace they are.
+//! A network card (virtio-net) on tap queues that the caller has opened, in whatever network
+//! namespace they are.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -15,8 +16,8 @@ const TUNGETIFF: libc::Ioctl = 0x8004_54d2;
 /// A network card.
 #[derive(Debug)]
 pub struct Net {
-    /// The open queues of one tap device, made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and with IFF_MULTI_QUEUE if
-    /// there are several.
+    /// The open queues of one tap device, made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and with
+    /// IFF_MULTI_QUEUE if there are several.
     pub taps: Vec<OwnedFd>,
     /// `/dev/vhost-net`, opened once for each queue; or none, and QEMU moves the packets itself.
     pub vhost: Vec<OwnedFd>,
@@ -31,17 +32,28 @@ impl Net {
         let queues = self.taps.len();
         if queues == 0 || !(self.vhost.is_empty() || self.vhost.len() == queues) {
             let vhost = self.vhost.len();
-            return Err(Error::Unsupported(format!("a network card of {queues} tap queues and {vhost} of vhost-net")));
+            return Err(Error::Unsupported(format!(
+                "a network card of {queues} tap queues and {vhost} of vhost-net"
+            )));
         }
-        // QEMU finds out too, but a bad queue behind a good one leaves it with half a netdev that cannot be removed.
+        // QEMU finds out too, but a bad queue behind a good one leaves it with half a netdev that
+        // cannot be removed.
         self.taps.iter().try_for_each(check_tap)?;
         let steps_before = plug.undo.len();
         let netdev = format!("{}-tap", plug.id);
-        let mut arguments =
-            Map::from_iter([("type".to_owned(), json!("tap")), ("id".to_owned(), json!(netdev.as_str()))]);
-        arguments.insert("fds".into(), json!(pass_all(plug, "queue", self.taps).await?));
+        let mut arguments = Map::from_iter([
+            ("type".to_owned(), json!("tap")),
+            ("id".to_owned(), json!(netdev.as_str())),
+        ]);
+        arguments.insert(
+            "fds".into(),
+            json!(pass_all(plug, "queue", self.taps).await?),
+        );
         if !self.vhost.is_empty() {
-            arguments.insert("vhostfds".into(), json!(pass_all(plug, "vhost", self.vhost).await?));
+            arguments.insert(
+                "vhostfds".into(),
+                json!(pass_all(plug, "vhost", self.vhost).await?),
+            );
         }
         plug.qmp.execute(&NetdevAdd(arguments)).await?;
         // The netdev has taken the descriptors.
@@ -51,7 +63,8 @@ impl Net {
         let mut properties = json!({"netdev": netdev, "mac": mac_text(self.mac), "romfile": ""});
         if queues > 1 {
             properties["mq"] = json!(true);
-            // One for each direction of a queue, one for the control queue, one for changes of configuration.
+            // One for each direction of a queue, one for the control queue, one for changes of
+            // configuration.
             properties["vectors"] = json!(2 * queues + 2);
         }
         if let Some(mtu) = self.mtu {
@@ -85,7 +98,9 @@ fn check_tap(fd: &OwnedFd) -> Result<()> {
     let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     if flags & needed != needed {
         let what = "a tap queue must be made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR";
-        return Err(Error::Unsupported(format!("{what}: its flags are {flags:#x}")));
+        return Err(Error::Unsupported(format!(
+            "{what}: its flags are {flags:#x}"
+        )));
     }
     Ok(())
 }
@@ -100,12 +115,20 @@ mod tests {
 
     #[test]
     fn what_is_no_tap_is_said() {
-        let error = check_tap(&std::fs::File::open("/dev/null").unwrap().into()).unwrap_err().to_string();
-        assert!(error.starts_with("cannot use descriptor ") && error.contains(" as a tap queue: "), "{error}");
+        let error = check_tap(&std::fs::File::open("/dev/null").unwrap().into())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("cannot use descriptor ") && error.contains(" as a tap queue: "),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_hardware_address_has_two_digits_for_each_byte() {
-        assert_eq!(mac_text([0x02, 0, 0x0a, 0xff, 1, 0x10]), "02:00:0a:ff:01:10");
+        assert_eq!(
+            mac_text([0x02, 0, 0x0a, 0xff, 1, 0x10]),
+            "02:00:0a:ff:01:10"
+        );
     }
 }

@@ -21,7 +21,8 @@ pub struct VirtioFs {
 impl VirtioFs {
     pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
         let chardev = plug.vhost_user(self.connection).await?;
-        let properties = json!({"chardev": chardev, "tag": self.tag, "queue-size": self.queue_size});
+        let properties =
+            json!({"chardev": chardev, "tag": self.tag, "queue-size": self.queue_size});
         plug.device_add("vhost-user-fs-pci", properties).await
     }
 }

@@ -1,4 +1,5 @@
-//! The socket family between host and guest: the kernel's device where the host has it, else a helper's.
+//! The socket family between host and guest: the kernel's device where the host has it, else a
+//! helper's.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -46,39 +47,67 @@ impl VsockDevice {
                 let name = format!("{}-fd", plug.id);
                 plug.qmp.pass_fd(&name, fd).await?;
                 plug.undo.push(Undo::CloseFd(name.clone()));
-                plug.device_add("vhost-vsock-pci", json!({"guest-cid": cid, "vhostfd": name})).await?;
+                plug.device_add(
+                    "vhost-vsock-pci",
+                    json!({"guest-cid": cid, "vhostfd": name}),
+                )
+                .await?;
                 plug.undo.pop();
                 Ok(())
             }
             VsockDevice::User { connection } => {
                 let chardev = plug.vhost_user(connection).await?;
-                plug.device_add("vhost-user-vsock-pci", json!({"chardev": chardev})).await
+                plug.device_add("vhost-user-vsock-pci", json!({"chardev": chardev}))
+                    .await
             }
         }
     }
 }
 
-/// Opens the kernel's device and takes a free guest address, which nobody else can take while the device is open.
+/// Opens the kernel's device and takes a free guest address, which nobody else can take while the
+/// device is open.
 ///
 /// # Errors
 /// The device is not there or may not be opened; the line says what to do.
 pub fn open_kernel() -> Result<KernelVsock> {
-    let device = OpenOptions::new().read(true).write(true).open(DEVICE).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::Unsupported(format!("{DEVICE} is not there: load the module vhost_vsock")),
-        _ => Error::Io { doing: format!("open {DEVICE}"), source: error },
-    })?;
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(DEVICE)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Error::Unsupported(format!(
+                "{DEVICE} is not there: load the module vhost_vsock"
+            )),
+            _ => Error::Io {
+                doing: format!("open {DEVICE}"),
+                source: error,
+            },
+        })?;
     for _ in 0..CID_TRIES {
         let cid = random_cid()?;
         let wide = u64::from(cid);
         // SAFETY: the ioctl reads eight bytes at the address of a local variable.
-        let set = unsafe { libc::ioctl(device.as_raw_fd(), VHOST_VSOCK_SET_GUEST_CID, &raw const wide) };
+        let set = unsafe {
+            libc::ioctl(
+                device.as_raw_fd(),
+                VHOST_VSOCK_SET_GUEST_CID,
+                &raw const wide,
+            )
+        };
         match Errno::result(set) {
-            Ok(_) => return Ok(KernelVsock { fd: device.into(), cid }),
+            Ok(_) => {
+                return Ok(KernelVsock {
+                    fd: device.into(),
+                    cid,
+                });
+            }
             Err(Errno::EADDRINUSE) => {}
             Err(errno) => return Err(errno).doing(|| format!("set the guest address of {DEVICE}")),
         }
     }
-    Err(Error::Unsupported(format!("{DEVICE}: {CID_TRIES} random guest addresses are all taken")))
+    Err(Error::Unsupported(format!(
+        "{DEVICE}: {CID_TRIES} random guest addresses are all taken"
+    )))
 }
 
 /// 0 to 2 are the hypervisor's and the host's, the largest one means any.
@@ -96,7 +125,11 @@ mod tests {
 
     #[test]
     fn guest_addresses_are_never_reserved_ones() {
-        assert!((0..1000).map(|_| random_cid().unwrap()).all(|cid| (3..u32::MAX).contains(&cid)));
+        assert!(
+            (0..1000)
+                .map(|_| random_cid().unwrap())
+                .all(|cid| (3..u32::MAX).contains(&cid))
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The vhost-user back ends beside QEMU, as supervised children.
 //!
-//! We connect to a helper and hand QEMU the connected descriptor: QEMU never waits for a path, and a helper that died is
-//! an error of ours, with its last words, before QEMU is asked.
+//! We connect to a helper and hand QEMU the connected descriptor: QEMU never waits for a path, and
+//! a helper that died is an error of ours, with its last words, before QEMU is asked.
 
 mod virtiofsd;
 mod vsock_daemon;
@@ -35,7 +35,8 @@ impl Helper {
         self.child.process().died(exit).to_string()
     }
 
-    /// Kills it, and waits until it is dead. It keeps nothing that would have to be written down. May be called again.
+    /// Kills it, and waits until it is dead. It keeps nothing that would have to be written down.
+    /// May be called again.
     ///
     /// # Errors
     /// The kernel does not let it die in time.
@@ -43,7 +44,8 @@ impl Helper {
         self.child.kill_and_wait(timeout).await.map(drop)
     }
 
-    /// The better of two errors: how the helper ended, if it did, else what QEMU said of a device whose helper is gone.
+    /// The better of two errors: how the helper ended, if it did, else what QEMU said of a device
+    /// whose helper is gone.
     pub async fn explain(&self, error: Error) -> Error {
         let exited = tokio::time::timeout(LAST_WORDS, self.child.exited()).await;
         exited.map_or(error, |exit| self.child.process().died(exit))
@@ -51,6 +53,8 @@ impl Helper {
 
     /// The error of a helper that has ended, if it has.
     fn death(&self) -> Option<Error> {
-        self.child.exit().map(|exit| self.child.process().died(exit))
+        self.child
+            .exit()
+            .map(|exit| self.child.process().died(exit))
     }
 }

@@ -1,8 +1,8 @@
-//! virtiofsd, which serves a shared directory: the Rust one (1.x). The C one that came with QEMU up to 7.2 has had no
-//! upstream since 2022, and is refused.
+//! virtiofsd, which serves a shared directory: the Rust one (1.x). The C one that came with QEMU up
+//! to 7.2 has had no upstream since 2022, and is refused.
 //!
-//! It inherits a listening socket that we are connected to already, so there is nothing to wait for, and no path to
-//! find it by: whoever comes later finds no socket.
+//! It inherits a listening socket that we are connected to already, so there is nothing to wait
+//! for, and no path to find it by: whoever comes later finds no socket.
 
 use std::ffi::OsString;
 use std::ops::Deref;
@@ -28,7 +28,8 @@ const GOODBYE: Duration = Duration::from_millis(200);
 pub enum FsCache {
     /// A second, and contents until the file is opened again: for what others change too.
     Auto,
-    /// For ever: for what nobody else changes. A program's pages stay over its end, so that it starts at once next time.
+    /// For ever: for what nobody else changes. A program's pages stay over its end, so that it
+    /// starts at once next time.
     Always,
 }
 
@@ -41,20 +42,23 @@ pub struct VirtiofsdConfig {
     pub cache_dir: PathBuf,
     /// A free path in a directory that only root can enter; gone again when it runs.
     pub socket: PathBuf,
-    /// The directory; mounts that come below it later are seen if it is a mount point with shared propagation.
+    /// The directory; mounts that come below it later are seen if it is a mount point with shared
+    /// propagation.
     pub shared_dir: PathBuf,
     /// What the guest keeps of it.
     pub cache: FsCache,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
-    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if none.
+    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if
+    /// none.
     pub oom_score_adj: Option<i32>,
     /// What it is confined to; by itself to its own namespaces if none.
     pub confinement: Option<Confinement>,
 }
 
 impl VirtiofsdConfig {
-    /// Whether device nodes can be made: in what is a container's own, not in what the host uses too.
+    /// Whether device nodes can be made: in what is a container's own, not in what the host uses
+    /// too.
     fn makes_nodes(&self) -> bool {
         self.cache == FsCache::Always
     }
@@ -73,8 +77,9 @@ impl Deref for Virtiofsd {
 }
 
 impl Virtiofsd {
-    /// Starts it, and returns with it the connection for [`crate::VirtioFs`]. That it serves is seen when the device is
-    /// attached, which waits for it; if that fails, [`Helper::explain`] knows more.
+    /// Starts it, and returns with it the connection for [`crate::VirtioFs`]. That it serves is
+    /// seen when the device is attached, which waits for it; if that fails, [`Helper::explain`]
+    /// knows more.
     ///
     /// # Errors
     /// The binary is missing or no virtiofsd, or the socket cannot be made.
@@ -83,7 +88,12 @@ impl Virtiofsd {
         let nodes = config.makes_nodes();
         let jail = match &config.confinement {
             Some(confinement) => {
-                let jail = confinement.file_server(&config.binary, &config.cache_dir, &config.shared_dir, nodes);
+                let jail = confinement.file_server(
+                    &config.binary,
+                    &config.cache_dir,
+                    &config.shared_dir,
+                    nodes,
+                );
                 Some(jail.await?)
             }
             None => None,
@@ -100,18 +110,25 @@ impl Virtiofsd {
         Ok((Virtiofsd(Helper { child }), connection.into()))
     }
 
-    /// Waits until it is dead. It ends by itself when QEMU has, which is why QEMU is stopped first; if it does not, it is
-    /// killed. May be called again.
+    /// Waits until it is dead. It ends by itself when QEMU has, which is why QEMU is stopped first;
+    /// if it does not, it is killed. May be called again.
     ///
     /// # Errors
     /// The kernel does not let it die in time.
     pub async fn stop(&self, timeout: Duration) -> Result<()> {
-        if tokio::time::timeout(GOODBYE.min(timeout), self.exited()).await.is_err() {
-            // The process that serves, and holds every mount, is a child in a pid namespace; ours ends after it. The
-            // other way round nobody would wait for it.
+        if tokio::time::timeout(GOODBYE.min(timeout), self.exited())
+            .await
+            .is_err()
+        {
+            // The process that serves, and holds every mount, is a child in a pid namespace; ours
+            // ends after it. The other way round nobody would wait for it.
             let pid = self.identity().pid;
-            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            for child in children.split_ascii_whitespace().filter_map(|pid| Identity::of(pid.parse().ok()?).ok()) {
+            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+                .unwrap_or_default();
+            for child in children
+                .split_ascii_whitespace()
+                .filter_map(|pid| Identity::of(pid.parse().ok()?).ok())
+            {
                 let _ = child.kill_and_wait(Duration::ZERO);
             }
             let _ = tokio::time::timeout(GOODBYE, self.exited()).await;
@@ -120,12 +137,17 @@ impl Virtiofsd {
     }
 }
 
-/// A listening socket with one connection waiting on it, and that connection. The path is gone when this returns.
+/// A listening socket with one connection waiting on it, and that connection. The path is gone when
+/// this returns.
 fn connected(path: &Path) -> Result<(UnixListener, UnixStream)> {
-    let listener = UnixListener::bind(path).doing(|| format!("make the socket {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).doing(|| format!("make the socket {}", path.display()))?;
     let connection = UnixStream::connect(path);
     std::fs::remove_file(path).doing(|| format!("remove {}", path.display()))?;
-    Ok((listener, connection.doing(|| format!("connect to {}", path.display()))?))
+    Ok((
+        listener,
+        connection.doing(|| format!("connect to {}", path.display()))?,
+    ))
 }
 
 fn arguments(config: &VirtiofsdConfig, listener: &impl AsRawFd) -> Vec<OsString> {
@@ -133,15 +155,31 @@ fn arguments(config: &VirtiofsdConfig, listener: &impl AsRawFd) -> Vec<OsString>
         FsCache::Auto => "--cache=auto",
         FsCache::Always => "--cache=always",
     };
-    // A file handle opens any file of a file system, so it takes a capability that a confined one does not have.
+    // A file handle opens any file of a file system, so it takes a capability that a confined one
+    // does not have.
     let (dir, sandbox, handles) = match config.confinement {
-        Some(_) => (Path::new(SHARED), "--sandbox=none", "--inode-file-handles=never"),
-        None => (config.shared_dir.as_path(), "--sandbox=namespace", "--inode-file-handles=prefer"),
+        Some(_) => (
+            Path::new(SHARED),
+            "--sandbox=none",
+            "--inode-file-handles=never",
+        ),
+        None => (
+            config.shared_dir.as_path(),
+            "--sandbox=namespace",
+            "--inode-file-handles=prefer",
+        ),
     };
     let mut arguments: Vec<OsString> = vec![format!("--fd={}", listener.as_raw_fd()).into()];
     arguments.extend(["--shared-dir".into(), dir.into()]);
     // File capabilities of a container's programs are extended attributes.
-    let fixed = [cache, sandbox, handles, "--announce-submounts", "--xattr", "--log-level=error"];
+    let fixed = [
+        cache,
+        sandbox,
+        handles,
+        "--announce-submounts",
+        "--xattr",
+        "--log-level=error",
+    ];
     arguments.extend(fixed.map(Into::into));
     if config.confinement.is_some() && !config.makes_nodes() {
         // It insists on what it thinks that it needs.
@@ -165,10 +203,14 @@ async fn check_version(binary: &Path, cache_dir: &Path) -> Result<()> {
             Ok(())
         }
         (Some("virtiofsd"), Some("version")) => Err(Error::Unsupported(format!(
-            "{} is the virtiofsd of old QEMU, which is not maintained: install virtiofsd 1.10 or later",
+            "{} is the virtiofsd of old QEMU, which is not maintained: install virtiofsd 1.10 or \
+             later",
             binary.display()
         ))),
-        _ => Err(Error::Unsupported(format!("{} is no virtiofsd: its version is {said:?}", binary.display()))),
+        _ => Err(Error::Unsupported(format!(
+            "{} is no virtiofsd: its version is {said:?}",
+            binary.display()
+        ))),
     }
 }
 
@@ -179,9 +221,18 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_virtiofsd_is_named() {
         let cache = tempfile::tempdir().unwrap();
-        let error = check_version(Path::new("/bin/true"), cache.path()).await.unwrap_err().to_string();
-        assert_eq!(error, "/bin/true is no virtiofsd: its version is \"true (GNU coreutils) 9.1\"");
-        let error = check_version(Path::new("/no/virtiofsd"), cache.path()).await.unwrap_err().to_string();
+        let error = check_version(Path::new("/bin/true"), cache.path())
+            .await
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "/bin/true is no virtiofsd: its version is \"true (GNU coreutils) 9.1\""
+        );
+        let error = check_version(Path::new("/no/virtiofsd"), cache.path())
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with("cannot use /no/virtiofsd: "), "{error}");
     }
 

@@ -1,5 +1,5 @@
-//! vhost-device-vsock: vsock for hosts whose kernel has none. The host side is a unix socket (`CONNECT <port>`), and for
-//! connections from the guest one more for each port (`<path>_<port>`).
+//! vhost-device-vsock: vsock for hosts whose kernel has none. The host side is a unix socket
+//! (`CONNECT <port>`), and for connections from the guest one more for each port (`<path>_<port>`).
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -30,8 +30,8 @@ pub struct VsockDaemonConfig {
     pub binary: PathBuf,
     /// Where it is kept which files the binary needs.
     pub cache_dir: PathBuf,
-    /// Directory of its sockets, which only root can enter. A confined daemon gets it for as long as it needs to make
-    /// them.
+    /// Directory of its sockets, which only root can enter. A confined daemon gets it for as long
+    /// as it needs to make them.
     pub dir: PathBuf,
     /// Name of the host's side in that directory.
     pub name: String,
@@ -39,7 +39,8 @@ pub struct VsockDaemonConfig {
     pub guest_cid: u32,
     /// `cgroup.procs` files that it enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
-    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if none.
+    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if
+    /// none.
     pub oom_score_adj: Option<i32>,
     /// What it is confined to; nothing if none.
     pub confinement: Option<Confinement>,
@@ -68,9 +69,12 @@ impl VsockDaemon {
     pub async fn spawn(config: &VsockDaemonConfig) -> Result<VsockDaemon> {
         let (dir, jail) = match &config.confinement {
             Some(confinement) => {
-                let jail = confinement.vsock_daemon(&config.binary, &config.cache_dir, &config.dir).await?;
+                let jail = confinement
+                    .vsock_daemon(&config.binary, &config.cache_dir, &config.dir)
+                    .await?;
                 let owner = Some(confinement.uid);
-                chown(&config.dir, owner, owner).doing(|| format!("hand over {}", config.dir.display()))?;
+                chown(&config.dir, owner, owner)
+                    .doing(|| format!("hand over {}", config.dir.display()))?;
                 (Path::new(SOCKETS), Some(jail))
             }
             None => (config.dir.as_path(), None),
@@ -90,12 +94,16 @@ impl VsockDaemon {
             jail,
             ..Spawn::new(&config.binary, arguments)
         })?;
-        Ok(VsockDaemon { helper: Helper { child }, dir: config.dir.clone() })
+        Ok(VsockDaemon {
+            helper: Helper { child },
+            dir: config.dir.clone(),
+        })
     }
 
-    /// Waits until it takes a connection, and returns that for [`crate::VsockDevice::User`]. It serves one at a time:
-    /// call this once, before the guest runs. From then on the directory is root's again: a daemon that is taken over
-    /// later can neither replace a socket nor fill the file system.
+    /// Waits until it takes a connection, and returns that for [`crate::VsockDevice::User`]. It
+    /// serves one at a time: call this once, before the guest runs. From then on the directory is
+    /// root's again: a daemon that is taken over later can neither replace a socket nor fill the
+    /// file system.
     ///
     /// # Errors
     /// It ended, or the deadline passed.
@@ -111,7 +119,12 @@ impl VsockDaemon {
                     fs::set_permissions(&self.dir, Permissions::from_mode(0o711)).doing(doing)?;
                     return Ok(connection.into());
                 }
-                Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                Err(error)
+                    if !matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                    ) =>
+                {
                     return Err(error).doing(|| format!("connect to {}", socket.display()));
                 }
                 Err(_) => {}
@@ -120,7 +133,10 @@ impl VsockDaemon {
                 return Err(death);
             }
             if Instant::now() >= until {
-                return Err(Error::Deadline { doing: format!("the socket {}", socket.display()), timeout });
+                return Err(Error::Deadline {
+                    doing: format!("the socket {}", socket.display()),
+                    timeout,
+                });
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }

@@ -40,21 +40,32 @@ impl Accel {
     /// KVM is insisted on and cannot be had: the line says why.
     pub fn resolve(self) -> Result<Resolved> {
         let kvm = match self {
-            Accel::Tcg => return Ok(Resolved { kvm: false, reason: "emulation, as configured".into() }),
+            Accel::Tcg => {
+                return Ok(Resolved {
+                    kvm: false,
+                    reason: "emulation, as configured".into(),
+                });
+            }
             // An administrator who insists may know better than the flags of the CPU.
             Accel::Kvm => try_kvm(),
             Accel::Auto => serves_stock_guests().and_then(|()| try_kvm()),
         };
         match kvm {
-            Ok(()) => Ok(Resolved { kvm: true, reason: "KVM".into() }),
-            Err(why) if self == Accel::Auto => Ok(Resolved { kvm: false, reason: format!("emulation: {why}") }),
+            Ok(()) => Ok(Resolved {
+                kvm: true,
+                reason: "KVM".into(),
+            }),
+            Err(why) if self == Accel::Auto => Ok(Resolved {
+                kvm: false,
+                reason: format!("emulation: {why}"),
+            }),
             Err(why) => Err(Error::Unsupported(format!("KVM cannot be used: {why}"))),
         }
     }
 }
 
-/// Under some clouds' paravirtual nesting `/dev/kvm` opens and makes virtual machines that print nothing: there the CPU
-/// has no virtualization of its own.
+/// Under some clouds' paravirtual nesting `/dev/kvm` opens and makes virtual machines that print
+/// nothing: there the CPU has no virtualization of its own.
 fn serves_stock_guests() -> Result<(), String> {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     match has_virtualization(&info) {
@@ -65,22 +76,34 @@ fn serves_stock_guests() -> Result<(), String> {
 
 fn has_virtualization(cpuinfo: &str) -> bool {
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
-    flags.is_some_and(|flags| flags.split_ascii_whitespace().any(|flag| matches!(flag, "vmx" | "svm")))
+    flags.is_some_and(|flags| {
+        flags
+            .split_ascii_whitespace()
+            .any(|flag| matches!(flag, "vmx" | "svm"))
+    })
 }
 
 fn try_kvm() -> Result<(), String> {
-    let kvm =
-        OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|error| format!("/dev/kvm: {error}"))?;
+    let kvm = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(|error| format!("/dev/kvm: {error}"))?;
     // SAFETY: both ioctls take an integer and touch no memory of ours.
     let version = Errno::result(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION, 0) });
     match version {
         Ok(KVM_API_VERSION) => {}
-        Ok(other) => return Err(format!("/dev/kvm has API version {other}, not {KVM_API_VERSION}")),
+        Ok(other) => {
+            return Err(format!(
+                "/dev/kvm has API version {other}, not {KVM_API_VERSION}"
+            ));
+        }
         Err(errno) => return Err(format!("/dev/kvm is no KVM: {}", errno.desc())),
     }
     // SAFETY: as above.
     let machine = Errno::result(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0) });
-    let machine = machine.map_err(|errno| format!("KVM makes no virtual machine: {}", errno.desc()))?;
+    let machine =
+        machine.map_err(|errno| format!("KVM makes no virtual machine: {}", errno.desc()))?;
     // SAFETY: a new descriptor that nobody else owns; closing it ends the virtual machine.
     drop(unsafe { OwnedFd::from_raw_fd(machine) });
     Ok(())
@@ -92,19 +115,35 @@ mod tests {
 
     #[test]
     fn only_whole_flags_count() {
-        assert!(has_virtualization("model name : x\nflags\t\t: fpu vmx sse\n"));
+        assert!(has_virtualization(
+            "model name : x\nflags\t\t: fpu vmx sse\n"
+        ));
         assert!(has_virtualization("flags\t\t: fpu svm"));
-        assert!(!has_virtualization("flags\t\t: fpu svm_lock sse\nvmx flags : vnmi"));
+        assert!(!has_virtualization(
+            "flags\t\t: fpu svm_lock sse\nvmx flags : vnmi"
+        ));
         assert!(!has_virtualization(""));
     }
 
     #[test]
     fn every_wish_ends_in_a_reason() {
-        assert_eq!(Accel::Tcg.resolve().unwrap(), Resolved { kvm: false, reason: "emulation, as configured".into() });
+        assert_eq!(
+            Accel::Tcg.resolve().unwrap(),
+            Resolved {
+                kvm: false,
+                reason: "emulation, as configured".into()
+            }
+        );
         let auto = Accel::Auto.resolve().unwrap();
-        assert!(auto.kvm || auto.reason.starts_with("emulation: "), "{auto:?}");
+        assert!(
+            auto.kvm || auto.reason.starts_with("emulation: "),
+            "{auto:?}"
+        );
         if let Err(error) = Accel::Kvm.resolve() {
-            assert!(error.to_string().starts_with("KVM cannot be used: "), "{error}");
+            assert!(
+                error.to_string().starts_with("KVM cannot be used: "),
+                "{error}"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Command line arguments as typed items. Values are escaped here and nowhere else, and never joined by hand.
+//! Command line arguments as typed items. Values are escaped here and nowhere else, and never
+//! joined by hand.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -84,10 +85,26 @@ mod tests {
         let mut arguments = Arguments::default();
         arguments.flag("-S");
         arguments.plain("-append", "a=1,2");
-        arguments.list("-device", Properties::new("virtio-rng-pci").with("id", "a,b=c").number("n", 3_u32).on("x"));
-        arguments.list("-name", Properties::pairs().with("guest", OsStr::from_bytes(b"\xff,")));
-        let wanted: [&[u8]; 7] =
-            [b"-S", b"-append", b"a=1,2", b"-device", b"virtio-rng-pci,id=a,,b=c,n=3,x=on", b"-name", b"guest=\xff,,"];
+        arguments.list(
+            "-device",
+            Properties::new("virtio-rng-pci")
+                .with("id", "a,b=c")
+                .number("n", 3_u32)
+                .on("x"),
+        );
+        arguments.list(
+            "-name",
+            Properties::pairs().with("guest", OsStr::from_bytes(b"\xff,")),
+        );
+        let wanted: [&[u8]; 7] = [
+            b"-S",
+            b"-append",
+            b"a=1,2",
+            b"-device",
+            b"virtio-rng-pci,id=a,,b=c,n=3,x=on",
+            b"-name",
+            b"guest=\xff,,",
+        ];
         assert_eq!(arguments.into_vec(), wanted.map(OsStr::from_bytes));
     }
 }

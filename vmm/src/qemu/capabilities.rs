@@ -1,5 +1,6 @@
-//! What a QEMU binary can do. It is asked once, over QMP and without a machine, and the answer is kept in the cache:
-//! asking takes about 0.1 s, and no start of a sandbox but the first one pays that.
+//! What a QEMU binary can do. It is asked once, over QMP and without a machine, and the answer is
+//! kept in the cache: asking takes about 0.1 s, and no start of a sandbox but the first one pays
+//! that.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -14,7 +15,9 @@ use crate::cache::FileKey;
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn, stdout_of};
 use crate::qmp::Qmp;
-use crate::qmp::commands::{QomListProperties, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit};
+use crate::qmp::commands::{
+    QomListProperties, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit,
+};
 
 /// A firmware that does no more than our guests need, by the name that QEMU finds it by.
 pub(super) const QBOOT: &str = "qboot.rom";
@@ -68,22 +71,32 @@ impl Capabilities {
         }
     }
 
-    /// Whether it can tell if a guest's driver is up. From 10.2 on the question ends QEMU, for every device (seen with
-    /// 11.1; 10.0 is fine, and 10.2 brought the sets of 128 features that the failed assertion is about).
+    /// Whether it can tell if a guest's driver is up. From 10.2 on the question ends QEMU, for
+    /// every device (seen with 11.1; 10.0 is fine, and 10.2 brought the sets of 128 features that
+    /// the failed assertion is about).
     pub fn virtio_status(&self) -> bool {
-        let mut parts = self.version.split('.').map(|part| part.parse::<u32>().unwrap_or_default());
+        let mut parts = self
+            .version
+            .split('.')
+            .map(|part| part.parse::<u32>().unwrap_or_default());
         self.virtio_status && (parts.next(), parts.next()) < (Some(10), Some(2))
     }
 }
 
 /// What our machine is made of: without one of these a binary is of no use.
-const NEEDED: [&str; 5] =
-    ["pcie-root-port", "virtio-rng-pci", "virtio-balloon-pci", "virtio-blk-pci", "memory-backend-memfd"];
+const NEEDED: [&str; 5] = [
+    "pcie-root-port",
+    "virtio-rng-pci",
+    "virtio-balloon-pci",
+    "virtio-blk-pci",
+    "memory-backend-memfd",
+];
 
 /// Takes the answer from the cache, or asks the binary and keeps the answer.
 ///
 /// # Errors
-/// The binary is missing, no QEMU, hangs, or lacks what every sandbox needs; one line that names it.
+/// The binary is missing, no QEMU, hangs, or lacks what every sandbox needs; one line that names
+/// it.
 pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
     let key = FileKey::of(qemu)?;
     if let Some(known) = key.load(cache_dir, "qemu") {
@@ -93,7 +106,10 @@ pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
         Ok(found) => found?,
         Err(_) => {
             let doing = format!("{} to say what it can do (is it QEMU?)", qemu.display());
-            return Err(Error::Deadline { doing, timeout: ASK_DEADLINE });
+            return Err(Error::Deadline {
+                doing,
+                timeout: ASK_DEADLINE,
+            });
         }
     };
     key.store(cache_dir, "qemu", &found);
@@ -109,33 +125,51 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     arguments.plain("-display", "none");
     arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
     monitor(&mut arguments, theirs.as_raw_fd());
-    let child = Child::spawn(Spawn { fds: vec![OwnedFd::from(theirs)], ..Spawn::new(qemu, arguments.into_vec()) })?;
+    let child = Child::spawn(Spawn {
+        fds: vec![OwnedFd::from(theirs)],
+        ..Spawn::new(qemu, arguments.into_vec())
+    })?;
     match interview(qemu, ours).await {
         // One that ended says more by its status and its last words than by the end of its monitor.
-        Err(Error::Closed { reason }) => match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
-            Ok(exit) => Err(child.process().died(exit)),
-            Err(_) => Err(Error::Closed { reason: format!("{reason} ({})", qemu.display()) }),
-        },
+        Err(Error::Closed { reason }) => {
+            match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
+                Ok(exit) => Err(child.process().died(exit)),
+                Err(_) => Err(Error::Closed {
+                    reason: format!("{reason} ({})", qemu.display()),
+                }),
+            }
+        }
         told => told,
     }
 }
 
 async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
     let (qmp, version) = Qmp::open(monitor, ASK_DEADLINE).await?;
-    let unfit = |what: &str| Err(Error::Unsupported(format!("{} (QEMU {version}) has no {what}", qemu.display())));
+    let unfit = |what: &str| {
+        Err(Error::Unsupported(format!(
+            "{} (QEMU {version}) has no {what}",
+            qemu.display()
+        )))
+    };
     for needed in NEEDED {
         if !has(&qmp, needed).await? {
             return unfit(needed);
         }
     }
     let machines = qmp.execute(&QueryMachines {}).await?;
-    let Some(q35) = machines.iter().find(|machine| machine.name == "q35" || machine.alias.as_deref() == Some("q35"))
+    let Some(q35) = machines
+        .iter()
+        .find(|machine| machine.name == "q35" || machine.alias.as_deref() == Some("q35"))
     else {
         return unfit("q35 machine; use the full qemu-system-x86_64");
     };
     let typename = format!("{}-machine", q35.name);
-    let machine_options =
-        qmp.execute(&QomListProperties { typename }).await?.into_iter().map(|item| item.name).collect();
+    let machine_options = qmp
+        .execute(&QomListProperties { typename })
+        .await?
+        .into_iter()
+        .map(|item| item.name)
+        .collect();
     let commands = qmp.execute(&QueryCommands {}).await?;
     let options = qmp.execute(&QueryCommandLineOptions {}).await?;
     let data_dirs = stdout_of(qemu, &["-L", "help"], ASK_DEADLINE).await?;
@@ -146,14 +180,24 @@ async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
         vhost_user_vsock: has(&qmp, "vhost-user-vsock-pci").await?,
         vhost_user_fs: has(&qmp, "vhost-user-fs-pci").await?,
         sandbox: options.iter().any(|option| option.option == "sandbox"),
-        virtio_status: commands.iter().any(|command| command.name == "x-query-virtio-status"),
-        qboot: data_dirs.lines().any(|dir| Path::new(dir).join(QBOOT).is_file()),
-        data_dirs: data_dirs.lines().map(plain).filter(|dir| dir.is_absolute() && dir.is_dir()).collect(),
+        virtio_status: commands
+            .iter()
+            .any(|command| command.name == "x-query-virtio-status"),
+        qboot: data_dirs
+            .lines()
+            .any(|dir| Path::new(dir).join(QBOOT).is_file()),
+        data_dirs: data_dirs
+            .lines()
+            .map(plain)
+            .filter(|dir| dir.is_absolute() && dir.is_dir())
+            .collect(),
         machine_options,
         version,
     };
     // The answers are here; how it ends does not matter, and it dies with its handle.
-    let _ = qmp.execute_within(&Quit {}, Duration::from_millis(100)).await;
+    let _ = qmp
+        .execute_within(&Quit {}, Duration::from_millis(100))
+        .await;
     Ok(found)
 }
 
@@ -169,20 +213,36 @@ fn plain(dir: &str) -> PathBuf {
     plain
 }
 
-/// Whether there is a type of this name. To list all of them would load every module of QEMU, which takes longer than
-/// everything else together.
+/// Whether there is a type of this name. To list all of them would load every module of QEMU, which
+/// takes longer than everything else together.
 async fn has(qmp: &Qmp, typename: &str) -> Result<bool> {
-    match qmp.execute(&QomListProperties { typename: typename.into() }).await {
+    match qmp
+        .execute(&QomListProperties {
+            typename: typename.into(),
+        })
+        .await
+    {
         Ok(_) => Ok(true),
         Err(Error::Refused { .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// A monitor on an inherited, connected socket: its end of file is QEMU's death, and no path is left behind.
+/// A monitor on an inherited, connected socket: its end of file is QEMU's death, and no path is
+/// left behind.
 pub(super) fn monitor(arguments: &mut Arguments, socket: RawFd) {
-    arguments.list("-chardev", Properties::new("socket").with("id", "qmp").with("fd", socket.to_string()));
-    arguments.list("-mon", Properties::pairs().with("chardev", "qmp").with("mode", "control"));
+    arguments.list(
+        "-chardev",
+        Properties::new("socket")
+            .with("id", "qmp")
+            .with("fd", socket.to_string()),
+    );
+    arguments.list(
+        "-mon",
+        Properties::pairs()
+            .with("chardev", "qmp")
+            .with("mode", "control"),
+    );
 }
 
 #[cfg(test)]
@@ -191,8 +251,16 @@ mod tests {
 
     #[test]
     fn a_question_that_ends_qemu_is_not_asked() {
-        for (version, can_tell) in [("7.2.22", true), ("10.0.13", true), ("10.2.0", false), ("11.1.2", false)] {
-            let qemu = Capabilities { version: version.into(), ..Capabilities::full() };
+        for (version, can_tell) in [
+            ("7.2.22", true),
+            ("10.0.13", true),
+            ("10.2.0", false),
+            ("11.1.2", false),
+        ] {
+            let qemu = Capabilities {
+                version: version.into(),
+                ..Capabilities::full()
+            };
             assert_eq!(qemu.virtio_status(), can_tell, "{version}");
         }
     }

@@ -1,4 +1,5 @@
-//! Our machine, as a command line. It holds what every sandbox has; all that differs is attached over QMP.
+//! Our machine, as a command line. It holds what every sandbox has; all that differs is attached
+//! over QMP.
 
 use std::arch::x86_64::_rdtsc;
 use std::ffi::OsString;
@@ -14,14 +15,16 @@ use crate::confine::Confinement;
 use crate::devices::memory::region_mib;
 use crate::error::{Error, Result};
 
-/// Slots of the root bus: 0 is the host bridge, 0x1f the chip set; the machine's own devices come first, then the ports.
+/// Slots of the root bus: 0 is the host bridge, 0x1f the chip set; the machine's own devices come
+/// first, then the ports.
 pub(crate) const FIRST_PORT_SLOT: u8 = 4;
 const LAST_PORT_SLOT: u8 = 0x1e;
 
 /// What x86 firmware and kernels number without further ado.
 const MOST_VCPUS: u32 = 240;
 
-/// MiB of translated code that QEMU keeps under emulation. Less than a boot needs makes it translate all of it again.
+/// MiB of translated code that QEMU keeps under emulation. Less than a boot needs makes it
+/// translate all of it again.
 const TCG_BUFFER_MIB: u64 = 128;
 
 /// A virtual machine to start.
@@ -43,7 +46,8 @@ pub struct MachineConfig {
     pub kernel_params: Vec<String>,
     /// MiB of guest memory.
     pub memory_mib: u64,
-    /// The most that it can be given later ([`crate::Vm::resize_memory`]); if it is more, the first growth takes a port.
+    /// The most that it can be given later ([`crate::Vm::resize_memory`]); if it is more, the first
+    /// growth takes a port.
     pub max_memory_mib: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
@@ -51,13 +55,16 @@ pub struct MachineConfig {
     pub max_vcpus: u32,
     /// How many devices can be attached, 1 to 27. Each costs 5 to 10 ms of an emulated boot.
     pub root_ports: u8,
-    /// For debugging: the end of what the guest's console (hvc0) shows is kept in this file ([`crate::console`]).
+    /// For debugging: the end of what the guest's console (hvc0) shows is kept in this file
+    /// ([`crate::console`]).
     pub console: Option<PathBuf>,
     /// `cgroup.procs` files that QEMU enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
-    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if none.
+    /// How gladly the kernel kills it when memory runs out (proc(5)); the caller's own score if
+    /// none.
     pub oom_score_adj: Option<i32>,
-    /// The network namespace that QEMU runs in; the caller's, or an empty one for a confined QEMU, if none.
+    /// The network namespace that QEMU runs in; the caller's, or an empty one for a confined QEMU,
+    /// if none.
     pub netns: Option<Arc<OwnedFd>>,
     /// What QEMU is confined to; nothing if none.
     pub confinement: Option<Confinement>,
@@ -85,19 +92,35 @@ pub(crate) fn port_bus(port: u8) -> String {
 ///
 /// # Errors
 /// The configuration asks for what cannot be.
-pub(crate) fn arguments(config: &MachineConfig, inherited: &Inherited<'_>) -> Result<Vec<OsString>> {
+pub(crate) fn arguments(
+    config: &MachineConfig,
+    inherited: &Inherited<'_>,
+) -> Result<Vec<OsString>> {
     check(config)?;
     let mut arguments = Arguments::default();
-    for flag in ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-S"] {
+    for flag in [
+        "-nodefaults",
+        "-no-user-config",
+        "-nographic",
+        "-no-reboot",
+        "-S",
+    ] {
         arguments.flag(flag);
     }
     arguments.plain("-display", "none");
     arguments.list("-name", Properties::pairs().with("guest", &config.name));
     monitor(&mut arguments, inherited.monitor);
-    let filtered = config.confinement.as_ref().is_none_or(|confinement| confinement.seccomp);
+    let filtered = config
+        .confinement
+        .as_ref()
+        .is_none_or(|confinement| confinement.seccomp);
     if config.capabilities.sandbox && filtered {
         let denied = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
-        let filter = denied.into_iter().fold(Properties::new("on"), |filter, what| filter.with(what, "deny"));
+        let filter = denied
+            .into_iter()
+            .fold(Properties::new("on"), |filter, what| {
+                filter.with(what, "deny")
+            });
         arguments.list("-sandbox", filter);
     }
     machine(&mut arguments, config);
@@ -111,34 +134,60 @@ fn check(config: &MachineConfig) -> Result<()> {
     let capabilities = &config.capabilities;
     let most = LAST_PORT_SLOT - FIRST_PORT_SLOT + 1;
     if !(1..=most).contains(&config.root_ports) {
-        return no(format!("{} root ports: there can be 1 to {most}", config.root_ports));
+        return no(format!(
+            "{} root ports: there can be 1 to {most}",
+            config.root_ports
+        ));
     }
-    let MachineConfig { vcpus, max_vcpus, memory_mib, max_memory_mib, .. } = config;
+    let MachineConfig {
+        vcpus,
+        max_vcpus,
+        memory_mib,
+        max_memory_mib,
+        ..
+    } = config;
     if !(1..=*max_vcpus).contains(vcpus) || *max_vcpus > MOST_VCPUS {
-        return no(format!("{vcpus} to {max_vcpus} CPUs: there can be 1 to {MOST_VCPUS}"));
+        return no(format!(
+            "{vcpus} to {max_vcpus} CPUs: there can be 1 to {MOST_VCPUS}"
+        ));
     }
     if memory_mib > max_memory_mib {
-        return no(format!("{memory_mib} MiB of memory are more than the most there shall be, {max_memory_mib}"));
+        return no(format!(
+            "{memory_mib} MiB of memory are more than the most there shall be, {max_memory_mib}"
+        ));
     }
     if config.accel.kvm && !capabilities.kvm {
         return no(format!("{} was built without KVM", config.qemu.display()));
     }
-    if !capabilities.sandbox && config.confinement.as_ref().is_some_and(|confinement| confinement.seccomp) {
+    if !capabilities.sandbox
+        && config
+            .confinement
+            .as_ref()
+            .is_some_and(|confinement| confinement.seccomp)
+    {
         return no(format!(
-            "{} was built without its seccomp filter (-sandbox): use another, or set confinement = \"no-seccomp\"",
+            "{} was built without its seccomp filter (-sandbox): use another, or set confinement \
+             = \"no-seccomp\"",
             config.qemu.display()
         ));
     }
     if !config.accel.kvm && !capabilities.tcg {
-        return no(format!("{} was built without emulation, and KVM cannot be used", config.qemu.display()));
+        return no(format!(
+            "{} was built without emulation, and KVM cannot be used",
+            config.qemu.display()
+        ));
     }
     Ok(())
 }
 
 fn machine(arguments: &mut Arguments, config: &MachineConfig) {
-    let mut q35 = Properties::new("q35").with("memory-backend", "mem").off("dump-guest-core");
+    let mut q35 = Properties::new("q35")
+        .with("memory-backend", "mem")
+        .off("dump-guest-core");
     // What no guest of ours has a driver for costs it time at boot and us attack surface.
-    for unused in ["usb", "graphics", "vmport", "smbus", "sata", "i8042", "smm", "hpet"] {
+    for unused in [
+        "usb", "graphics", "vmport", "smbus", "sata", "i8042", "smm", "hpet",
+    ] {
         if config.capabilities.machine_options.contains(unused) {
             q35 = q35.off(unused);
         }
@@ -148,7 +197,10 @@ fn machine(arguments: &mut Arguments, config: &MachineConfig) {
         arguments.list("-accel", Properties::new("kvm"));
         arguments.plain("-cpu", "host");
     } else {
-        arguments.list("-accel", Properties::new("tcg").number("tb-size", TCG_BUFFER_MIB));
+        arguments.list(
+            "-accel",
+            Properties::new("tcg").number("tb-size", TCG_BUFFER_MIB),
+        );
         // `rep movsb` is emulated byte by byte: without these flags the guest moves words.
         arguments.list("-cpu", Properties::new("max").off("erms").off("fsrm"));
         // 0.15 s less than SeaBIOS. Not yet tested under KVM, where there is little to win.
@@ -169,8 +221,13 @@ fn machine(arguments: &mut Arguments, config: &MachineConfig) {
     }
     arguments.list("-m", memory);
     // Shared: vhost-user helpers map it too.
-    arguments
-        .list("-object", Properties::new("memory-backend-memfd").with("id", "mem").with("size", &size).on("share"));
+    arguments.list(
+        "-object",
+        Properties::new("memory-backend-memfd")
+            .with("id", "mem")
+            .with("size", &size)
+            .on("share"),
+    );
 }
 
 fn boot(arguments: &mut Arguments, config: &MachineConfig, inherited: &Inherited<'_>) {
@@ -182,7 +239,8 @@ fn boot(arguments: &mut Arguments, config: &MachineConfig, inherited: &Inherited
 }
 
 fn kernel_params(config: &MachineConfig) -> Vec<String> {
-    // A guest that panics or reboots ends QEMU at once (-no-reboot); there is no keyboard controller to ask.
+    // A guest that panics or reboots ends QEMU at once (-no-reboot); there is no keyboard
+    // controller to ask.
     let mut params: Vec<String> = vec!["panic=-1".into(), "reboot=t".into()];
     if config.console.is_some() {
         params.extend(["console=hvc0".into(), "ignore_loglevel".into()]);
@@ -190,28 +248,39 @@ fn kernel_params(config: &MachineConfig) -> Vec<String> {
         params.push("quiet".into());
     }
     if !config.accel.kvm {
-        // Emulated timers cannot be trusted to calibrate each other: without these a boot now and then hangs for ever.
+        // Emulated timers cannot be trusted to calibrate each other: without these a boot now and
+        // then hangs for ever.
         params.push(format!("tsc_early_khz={}", tsc_khz()));
-        // The emulated APIC timer is exactly this fast; our kernel is told (a patch), others measure for 0.1 s.
+        // The emulated APIC timer is exactly this fast; our kernel is told (a patch), others
+        // measure for 0.1 s.
         params.push("lapic_timer_hz=1000000000".into());
-        let fast = ["no_timer_check", "tsc=reliable", "noreplace-smp", "mitigations=off"];
+        let fast = [
+            "no_timer_check",
+            "tsc=reliable",
+            "noreplace-smp",
+            "mitigations=off",
+        ];
         params.extend(fast.map(String::from));
     }
-    // ACPI does the hot-plug; the port services only cost time. A grace period of RCU is felt at every unmount.
+    // ACPI does the hot-plug; the port services only cost time. A grace period of RCU is felt at
+    // every unmount.
     params.extend(["pcie_ports=compat", "rcupdate.rcu_expedited=1"].map(String::from));
     if config.max_memory_mib > config.memory_mib {
-        // Most of the added memory takes only what can be moved elsewhere, so that it can be given back.
+        // Most of the added memory takes only what can be moved elsewhere, so that it can be given
+        // back.
         params.push("memory_hotplug.online_policy=auto-movable".into());
     }
     params.extend(config.kernel_params.iter().cloned());
     params
 }
 
-/// Speed of the time stamp counter, which the emulator passes on to the guest as it is, in kHz. Measured, because
-/// /proc/cpuinfo tells the present clock of a core, which is another thing. Takes one millisecond.
+/// Speed of the time stamp counter, which the emulator passes on to the guest as it is, in kHz.
+/// Measured, because /proc/cpuinfo tells the present clock of a core, which is another thing. Takes
+/// one millisecond.
 fn tsc_khz() -> u64 {
     let (mut ticks, mut best) = (0, Duration::MAX);
-    // A preempted measurement is a wrong one: the shortest of three is the one that was disturbed least.
+    // A preempted measurement is a wrong one: the shortest of three is the one that was disturbed
+    // least.
     for _ in 0..3 {
         let begin = Instant::now();
         // SAFETY: reads a counter that every x86-64 CPU has.
@@ -230,25 +299,55 @@ fn tsc_khz() -> u64 {
 }
 
 fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<RawFd>) {
-    let on_root_bus =
-        |driver: &str, slot: u8| Properties::new(driver).with("bus", "pcie.0").with("addr", format!("{slot:#x}"));
-    arguments.list("-object", Properties::new("rng-builtin").with("id", "entropy"));
+    let on_root_bus = |driver: &str, slot: u8| {
+        Properties::new(driver)
+            .with("bus", "pcie.0")
+            .with("addr", format!("{slot:#x}"))
+    };
+    arguments.list(
+        "-object",
+        Properties::new("rng-builtin").with("id", "entropy"),
+    );
     arguments.list(
         "-device",
-        on_root_bus("virtio-rng-pci", 1).with("id", "rng").with("rng", "entropy").on("disable-legacy"),
+        on_root_bus("virtio-rng-pci", 1)
+            .with("id", "rng")
+            .with("rng", "entropy")
+            .on("disable-legacy"),
     );
-    let balloon = on_root_bus("virtio-balloon-pci", 2).with("id", "balloon").on("disable-legacy");
+    let balloon = on_root_bus("virtio-balloon-pci", 2)
+        .with("id", "balloon")
+        .on("disable-legacy");
     arguments.list("-device", balloon.on("free-page-reporting"));
     if let Some(console) = console {
-        arguments.list("-chardev", Properties::new("socket").with("id", "console").with("fd", console.to_string()));
-        let serial = on_root_bus("virtio-serial-pci", 3).with("id", "serial").on("disable-legacy");
+        arguments.list(
+            "-chardev",
+            Properties::new("socket")
+                .with("id", "console")
+                .with("fd", console.to_string()),
+        );
+        let serial = on_root_bus("virtio-serial-pci", 3)
+            .with("id", "serial")
+            .on("disable-legacy");
         arguments.list("-device", serial.number("max_ports", 1_u32));
-        arguments.list("-device", Properties::new("virtconsole").with("id", "hvc0").with("chardev", "console"));
+        arguments.list(
+            "-device",
+            Properties::new("virtconsole")
+                .with("id", "hvc0")
+                .with("chardev", "console"),
+        );
     }
     for port in 0..config.root_ports {
-        let device = on_root_bus("pcie-root-port", FIRST_PORT_SLOT + port).with("id", port_bus(port));
+        let device =
+            on_root_bus("pcie-root-port", FIRST_PORT_SLOT + port).with("id", port_bus(port));
         // IO space is short, and nothing that is attached needs any.
-        arguments.list("-device", device.number("chassis", port + 1).number("slot", port + 1).with("io-reserve", "0"));
+        arguments.list(
+            "-device",
+            device
+                .number("chassis", port + 1)
+                .number("slot", port + 1)
+                .with("io-reserve", "0"),
+        );
     }
 }
 
@@ -260,7 +359,10 @@ mod tests {
         MachineConfig {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             capabilities: Capabilities::full(),
-            accel: Resolved { kvm: false, reason: String::new() },
+            accel: Resolved {
+                kvm: false,
+                reason: String::new(),
+            },
             name: "pod,1".into(),
             kernel: "/k,1/vmlinux".into(),
             initramfs: Some("/i.cpio".into()),
@@ -291,7 +393,11 @@ mod tests {
 
     fn line(config: &MachineConfig) -> String {
         let words = arguments(config).unwrap();
-        words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" | ")
+        words
+            .iter()
+            .map(|word| word.to_string_lossy())
+            .collect::<Vec<_>>()
+            .join(" | ")
     }
 
     #[test]
@@ -304,40 +410,93 @@ mod tests {
             "-sandbox | on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
             "-machine | q35,memory-backend=mem,dump-guest-core=off,usb=off,sata=off | ",
             "-accel | tcg,tb-size=",
-            "-smp | cpus=2 | -m | size=256M | -object | memory-backend-memfd,id=mem,size=256M,share=on",
-            "-kernel | /k,1/vmlinux | -initrd | /i.cpio | -append | panic=-1 reboot=t quiet tsc_early_khz=",
+            "-smp | cpus=2 | -m | size=256M | -object | \
+             memory-backend-memfd,id=mem,size=256M,share=on",
+            "-kernel | /k,1/vmlinux | -initrd | /i.cpio | -append | panic=-1 reboot=t quiet \
+             tsc_early_khz=",
             " a=b,c | ",
             "virtio-balloon-pci,bus=pcie.0,addr=0x2,id=balloon,disable-legacy=on,free-page-reporting=on",
             "pcie-root-port,bus=pcie.0,addr=0x5,id=port1,chassis=2,slot=2,io-reserve=0",
         ] {
             assert!(line.contains(part), "{part} in {line}");
         }
-        assert!(!line.contains("virtconsole") && !line.contains("port2"), "{line}");
+        assert!(
+            !line.contains("virtconsole") && !line.contains("port2"),
+            "{line}"
+        );
     }
 
     #[test]
     fn kvm_needs_no_timer_hints_and_debugging_has_a_console() {
-        let accel = Resolved { kvm: true, reason: String::new() };
-        let line = line(&MachineConfig { accel, console: Some("/log,s/c".into()), ..config() });
+        let accel = Resolved {
+            kvm: true,
+            reason: String::new(),
+        };
+        let line = line(&MachineConfig {
+            accel,
+            console: Some("/log,s/c".into()),
+            ..config()
+        });
         assert!(line.contains("-accel | kvm | -cpu | host"), "{line}");
         assert!(!line.contains("tsc") && !line.contains("quiet"), "{line}");
-        assert!(line.contains("console=hvc0") && line.contains("socket,id=console,fd=8"), "{line}");
+        assert!(
+            line.contains("console=hvc0") && line.contains("socket,id=console,fd=8"),
+            "{line}"
+        );
     }
 
     #[test]
     fn room_to_grow_is_made_only_where_it_is_wanted() {
         let fixed = config();
-        assert!(!["maxcpus", "maxmem", "memory_hotplug"].iter().any(|part| line(&fixed).contains(part)));
-        let grows = MachineConfig { max_vcpus: 8, max_memory_mib: 1000, ..fixed.clone() };
+        assert!(
+            !["maxcpus", "maxmem", "memory_hotplug"]
+                .iter()
+                .any(|part| line(&fixed).contains(part))
+        );
+        let grows = MachineConfig {
+            max_vcpus: 8,
+            max_memory_mib: 1000,
+            ..fixed.clone()
+        };
         let line = line(&grows);
         // 744 MiB more, in whole sections of 128.
-        assert!(line.contains("-smp | cpus=2,maxcpus=8 | -m | size=256M,maxmem=1024M | "), "{line}");
-        assert!(line.contains(" memory_hotplug.online_policy=auto-movable a=b,c"), "{line}");
+        assert!(
+            line.contains("-smp | cpus=2,maxcpus=8 | -m | size=256M,maxmem=1024M | "),
+            "{line}"
+        );
+        assert!(
+            line.contains(" memory_hotplug.online_policy=auto-movable a=b,c"),
+            "{line}"
+        );
         for (wrong, wanted) in [
-            (MachineConfig { max_vcpus: 1, ..fixed.clone() }, "2 to 1 CPUs"),
-            (MachineConfig { vcpus: 0, ..fixed.clone() }, "0 to 2 CPUs"),
-            (MachineConfig { max_vcpus: 241, ..fixed.clone() }, "2 to 241 CPUs: there can be 1 to 240"),
-            (MachineConfig { max_memory_mib: 255, ..fixed.clone() }, "256 MiB of memory"),
+            (
+                MachineConfig {
+                    max_vcpus: 1,
+                    ..fixed.clone()
+                },
+                "2 to 1 CPUs",
+            ),
+            (
+                MachineConfig {
+                    vcpus: 0,
+                    ..fixed.clone()
+                },
+                "0 to 2 CPUs",
+            ),
+            (
+                MachineConfig {
+                    max_vcpus: 241,
+                    ..fixed.clone()
+                },
+                "2 to 241 CPUs: there can be 1 to 240",
+            ),
+            (
+                MachineConfig {
+                    max_memory_mib: 255,
+                    ..fixed.clone()
+                },
+                "256 MiB of memory",
+            ),
         ] {
             let error = arguments(&wrong).unwrap_err().to_string();
             assert!(error.starts_with(wanted), "{error}");
@@ -347,18 +506,51 @@ mod tests {
     #[test]
     fn what_a_binary_lacks_is_left_out_or_refused() {
         let full = config();
-        let capabilities = Capabilities { sandbox: false, kvm: false, ..full.capabilities.clone() };
-        let lesser = MachineConfig { capabilities, ..full };
+        let capabilities = Capabilities {
+            sandbox: false,
+            kvm: false,
+            ..full.capabilities.clone()
+        };
+        let lesser = MachineConfig {
+            capabilities,
+            ..full
+        };
         assert!(!line(&lesser).contains("-sandbox"));
-        let kvm = MachineConfig { accel: Resolved { kvm: true, reason: String::new() }, ..lesser.clone() };
-        assert!(arguments(&kvm).unwrap_err().to_string().ends_with("was built without KVM"));
-        assert!(arguments(&MachineConfig { root_ports: 28, ..lesser.clone() }).is_err());
-        assert!(arguments(&MachineConfig { root_ports: 0, ..lesser }).is_err());
+        let kvm = MachineConfig {
+            accel: Resolved {
+                kvm: true,
+                reason: String::new(),
+            },
+            ..lesser.clone()
+        };
+        assert!(
+            arguments(&kvm)
+                .unwrap_err()
+                .to_string()
+                .ends_with("was built without KVM")
+        );
+        assert!(
+            arguments(&MachineConfig {
+                root_ports: 28,
+                ..lesser.clone()
+            })
+            .is_err()
+        );
+        assert!(
+            arguments(&MachineConfig {
+                root_ports: 0,
+                ..lesser
+            })
+            .is_err()
+        );
     }
 
     #[test]
     fn the_counter_is_measured_the_same_twice() {
         let (first, second) = (tsc_khz(), tsc_khz());
-        assert!(first.abs_diff(second) < first / 100, "{first} kHz, {second} kHz");
+        assert!(
+            first.abs_diff(second) < first / 100,
+            "{first} kHz, {second} kHz"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The QMP commands in use, as types: arguments, name and what they return. All exist in QEMU 7.2 and in 11.
+//! The QMP commands in use, as types: arguments, name and what they return. All exist in QEMU 7.2
+//! and in 11.
 
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -82,8 +83,8 @@ pub struct FdSet {
     pub fdset_id: u64,
 }
 
-/// Adds a device; every driver has arguments of its own. Values must have the type that QEMU gives them: from 9.2 on a
-/// number in quotes is refused.
+/// Adds a device; every driver has arguments of its own. Values must have the type that QEMU gives
+/// them: from 9.2 on a number in quotes is refused.
 #[derive(Debug, Serialize)]
 pub(crate) struct DeviceAdd(pub Map<String, Value>);
 
@@ -121,7 +122,8 @@ impl Command for ObjectAdd {
 
 /// The socket of a vhost-user device: a connected descriptor that `getfd` gave this name.
 pub(crate) fn connected_socket(fdname: &str) -> Value {
-    json!({"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": fdname}}, "server": false}})
+    json!({"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": fdname}},
+        "server": false}})
 }
 
 /// An item of a list of which only the name counts.
@@ -145,7 +147,8 @@ pub(crate) struct HotpluggableCpu {
 impl HotpluggableCpu {
     /// Where it is, in the order in which places are filled.
     pub(crate) fn place(&self) -> [Option<u64>; 5] {
-        ["socket-id", "die-id", "module-id", "core-id", "thread-id"].map(|id| self.props.get(id)?.as_u64())
+        ["socket-id", "die-id", "module-id", "core-id", "thread-id"]
+            .map(|id| self.props.get(id)?.as_u64())
     }
 }
 
@@ -176,7 +179,10 @@ struct VirtioDeviceStatus {
 impl VirtioStatus {
     /// Whether the guest's driver said that it is up.
     pub(crate) fn driver_ok(&self) -> bool {
-        self.status.statuses.iter().any(|status| status.contains("DRIVER_OK"))
+        self.status
+            .statuses
+            .iter()
+            .any(|status| status.contains("DRIVER_OK"))
     }
 }
 
@@ -187,18 +193,33 @@ mod tests {
     #[test]
     fn commands_have_the_names_and_arguments_that_qemu_wants() {
         let line = |text: Vec<u8>| String::from_utf8(text).unwrap();
-        let encoded =
-            super::super::codec::encode(BlockdevDel::NAME, &BlockdevDel { node_name: "blk0".into() }, 3).unwrap();
-        assert_eq!(line(encoded), "{\"execute\":\"blockdev-del\",\"arguments\":{\"node-name\":\"blk0\"},\"id\":3}\r\n");
+        let encoded = super::super::codec::encode(
+            BlockdevDel::NAME,
+            &BlockdevDel {
+                node_name: "blk0".into(),
+            },
+            3,
+        )
+        .unwrap();
+        assert_eq!(
+            line(encoded),
+            "{\"execute\":\"blockdev-del\",\"arguments\":{\"node-name\":\"blk0\"},\"id\":3}\r\n"
+        );
         let encoded = super::super::codec::encode(Cont::NAME, &Cont {}, 4).unwrap();
-        assert_eq!(line(encoded), "{\"execute\":\"cont\",\"arguments\":{},\"id\":4}\r\n");
+        assert_eq!(
+            line(encoded),
+            "{\"execute\":\"cont\",\"arguments\":{},\"id\":4}\r\n"
+        );
     }
 
     #[test]
     fn driver_ok_is_found_among_the_long_texts() {
-        let text =
-            r#"{"name": "vhost-vsock", "status": {"statuses": ["VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"]}}"#;
-        assert!(serde_json::from_str::<VirtioStatus>(text).unwrap().driver_ok());
+        let text = r#"{"name": "vhost-vsock", "status": {"statuses": ["VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"]}}"#;
+        assert!(
+            serde_json::from_str::<VirtioStatus>(text)
+                .unwrap()
+                .driver_ok()
+        );
         assert!(
             !serde_json::from_str::<VirtioStatus>(r#"{"status": {"statuses": ["X_ACKNOWLEDGE"]}}"#)
                 .unwrap()

@@ -1,8 +1,9 @@
 //! One QMP connection: a task owns the socket, callers hold a handle.
 //!
-//! Every command has an id and a deadline. A caller that goes away, or whose deadline passes, leaves its entry behind:
-//! the late reply finds it and is dropped, and until then the command counts among the eight that QEMU takes at a time.
-//! End of file, a reset and anything that is not QMP all end the connection, and with it every waiting command.
+//! Every command has an id and a deadline. A caller that goes away, or whose deadline passes,
+//! leaves its entry behind: the late reply finds it and is dropped, and until then the command
+//! counts among the eight that QEMU takes at a time. End of file, a reset and anything that is not
+//! QMP all end the connection, and with it every waiting command.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -46,7 +47,8 @@ struct Shared {
     requests: mpsc::UnboundedSender<Request>,
     in_flight: Arc<Semaphore>,
     next_id: AtomicU64,
-    /// QEMU keeps only the descriptors of the last line that brought some, so one `getfd` at a time.
+    /// QEMU keeps only the descriptors of the last line that brought some, so one `getfd` at a
+    /// time.
     passing_fd: tokio::sync::Mutex<()>,
     watched: Watched,
 }
@@ -76,17 +78,24 @@ struct Waiter {
 }
 
 impl Qmp {
-    /// Waits for the greeting and negotiates. The socket must be connected to a monitor in control mode.
+    /// Waits for the greeting and negotiates. The socket must be connected to a monitor in control
+    /// mode.
     ///
     /// # Errors
     /// The deadline passed, or what is at the other end closed or does not speak QMP.
     pub async fn open(stream: StdUnixStream, timeout: Duration) -> Result<(Qmp, String)> {
-        let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+        let stream = stream
+            .set_nonblocking(true)
+            .and_then(|()| UnixStream::from_std(stream));
         let stream = stream.doing(|| "set up the monitor's socket".into())?;
         let (requests, queue) = mpsc::unbounded_channel();
         let (greet, greeting) = oneshot::channel();
         let (close, closed) = watch::channel(None);
-        let watched = Watched { events: broadcast::Sender::new(EVENTS), last_word: Arc::default(), closed };
+        let watched = Watched {
+            events: broadcast::Sender::new(EVENTS),
+            last_word: Arc::default(),
+            closed,
+        };
         let task = Task {
             stream,
             decoder: Decoder::default(),
@@ -131,8 +140,13 @@ impl Qmp {
     /// Runs a command.
     ///
     /// # Errors
-    /// QEMU's own, the end of the connection, or the deadline: then it is not known whether it was done, so ask.
-    pub async fn execute_within<C: Command>(&self, command: &C, timeout: Duration) -> Result<C::Reply> {
+    /// QEMU's own, the end of the connection, or the deadline: then it is not known whether it was
+    /// done, so ask.
+    pub async fn execute_within<C: Command>(
+        &self,
+        command: &C,
+        timeout: Duration,
+    ) -> Result<C::Reply> {
         self.send(command, None, timeout).await
     }
 
@@ -144,7 +158,15 @@ impl Qmp {
         let doing = "passing a descriptor to QEMU";
         within(COMMAND_DEADLINE, doing, async {
             let _alone = self.0.passing_fd.lock().await;
-            self.send(&Getfd { fdname: name.into() }, Some(fd), COMMAND_DEADLINE).await.map(drop)
+            self.send(
+                &Getfd {
+                    fdname: name.into(),
+                },
+                Some(fd),
+                COMMAND_DEADLINE,
+            )
+            .await
+            .map(drop)
         })
         .await
     }
@@ -157,7 +179,9 @@ impl Qmp {
         let doing = "passing a descriptor to QEMU";
         within(COMMAND_DEADLINE, doing, async {
             let _alone = self.0.passing_fd.lock().await;
-            self.send(&AddFd {}, Some(fd), COMMAND_DEADLINE).await.map(|set| set.fdset_id)
+            self.send(&AddFd {}, Some(fd), COMMAND_DEADLINE)
+                .await
+                .map(|set| set.fdset_id)
         })
         .await
     }
@@ -167,7 +191,11 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute_within`].
     pub async fn close_fd(&self, name: &str) -> Result<()> {
-        self.execute(&Closefd { fdname: name.into() }).await.map(drop)
+        self.execute(&Closefd {
+            fdname: name.into(),
+        })
+        .await
+        .map(drop)
     }
 
     /// Events from now on. A reader that is more than 256 behind learns that it missed some.
@@ -184,8 +212,14 @@ impl Qmp {
     pub(crate) fn closing(&self) -> impl Future<Output = String> + Send + 'static {
         let mut closed = self.0.watched.closed.clone();
         async move {
-            let reason = closed.wait_for(Option::is_some).await.map(|reason| reason.clone());
-            reason.ok().flatten().unwrap_or_else(|| "the runtime ended".into())
+            let reason = closed
+                .wait_for(Option::is_some)
+                .await
+                .map(|reason| reason.clone());
+            reason
+                .ok()
+                .flatten()
+                .unwrap_or_else(|| "the runtime ended".into())
         }
     }
 
@@ -195,22 +229,39 @@ impl Qmp {
     }
 
     async fn closed_error(&self) -> Error {
-        Error::Closed { reason: self.closing().await }
+        Error::Closed {
+            reason: self.closing().await,
+        }
     }
 
-    async fn send<C: Command>(&self, command: &C, fd: Option<OwnedFd>, timeout: Duration) -> Result<C::Reply> {
+    async fn send<C: Command>(
+        &self,
+        command: &C,
+        fd: Option<OwnedFd>,
+        timeout: Duration,
+    ) -> Result<C::Reply> {
         let shared = &self.0;
         let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let line = encode(C::NAME, command, id)
-            .map_err(|error| Error::Unsupported(format!("{} cannot be written as JSON: {error}", C::NAME)))?;
+        let line = encode(C::NAME, command, id).map_err(|error| {
+            Error::Unsupported(format!("{} cannot be written as JSON: {error}", C::NAME))
+        })?;
         let doing = format!("QEMU's answer to {}", C::NAME);
         let outcome = within(timeout, &doing, async {
-            // The semaphore is never closed; if it were, that would be the end of the connection too.
+            // The semaphore is never closed; if it were, that would be the end of the connection
+            // too.
             let Ok(permit) = shared.in_flight.clone().acquire_owned().await else {
                 return Err(self.closed_error().await);
             };
             let (reply, outcome) = oneshot::channel();
-            let request = Request { id, line, fd, waiter: Waiter { reply, _in_flight: permit } };
+            let request = Request {
+                id,
+                line,
+                fd,
+                waiter: Waiter {
+                    reply,
+                    _in_flight: permit,
+                },
+            };
             if shared.requests.send(request).is_err() {
                 return Err(self.closed_error().await);
             }
@@ -220,16 +271,31 @@ impl Qmp {
             }
         })
         .await?;
-        let value = outcome.map_err(|(class, desc)| Error::Refused { command: C::NAME, class, desc })?;
-        C::Reply::deserialize(value)
-            .map_err(|error| Error::Unsupported(format!("QEMU's answer to {} is not understood: {error}", C::NAME)))
+        let value = outcome.map_err(|(class, desc)| Error::Refused {
+            command: C::NAME,
+            class,
+            desc,
+        })?;
+        C::Reply::deserialize(value).map_err(|error| {
+            Error::Unsupported(format!(
+                "QEMU's answer to {} is not understood: {error}",
+                C::NAME
+            ))
+        })
     }
 }
 
-async fn within<T>(timeout: Duration, doing: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+async fn within<T>(
+    timeout: Duration,
+    doing: &str,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
     match tokio::time::timeout(timeout, work).await {
         Ok(result) => result,
-        Err(_) => Err(Error::Deadline { doing: doing.to_owned(), timeout }),
+        Err(_) => Err(Error::Deadline {
+            doing: doing.to_owned(),
+            timeout,
+        }),
     }
 }
 
@@ -248,8 +314,11 @@ impl Task {
     /// Runs until the connection ends, and says why it did.
     async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Request>) -> String {
         loop {
-            let interest =
-                if self.outgoing.is_empty() { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
+            let interest = if self.outgoing.is_empty() {
+                Interest::READABLE
+            } else {
+                Interest::READABLE | Interest::WRITABLE
+            };
             let step = tokio::select! {
                 request = queue.recv() => match request {
                     Some(request) => {
@@ -259,7 +328,8 @@ impl Task {
                     None => return "no longer used".into(),
                 },
                 ready = self.stream.ready(interest) => match ready {
-                    // Both every time: neither a flood of events nor one of commands may starve the other direction.
+                    // Both every time: neither a flood of events nor one of commands may starve the
+                    // other direction.
                     Ok(ready) => match if ready.is_readable() { self.read() } else { Ok(()) } {
                         Ok(()) if ready.is_writable() => self.write(),
                         other => other,
@@ -267,7 +337,8 @@ impl Task {
                     Err(error) => Err(error.to_string()),
                 },
             };
-            // Requests that are still queued, and all that wait, learn it from their dropped channels.
+            // Requests that are still queued, and all that wait, learn it from their dropped
+            // channels.
             if let Err(reason) = step {
                 return reason;
             }
@@ -291,7 +362,11 @@ impl Task {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error.to_string()),
         }
-        while let Some(message) = self.decoder.next_message().map_err(|error| error.to_string())? {
+        while let Some(message) = self
+            .decoder
+            .next_message()
+            .map_err(|error| error.to_string())?
+        {
             self.dispatch(message);
         }
         Ok(())
@@ -307,17 +382,25 @@ impl Task {
             Message::Event(event) => {
                 tracing::debug!(event = event.name, data = %event.data, "QEMU's event");
                 if let Some(word) = event.last_word() {
-                    *self.last_word.lock().unwrap_or_else(PoisonError::into_inner) = Some(word);
+                    *self
+                        .last_word
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner) = Some(word);
                 }
                 // Fails only if nobody listens.
                 let _ = self.events.send(event);
             }
-            Message::Reply { id: Some(id), outcome } => match self.waiting.remove(&id) {
+            Message::Reply {
+                id: Some(id),
+                outcome,
+            } => match self.waiting.remove(&id) {
                 // Fails only if the caller left: the late reply ends here.
                 Some(waiter) => drop(waiter.reply.send(outcome)),
                 None => tracing::debug!(id, "QEMU answered a command that nobody sent"),
             },
-            Message::Reply { id: None, outcome } => tracing::warn!(?outcome, "QEMU answered without an id"),
+            Message::Reply { id: None, outcome } => {
+                tracing::warn!(?outcome, "QEMU answered without an id")
+            }
         }
     }
 
@@ -329,7 +412,13 @@ impl Task {
                 let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
                 let socket = self.stream.as_fd().as_raw_fd();
                 let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-                Ok(sendmsg::<()>(socket, &[IoSlice::new(line)], rights, flags, None)?)
+                Ok(sendmsg::<()>(
+                    socket,
+                    &[IoSlice::new(line)],
+                    rights,
+                    flags,
+                    None,
+                )?)
             });
             match sent {
                 Ok(count) => {

@@ -1,5 +1,5 @@
-//! Events: things that QEMU tells unasked. Any name parses; some are rate-limited by QEMU, so an event is a hint and a
-//! query is the truth.
+//! Events: things that QEMU tells unasked. Any name parses; some are rate-limited by QEMU, so an
+//! event is a hint and a query is the truth.
 
 use serde_json::Value;
 
@@ -25,7 +25,9 @@ impl Event {
             "GUEST_PANICKED" => Some("the guest kernel panicked".into()),
             "SHUTDOWN" => Some(match reason {
                 "guest-shutdown" => "the guest powered off".into(),
-                "guest-reset" => "the guest rebooted (its kernel panicked, or its init asked for it)".into(),
+                "guest-reset" => {
+                    "the guest rebooted (its kernel panicked, or its init asked for it)".into()
+                }
                 "guest-panic" => "the guest kernel panicked".into(),
                 "host-qmp-quit" => "it was asked to quit".into(),
                 "host-signal" => "it was asked to end by a signal".into(),
@@ -44,11 +46,22 @@ mod tests {
 
     #[test]
     fn a_shutdown_says_who_wanted_it() {
-        let event = |name: &str, data| Event { name: name.into(), data };
+        let event = |name: &str, data| Event {
+            name: name.into(),
+            data,
+        };
         let reset = event("SHUTDOWN", json!({"guest": true, "reason": "guest-reset"}));
         assert!(reset.last_word().unwrap().contains("rebooted"));
-        assert_eq!(event("SHUTDOWN", json!({"reason": "new-one"})).last_word().unwrap(), "it shut down (new-one)");
-        assert_eq!(event("SHUTDOWN", Value::Null).last_word().unwrap(), "it shut down (no reason given)");
+        assert_eq!(
+            event("SHUTDOWN", json!({"reason": "new-one"}))
+                .last_word()
+                .unwrap(),
+            "it shut down (new-one)"
+        );
+        assert_eq!(
+            event("SHUTDOWN", Value::Null).last_word().unwrap(),
+            "it shut down (no reason given)"
+        );
         assert_eq!(event("STOP", Value::Null).last_word(), None);
     }
 }

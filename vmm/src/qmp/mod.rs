@@ -1,5 +1,5 @@
-//! The QEMU machine protocol: what a line means, one connection, the commands and events this crate uses. Knows the
-//! protocol and nothing of our virtual machine.
+//! The QEMU machine protocol: what a line means, one connection, the commands and events this crate
+//! uses. Knows the protocol and nothing of our virtual machine.
 
 mod codec;
 pub(crate) mod commands;

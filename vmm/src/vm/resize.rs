@@ -1,5 +1,5 @@
-//! How many CPUs and how much memory a machine has, changed while it runs, between what it was started with and the
-//! most that it was made for.
+//! How many CPUs and how much memory a machine has, changed while it runs, between what it was
+//! started with and the most that it was made for.
 
 use std::time::Duration;
 
@@ -11,10 +11,12 @@ use crate::devices::{Device, memory};
 use crate::error::{Error, Result};
 use crate::qmp::commands::{DeviceAdd, HotpluggableCpu, QomGet, QomSet, QueryHotpluggableCpus};
 
-/// Between two looks at the size of the memory. QEMU tells it by events too, but not more than one a second.
+/// Between two looks at the size of the memory. QEMU tells it by events too, but not more than one
+/// a second.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// How long a guest may take for its next step. One that cannot give back any more tries again only after a minute.
+/// How long a guest may take for its next step. One that cannot give back any more tries again only
+/// after a minute.
 const STALLED: Duration = Duration::from_secs(3);
 
 /// Ids of added CPUs are this and how many CPUs there were before.
@@ -27,15 +29,17 @@ pub(super) struct Limits {
     pub max_vcpus: u32,
     pub memory_mib: u64,
     pub max_memory_mib: u64,
-    /// Whether CPUs can go again. Not emulated ones: QEMU 7.2 keeps what it had for each of them and has room for no
-    /// more than the most there can be at once, so the next ones that come corrupt its memory.
+    /// Whether CPUs can go again. Not emulated ones: QEMU 7.2 keeps what it had for each of them
+    /// and has room for no more than the most there can be at once, so the next ones that come
+    /// corrupt its memory.
     pub vcpus_can_go: bool,
 }
 
 impl Vm {
-    /// Brings the number of virtual CPUs as near to `wanted` as it can: never more than the machine was made for, never
-    /// less than it began with, and only those leave that the running guest lets go, under emulation none. Returns how many there are now. The
-    /// guest sees added CPUs as offline until somebody in it sets them online.
+    /// Brings the number of virtual CPUs as near to `wanted` as it can: never more than the machine
+    /// was made for, never less than it began with, and only those leave that the running guest
+    /// lets go, under emulation none. Returns how many there are now. The guest sees added CPUs as
+    /// offline until somebody in it sets them online.
     ///
     /// # Errors
     /// QEMU's own, or its death. Some CPUs may have come or gone.
@@ -46,7 +50,8 @@ impl Vm {
         let resized = async {
             let mut cpus = self.qmp.execute(&QueryHotpluggableCpus {}).await?;
             cpus.sort_by_key(HotpluggableCpu::place);
-            let (present, free): (Vec<_>, Vec<_>) = cpus.into_iter().partition(|cpu| cpu.qom_path.is_some());
+            let (present, free): (Vec<_>, Vec<_>) =
+                cpus.into_iter().partition(|cpu| cpu.qom_path.is_some());
             let mut count = present.len();
             for cpu in free.into_iter().take(wanted.saturating_sub(count)) {
                 let mut arguments = cpu.props;
@@ -55,17 +60,34 @@ impl Vm {
                 self.qmp.execute(&DeviceAdd(arguments)).await?;
                 count += 1;
             }
-            let added = |cpu: &HotpluggableCpu| cpu.qom_path.as_deref()?.strip_prefix(CPU)?.parse::<u32>().ok();
+            let added = |cpu: &HotpluggableCpu| {
+                cpu.qom_path
+                    .as_deref()?
+                    .strip_prefix(CPU)?
+                    .parse::<u32>()
+                    .ok()
+            };
             let removable = present.iter().filter(|_| self.limits.vcpus_can_go);
             let mut added: Vec<u32> = removable.filter_map(added).collect();
             added.sort_unstable();
             while count > wanted
                 && let Some(last) = added.pop()
             {
-                match self.unplug(&format!("cpu{last}"), until.saturating_duration_since(Instant::now())).await {
+                match self
+                    .unplug(
+                        &format!("cpu{last}"),
+                        until.saturating_duration_since(Instant::now()),
+                    )
+                    .await
+                {
                     Ok(()) => count -= 1,
-                    // Refused by the guest, or by QEMU while the guest has not come so far that it could be asked.
-                    Err(error @ (Error::Deadline { .. } | Error::Unsupported(_) | Error::Refused { .. })) => {
+                    // Refused by the guest, or by QEMU while the guest has not come so far that it
+                    // could be asked.
+                    Err(
+                        error @ (Error::Deadline { .. }
+                        | Error::Unsupported(_)
+                        | Error::Refused { .. }),
+                    ) => {
                         tracing::warn!(%error, wanted, "the guest keeps more CPUs than wanted");
                         break;
                     }
@@ -80,25 +102,40 @@ impl Vm {
         }
     }
 
-    /// Brings the guest's memory as near to `wanted_mib` as it can, in steps of 2 MiB (rounded up): never more than the
-    /// machine was made for, never less than it began with. Waits until the guest is done, makes no progress any more or
-    /// the time is over, and returns how many MiB it has now: a guest that shrinks keeps what it cannot free, and goes on
-    /// trying. The first growth takes a root port.
+    /// Brings the guest's memory as near to `wanted_mib` as it can, in steps of 2 MiB (rounded up):
+    /// never more than the machine was made for, never less than it began with. Waits until the
+    /// guest is done, makes no progress any more or the time is over, and returns how many MiB it
+    /// has now: a guest that shrinks keeps what it cannot free, and goes on trying. The first
+    /// growth takes a root port.
     ///
     /// # Errors
     /// No free root port, QEMU's own, or its death.
     pub async fn resize_memory(&self, wanted_mib: u64, timeout: Duration) -> Result<u64> {
         let _alone = self.resizing.lock().await;
-        let Limits { memory_mib, max_memory_mib, .. } = self.limits;
+        let Limits {
+            memory_mib,
+            max_memory_mib,
+            ..
+        } = self.limits;
         let until = Instant::now() + timeout;
         let wanted = wanted_mib.clamp(memory_mib, max_memory_mib) - memory_mib;
         let wanted = (wanted << 20).next_multiple_of(memory::BLOCK);
-        let device = self.devices().attached.keys().find(|id| id.starts_with(memory::KIND)).cloned();
+        let device = self
+            .devices()
+            .attached
+            .keys()
+            .find(|id| id.starts_with(memory::KIND))
+            .cloned();
         let id = match device {
             None if wanted == 0 => return Ok(memory_mib),
             None => {
                 let size = memory::region_mib(memory_mib, max_memory_mib) << 20;
-                self.attach(Device::Memory(memory::Memory { size, requested: wanted })).await?.id
+                self.attach(Device::Memory(memory::Memory {
+                    size,
+                    requested: wanted,
+                }))
+                .await?
+                .id
             }
             Some(id) => id,
         };
@@ -111,11 +148,21 @@ impl Vm {
     /// Asks the guest for another size of the memory device, and waits for what comes of it.
     async fn settle_memory(&self, id: &str, wanted: u64, until: Instant) -> Result<u64> {
         let path = format!("/machine/peripheral/{id}");
-        let request = QomSet { path: path.clone(), property: "requested-size".into(), value: json!(wanted) };
+        let request = QomSet {
+            path: path.clone(),
+            property: "requested-size".into(),
+            value: json!(wanted),
+        };
         self.qmp.execute(&request).await?;
         let (mut size, mut moved) = (None, Instant::now());
         loop {
-            let reply = self.qmp.execute(&QomGet { path: path.clone(), property: "size".into() }).await?;
+            let reply = self
+                .qmp
+                .execute(&QomGet {
+                    path: path.clone(),
+                    property: "size".into(),
+                })
+                .await?;
             let now = reply.as_u64().ok_or_else(|| not_understood(&reply))?;
             if now == wanted {
                 return Ok(now);
@@ -124,7 +171,11 @@ impl Vm {
                 moved = Instant::now();
             }
             if Instant::now() >= until.min(moved + STALLED) {
-                tracing::warn!(wanted, size = now, "the guest did not change its memory as far as wanted");
+                tracing::warn!(
+                    wanted,
+                    size = now,
+                    "the guest did not change its memory as far as wanted"
+                );
                 return Ok(now);
             }
             sleep(LOOK_AGAIN).await;
@@ -133,5 +184,7 @@ impl Vm {
 }
 
 fn not_understood(reply: &Value) -> Error {
-    Error::Unsupported(format!("QEMU's size of the memory device is not understood: {reply}"))
+    Error::Unsupported(format!(
+        "QEMU's size of the memory device is not understood: {reply}"
+    ))
 }

@@ -1,4 +1,5 @@
-//! What the tests against a real QEMU share: where its pieces are, and a guest whose init is a shell script.
+//! What the tests against a real QEMU share: where its pieces are, and a guest whose init is a
+//! shell script.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -25,7 +26,11 @@ pub fn installed(relative: &str) -> PathBuf {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/prefix");
     let prefix = std::env::var_os("COFFERDAM_PREFIX").map_or(built, PathBuf::from);
     let file = prefix.join(relative);
-    assert!(file.is_file(), "{} is missing: run make install PREFIX=target/prefix", file.display());
+    assert!(
+        file.is_file(),
+        "{} is missing: run make install PREFIX=target/prefix",
+        file.display()
+    );
     file
 }
 
@@ -93,7 +98,11 @@ impl Lab {
     pub async fn prints(&self, text: &str) {
         let until = Instant::now() + SOON;
         while !self.console().contains(text) {
-            assert!(Instant::now() < until, "the guest did not print {text:?} but:\n{}", self.console());
+            assert!(
+                Instant::now() < until,
+                "the guest did not print {text:?} but:\n{}",
+                self.console()
+            );
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
@@ -101,17 +110,36 @@ impl Lab {
 
 /// A cpio archive (newc) with busybox and an init script.
 fn initramfs_of(script: &str) -> Vec<u8> {
-    let busybox = std::fs::read("/bin/busybox").expect("/bin/busybox is missing: run scripts/setup");
+    let busybox =
+        std::fs::read("/bin/busybox").expect("/bin/busybox is missing: run scripts/setup");
     let init = format!(
-        "#!/bin/busybox sh\n/bin/busybox mkdir -p /proc /sys /dev /mnt\n/bin/busybox mount -t proc proc /proc\n\
+        "#!/bin/busybox sh\n/bin/busybox mkdir -p /proc /sys /dev /mnt\n/bin/busybox mount -t \
+         proc proc /proc\n\
          /bin/busybox mount -t sysfs sys /sys\n/bin/busybox mount -t devtmpfs dev /dev\n\
-         exec >/dev/hvc0 2>&1 </dev/null\nexport PATH=/bin\nbusybox --install -s /bin\necho guest is up\n{script}\nexec sleep 1000000\n"
+         exec >/dev/hvc0 2>&1 </dev/null\nexport PATH=/bin\nbusybox --install -s /bin\necho guest \
+         is up\n{script}\nexec sleep 1000000\n"
     );
     let mut archive = Vec::new();
     let mut entry = |name: &str, mode: u32, data: &[u8]| {
-        let fields = [0, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+        let fields = [
+            0,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            data.len() as u32,
+            0,
+            0,
+            0,
+            0,
+            name.len() as u32 + 1,
+            0,
+        ];
         archive.extend_from_slice(b"070701");
-        fields.iter().for_each(|field| archive.extend_from_slice(format!("{field:08x}").as_bytes()));
+        fields
+            .iter()
+            .for_each(|field| archive.extend_from_slice(format!("{field:08x}").as_bytes()));
         archive.extend_from_slice(name.as_bytes());
         archive.push(0);
         archive.resize(archive.len().next_multiple_of(4), 0);
@@ -137,8 +165,9 @@ pub fn program(dir: &Path, name: &str, script: &str) -> PathBuf {
 /// Names in a directory.
 pub fn names(dir: impl AsRef<OsStr>) -> Vec<String> {
     let entries = std::fs::read_dir(Path::new(dir.as_ref())).unwrap();
-    let mut names: Vec<String> =
-        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
     names.sort();
     names
 }

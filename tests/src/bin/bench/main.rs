@@ -1,7 +1,12 @@
-//! `make bench`: what a container costs, beside runc and beside a bare QEMU with the same machine and kernel. Prints a
-//! table and writes `target/bench.json`, a list of `{name, unit, ours, runc, floor}` with medians; `null` where something
-//! does not exist.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed measurement ends the benchmark")]
+//! `make bench`: what a container costs, beside runc and beside a bare QEMU with the same machine
+//! and kernel. Prints a table and writes `target/bench.json`, a list of `{name, unit, ours, runc,
+//! floor}` with medians; `null` where something does not exist.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed measurement ends the benchmark"
+)]
 
 mod pods;
 
@@ -30,7 +35,8 @@ struct Row {
 
 fn main() -> ExitCode {
     let suite = Suite::of_pods();
-    let envs = [Runtime::Cofferdam, Runtime::Runc].map(|runtime| suite.env(Release::V1_7, runtime, "bench"));
+    let envs = [Runtime::Cofferdam, Runtime::Runc]
+        .map(|runtime| suite.env(Release::V1_7, runtime, "bench"));
     let mut rows = measure(&envs);
     rows.extend(pods::measure(&envs));
     drop(envs);
@@ -42,7 +48,13 @@ fn measure(envs: &[Env; 2]) -> Vec<Row> {
     let say = |what: &str| eprintln!("measuring {what}");
     let mut rows = Vec::new();
     let mut row = |name, unit, [ours, runc]: [f64; 2], floor| {
-        rows.push(Row { name, unit, ours: Some(ours), runc: Some(runc), floor });
+        rows.push(Row {
+            name,
+            unit,
+            ours: Some(ours),
+            runc: Some(runc),
+            floor,
+        });
     };
 
     say("the bare machine");
@@ -62,19 +74,50 @@ fn measure(envs: &[Env; 2]) -> Vec<Row> {
     row("start.cold", "ms", [ours, runc], Some(floor));
     row("start.unconfined", "ms", [unconfined, runc], Some(floor));
     say("execs");
-    row("exec.true", "ms", both(envs, 25, Env::idle, |container, _| millis(container.exec(&["true"]).ok().took)), None);
+    row(
+        "exec.true",
+        "ms",
+        both(envs, 25, Env::idle, |container, _| {
+            millis(container.exec(&["true"]).ok().took)
+        }),
+        None,
+    );
     say("stops");
     let stop = [0, 1].map(|index| median((0..7).map(|_| stop(&envs[index])).collect()));
     row("stop", "ms", stop, None);
     say("streams");
-    row("stdio.out", "MiB/s", both(envs, 5, Env::idle, stream_out), None);
-    row("stdio.in", "MiB/s", both(envs, 5, Env::idle, stream_in), None);
+    row(
+        "stdio.out",
+        "MiB/s",
+        both(envs, 5, Env::idle, stream_out),
+        None,
+    );
+    row(
+        "stdio.in",
+        "MiB/s",
+        both(envs, 5, Env::idle, stream_in),
+        None,
+    );
     say("memory");
     let idle = envs.each_ref().map(|env| idle_memory(env, &[]));
     let floor = machine.idle_memory();
     row("memory.idle_pss", "MiB", idle, Some(floor));
-    row("memory.unconfined", "MiB", [idle_memory(&envs[0], &open), idle[1]], Some(floor));
-    rows.insert(1, Row { name: "start.clone", unit: "ms", ours: None, runc: None, floor: None });
+    row(
+        "memory.unconfined",
+        "MiB",
+        [idle_memory(&envs[0], &open), idle[1]],
+        Some(floor),
+    );
+    rows.insert(
+        1,
+        Row {
+            name: "start.clone",
+            unit: "ms",
+            ours: None,
+            runc: None,
+            floor: None,
+        },
+    );
     rows
 }
 
@@ -115,9 +158,22 @@ fn unconfined(env: &Env) -> PathBuf {
 fn first_output(env: &Env, flags: &[&str]) -> f64 {
     let container = Container::adopt(env, &env.id());
     let began = Instant::now();
-    let mut command = env.run_command(&container.id, &[&["--rm"], flags].concat(), &["echo", "started"]);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-    child.stdout.take().unwrap().read_exact(&mut [0]).expect("the container's first byte");
+    let mut command = env.run_command(
+        &container.id,
+        &[&["--rm"], flags].concat(),
+        &["echo", "started"],
+    );
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut [0])
+        .expect("the container's first byte");
     let took = began.elapsed();
     assert!(child.wait().unwrap().success());
     millis(took)
@@ -141,7 +197,12 @@ fn stream_out(container: &Container, number: usize) -> f64 {
     let script = ["dd", "if=/dev/zero", "bs=64k", &count];
     let command = container.exec_command(&format!("out{number}"), &[], &script);
     let null = File::options().write(true).open("/dev/null").unwrap();
-    throughput(Running::start_into(command, None, null).wait(PATIENCE).ok().took)
+    throughput(
+        Running::start_into(command, None, null)
+            .wait(PATIENCE)
+            .ok()
+            .took,
+    )
 }
 
 fn stream_in(container: &Container, number: usize) -> f64 {
@@ -153,7 +214,12 @@ fn stream_in(container: &Container, number: usize) -> f64 {
     let count = format!("count={}", STREAM_MIB * 16);
     let script = ["dd", "of=/dev/null", "bs=64k", "iflag=fullblock", &count];
     let command = container.exec_command(&format!("in{number}"), &[], &script);
-    throughput(Running::start(command, Some(File::open(path).unwrap())).wait(PATIENCE).ok().took)
+    throughput(
+        Running::start(command, Some(File::open(path).unwrap()))
+            .wait(PATIENCE)
+            .ok()
+            .took,
+    )
 }
 
 /// MiB of all these processes together, once they have come to rest.
@@ -164,12 +230,18 @@ fn settled_memory(pids: &[u32]) -> f64 {
 
 fn idle_memory(env: &Env, flags: &[&str]) -> f64 {
     let _container = env.detached(&[&["--null-io"], flags].concat(), &["sleep", "3600"]);
-    let others = |process: &procs::Proc| process.program != "containerd" && process.program != "ctr";
-    let pids: Vec<u32> = procs::ours().into_iter().filter(others).map(|process| process.pid).collect();
+    let others =
+        |process: &procs::Proc| process.program != "containerd" && process.program != "ctr";
+    let pids: Vec<u32> = procs::ours()
+        .into_iter()
+        .filter(others)
+        .map(|process| process.pid)
+        .collect();
     settled_memory(&pids)
 }
 
-/// A QEMU without a shim: the command line of a real sandbox, less the monitor, with busybox for an agent.
+/// A QEMU without a shim: the command line of a real sandbox, less the monitor, with busybox for an
+/// agent.
 struct Machine {
     program: PathBuf,
     args: Vec<String>,
@@ -179,10 +251,16 @@ struct Machine {
 impl Machine {
     fn of_a_sandbox(env: &Env) -> Machine {
         let _container = env.idle();
-        let qemu = procs::named("qemu-system").into_iter().next().expect("a sandbox has a QEMU");
+        let qemu = procs::named("qemu-system")
+            .into_iter()
+            .next()
+            .expect("a sandbox has a QEMU");
         let program = fs::read_link(format!("/proc/{}/exe", qemu.pid)).unwrap();
         let cmdline = fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap();
-        let mut words = cmdline.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).skip(1);
+        let mut words = cmdline
+            .split(|byte| *byte == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .skip(1);
         let mut args = Vec::new();
         while let Some(word) = words.next() {
             match word.as_str() {
@@ -206,22 +284,36 @@ impl Machine {
         let tree = env.dir.join("tree");
         assets::busybox_tree(&tree);
         let mut pack = Command::new("sh");
-        pack.args(["-c", "find . | busybox cpio -o -H newc >../floor.cpio"]).current_dir(&tree);
+        pack.args(["-c", "find . | busybox cpio -o -H newc >../floor.cpio"])
+            .current_dir(&tree);
         run(pack, PATIENCE).ok();
-        Machine { program, args, initramfs: env.dir.join("floor.cpio") }
+        Machine {
+            program,
+            args,
+            initramfs: env.dir.join("floor.cpio"),
+        }
     }
 
     /// The machine with `init` as its PID 1.
     fn command(&self, init: &str) -> Command {
         let mut command = Command::new(&self.program);
         let (append, args) = self.args.split_last().unwrap();
-        command.args(args).arg(format!("{append} {init}")).arg("-initrd").arg(&self.initramfs).env(MARK, mark());
+        command
+            .args(args)
+            .arg(format!("{append} {init}"))
+            .arg("-initrd")
+            .arg(&self.initramfs)
+            .env(MARK, mark());
         command
     }
 
     /// From QEMU's start to its end, the guest doing nothing but to end.
     fn boot_and_end(&self) -> f64 {
-        millis(run(self.command("rdinit=/bin/reboot -- -f"), PATIENCE).ok().took)
+        millis(
+            run(self.command("rdinit=/bin/reboot -- -f"), PATIENCE)
+                .ok()
+                .took,
+        )
     }
 
     fn idle_memory(&self) -> f64 {
@@ -235,10 +327,16 @@ impl Machine {
 
 fn report(rows: &[Row]) {
     let show = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
-    println!("{:<18} {:>6} {:>10} {:>10} {:>10}", "", "unit", "cofferdam", "runc", "bare QEMU");
+    println!(
+        "{:<18} {:>6} {:>10} {:>10} {:>10}",
+        "", "unit", "cofferdam", "runc", "bare QEMU"
+    );
     for row in rows {
         let values = [row.ours, row.runc, row.floor].map(show);
-        println!("{:<18} {:>6} {:>10} {:>10} {:>10}", row.name, row.unit, values[0], values[1], values[2]);
+        println!(
+            "{:<18} {:>6} {:>10} {:>10} {:>10}",
+            row.name, row.unit, values[0], values[1], values[2]
+        );
     }
     let round = |value: Option<f64>| value.map(|value| (value * 10.0).round() / 10.0);
     let list: Vec<_> = rows

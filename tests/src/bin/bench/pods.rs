@@ -25,14 +25,22 @@ const PARALLEL: usize = 8;
 pub fn measure(envs: &[Env; 2]) -> Vec<Row> {
     let mut rows = Vec::new();
     let mut row = |name, unit, [ours, runc]: [f64; 2]| {
-        rows.push(Row { name, unit, ours: Some(ours), runc: Some(runc), floor: None });
+        rows.push(Row {
+            name,
+            unit,
+            ours: Some(ours),
+            runc: Some(runc),
+            floor: None,
+        });
     };
     eprintln!("measuring the network and volumes of pods");
     let volume = envs[0].dir.join("volume");
     fs::create_dir(&volume).unwrap();
     let pods = envs.each_ref().map(Pod::new);
     let mounts = json!({"mounts": [{"host_path": volume, "container_path": "/volume"}]});
-    let members = pods.each_ref().map(|pod| pod.run_with("idle", &["sleep", "3600"], mounts.clone()));
+    let members = pods
+        .each_ref()
+        .map(|pod| pod.run_with("idle", &["sleep", "3600"], mounts.clone()));
     let host = TcpListener::bind((envs[0].cri().gateways()[0].as_str(), 0)).unwrap();
     let both = |count: usize, measure: &dyn Fn(&Member<'_>) -> f64| {
         let mut values = [vec![], vec![]];
@@ -43,11 +51,29 @@ pub fn measure(envs: &[Env; 2]) -> Vec<Row> {
         }
         values.map(median)
     };
-    row("net.tcp_out", "MiB/s", both(5, &|member| tcp_out(member, &host)));
-    row("net.tcp_in", "MiB/s", both(5, &|member| tcp_in(member, &host)));
-    row("net.rtt", "µs", both(3, &|member| round_trip(member, &host)));
+    row(
+        "net.tcp_out",
+        "MiB/s",
+        both(5, &|member| tcp_out(member, &host)),
+    );
+    row(
+        "net.tcp_in",
+        "MiB/s",
+        both(5, &|member| tcp_in(member, &host)),
+    );
+    row(
+        "net.rtt",
+        "µs",
+        both(3, &|member| round_trip(member, &host)),
+    );
     let file = volume.join("file");
-    row("fs.write", "MiB/s", both(5, &|member| dd(member, "if=/dev/zero of=/volume/file conv=fsync")));
+    row(
+        "fs.write",
+        "MiB/s",
+        both(5, &|member| {
+            dd(member, "if=/dev/zero of=/volume/file conv=fsync")
+        }),
+    );
     let read = |member: &Member<'_>| {
         // One that no guest has seen: a guest keeps what it has read in its own memory.
         fs::remove_file(&file).unwrap();
@@ -76,7 +102,11 @@ fn start(env: &Env) -> f64 {
     let pod = Pod::new(env);
     let member = pod.run("first", &["echo", "started"]);
     while fs::metadata(&member.log).map_or(0, |log| log.len()) == 0 {
-        assert!(began.elapsed() < PATIENCE, "no line in {}", member.log.display());
+        assert!(
+            began.elapsed() < PATIENCE,
+            "no line in {}",
+            member.log.display()
+        );
         thread::sleep(Duration::from_millis(1));
     }
     millis(began.elapsed())
@@ -92,7 +122,10 @@ fn parallel(env: &Env) -> f64 {
     };
     let pods: Vec<Pod<'_>> = thread::scope(|scope| {
         let threads: Vec<_> = (0..PARALLEL).map(|_| scope.spawn(start)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     let took = millis(began.elapsed());
     drop(pods);
@@ -100,14 +133,29 @@ fn parallel(env: &Env) -> f64 {
 }
 
 /// Has `talk` of a container connect to the host, in one of its modes, while the host measures.
-fn talk<T>(member: &Member<'_>, host: &TcpListener, mode: &str, measure: impl FnOnce(TcpStream) -> T) -> T {
+fn talk<T>(
+    member: &Member<'_>,
+    host: &TcpListener,
+    mode: &str,
+    measure: impl FnOnce(TcpStream) -> T,
+) -> T {
     let address = host.local_addr().unwrap();
-    let amount = if mode == "send" { MIB.to_string() } else { String::new() };
-    let command = format!("exec talk {mode} tcp {} {} {amount}", address.ip(), address.port());
+    let amount = if mode == "send" {
+        MIB.to_string()
+    } else {
+        String::new()
+    };
+    let command = format!(
+        "exec talk {mode} tcp {} {} {amount}",
+        address.ip(),
+        address.port()
+    );
     thread::scope(|scope| {
         let client = scope.spawn(|| member.sh(&command));
         host.set_nonblocking(true).unwrap();
-        let (stream, _) = eventually("a connection of the container", PATIENCE, || host.accept().ok());
+        let (stream, _) = eventually("a connection of the container", PATIENCE, || {
+            host.accept().ok()
+        });
         stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -160,7 +208,9 @@ fn round_trip(member: &Member<'_>, host: &TcpListener) -> f64 {
 /// `dd` of the whole amount, by the container's clock, which counts hundredths of a second.
 fn dd(member: &Member<'_>, how: &str) -> f64 {
     let clock = "read now idle </proc/uptime; echo $now";
-    let output = member.sh(&format!("{clock}; dd bs=1M count={MIB} {how} 2>/dev/null; {clock}"));
+    let output = member.sh(&format!(
+        "{clock}; dd bs=1M count={MIB} {how} 2>/dev/null; {clock}"
+    ));
     let times: Vec<f64> = output.lines().map(|line| line.parse().unwrap()).collect();
     f64::from(MIB) / (times[1] - times[0]).max(0.01)
 }
