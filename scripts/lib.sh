@@ -9,7 +9,9 @@ prefix=$root/target/prefix
 # The versions that the project is tested with. Tools are cached by them.
 virtiofsd_version=1.14.0
 vhost_device_vsock_version=0.3.0
+cargo_deny_version=0.20.2
 tools=$cache/tools-virtiofsd-$virtiofsd_version-vsock-$vhost_device_vsock_version
+cargo_deny=$cache/cargo-deny-$cargo_deny_version
 
 # crictl and critest, of the cri-tools that tests/cri-tools pins, and what is with them.
 cri_tools=$cache/cri-tools-$(find "$root/tests/cri-tools" -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c1-16)

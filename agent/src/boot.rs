@@ -46,8 +46,8 @@ impl Parameters {
             .filter_map(|word| word.split_once('='))
         {
             match key {
-                agent_client::READY_PARAMETER => parameters.ready_port = value.parse().ok(),
-                agent_client::KEY_PARAMETER => parameters.keyed = value == "1",
+                guest_protocol::READY_PARAMETER => parameters.ready_port = value.parse().ok(),
+                guest_protocol::KEY_PARAMETER => parameters.keyed = value == "1",
                 "agent.log" => parameters.debug = matches!(value, "debug" | "trace"),
                 "agent.hotplug_timeout" => {
                     if let Ok(seconds) = value.parse() {

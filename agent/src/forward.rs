@@ -3,8 +3,8 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use agent_client::stdio::ACCEPTED;
-use agent_client::{FORWARD_MAGIC, Stream};
+use guest_protocol::stdio::ACCEPTED;
+use guest_protocol::{FORWARD_MAGIC, Stream};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use agent_client::{KEY_LINE, Key, Listener, Stream};
+use guest_protocol::{KEY_LINE, Key, Listener, Stream};
 use tokio::io::AsyncReadExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;

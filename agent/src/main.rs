@@ -34,7 +34,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agent_client::{AGENT_PORT, FORWARD_PORT, Listener, STDIO_PORT, Transport};
+use guest_protocol::{AGENT_PORT, FORWARD_PORT, Listener, STDIO_PORT, Transport};
 use tokio::sync::Notify;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 

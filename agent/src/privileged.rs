@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use agent_client::protocols::oci::{LinuxDevice, Spec};
+use guest_protocol::protocols::oci::{LinuxDevice, Spec};
 
 use crate::cgroup::devices;
 

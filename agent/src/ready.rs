@@ -4,7 +4,7 @@
 use std::io;
 use std::time::Duration;
 
-use agent_client::{KEY_LINE, Key};
+use guest_protocol::{KEY_LINE, Key};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};

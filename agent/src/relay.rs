@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-use agent_client::Stream;
+use guest_protocol::Stream;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 use tokio::io::{

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     CreateContainerRequest, CreateSandboxRequest, Device, Storage,
 };
-use agent_client::protocols::oci;
-use agent_client::stdio::Header;
-use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use guest_protocol::protocols::oci;
+use guest_protocol::stdio::Header;
+use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
 
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
@@ -28,8 +28,6 @@ use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{Claimed, Parking};
 use crate::storage::{Made, Storages, block_device, mount_storage};
-
-const BASE: &str = "/run/kata-containers";
 
 /// The one sandbox of this guest.
 #[derive(Debug)]
@@ -121,8 +119,7 @@ impl Sandbox {
             nix::unistd::sethostname(&request.hostname)
                 .what(|| format!("set hostname {}", request.hostname))?;
         }
-        let place = format!("{BASE}/sandbox");
-        fs::create_dir_all(&place).what(|| format!("create {place}"))?;
+        fs::create_dir_all(GUEST_SANDBOX).what(|| format!("create {GUEST_SANDBOX}"))?;
         for storage in &request.storages {
             self.mount(storage).await?;
         }

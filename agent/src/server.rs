@@ -6,18 +6,18 @@ use std::fs;
 use std::future::Future;
 use std::sync::Arc;
 
-use agent_client::protocols::agent as api;
-use agent_client::protocols::agent_ttrpc::{AgentService, create_agent_service};
-use agent_client::protocols::csi;
-use agent_client::protocols::health as health_api;
-use agent_client::protocols::health_ttrpc::{Health, create_health};
-use agent_client::protocols::types;
-use agent_client::stdio::Channel;
-use agent_client::{
+use async_trait::async_trait;
+use guest_protocol::protocols::agent as api;
+use guest_protocol::protocols::agent_ttrpc::{AgentService, create_agent_service};
+use guest_protocol::protocols::csi;
+use guest_protocol::protocols::health as health_api;
+use guest_protocol::protocols::health_ttrpc::{Health, create_health};
+use guest_protocol::protocols::types;
+use guest_protocol::stdio::Channel;
+use guest_protocol::{
     ALL_PROCESSES, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
     FEATURE_UDS,
 };
-use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};

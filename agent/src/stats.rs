@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, HugetlbStats, MemoryData,
     MemoryStats, PidsStats, ThrottlingData,
 };

@@ -6,10 +6,10 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use agent_client::protocols::agent::Storage;
-use agent_client::protocols::csi::volume_usage::Unit;
-use agent_client::protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage};
-use agent_client::{Transport, UDS_DRIVER};
+use guest_protocol::protocols::agent::Storage;
+use guest_protocol::protocols::csi::volume_usage::Unit;
+use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage};
+use guest_protocol::{Transport, UDS_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use tokio::time::{Instant, sleep};

@@ -6,9 +6,9 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use agent_client::protocols::agent::Storage;
-use agent_client::stdio::ACCEPTED;
-use agent_client::{Listener, Stream, Transport, UDS_MAGIC};
+use guest_protocol::protocols::agent::Storage;
+use guest_protocol::stdio::ACCEPTED;
+use guest_protocol::{Listener, Stream, Transport, UDS_MAGIC};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::task::AbortHandle;

@@ -1,6 +1,6 @@
 #![no_main]
 
-use agent_client::{KEY_LINE, Key};
+use guest_protocol::{KEY_LINE, Key};
 
 libfuzzer_sys::fuzz_target!(|line: [u8; KEY_LINE]| {
     if let Some(key) = Key::parse(line) {

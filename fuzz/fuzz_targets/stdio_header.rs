@@ -1,6 +1,6 @@
 #![no_main]
 
-use agent_client::stdio::Header;
+use guest_protocol::stdio::Header;
 
 libfuzzer_sys::fuzz_target!(|text: &str| {
     if let Ok(header) = text.parse::<Header>() {

@@ -3,16 +3,16 @@
 
 use std::collections::HashMap;
 
-use agent_client::protocols::agent::{AgentDetails, StatsContainerResponse, WaitProcessResponse};
+use guest_protocol::protocols::agent::{AgentDetails, StatsContainerResponse, WaitProcessResponse};
 use protobuf::Message;
 
 use crate::config::Config;
-use crate::container::pod::{self, Role};
-use crate::container::{devices, spec, to_proto};
+use crate::container::role::{self, Role};
+use crate::container::{devices, spec};
 use crate::from_guest::{Features, Stats, judge, text};
+use crate::guest::{guest_spec, host_sockets};
+use crate::host::ledger;
 use crate::metrics;
-use crate::sandbox::ledger;
-use crate::uds;
 
 /// Longest text of a guest's that anything keeps.
 const TEXT: usize = 1024;
@@ -49,16 +49,16 @@ pub fn agent(bytes: &[u8]) {
 /// The first line of a connection to a socket of the host.
 pub fn socket_line(bytes: &[u8]) {
     let mut bytes = bytes;
-    let _ = futures::executor::block_on(uds::read_line(&mut bytes));
+    let _ = futures::executor::block_on(host_sockets::read_line(&mut bytes));
 }
 
 /// A container's spec, and what the agent gets of it.
 pub fn spec(bytes: &[u8]) {
     let Ok(spec) = spec::parse(bytes) else { return };
     let role = Role::of(&spec);
-    let _ = pod::namespaces(&spec, role, |pid| (pid % 2 == 0).then(String::new));
+    let _ = role::namespaces(&spec, role, |pid| (pid % 2 == 0).then(String::new));
     let devices = devices::sort(&spec).unwrap_or_default();
-    let place = to_proto::Place {
+    let place = guest_spec::Place {
         rootfs: "/rootfs".to_owned(),
         mounts: Vec::new(),
         devices: devices.entries,
@@ -68,7 +68,7 @@ pub fn spec(bytes: &[u8]) {
         cgroup: "/c".to_owned(),
         seccomp: true,
     };
-    let _ = to_proto::spec(&spec, place).write_to_bytes();
+    let _ = guest_spec::spec(&spec, place).write_to_bytes();
 }
 
 /// A configuration and the annotations of a pod.

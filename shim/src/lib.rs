@@ -7,7 +7,6 @@
 
 mod args;
 mod bootstrap;
-mod cgroup;
 mod config;
 mod container;
 mod cri;
@@ -16,16 +15,17 @@ mod events;
 mod from_guest;
 #[cfg(fuzzing)]
 pub mod fuzz;
-mod identity;
+mod guest;
+mod host;
 mod info;
 mod logging;
 mod metrics;
+mod model;
 mod network;
 mod relay;
 mod sandbox;
 mod service;
 mod stdio;
-mod uds;
 
 use std::process::ExitCode;
 

@@ -238,7 +238,7 @@ fn legacy(stats: &Stats) -> v1::Metrics {
 
 #[cfg(test)]
 mod tests {
-    use agent_client::protocols::agent::{
+    use guest_protocol::protocols::agent::{
         BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, MemoryStats,
     };
     use protobuf::Message;

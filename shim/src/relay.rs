@@ -5,7 +5,7 @@ use std::future::Future;
 use std::io;
 use std::time::Duration;
 
-use agent_client::Listener;
+use guest_protocol::Listener;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
@@ -35,9 +35,9 @@ impl Accept for TcpListener {
 }
 
 impl Accept for Listener {
-    type Connection = agent_client::Stream;
+    type Connection = guest_protocol::Stream;
 
-    async fn accept(&self) -> io::Result<agent_client::Stream> {
+    async fn accept(&self) -> io::Result<guest_protocol::Stream> {
         Listener::accept(self).await
     }
 }

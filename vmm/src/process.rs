@@ -356,7 +356,7 @@ impl Process {
         tail.lines.iter().cloned().chain(rest).collect()
     }
 
-    /// "exited with status 1: <last line of stderr>".
+    /// `exited with status 1: its last words`.
     pub(crate) fn last_words(&self, exit: Exit) -> String {
         match last_words(&self.stderr_tail()) {
             Some(line) => format!("{exit}: {line}"),

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use agent_client::protocols::oci::LinuxDeviceCgroup;
+use guest_protocol::protocols::oci::LinuxDeviceCgroup;
 
 use crate::error::{Error, Result, What};
 

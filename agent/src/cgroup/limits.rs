@@ -1,6 +1,6 @@
 //! OCI resources as cgroup v2 files and values, by the rules that runc uses.
 
-use agent_client::protocols::oci::{
+use guest_protocol::protocols::oci::{
     LinuxBlockIO, LinuxCPU, LinuxMemory, LinuxResources, LinuxThrottleDevice,
 };
 
@@ -146,7 +146,7 @@ fn block_settings(block: &LinuxBlockIO, out: &mut Vec<Setting>) {
 
 #[cfg(test)]
 mod tests {
-    use agent_client::protocols::oci::{LinuxHugepageLimit, LinuxPids};
+    use guest_protocol::protocols::oci::{LinuxHugepageLimit, LinuxPids};
 
     use super::*;
 

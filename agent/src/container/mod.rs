@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_client::protocols::oci;
+use guest_protocol::protocols::oci;
 use tokio::time::timeout;
 
 use self::plan::{Plan, ProcessPlan};

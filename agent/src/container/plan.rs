@@ -8,7 +8,7 @@ use std::path::{Component, Path};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use agent_client::protocols::oci::{self, LinuxCapabilities, LinuxIDMapping, Spec};
+use guest_protocol::protocols::oci::{self, LinuxCapabilities, LinuxIDMapping, Spec};
 use nix::mount::MsFlags;
 
 use super::mount_options::{Options, propagation};
@@ -483,7 +483,9 @@ fn sysctl(key: &str, value: &str) -> Result<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use agent_client::protocols::oci::{Linux, LinuxDevice, LinuxNamespace, Mount, Process, Root};
+    use guest_protocol::protocols::oci::{
+        Linux, LinuxDevice, LinuxNamespace, Mount, Process, Root,
+    };
 
     use super::*;
 

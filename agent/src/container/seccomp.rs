@@ -7,7 +7,7 @@ use std::io::{Read, Seek};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use agent_client::protocols::oci::{LinuxSeccomp, LinuxSyscall};
+use guest_protocol::protocols::oci::{LinuxSeccomp, LinuxSyscall};
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
 };

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use agent_client::protocols::agent::Interfaces;
-use agent_client::protocols::types::{IPAddress, Interface};
+use guest_protocol::protocols::agent::Interfaces;
+use guest_protocol::protocols::types::{IPAddress, Interface};
 
 use super::{
     PUT, family, ip_of, mac_text, octets, open, parse_ip, parse_length, parse_mac, protocol_family,

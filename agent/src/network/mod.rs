@@ -6,8 +6,8 @@ mod route;
 
 use std::net::IpAddr;
 
-use agent_client::protocols::agent::ARPNeighbors;
-use agent_client::protocols::types::IPFamily;
+use guest_protocol::protocols::agent::ARPNeighbors;
+use guest_protocol::protocols::types::IPFamily;
 
 use crate::error::{Error, Result, What};
 use crate::netlink::{Message, Netlink};

@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use agent_client::protocols::agent::Routes;
-use agent_client::protocols::types::{IPFamily, Route};
+use guest_protocol::protocols::agent::Routes;
+use guest_protocol::protocols::types::{IPFamily, Route};
 
 use super::{PUT, family, ip_of, link, octets, open, parse_ip, parse_length};
 use crate::error::{Error, Result, What};

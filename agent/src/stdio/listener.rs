@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::Stream;
-use agent_client::stdio::{ACCEPTED, Header, MAX_HEADER};
+use guest_protocol::Stream;
+use guest_protocol::stdio::{ACCEPTED, Header, MAX_HEADER};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 

@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_client::Stream;
-use agent_client::stdio::Channel;
+use guest_protocol::Stream;
+use guest_protocol::stdio::Channel;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use agent_client::Stream;
-use agent_client::stdio::{Channel, Header};
+use guest_protocol::Stream;
+use guest_protocol::stdio::{Channel, Header};
 
 /// More streams than this wait for nobody.
 const LIMIT: usize = 256;

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use agent_client::protocols::agent::{CreateContainerRequest, Storage};
-use agent_client::stdio::ACCEPTED;
-use agent_client::{FORWARD_PORT, Stream, UDS_DRIVER, UDS_PORT};
+use guest_protocol::protocols::agent::{CreateContainerRequest, Storage};
+use guest_protocol::stdio::ACCEPTED;
+use guest_protocol::{FORWARD_PORT, Stream, UDS_DRIVER, UDS_PORT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
@@ -183,7 +183,7 @@ async fn with_socket(client: &Client<'_>, id: &str) -> String {
     place
 }
 
-async fn accept(listener: &agent_client::Listener) -> Stream {
+async fn accept(listener: &guest_protocol::Listener) -> Stream {
     let mut stream = timeout(DEADLINE, listener.accept()).await.unwrap().unwrap();
     let mut line = [0; "cofferdam-uds/2 csi 0 0\n".len()];
     timeout(DEADLINE, stream.read_exact(&mut line))

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     CreateContainerRequest, ExecProcessRequest, RemoveContainerRequest, SignalProcessRequest,
     StartContainerRequest, WaitProcessRequest,
 };
-use agent_client::protocols::oci::{
+use guest_protocol::protocols::oci::{
     self, Linux, LinuxCapabilities, LinuxNamespace, Mount, Process, Root, Spec,
 };
-use agent_client::stdio::{ACCEPTED, Channel, Header};
-use agent_client::{AGENT_PORT, AgentClient, STDIO_PORT, Stream, context};
+use guest_protocol::stdio::{ACCEPTED, Channel, Header};
+use guest_protocol::{AGENT_PORT, AgentClient, STDIO_PORT, Stream, context};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use ttrpc::context::Context;

@@ -1,9 +1,9 @@
 //! What a container's world looks like: namespaces, file system, devices; and what happens when it
 //! cannot be made.
 
-use agent_client::POD_PID_PATH;
-use agent_client::protocols::agent::CreateContainerRequest;
-use agent_client::protocols::oci::{LinuxDevice, LinuxIDMapping, LinuxNamespace};
+use guest_protocol::POD_PID_PATH;
+use guest_protocol::protocols::agent::CreateContainerRequest;
+use guest_protocol::protocols::oci::{LinuxDevice, LinuxIDMapping, LinuxNamespace};
 use ttrpc::Code;
 
 use super::client::{Client, linux, mount, process, refusal, soon};
@@ -292,7 +292,7 @@ pub async fn a_user_namespace_maps_root_to_somebody(client: &Client<'_>) {
         Size: 65536,
         ..Default::default()
     };
-    let change = |spec: &mut agent_client::protocols::oci::Spec| {
+    let change = |spec: &mut guest_protocol::protocols::oci::Spec| {
         let user = LinuxNamespace {
             Type: "user".into(),
             ..Default::default()

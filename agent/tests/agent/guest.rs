@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use agent_client::Transport;
+use guest_protocol::Transport;
 use tempfile::TempDir;
 
 /// Port on the host's end to which the guest sends its ready notice.
-const READY_PORT: u32 = agent_client::READY_PORT;
+const READY_PORT: u32 = guest_protocol::READY_PORT;
 
 const BOOT: Duration = Duration::from_secs(60);
 
@@ -127,7 +127,7 @@ impl Guest {
              mitigations=off \
              lapic_timer_hz=1000000000 pcie_ports=compat rcupdate.rcu_expedited=1 agent.log=debug \
              console=ttyS0 {}={READY_PORT}",
-            agent_client::READY_PARAMETER
+            guest_protocol::READY_PARAMETER
         );
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1",

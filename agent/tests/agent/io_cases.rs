@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest, WriteStreamRequest,
 };
-use agent_client::protocols::oci::{Box as Size, User};
-use agent_client::stdio::Channel;
+use guest_protocol::protocols::oci::{Box as Size, User};
+use guest_protocol::stdio::Channel;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -221,7 +221,7 @@ pub async fn stdio_can_be_polled(client: &Client<'_>) {
     client.remove("polled").await.unwrap();
 }
 
-async fn read_until(stream: &mut agent_client::Stream, wanted: &str) -> String {
+async fn read_until(stream: &mut guest_protocol::Stream, wanted: &str) -> String {
     let mut text = String::new();
     let reading = async {
         while !text.contains(wanted) {

@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use agent_client::context;
-use agent_client::protocols::agent::{
+use guest_protocol::context;
+use guest_protocol::protocols::agent::{
     CreateContainerRequest, Device, GetOOMEventRequest, StatsContainerRequest, Storage,
     UpdateContainerRequest,
 };
-use agent_client::protocols::oci::{
+use guest_protocol::protocols::oci::{
     LinuxCPU, LinuxDevice, LinuxDeviceCgroup, LinuxMemory, LinuxPids, LinuxResources,
 };
-use agent_client::stdio::Channel;
+use guest_protocol::stdio::Channel;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 

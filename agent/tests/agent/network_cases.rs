@@ -1,11 +1,11 @@
 //! The guest's network, with real interfaces: the containers that make and look at them share it
 //! with the agent.
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, ListInterfacesRequest, ListRoutesRequest, Routes,
     UpdateInterfaceRequest, UpdateRoutesRequest, VolumeStatsRequest,
 };
-use agent_client::protocols::types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route};
+use guest_protocol::protocols::types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route};
 use ttrpc::Code;
 
 use super::client::{Client, process, refusal, soon};

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use agent_client::protocols::oci::{LinuxSeccomp, LinuxSyscall, POSIXRlimit, User};
-use agent_client::stdio::Channel;
+use guest_protocol::protocols::oci::{LinuxSeccomp, LinuxSyscall, POSIXRlimit, User};
+use guest_protocol::stdio::Channel;
 use tokio::io::AsyncReadExt;
 use ttrpc::Code;
 
@@ -82,7 +82,7 @@ pub async fn no_new_privileges_and_seccomp_hold(client: &Client<'_>) {
         Names: strings(&["mkdir", "mkdirat", "not_a_call"]),
         Action: "SCMP_ACT_ERRNO".into(),
         ErrnoRet: Some(
-            agent_client::protocols::oci::linux_syscall::ErrnoRet::Errnoret(
+            guest_protocol::protocols::oci::linux_syscall::ErrnoRet::Errnoret(
                 libc::ENOTTY.cast_unsigned(),
             ),
         ),

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use agent_client::STDIO_PORT;
-use agent_client::protocols::agent::{
+use guest_protocol::STDIO_PORT;
+use guest_protocol::protocols::agent::{
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
     GetMetricsRequest, GuestDetailsRequest, PauseContainerRequest, ReseedRandomDevRequest,
     ResumeContainerRequest, SetPolicyRequest, StatsContainerRequest, Storage,
     UpdateContainerRequest,
 };
-use agent_client::protocols::health::CheckRequest;
-use agent_client::stdio::Channel;
+use guest_protocol::protocols::health::CheckRequest;
+use guest_protocol::stdio::Channel;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -36,7 +36,7 @@ pub async fn the_guest_tells_what_it_is(client: &Client<'_>) {
         details.supports_seccomp
             && details
                 .extra_features
-                .contains(&agent_client::FEATURE_RAW_STDIO.to_owned())
+                .contains(&guest_protocol::FEATURE_RAW_STDIO.to_owned())
     );
     assert!(details.storage_handlers.contains(&"virtio-fs".to_owned()));
     let health = client

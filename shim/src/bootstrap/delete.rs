@@ -14,10 +14,11 @@ use protobuf::Message;
 
 use super::group::group_id;
 use crate::args::Args;
-use crate::container::exit_file::{self, Exit};
 use crate::error::{Error, IoContext, Result};
-use crate::identity::{STATE_ROOT, SandboxIdentity};
-use crate::sandbox::ledger;
+use crate::host::exit_record;
+use crate::host::identity::{STATE_ROOT, SandboxIdentity};
+use crate::host::ledger;
+use crate::model::Exit;
 
 /// How long a living server may take to finish its own orderly end.
 const SERVER_DEADLINE: Duration = Duration::from_secs(2);
@@ -30,7 +31,7 @@ const SWEEP_DEADLINE: Duration = Duration::from_secs(1);
 /// # Errors
 /// One line that names what could not be undone.
 pub fn run(args: &Args) -> Result<()> {
-    let exit = exit_file::read(&args.bundle);
+    let exit = exit_record::read(&args.bundle);
     let group = group_id(&args.bundle, &args.id);
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
     if group == args.id {

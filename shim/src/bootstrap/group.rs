@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::container::pod::{SANDBOX_ID, is_from_containerd};
+use crate::container::role::{SANDBOX_ID, is_from_containerd};
 
 /// What runc's shim honours for clients that are no runtime of Kubernetes.
 const GROUP: &str = "io.containerd.runc.v2.group";

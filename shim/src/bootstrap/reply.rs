@@ -10,7 +10,7 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 
 use crate::error::{Error, Result};
-use crate::identity::SOCKET_DIR;
+use crate::host::identity::SOCKET_DIR;
 
 /// Newest version of the task API that the server speaks.
 const TASK_API: i32 = containerd_shim_protos::TASK_API_VERSION;

@@ -21,11 +21,11 @@ use super::start::{LISTENER_FD, READY_FD};
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
-use crate::identity::SandboxIdentity;
+use crate::host::identity::SandboxIdentity;
+use crate::host::ledger::{self, Ledger, Resource};
+use crate::host::mounts;
 use crate::logging;
-use crate::sandbox::driver::Driver;
-use crate::sandbox::ledger::{self, Ledger, Resource};
-use crate::sandbox::mounts;
+use crate::sandbox::owner::Driver;
 use crate::service::{self, SandboxService, TaskService};
 
 /// A server that cannot end in order ends all the same; `delete` does the rest.
@@ -159,7 +159,7 @@ async fn serve(
     Ok(())
 }
 
-async fn stop(handle: &crate::sandbox::driver::Handle) {
+async fn stop(handle: &crate::sandbox::owner::Handle) {
     tracing::info!("told to stop");
     let _ = handle
         .ask(|driver, reply| driver.shutdown(true, reply))

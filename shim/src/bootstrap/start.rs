@@ -20,8 +20,8 @@ use super::group::group_id;
 use super::reply::Request;
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
-use crate::identity::{STATE_ROOT, SandboxIdentity};
-use crate::sandbox::ledger;
+use crate::host::identity::{STATE_ROOT, SandboxIdentity};
+use crate::host::ledger;
 
 /// Descriptor on which the server inherits its listening socket.
 pub const LISTENER_FD: i32 = 3;

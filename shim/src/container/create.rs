@@ -6,29 +6,29 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
-    CreateContainerRequest, Device, RemoveContainerRequest, Storage,
-};
-use agent_client::{GUEST_ROOTFS, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
 use containerd_shim_protos::types::mount::Mount;
 use futures::future::join_all;
+use guest_protocol::protocols::agent::{
+    CreateContainerRequest, Device, RemoveContainerRequest, Storage,
+};
+use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
 use oci_spec::runtime::Spec;
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
 
-use super::devices::{self, Devices};
-use super::pod::PidNamespace;
-use super::rootfs::{self, Disk};
-use super::shares::Shares;
-use super::to_proto::{self, Place};
-use super::volumes::{self, OfPod, Volumes};
+use crate::container::devices::{self, Devices};
+use crate::container::role::PidNamespace;
+use crate::container::rootfs::{self, Disk};
+use crate::container::shared_volumes::Shares;
+use crate::container::volumes::{self, OfPod, Volumes};
 use crate::error::{Error, IoContext, Result};
-use crate::sandbox::dir::Entry;
-use crate::sandbox::ending::RELEASE_DEADLINE;
-use crate::sandbox::launch::Guest;
-use crate::sandbox::state::{Io, Key};
+use crate::guest::boot::Guest;
+use crate::guest::ending::RELEASE_DEADLINE;
+use crate::guest::guest_spec::{self, Place};
+use crate::guest::host_sockets::Users;
+use crate::host::dir::Entry;
+use crate::model::{ProcessId, Stdio};
 use crate::stdio::{GuestIo, HostIo, Pumps};
-use crate::uds::Users;
 
 /// How long the guest may take to make a container.
 const CREATE_DEADLINE: Duration = Duration::from_secs(60);
@@ -51,7 +51,7 @@ pub struct Order {
     /// The OCI spec.
     pub spec: Spec,
     /// Its input and output.
-    pub io: Io,
+    pub io: Stdio,
     /// Whose processes it sees.
     pub pid_namespace: PidNamespace,
     /// Sysctls of its pod.
@@ -159,7 +159,7 @@ pub async fn in_guest(
 
 impl Container {
     async fn make(&mut self, guest: &Arc<Guest>, order: &Order) -> Result<GuestIo> {
-        let key = Key::new(&order.id, "");
+        let key = ProcessId::new(&order.id, "");
         if order
             .spec
             .linux()
@@ -210,7 +210,7 @@ impl Container {
         }
         let mut rootfs = std::mem::take(&mut self.host.rootfs);
         if let Some(disk) = self.host.disk.clone() {
-            rootfs = format!("/run/kata-containers/sandbox/rootfs/{}", order.id);
+            rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", order.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
         }
         let place = Place {
@@ -233,7 +233,7 @@ impl Container {
             container_id: order.id.clone(),
             storages,
             devices: self.plug_devices(guest).await?,
-            OCI: Some(to_proto::spec(&order.spec, place)).into(),
+            OCI: Some(guest_spec::spec(&order.spec, place)).into(),
             sandbox_pidns: order.pid_namespace == PidNamespace::Pod,
             ..Default::default()
         };

@@ -3,11 +3,9 @@
 
 pub mod create;
 pub mod devices;
-pub mod exit_file;
 pub mod hooks;
-pub mod pod;
+pub mod role;
 mod rootfs;
-pub mod shares;
+pub mod shared_volumes;
 pub mod spec;
-pub mod to_proto;
 pub mod volumes;

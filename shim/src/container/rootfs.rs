@@ -13,8 +13,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{Error, IoContext, Result};
-use crate::sandbox::dir::Dir;
-use crate::sandbox::mounts::{self, Bind};
+use crate::host::dir::Dir;
+use crate::host::mounts::{self, Bind};
 
 /// What mount(2) takes at most for its data, in bytes: one page.
 const MAX_DATA: usize = 4095;

@@ -15,24 +15,18 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use agent_client::UDS_DRIVER;
-use agent_client::protocols::agent::Storage;
-use agent_client::protocols::oci as proto;
+use guest_protocol::protocols::agent::Storage;
+use guest_protocol::protocols::oci as proto;
+use guest_protocol::{GUEST_SANDBOX, GUEST_SHM, UDS_DRIVER};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::Mount;
 
-use super::shares::{Share, Shares};
+use crate::container::shared_volumes::{Share, Shares};
 use crate::error::{Error, Result};
-use crate::sandbox::mounts::{self, Bind};
-use crate::uds;
-
-/// Where the guest has the pod's /dev/shm; Kata's place for it.
-pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
-
-/// Below it the guest has what belongs to the sandbox and is no share.
-const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
+use crate::guest::host_sockets;
+use crate::host::mounts::{self, Bind};
 
 /// The kubelet's directory for volumes that live as long as their pod.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
@@ -137,7 +131,7 @@ impl Volumes {
         let metadata = &pinned.metadata;
         let read_only = has(&["ro", "rro"]);
         if metadata.file_type().is_socket() || is_socket {
-            let name = uds::random_name()?;
+            let name = host_sockets::random_name()?;
             // Not the name, which is a secret: every container of the guest can read the paths of
             // sockets.
             to.source = format!("{GUEST_SANDBOX}/uds/{}", shares.number());
@@ -318,7 +312,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::sandbox::dir::Dir;
+    use crate::host::dir::Dir;
 
     const POD: OfPod<'_> = OfPod {
         shm: None,

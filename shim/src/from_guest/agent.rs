@@ -4,15 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     AddARPNeighborsRequest, CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest,
     GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest, PauseContainerRequest,
     ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
     StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
     UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
 };
-use agent_client::stdio::Channel;
-use agent_client::{AgentClient, context};
+use guest_protocol::stdio::Channel;
+use guest_protocol::{AgentClient, context};
 use tokio::sync::watch;
 
 use super::{Features, Stats, UNKNOWN_STATUS, exit_status, judge};

@@ -6,15 +6,15 @@
 //! containers of this sandbox. What cannot be understood is no answer: it ends the machine, with a
 //! reason.
 //!
-//! Sizes are bounded below that already: no answer is larger than [`agent_client::MAX_FRAME`], and
+//! Sizes are bounded below that already: no answer is larger than [`guest_protocol::MAX_FRAME`], and
 //! there is one for each question.
 
 mod agent;
 mod oom;
 mod stats;
 
-use agent_client::protocols::agent::AgentDetails;
-use agent_client::{
+use guest_protocol::protocols::agent::AgentDetails;
+use guest_protocol::{
     FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
 };
 use ttrpc::Code;

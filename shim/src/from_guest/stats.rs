@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use agent_client::protocols::agent::{BlkioStatsEntry, CgroupStats, MemoryData};
+use guest_protocol::protocols::agent::{BlkioStatsEntry, CgroupStats, MemoryData};
 
 /// Entries of block devices that are kept; a guest has fewer devices than that.
 const MAX_IO: usize = 64;
@@ -216,7 +216,7 @@ fn entries(said: &[BlkioStatsEntry]) -> Vec<IoEntry> {
 
 #[cfg(test)]
 mod tests {
-    use agent_client::protocols::agent::{BlkioStats, CpuStats, CpuUsage, MemoryStats};
+    use guest_protocol::protocols::agent::{BlkioStats, CpuStats, CpuUsage, MemoryStats};
 
     use super::*;
 

@@ -3,13 +3,13 @@
 use std::future::Future;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     AgentDetails, BlkioStats, BlkioStatsEntry, CgroupStats, GuestDetailsResponse, MemoryStats,
     OOMEvent, ReadStreamRequest, ReadStreamResponse, SignalProcessRequest, StatsContainerRequest,
     StatsContainerResponse, WaitProcessRequest, WaitProcessResponse,
 };
-use agent_client::stdio::Channel;
-use agent_client::{AgentClient, MAX_FRAME};
+use guest_protocol::stdio::Channel;
+use guest_protocol::{AgentClient, MAX_FRAME};
 use protobuf::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::time::{Instant, timeout};

@@ -13,8 +13,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use agent_client::stdio::ACCEPTED;
-use agent_client::{FORWARD_MAGIC, FORWARD_PORT, Stream, Transport};
+use guest_protocol::stdio::ACCEPTED;
+use guest_protocol::{FORWARD_MAGIC, FORWARD_PORT, Stream, Transport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -36,7 +36,7 @@ pub struct Forwarder {
 
 impl Forwarder {
     /// Begins to answer on the loopback addresses of a namespace. The guest's agent must have
-    /// [`agent_client::FEATURE_PORT_FORWARD`]. On a host that cannot do it there is no forwarding,
+    /// [`guest_protocol::FEATURE_PORT_FORWARD`]. On a host that cannot do it there is no forwarding,
     /// and a warning.
     pub fn start(netns: &Netns, transport: &Transport) -> Option<Forwarder> {
         match start(netns, transport) {

@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use agent_client::protocols::types;
+use guest_protocol::protocols::types;
 use rtnetlink::{Handle, LinkUnspec};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;

@@ -12,61 +12,14 @@
 
 use std::collections::BTreeMap;
 
-use crate::container::exit_file::Exit;
 use crate::error::{Error, Result};
+use crate::model::{Exit, ProcessId, Stdio};
 
 /// Pids that no process of the host has: above the kernel's limit of 2^22 (PID_MAX_LIMIT).
 const FIRST_PID: u32 = 4_194_304;
 
 /// Exit status of what ended with its virtual machine, as after SIGKILL.
 pub const KILLED: u32 = 137;
-
-/// A process of a container: its init (`exec` is empty) or an exec.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key {
-    /// The container.
-    pub container: String,
-    /// The exec, empty for init.
-    pub exec: String,
-}
-
-impl Key {
-    /// The key of a request's `id` and `exec_id`.
-    pub fn new(container: &str, exec: &str) -> Key {
-        Key {
-            container: container.to_owned(),
-            exec: exec.to_owned(),
-        }
-    }
-
-    /// Whether this is the container's init.
-    pub fn is_init(&self) -> bool {
-        self.exec.is_empty()
-    }
-}
-
-impl std::fmt::Display for Key {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.is_init() {
-            true => write!(f, "task {}", self.container),
-            false => write!(f, "exec {} of task {}", self.exec, self.container),
-        }
-    }
-}
-
-/// Where the client wants a process's input and output: echoed in `State`, so that it can attach
-/// again.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Io {
-    /// Fifo for input, or empty.
-    pub stdin: String,
-    /// Fifo or URI for output, or empty.
-    pub stdout: String,
-    /// Fifo or URI for errors, or empty.
-    pub stderr: String,
-    /// Whether the process has a terminal.
-    pub terminal: bool,
-}
 
 /// Where in its life a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +49,7 @@ pub struct Process {
     /// Where in its life it is.
     pub stage: Stage,
     /// Its input and output.
-    pub io: Io,
+    pub io: Stdio,
 }
 
 /// One container.
@@ -167,7 +120,7 @@ impl State {
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn process(&self, key: &Key) -> Result<&Process> {
+    pub fn process(&self, key: &ProcessId) -> Result<&Process> {
         let task = self.task(&key.container)?;
         match key.is_init() {
             true => Ok(&task.init),
@@ -178,7 +131,7 @@ impl State {
         }
     }
 
-    fn process_mut(&mut self, key: &Key) -> Result<&mut Process> {
+    fn process_mut(&mut self, key: &ProcessId) -> Result<&mut Process> {
         let task = self.task_mut(&key.container)?;
         match key.is_init() {
             true => Ok(&mut task.init),
@@ -211,7 +164,7 @@ impl State {
     ///
     /// # Errors
     /// `ALREADY_EXISTS`; `FAILED_PRECONDITION` without a virtual machine.
-    pub fn create(&mut self, id: &str, bundle: &str, io: Io) -> Result<()> {
+    pub fn create(&mut self, id: &str, bundle: &str, io: Stdio) -> Result<()> {
         self.alive()?;
         if self.tasks.contains_key(id) {
             return Err(Error::exists(format!("task {id} already exists")));
@@ -272,7 +225,7 @@ impl State {
     ///
     /// # Errors
     /// `NOT_FOUND`, `ALREADY_EXISTS`; `FAILED_PRECONDITION` if the container does not run.
-    pub fn exec(&mut self, key: &Key, io: Io) -> Result<()> {
+    pub fn exec(&mut self, key: &ProcessId, io: Stdio) -> Result<()> {
         self.alive()?;
         let pid = self.next_pid();
         let task = self.task_mut(&key.container)?;
@@ -302,7 +255,7 @@ impl State {
     ///
     /// # Errors
     /// `FAILED_PRECONDITION` if it was started before, or its container does not run.
-    pub fn start(&mut self, key: &Key) -> Result<()> {
+    pub fn start(&mut self, key: &ProcessId) -> Result<()> {
         self.alive()?;
         let task = self.task(&key.container)?;
         if !key.is_init() {
@@ -332,12 +285,11 @@ impl State {
         Ok(())
     }
 
-    /// The guest has started it. Returns its pid; [`State::take_early`] has what happened
-    /// meanwhile.
+    /// The guest has started it. Returns its pid, and its exit if that was faster than the answer.
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn started(&mut self, key: &Key) -> Result<(u32, Option<Exit>)> {
+    pub fn started(&mut self, key: &ProcessId) -> Result<(u32, Option<Exit>)> {
         let process = self.process_mut(key)?;
         let early = match process.stage {
             Stage::Starting { early } => {
@@ -354,9 +306,9 @@ impl State {
         Ok((process.pid, early))
     }
 
-    /// The guest could not start it. An init that failed is at its end; an exec waits to be
-    /// deleted.
-    pub fn start_failed(&mut self, key: &Key) -> Option<Exit> {
+    /// The guest could not start it. It can be started again, unless its exit came meanwhile,
+    /// which is returned.
+    pub fn start_failed(&mut self, key: &ProcessId) -> Option<Exit> {
         let process = self.process_mut(key).ok()?;
         match process.stage {
             Stage::Starting { early } => {
@@ -368,7 +320,7 @@ impl State {
     }
 
     /// A process has ended. Returns the exits to tell the world, in order.
-    pub fn exited(&mut self, key: &Key, exit: Exit) -> Vec<(Key, Exit)> {
+    pub fn exited(&mut self, key: &ProcessId, exit: Exit) -> Vec<(ProcessId, Exit)> {
         let Ok(process) = self.process_mut(key) else {
             return Vec::new();
         };
@@ -401,7 +353,7 @@ impl State {
             && let Some(held) = task.held.take()
         {
             task.end(held);
-            exits.push((Key::new(&key.container, ""), held));
+            exits.push((ProcessId::new(&key.container, ""), held));
         }
         exits
     }
@@ -412,14 +364,14 @@ impl State {
     }
 
     /// Init has been dead for long enough: what is left of its container ends as killed.
-    pub fn release_held(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
+    pub fn release_held(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(ProcessId, Exit)> {
         match self.is_held(id) {
             true => self.kill_task(id, at),
             false => Vec::new(),
         }
     }
 
-    fn kill_task(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
+    fn kill_task(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(ProcessId, Exit)> {
         let Some(task) = self.tasks.get_mut(id) else {
             return Vec::new();
         };
@@ -434,7 +386,7 @@ impl State {
                 // Without a start event there is no exit event either; who waits for it is answered
                 // by `Exited`.
                 if exec.stage == Stage::Running {
-                    exits.push((Key::new(id, exec_id), exit));
+                    exits.push((ProcessId::new(id, exec_id), exit));
                 }
                 exec.stage = Stage::Exited(exit);
             }
@@ -449,14 +401,14 @@ impl State {
                 at,
             });
             task.end(exit);
-            exits.push((Key::new(id, ""), exit));
+            exits.push((ProcessId::new(id, ""), exit));
         }
         exits
     }
 
     /// There is no virtual machine any more. Returns the exits to tell the world, in order; the
     /// first reason stays.
-    pub fn vm_died(&mut self, reason: &str, at: std::time::SystemTime) -> Vec<(Key, Exit)> {
+    pub fn vm_died(&mut self, reason: &str, at: std::time::SystemTime) -> Vec<(ProcessId, Exit)> {
         self.dead.get_or_insert_with(|| reason.to_owned());
         let mut ids: Vec<String> = self.tasks.keys().cloned().collect();
         // A pod's sandbox comes last, as its containers cannot outlive it: what is deleted with it,
@@ -470,7 +422,7 @@ impl State {
     /// # Errors
     /// `NOT_FOUND` once it has ended (clients take only that for "already gone");
     /// `FAILED_PRECONDITION` before.
-    pub fn kill(&self, key: &Key) -> Result<()> {
+    pub fn kill(&self, key: &ProcessId) -> Result<()> {
         match self.process(key)?.stage {
             Stage::Exited(_) | Stage::Deleting(_) => {
                 Err(Error::not_found(format!("{key}: process already finished")))
@@ -513,7 +465,7 @@ impl State {
     ///
     /// # Errors
     /// `FAILED_PRECONDITION` while it runs.
-    pub fn delete(&mut self, key: &Key) -> Result<Option<Exit>> {
+    pub fn delete(&mut self, key: &ProcessId) -> Result<Option<Exit>> {
         let process = self.process_mut(key)?;
         let exit = match process.stage {
             Stage::Created => None,
@@ -534,7 +486,7 @@ impl State {
     }
 
     /// It is deleted.
-    pub fn deleted(&mut self, key: &Key) {
+    pub fn deleted(&mut self, key: &ProcessId) {
         match key.is_init() {
             true => drop(self.tasks.remove(&key.container)),
             false => {
@@ -572,7 +524,7 @@ impl State {
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn status(&self, key: &Key) -> Result<Status> {
+    pub fn status(&self, key: &ProcessId) -> Result<Status> {
         let paused = self.task(&key.container)?.paused;
         Ok(match self.process(key)?.stage {
             Stage::Creating | Stage::Created | Stage::Starting { .. } | Stage::Deleting(None) => {
@@ -588,7 +540,7 @@ impl State {
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn exit(&self, key: &Key) -> Result<Option<Exit>> {
+    pub fn exit(&self, key: &ProcessId) -> Result<Option<Exit>> {
         Ok(match self.status(key)? {
             Status::Stopped(exit) => Some(exit),
             _ => None,

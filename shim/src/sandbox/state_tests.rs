@@ -16,17 +16,17 @@ fn exit(status: u32) -> Exit {
     }
 }
 
-fn init() -> Key {
-    Key::new("web", "")
+fn init() -> ProcessId {
+    ProcessId::new("web", "")
 }
 
-fn exec(id: &str) -> Key {
-    Key::new("web", id)
+fn exec(id: &str) -> ProcessId {
+    ProcessId::new("web", id)
 }
 
 fn created() -> State {
     let mut state = State::default();
-    state.create("web", "/b", Io::default()).unwrap();
+    state.create("web", "/b", Stdio::default()).unwrap();
     state.created("web", VM, false);
     state
 }
@@ -40,7 +40,7 @@ fn running() -> State {
 
 fn running_with_exec() -> State {
     let mut state = running();
-    state.exec(&exec("e"), Io::default()).unwrap();
+    state.exec(&exec("e"), Stdio::default()).unwrap();
     state.start(&exec("e")).unwrap();
     state.started(&exec("e")).unwrap();
     state
@@ -50,7 +50,7 @@ fn code<T: std::fmt::Debug>(result: Result<T>) -> Code {
     result.unwrap_err().code
 }
 
-fn order(exits: &[(Key, Exit)]) -> Vec<(&str, u32)> {
+fn order(exits: &[(ProcessId, Exit)]) -> Vec<(&str, u32)> {
     exits
         .iter()
         .map(|(key, exit)| (key.exec.as_str(), exit.status))
@@ -60,7 +60,7 @@ fn order(exits: &[(Key, Exit)]) -> Vec<(&str, u32)> {
 #[test]
 fn a_task_lives_from_create_to_delete() {
     let mut state = State::default();
-    state.create("web", "/b", Io::default()).unwrap();
+    state.create("web", "/b", Stdio::default()).unwrap();
     assert_eq!(state.created("web", VM, false), VM);
     assert_eq!(state.status(&init()), Ok(Status::Created));
     state.start(&init()).unwrap();
@@ -78,9 +78,9 @@ fn a_task_lives_from_create_to_delete() {
 #[test]
 fn pids_are_unique_and_never_zero() {
     let mut state = running();
-    state.create("db", "/b2", Io::default()).unwrap();
+    state.create("db", "/b2", Stdio::default()).unwrap();
     let second = state.created("db", VM, false);
-    state.exec(&exec("e"), Io::default()).unwrap();
+    state.exec(&exec("e"), Stdio::default()).unwrap();
     let third = state.process(&exec("e")).unwrap().pid;
     assert!(second > FIRST_PID && third > FIRST_PID && second != third);
 }
@@ -88,12 +88,12 @@ fn pids_are_unique_and_never_zero() {
 #[test]
 fn a_second_task_of_the_same_name_is_refused() {
     assert_eq!(
-        code(created().create("web", "/b", Io::default())),
+        code(created().create("web", "/b", Stdio::default())),
         Code::ALREADY_EXISTS
     );
     let mut state = running_with_exec();
     assert_eq!(
-        code(state.exec(&exec("e"), Io::default())),
+        code(state.exec(&exec("e"), Stdio::default())),
         Code::ALREADY_EXISTS
     );
 }
@@ -101,10 +101,10 @@ fn a_second_task_of_the_same_name_is_refused() {
 #[test]
 fn a_failed_create_leaves_the_name_free() {
     let mut state = State::default();
-    state.create("web", "/b", Io::default()).unwrap();
+    state.create("web", "/b", Stdio::default()).unwrap();
     assert_eq!(code(state.kill(&init())), Code::FAILED_PRECONDITION);
     state.create_failed("web");
-    state.create("web", "/b", Io::default()).unwrap();
+    state.create("web", "/b", Stdio::default()).unwrap();
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn the_exit_of_init_is_the_last_of_its_container() {
     assert!(state.exited(&init(), exit(0)).is_empty());
     assert!(state.is_held("web"));
     assert_eq!(
-        code(state.exec(&exec("late"), Io::default())),
+        code(state.exec(&exec("late"), Stdio::default())),
         Code::FAILED_PRECONDITION
     );
     assert_eq!(
@@ -172,17 +172,20 @@ fn what_has_ended_is_gone_for_kill() {
     state.delete(&init()).unwrap();
     assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
     assert_eq!(code(state.delete(&init())), Code::FAILED_PRECONDITION);
-    assert_eq!(code(state.kill(&Key::new("other", ""))), Code::NOT_FOUND);
+    assert_eq!(
+        code(state.kill(&ProcessId::new("other", ""))),
+        Code::NOT_FOUND
+    );
 }
 
 #[test]
 fn an_exec_needs_a_running_container() {
     assert_eq!(
-        code(created().exec(&exec("e"), Io::default())),
+        code(created().exec(&exec("e"), Stdio::default())),
         Code::FAILED_PRECONDITION
     );
     let mut state = running();
-    state.exec(&exec("e"), Io::default()).unwrap();
+    state.exec(&exec("e"), Stdio::default()).unwrap();
     assert_eq!(code(state.kill(&exec("e"))), Code::FAILED_PRECONDITION);
     state.exited(&init(), exit(0));
     assert_eq!(code(state.start(&exec("e"))), Code::FAILED_PRECONDITION);
@@ -194,7 +197,7 @@ fn an_exec_needs_a_running_container() {
 #[test]
 fn a_failed_exec_can_be_deleted() {
     let mut state = running();
-    state.exec(&exec("e"), Io::default()).unwrap();
+    state.exec(&exec("e"), Stdio::default()).unwrap();
     state.start(&exec("e")).unwrap();
     assert_eq!(state.start_failed(&exec("e")), None);
     state.delete(&exec("e")).unwrap();
@@ -203,7 +206,7 @@ fn a_failed_exec_can_be_deleted() {
 #[test]
 fn a_paused_task_takes_no_exec_until_resumed() {
     let mut state = running();
-    state.exec(&exec("e"), Io::default()).unwrap();
+    state.exec(&exec("e"), Stdio::default()).unwrap();
     assert_eq!(
         code(state.may_pause("web", false)),
         Code::FAILED_PRECONDITION
@@ -224,9 +227,9 @@ fn a_paused_task_takes_no_exec_until_resumed() {
 #[test]
 fn the_death_of_the_machine_is_the_death_of_all() {
     let mut state = running_with_exec();
-    state.create("db", "/b2", Io::default()).unwrap();
+    state.create("db", "/b2", Stdio::default()).unwrap();
     state.created("db", VM, false);
-    state.create("unfinished", "/b3", Io::default()).unwrap();
+    state.create("unfinished", "/b3", Stdio::default()).unwrap();
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> = exits
         .iter()
@@ -235,7 +238,7 @@ fn the_death_of_the_machine_is_the_death_of_all() {
     assert_eq!(told, [("db", "", 137), ("web", "e", 137), ("web", "", 137)]);
     assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
     state.delete(&init()).unwrap();
-    let refused = state.create("new", "/b", Io::default()).unwrap_err();
+    let refused = state.create("new", "/b", Stdio::default()).unwrap_err();
     assert_eq!(
         refused.message,
         "the sandbox's virtual machine has ended: QEMU was killed"
@@ -246,7 +249,7 @@ fn the_death_of_the_machine_is_the_death_of_all() {
 #[test]
 fn pids_lists_what_lives() {
     let mut state = running_with_exec();
-    state.exec(&exec("announced"), Io::default()).unwrap();
+    state.exec(&exec("announced"), Stdio::default()).unwrap();
     let ids: Vec<String> = state
         .pids("web")
         .unwrap()
@@ -267,15 +270,15 @@ fn pids_lists_what_lives() {
 #[test]
 fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
     let mut state = State::default();
-    state.create("pod", "/b", Io::default()).unwrap();
+    state.create("pod", "/b", Stdio::default()).unwrap();
     state.created("pod", VM, true);
-    let init = Key::new("pod", "");
+    let init = ProcessId::new("pod", "");
     state.start(&init).unwrap();
     state.started(&init).unwrap();
     assert!(state.stands_in("pod") && !state.stands_in("web"));
     assert_eq!((state.owner(VM), state.owner(1)), (Some("pod"), None));
     assert_eq!(
-        code(state.exec(&Key::new("pod", "e"), Io::default())),
+        code(state.exec(&ProcessId::new("pod", "e"), Stdio::default())),
         Code::FAILED_PRECONDITION
     );
     assert_eq!(
@@ -298,7 +301,7 @@ fn out_of_memory_is_told_once_and_only_of_what_is_there() {
     state.delete(&init()).unwrap();
     state.deleted(&init());
     assert_eq!(code(state.out_of_memory("web")), Code::NOT_FOUND);
-    state.create("web", "/b", Io::default()).unwrap();
+    state.create("web", "/b", Stdio::default()).unwrap();
     assert_eq!(
         code(state.out_of_memory("web")),
         Code::NOT_FOUND,
@@ -322,7 +325,7 @@ fn out_of_memory_is_told_once_and_only_of_what_is_there() {
 fn only_what_has_not_ended_can_be_late_with_its_end() {
     let mut state = State::default();
     assert!(!state.is_unfinished("web"));
-    state.create("web", "/b", Io::default()).unwrap();
+    state.create("web", "/b", Stdio::default()).unwrap();
     assert!(!state.is_unfinished("web"), "nothing of it is in the guest");
     assert!(created().is_unfinished("web") && running().is_unfinished("web"));
     let mut state = created();
@@ -345,7 +348,7 @@ fn only_what_has_not_ended_can_be_late_with_its_end() {
 fn a_pods_sandbox_dies_after_its_containers() {
     let mut state = running_with_exec();
     for (id, stands_in) in [("a-pod", true), ("z", false)] {
-        state.create(id, "/b", Io::default()).unwrap();
+        state.create(id, "/b", Stdio::default()).unwrap();
         state.created(id, VM, stands_in);
     }
     let exits = state.vm_died("QEMU was killed", SystemTime::now());

@@ -17,12 +17,13 @@ use tokio::sync::watch;
 use ttrpc::Result;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::cgroup;
 use crate::config::Config;
 use crate::error::Error;
+use crate::host::cgroup;
 use crate::metrics;
-use crate::sandbox::driver::{Handle, answer};
-use crate::sandbox::state::{Key, Status};
+use crate::model::ProcessId;
+use crate::sandbox::owner::{Handle, answer};
+use crate::sandbox::state::Status;
 
 /// What containerd looks for in a sandbox's status.
 const READY: &str = "SANDBOX_READY";
@@ -88,7 +89,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> Result<StopSandboxResponse> {
-        let key = Key::new(&request.sandbox_id, "");
+        let key = ProcessId::new(&request.sandbox_id, "");
         let signal = libc::SIGKILL.cast_unsigned();
         match self
             .sandbox
@@ -106,7 +107,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: WaitSandboxRequest,
     ) -> Result<WaitSandboxResponse> {
-        let key = Key::new(&request.sandbox_id, "");
+        let key = ProcessId::new(&request.sandbox_id, "");
         let exit = self
             .sandbox
             .ask(|driver, reply| driver.wait(key, reply))
@@ -152,7 +153,7 @@ impl Sandbox for SandboxService {
     }
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
-        let alive = move |driver: &mut crate::sandbox::driver::Driver, reply| {
+        let alive = move |driver: &mut crate::sandbox::owner::Driver, reply| {
             let alive = driver
                 .state
                 .task(&request.sandbox_id)

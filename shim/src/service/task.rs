@@ -17,12 +17,13 @@ use ttrpc::Result;
 use ttrpc::r#async::TtrpcContext;
 
 use super::options;
-use crate::cgroup;
 use crate::container::spec;
 use crate::error::Error;
+use crate::host::cgroup;
 use crate::metrics;
-use crate::sandbox::driver::{Handle, answer};
-use crate::sandbox::state::{Key, Status};
+use crate::model::ProcessId;
+use crate::sandbox::owner::{Handle, answer};
+use crate::sandbox::state::Status;
 
 /// `containerd.task.v2.Task` and `.v3.Task`.
 pub struct TaskService {
@@ -64,7 +65,7 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        let key = Key::new(&request.id, &request.exec_id);
+        let key = ProcessId::new(&request.id, &request.exec_id);
         let pid = self
             .sandbox
             .ask(|driver, reply| driver.start(key, reply))
@@ -76,8 +77,8 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Result<StateResponse> {
-        let key = Key::new(&request.id, &request.exec_id);
-        let state = move |key: &Key, state: &crate::sandbox::state::State| {
+        let key = ProcessId::new(&request.id, &request.exec_id);
+        let state = move |key: &ProcessId, state: &crate::sandbox::state::State| {
             let process = state.process(key)?;
             let mut response = StateResponse {
                 id: request.id.clone(),
@@ -109,7 +110,7 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Result<WaitResponse> {
-        let key = Key::new(&request.id, &request.exec_id);
+        let key = ProcessId::new(&request.id, &request.exec_id);
         let exit = self
             .sandbox
             .ask(|driver, reply| driver.wait(key, reply))
@@ -122,7 +123,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
-        let key = Key::new(&request.id, &request.exec_id);
+        let key = ProcessId::new(&request.id, &request.exec_id);
         let exit = self
             .sandbox
             .ask(|driver, reply| driver.delete(key, reply))
@@ -138,7 +139,7 @@ impl Task for TaskService {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
         // All processes of a container are those of its init.
         let exec_id = if request.all { "" } else { &request.exec_id };
-        let key = Key::new(&request.id, exec_id);
+        let key = ProcessId::new(&request.id, exec_id);
         self.sandbox
             .ask(move |driver, reply| driver.kill(key, request.signal, request.all, reply))
             .await?;
@@ -203,7 +204,7 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
-        let key = Key::new(&request.id, &request.exec_id);
+        let key = ProcessId::new(&request.id, &request.exec_id);
         self.sandbox
             .ask(move |driver, reply| driver.resize(key, request.width, request.height, reply))
             .await?;
@@ -212,7 +213,7 @@ impl Task for TaskService {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
         if request.stdin {
-            let key = Key::new(&request.id, &request.exec_id);
+            let key = ProcessId::new(&request.id, &request.exec_id);
             self.sandbox
                 .ask(|driver, reply| driver.close_stdin(key, reply))
                 .await?;

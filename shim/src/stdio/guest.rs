@@ -5,17 +5,17 @@ use std::io::ErrorKind;
 use std::pin::Pin;
 use std::time::Duration;
 
-use agent_client::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
-use agent_client::stdio::{ACCEPTED, Channel, Header};
-use agent_client::{STDIO_PORT, Transport};
 use futures::future::try_join_all;
+use guest_protocol::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
+use guest_protocol::stdio::{ACCEPTED, Channel, Header};
+use guest_protocol::{STDIO_PORT, Transport};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
 use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
 use crate::error::{Error, Result};
 use crate::from_guest::Agent;
-use crate::sandbox::state::{Io, Key};
+use crate::model::{ProcessId, Stdio};
 
 /// How long the agent may take to accept a stream.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
@@ -40,7 +40,7 @@ pub struct GuestIo {
     pub stderr: Option<Reader>,
 }
 
-fn channels(io: &Io) -> Vec<Channel> {
+fn channels(io: &Stdio) -> Vec<Channel> {
     let uri = io.stdout.contains("://")
         || io.stdout.starts_with("file:")
         || io.stdout.starts_with("binary:");
@@ -63,7 +63,7 @@ impl GuestIo {
     ///
     /// # Errors
     /// `UNAVAILABLE` or `DEADLINE_EXCEEDED`: the agent does not take them.
-    pub async fn raw(transport: &Transport, key: &Key, io: &Io) -> Result<GuestIo> {
+    pub async fn raw(transport: &Transport, key: &ProcessId, io: &Stdio) -> Result<GuestIo> {
         let mut wanted = channels(io);
         if wanted.is_empty() {
             // Without any stream the agent would wait for polling calls. An input that nobody feeds
@@ -85,7 +85,7 @@ impl GuestIo {
     /// Serves the channels by calls to an agent that has no raw streams. To be used once the
     /// process exists. What the client does not want is read all the same, and an input that it
     /// does not have ends at once: a process must not wait for nobody.
-    pub fn polled(agent: &Agent, key: &Key, io: &Io) -> GuestIo {
+    pub fn polled(agent: &Agent, key: &ProcessId, io: &Stdio) -> GuestIo {
         let wanted = channels(io);
         let mut guest = GuestIo::default();
         let (ours, theirs) = duplex(BUFFER);
@@ -115,7 +115,11 @@ impl GuestIo {
     }
 }
 
-async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agent_client::Stream> {
+async fn dial(
+    transport: &Transport,
+    key: &ProcessId,
+    channel: Channel,
+) -> Result<guest_protocol::Stream> {
     let header = Header {
         channel,
         container_id: key.container.clone(),
@@ -149,7 +153,12 @@ async fn dial(transport: &Transport, key: &Key, channel: Channel) -> Result<agen
 }
 
 /// An agent's end of output is empty data, or an error with older ones.
-async fn read_loop(agent: Agent, key: Key, channel: Channel, mut to: impl AsyncWrite + Unpin) {
+async fn read_loop(
+    agent: Agent,
+    key: ProcessId,
+    channel: Channel,
+    mut to: impl AsyncWrite + Unpin,
+) {
     let request = ReadStreamRequest {
         container_id: key.container,
         exec_id: key.exec,
@@ -173,7 +182,7 @@ async fn read_loop(agent: Agent, key: Key, channel: Channel, mut to: impl AsyncW
 }
 
 /// Empty data closes the process's input, in order behind what was written.
-async fn write_loop(agent: Agent, key: Key, mut from: DuplexStream) {
+async fn write_loop(agent: Agent, key: ProcessId, mut from: DuplexStream) {
     let mut buffer = vec![0; POLL_SIZE as usize];
     loop {
         let length = from.read(&mut buffer).await.unwrap_or_default();
@@ -196,7 +205,7 @@ mod tests {
     #[test]
     fn a_process_has_the_channels_that_its_client_named() {
         let io = |stdin: &str, stdout: &str, stderr: &str, terminal| {
-            channels(&Io {
+            channels(&Stdio {
                 stdin: stdin.into(),
                 stdout: stdout.into(),
                 stderr: stderr.into(),

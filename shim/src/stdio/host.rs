@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 
 use super::logger::Logger;
 use crate::error::{Error, IoContext, Result};
-use crate::sandbox::state::Io;
+use crate::model::Stdio;
 
 /// How long after the shim a client may open its end of a fifo, and how often to look. containerd
 /// opens its own in the background, so on a busy host a process may be gone before.
@@ -99,7 +99,7 @@ impl HostIo {
     ///
     /// # Errors
     /// One line that names the path or URI; an unknown scheme.
-    pub async fn open(io: &Io, namespace: &str, id: &str) -> Result<HostIo> {
+    pub async fn open(io: &Stdio, namespace: &str, id: &str) -> Result<HostIo> {
         let mut host = HostIo::default();
         if !io.stdin.is_empty() {
             let (reader, writer) = open_input(Path::new(&io.stdin))?;
@@ -239,10 +239,10 @@ mod tests {
     #[tokio::test]
     async fn fifos_open_without_a_client_and_end_when_closed() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io {
+        let io = Stdio {
             stdout: fifo(dir.path(), "out"),
             stderr: fifo(dir.path(), "err"),
-            ..Io::default()
+            ..Stdio::default()
         };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
         let mut reader = File::options()
@@ -265,9 +265,9 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_comes_after_the_process_has_ended_finds_its_output() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io {
+        let io = Stdio {
             stdout: fifo(dir.path(), "out"),
-            ..Io::default()
+            ..Stdio::default()
         };
         let mut output = HostIo::open(&io, "default", "web")
             .await
@@ -288,9 +288,9 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_never_comes_is_not_waited_for_long_after_the_start() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io {
+        let io = Stdio {
             stdout: fifo(dir.path(), "out"),
-            ..Io::default()
+            ..Stdio::default()
         };
         let mut output = HostIo::open(&io, "default", "web")
             .await
@@ -307,9 +307,9 @@ mod tests {
     #[tokio::test]
     async fn input_ends_at_close_io_behind_what_was_written() {
         let dir = tempfile::tempdir().unwrap();
-        let io = Io {
+        let io = Stdio {
             stdin: fifo(dir.path(), "in"),
-            ..Io::default()
+            ..Stdio::default()
         };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
         let mut client = File::options().write(true).open(&io.stdin).unwrap();
@@ -334,9 +334,9 @@ mod tests {
             format!("file://{}", path.display()),
             format!("file:{}", path.display()),
         ] {
-            let io = Io {
+            let io = Stdio {
                 stdout: uri,
-                ..Io::default()
+                ..Stdio::default()
             };
             let mut host = HostIo::open(&io, "default", "web").await.unwrap();
             host.stdout
@@ -357,7 +357,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_without_stdio_has_none() {
-        let host = HostIo::open(&Io::default(), "default", "web")
+        let host = HostIo::open(&Stdio::default(), "default", "web")
             .await
             .unwrap();
         assert!(host.stdin.is_none() && host.stdout.is_none() && host.stderr.is_none());
@@ -365,9 +365,9 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_scheme_is_named() {
-        let io = Io {
+        let io = Stdio {
             stdout: "gopher://x/y".into(),
-            ..Io::default()
+            ..Stdio::default()
         };
         let error = HostIo::open(&io, "default", "web").await.err().unwrap();
         assert!(error.message.contains("\"gopher\""), "{error}");

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, sleep};
 use std::time::Duration;
 
-use agent_client::protocols::agent::{
+use guest_protocol::protocols::agent::{
     AgentDetails, CreateContainerRequest, GuestDetailsResponse, OOMEvent, WaitProcessResponse,
 };
-use agent_client::{
+use guest_protocol::{
     AGENT_PORT, FEATURE_POD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, KEY_LINE,
     READY_PARAMETER, STDIO_PORT, stdio,
 };

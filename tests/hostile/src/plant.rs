@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use agent_client::{ROOTFS_TAG, SHARE_TAG};
+use guest_protocol::{ROOTFS_TAG, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 
 /// What the links lead to: the test's file on the host.

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-use agent_client::{AGENT_PORT, Key, Listener, READY_PORT, Transport};
+use guest_protocol::{AGENT_PORT, Key, Listener, READY_PORT, Transport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
 use vmm::Vm;
@@ -112,7 +112,7 @@ pub async fn agent(
     ready: &Listener,
     vm: &Vm,
     vsock: &str,
-) -> Result<(agent_client::Stream, Transport)> {
+) -> Result<(guest_protocol::Stream, Transport)> {
     let doing = || "reach the guest agent".to_owned();
     tokio::select! {
         notice = ready.accept() => {
@@ -154,7 +154,7 @@ async fn dial_silent_agent(
     transport: &Transport,
     vm: &Vm,
     vsock: &str,
-) -> Result<agent_client::Stream> {
+) -> Result<guest_protocol::Stream> {
     while vm.driver_ok(vsock).await? == Some(false) {
         sleep(DIAL_INTERVAL).await;
     }

@@ -2,22 +2,10 @@
 //! real status after the server is gone: containerd publishes whatever `delete` returns.
 
 use std::path::Path;
-use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
+use crate::model::Exit;
 
 const NAME: &str = "cofferdam-exit.json";
-
-/// How and when a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Exit {
-    /// The pid that containerd knows the process by.
-    pub pid: u32,
-    /// Exit code, or 128 plus the signal's number.
-    pub status: u32,
-    /// When it ended.
-    pub at: SystemTime,
-}
 
 /// Records the exit; a bundle that is already gone needs no record.
 pub fn write(bundle: &Path, exit: Exit) {
@@ -40,6 +28,8 @@ pub fn read(bundle: &Path) -> Option<Exit> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     #[test]

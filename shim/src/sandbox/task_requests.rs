@@ -14,21 +14,21 @@ use oci_spec::runtime::{LinuxResources, Process};
 use tokio::time::Instant;
 use ttrpc::Code;
 
-use super::driver::{Blueprint, Driver, Pod, Reply, answer};
-use super::ending::{self, DeleteBy};
-use super::launch::Guest;
-use super::pod_api;
-use super::process::{self, Announced, Dialled};
-use super::sizing::Need;
-use super::state::{Io, Key};
 use crate::config::Config;
 use crate::container::create::{Container, Host, Order, in_guest};
-use crate::container::exit_file::Exit;
 use crate::container::hooks::{HostHooks, Moment};
-use crate::container::pod::{self, Role};
+use crate::container::role::{self, Role};
 use crate::container::spec;
 use crate::error::{Error, Result};
 use crate::from_guest::Stats;
+use crate::guest::agent_calls::{self, Announced, Dialled};
+use crate::guest::boot::Guest;
+use crate::guest::ending::{self, DeleteBy};
+use crate::guest::machine_size::Need;
+use crate::model::Exit;
+use crate::model::{ProcessId, Stdio};
+use crate::sandbox::owner::{Blueprint, Driver, Pod, Reply, answer};
+use crate::sandbox::sandbox_requests;
 use crate::stdio::{HostIo, Pumps};
 
 /// Signals that end no process unless it has a handler: none for a sandbox that stands in for one.
@@ -56,7 +56,7 @@ impl Driver {
         config: Result<Config>,
         reply: Reply<u32>,
     ) {
-        let io = Io {
+        let io = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
@@ -122,7 +122,7 @@ impl Driver {
         &mut self,
         config: Result<Config>,
         request: &CreateTaskRequest,
-        io: Io,
+        io: Stdio,
     ) -> Result<(Config, Role, Order)> {
         // The machine that is there is as it was configured, whatever has become of the file since.
         let config = if self.launching.is_some() {
@@ -147,15 +147,15 @@ impl Driver {
                 }
             })
         };
-        let pid_namespace = pod::namespaces(&spec, role, find)?;
+        let pid_namespace = role::namespaces(&spec, role, find)?;
         if role == Role::Sandbox && self.launching.is_none() {
             self.pod = Pod::of(&spec);
         }
         if let Some(files) = self.pod.files.as_ref().filter(|_| role == Role::Member) {
-            pod_api::add_files(&mut spec, files)?;
+            sandbox_requests::add_files(&mut spec, files)?;
         }
         let annotations = spec.annotations().as_ref();
-        let pod_uid = pod::UID.of(pod::is_from_containerd(), |key| {
+        let pod_uid = role::UID.of(role::is_from_containerd(), |key| {
             annotations?.get(key).map(String::as_str)
         });
         let pod_uid = pod_uid.map(str::to_owned);
@@ -196,7 +196,7 @@ impl Driver {
                 return answer(reply, Err(error));
             }
         };
-        let key = Key::new(&request.id, "");
+        let key = ProcessId::new(&request.id, "");
         let pid = self.state.created(
             &request.id,
             guest.vm.identity().pid.cast_unsigned(),
@@ -232,7 +232,7 @@ impl Driver {
     }
 
     /// `Start`.
-    pub fn start(&mut self, key: Key, reply: Reply<u32>) {
+    pub fn start(&mut self, key: ProcessId, reply: Reply<u32>) {
         let Some(guest) = self.guest.clone() else {
             let error = self.state.process(&key).err();
             let error = error
@@ -265,10 +265,10 @@ impl Driver {
             }
             match exec {
                 None if stands_in => Ok(None),
-                None => process::start_init(&starting, &target.container)
+                None => agent_calls::start_init(&starting, &target.container)
                     .await
                     .map(|()| None),
-                Some(exec) => process::start_exec(&starting, &target, exec, &io, &namespace)
+                Some(exec) => agent_calls::start_exec(&starting, &target, exec, &io, &namespace)
                     .await
                     .map(Some),
             }
@@ -281,7 +281,7 @@ impl Driver {
     fn started(
         &mut self,
         guest: Arc<Guest>,
-        key: Key,
+        key: ProcessId,
         result: Result<Option<Pumps>>,
         reply: Reply<u32>,
     ) {
@@ -303,7 +303,7 @@ impl Driver {
         }
         if let Some((width, height)) = self.sizes.remove(&key) {
             let resized = key.clone();
-            tokio::spawn(async move { process::resize(&guest, &resized, width, height).await });
+            tokio::spawn(async move { agent_calls::resize(&guest, &resized, width, height).await });
         }
         let (pid, early) = match self.state.started(&key) {
             Ok(started) => started,
@@ -336,8 +336,8 @@ impl Driver {
 
     /// `Exec`: only announces the process.
     pub fn exec(&mut self, request: ExecProcessRequest, process: Process, reply: Reply<()>) {
-        let key = Key::new(&request.id, &request.exec_id);
-        let io = Io {
+        let key = ProcessId::new(&request.id, &request.exec_id);
+        let io = Stdio {
             stdin: request.stdin,
             stdout: request.stdout,
             stderr: request.stderr,
@@ -369,7 +369,7 @@ impl Driver {
     }
 
     /// `Delete`: the answer comes when the output is read and everything of the process is undone.
-    pub fn delete(&mut self, key: Key, reply: Reply<Exit>) {
+    pub fn delete(&mut self, key: ProcessId, reply: Reply<Exit>) {
         let (pid, exit) = match self
             .state
             .delete(&key)
@@ -451,7 +451,7 @@ impl Driver {
     }
 
     /// `Kill`.
-    pub fn kill(&mut self, key: Key, signal: u32, all: bool, reply: Reply<()>) {
+    pub fn kill(&mut self, key: ProcessId, signal: u32, all: bool, reply: Reply<()>) {
         if let Err(error) = self.state.kill(&key) {
             return answer(reply, Err(error));
         }
@@ -472,7 +472,7 @@ impl Driver {
             self.begin_to_give_up(&key);
         }
         let deadline = ending::signal_deadline(self.config.kill_timeout());
-        let work = async move { process::signal(&guest, &key, signal, all, deadline).await };
+        let work = async move { agent_calls::signal(&guest, &key, signal, all, deadline).await };
         self.begin(work, move |driver, result| {
             // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is
             // what can be killed.
@@ -495,7 +495,7 @@ impl Driver {
     }
 
     /// `Wait`.
-    pub fn wait(&mut self, key: Key, reply: Reply<Exit>) {
+    pub fn wait(&mut self, key: ProcessId, reply: Reply<Exit>) {
         match self.state.exit(&key) {
             Ok(None) => self.waiters.entry(key).or_default().push(reply),
             Ok(Some(exit)) => answer(reply, Ok(exit)),
@@ -514,7 +514,7 @@ impl Driver {
         };
         let container_id = id.clone();
         self.begin(
-            async move { process::set_paused(&guest, &id, paused).await },
+            async move { agent_calls::set_paused(&guest, &id, paused).await },
             move |driver, result| {
                 if result.is_ok() {
                     driver.state.set_paused(&container_id, paused);
@@ -535,13 +535,13 @@ impl Driver {
     }
 
     /// `ResizePty`: before the start it is remembered, without a terminal it is nothing.
-    pub fn resize(&mut self, key: Key, width: u32, height: u32, reply: Reply<()>) {
+    pub fn resize(&mut self, key: ProcessId, width: u32, height: u32, reply: Reply<()>) {
         match self.state.process(&key) {
             Err(error) => answer(reply, Err(error)),
             Ok(process) if !process.io.terminal => answer(reply, Ok(())),
             Ok(_) if key.is_init() || self.pumps.contains_key(&key) => {
                 self.relay(reply, |guest| async move {
-                    process::resize(&guest, &key, width, height).await
+                    agent_calls::resize(&guest, &key, width, height).await
                 });
             }
             Ok(_) => {
@@ -552,7 +552,7 @@ impl Driver {
     }
 
     /// `CloseIO` of stdin; before the start it is remembered.
-    pub fn close_stdin(&mut self, key: Key, reply: Reply<()>) {
+    pub fn close_stdin(&mut self, key: ProcessId, reply: Reply<()>) {
         let result = self.state.process(&key).map(drop);
         if result.is_ok() {
             match self.pumps.get_mut(&key) {
@@ -591,7 +591,7 @@ impl Driver {
             guest.resize(before.max(after)).await?;
             let updated = match is_pod {
                 true => Ok(()),
-                false => process::update(&guest, &target, &resources).await,
+                false => agent_calls::update(&guest, &target, &resources).await,
             };
             let resized = guest
                 .resize(if updated.is_ok() { after } else { before })
@@ -625,10 +625,9 @@ impl Driver {
             // What the machine itself uses is in the pod's cgroup on the host.
             return answer(reply, Ok(Stats::default()));
         }
-        self.relay(
-            reply,
-            |guest| async move { process::stats(&guest, &id).await },
-        );
+        self.relay(reply, |guest| async move {
+            agent_calls::stats(&guest, &id).await
+        });
     }
 
     /// `Shutdown`: ends the sandbox if nothing needs it, or if `now`. Says whether it did.

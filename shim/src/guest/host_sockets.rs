@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use agent_client::stdio::ACCEPTED;
-use agent_client::{Listener, Stream, UDS_MAGIC};
+use guest_protocol::stdio::ACCEPTED;
+use guest_protocol::{Listener, Stream, UDS_MAGIC};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
@@ -320,7 +320,7 @@ fn become_user(user: &User) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use agent_client::{Transport, UDS_PORT};
+    use guest_protocol::{Transport, UDS_PORT};
     use tempfile::TempDir;
     use tokio::net::UnixListener;
 

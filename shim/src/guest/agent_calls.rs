@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use agent_client::ALL_PROCESSES;
-use agent_client::protocols::agent::{
+use guest_protocol::ALL_PROCESSES;
+use guest_protocol::protocols::agent::{
     ExecProcessRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest,
     StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
     WaitProcessRequest,
@@ -13,11 +13,11 @@ use oci_spec::runtime::{LinuxResources, Process};
 use tokio::task::JoinHandle;
 use ttrpc::Code;
 
-use super::launch::Guest;
-use super::state::{Io, Key};
-use crate::container::to_proto;
 use crate::error::Result;
 use crate::from_guest::Stats;
+use crate::guest::boot::Guest;
+use crate::guest::guest_spec;
+use crate::model::{ProcessId, Stdio};
 use crate::stdio::{GuestIo, HostIo, Pumps};
 
 /// Starting a process: it includes the guest's reading of the program from the image.
@@ -54,7 +54,7 @@ pub struct Dialled {
 
 impl Dialled {
     /// Begins to connect them, if the agent takes streams.
-    pub fn begin(guest: &Arc<Guest>, key: &Key, io: &Io) -> Option<Dialled> {
+    pub fn begin(guest: &Arc<Guest>, key: &ProcessId, io: &Stdio) -> Option<Dialled> {
         let (transport, key, io) = (guest.transport.clone(), key.clone(), io.clone());
         let dial = async move { GuestIo::raw(&transport, &key, &io).await };
         guest.raw_stdio.then(|| Dialled {
@@ -92,9 +92,9 @@ pub struct Announced {
 /// The agent's own words; a stdio path that does not open.
 pub async fn start_exec(
     guest: &Guest,
-    key: &Key,
+    key: &ProcessId,
     exec: Announced,
-    io: &Io,
+    io: &Stdio,
     namespace: &str,
 ) -> Result<Pumps> {
     let Announced { process, dialled } = exec;
@@ -111,7 +111,7 @@ pub async fn start_exec(
     let request = ExecProcessRequest {
         container_id: key.container.clone(),
         exec_id: key.exec.clone(),
-        process: Some(to_proto::process(&process)).into(),
+        process: Some(guest_spec::process(&process)).into(),
         ..Default::default()
     };
     guest.agent.exec_process(&request, START_DEADLINE).await?;
@@ -121,7 +121,7 @@ pub async fn start_exec(
 
 /// Waits for the end of a process: its status, or `None` if the agent failed first, and with it the
 /// machine.
-pub async fn wait(guest: &Guest, key: &Key) -> Option<u32> {
+pub async fn wait(guest: &Guest, key: &ProcessId) -> Option<u32> {
     let request = WaitProcessRequest {
         container_id: key.container.clone(),
         exec_id: key.exec.clone(),
@@ -137,7 +137,7 @@ pub async fn wait(guest: &Guest, key: &Key) -> Option<u32> {
 /// `NOT_FOUND` if it is gone already.
 pub async fn signal(
     guest: &Guest,
-    key: &Key,
+    key: &ProcessId,
     signal: u32,
     all: bool,
     deadline: Duration,
@@ -160,7 +160,7 @@ pub async fn signal(
 ///
 /// # Errors
 /// The agent's own words.
-pub async fn resize(guest: &Guest, key: &Key, width: u32, height: u32) -> Result<()> {
+pub async fn resize(guest: &Guest, key: &ProcessId, width: u32, height: u32) -> Result<()> {
     let request = TtyWinResizeRequest {
         container_id: key.container.clone(),
         exec_id: key.exec.clone(),
@@ -215,7 +215,7 @@ pub async fn stats(guest: &Guest, id: &str) -> Result<Stats> {
 pub async fn update(guest: &Guest, id: &str, resources: &LinuxResources) -> Result<()> {
     let request = UpdateContainerRequest {
         container_id: id.to_owned(),
-        resources: Some(to_proto::resources(resources)).into(),
+        resources: Some(guest_spec::resources(resources)).into(),
         ..Default::default()
     };
     guest.agent.update_container(&request, CALL_DEADLINE).await

@@ -4,9 +4,10 @@
 use tokio::time::timeout;
 use ttrpc::Code;
 
-use super::super::state::{Io, KILLED, Stage};
 use super::*;
 use crate::events::Publisher;
+use crate::model::Stdio;
+use crate::sandbox::state::{KILLED, Stage};
 
 /// A running task `web` with an exec, and the handle to its owner.
 async fn running(dir: &Path) -> Handle {
@@ -15,13 +16,13 @@ async fn running(dir: &Path) -> Handle {
     let (mut driver, handle, jobs) = Driver::new(identity, ledger, Publisher::start("", "default"));
     driver
         .state
-        .create("web", &dir.to_string_lossy(), Io::default())
+        .create("web", &dir.to_string_lossy(), Stdio::default())
         .unwrap();
     driver.state.created("web", 100, false);
-    let (init, exec) = (Key::new("web", ""), Key::new("web", "e"));
+    let (init, exec) = (ProcessId::new("web", ""), ProcessId::new("web", "e"));
     driver.state.start(&init).unwrap();
     driver.state.started(&init).unwrap();
-    driver.state.exec(&exec, Io::default()).unwrap();
+    driver.state.exec(&exec, Stdio::default()).unwrap();
     driver.state.start(&exec).unwrap();
     driver.state.started(&exec).unwrap();
     tokio::spawn(driver.run(jobs));
@@ -29,7 +30,7 @@ async fn running(dir: &Path) -> Handle {
 }
 
 async fn exit(handle: &Handle, exec: &str) -> Exit {
-    let key = Key::new("web", exec);
+    let key = ProcessId::new("web", exec);
     handle
         .ask(|driver, reply| driver.wait(key, reply))
         .await
@@ -73,7 +74,7 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
             .await
             .contains("task web did not end within 10 s of a SIGKILL")
     );
-    let kill = |driver: &mut Driver, reply| driver.kill(Key::new("web", ""), 9, true, reply);
+    let kill = |driver: &mut Driver, reply| driver.kill(ProcessId::new("web", ""), 9, true, reply);
     assert_eq!(
         handle.ask(kill).await.unwrap_err().code,
         Code::NOT_FOUND,
@@ -87,8 +88,8 @@ async fn a_sigkill_that_works_ends_nothing_else() {
     let handle = running(dir.path()).await;
     handle.tell(|driver| {
         driver.begin_to_end("web");
-        driver.exited(&Key::new("web", "e"), KILLED);
-        driver.exited(&Key::new("web", ""), KILLED);
+        driver.exited(&ProcessId::new("web", "e"), KILLED);
+        driver.exited(&ProcessId::new("web", ""), KILLED);
     });
     tokio::time::sleep(TIMEOUT * 2).await;
     assert!(is_alive(&handle).await);
@@ -100,12 +101,12 @@ async fn the_next_task_of_the_same_name_is_not_killed_for_the_last_one() {
     let handle = running(dir.path()).await;
     handle.tell(|driver| {
         driver.begin_to_end("web");
-        driver.exited(&Key::new("web", "e"), KILLED);
-        driver.exited(&Key::new("web", ""), KILLED);
-        driver.forget(&Key::new("web", ""));
+        driver.exited(&ProcessId::new("web", "e"), KILLED);
+        driver.exited(&ProcessId::new("web", ""), KILLED);
+        driver.forget(&ProcessId::new("web", ""));
         driver
             .state
-            .create("web", "/nowhere", Io::default())
+            .create("web", "/nowhere", Stdio::default())
             .unwrap();
         driver.state.created("web", 100, false);
     });

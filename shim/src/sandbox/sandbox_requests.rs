@@ -15,16 +15,17 @@ use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
 
-use super::dir::Dir;
-use super::driver::{Blueprint, Driver, Pod, Reply, Shm, answer};
-use super::mounts;
-use super::process;
-use super::sizing::Need;
-use super::state::{Io, Key, Status};
 use crate::config::Config;
 use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
+use crate::guest::agent_calls;
+use crate::guest::machine_size::Need;
+use crate::host::dir::Dir;
+use crate::host::mounts;
+use crate::model::{ProcessId, Stdio};
+use crate::sandbox::owner::{Blueprint, Driver, Pod, Reply, Shm, answer};
+use crate::sandbox::state::Status;
 
 /// As containerd's CRI makes it for a pod.
 const SHM_BYTES: u64 = 64 << 20;
@@ -52,7 +53,7 @@ impl Driver {
             let config = config.annotated(&asked.annotations)?;
             let (pod, blueprint) = self.plan(request, &asked)?;
             self.state
-                .create(&request.sandbox_id, &request.bundle_path, Io::default())?;
+                .create(&request.sandbox_id, &request.bundle_path, Stdio::default())?;
             self.pod = pod;
             let launching = self.guest_for(config, blueprint);
             launching.inspect_err(|_| self.state.create_failed(&request.sandbox_id))
@@ -115,7 +116,7 @@ impl Driver {
 
     /// `StartSandbox`: its pid.
     pub fn start_sandbox(&mut self, id: &str, reply: Reply<u32>) {
-        self.start(Key::new(id, ""), reply);
+        self.start(ProcessId::new(id, ""), reply);
     }
 
     /// `SandboxStatus`.
@@ -123,7 +124,7 @@ impl Driver {
     /// # Errors
     /// `NOT_FOUND`.
     pub fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
-        let status = self.state.status(&Key::new(id, ""))?;
+        let status = self.state.status(&ProcessId::new(id, ""))?;
         let alive = self.state.alive();
         Ok(SandboxStatus {
             pid: self.state.task(id)?.init.pid,
@@ -137,7 +138,7 @@ impl Driver {
     pub fn sandbox_stats(&self, reply: Reply<Stats>) {
         let ids: Vec<String> = self.containers.keys().cloned().collect();
         self.relay(reply, |guest| async move {
-            let stats = join_all(ids.iter().map(|id| process::stats(&guest, id))).await;
+            let stats = join_all(ids.iter().map(|id| agent_calls::stats(&guest, id))).await;
             // One that ends meanwhile has nothing to add.
             let mut sum = Stats::default();
             stats.into_iter().flatten().for_each(|one| sum.add(&one));

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use agent_client::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
-use agent_client::{
-    AgentClient, GUEST_ROOTFS, GUEST_SHARE, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG, SHARE_TAG,
-    Transport, UDS_PORT,
+use guest_protocol::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
+use guest_protocol::{
+    AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG,
+    SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
 use tokio::sync::Mutex;
@@ -23,20 +23,19 @@ use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemon
 use vmm::process::Identity;
 use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
-use super::dir::Dir;
-use super::ledger::{Ledger, Resource};
-use super::nics::Nics;
-use super::place::{self, Place};
-use super::reach;
-use super::sizing::{Sizing, host_cpus, host_memory_mib};
 use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
-use crate::container::volumes::GUEST_SHM;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features};
-use crate::identity::STATE_ROOT;
+use crate::guest::host_sockets::{self, Sockets};
+use crate::guest::machine_size::{Sizing, host_cpus, host_memory_mib};
+use crate::guest::nics::Nics;
+use crate::guest::place::{self, Place};
+use crate::guest::reach_agent;
+use crate::host::dir::Dir;
+use crate::host::identity::STATE_ROOT;
+use crate::host::ledger::{Ledger, Resource};
 use crate::network::Forwarder;
 use crate::relay::Relay;
-use crate::uds::{self, Sockets};
 
 /// A helper or QEMU's monitor is there within this time, or not at all.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -462,12 +461,12 @@ async fn boot(
 ) -> Result<Guest> {
     let config = &plan.config;
     let dir = ledger.dir();
-    let reach::Address {
+    let reach_agent::Address {
         transport,
         ready,
         port,
         kernel,
-    } = reach::address(config.vsock, dir)?;
+    } = reach_agent::address(config.vsock, dir)?;
     machine.kernel_params = config.kernel_params.clone();
     machine
         .kernel_params
@@ -484,8 +483,8 @@ async fn boot(
             let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
                 binary: find_program(&config.vhost_device_vsock, "vhost_device_vsock")?,
                 cache_dir: machine.cache_dir.clone(),
-                dir: dir.join(reach::SOCKETS),
-                name: reach::SOCKET_NAME.to_owned(),
+                dir: dir.join(reach_agent::SOCKETS),
+                name: reach_agent::SOCKET_NAME.to_owned(),
                 guest_cid: HYBRID_CID,
                 cgroup_procs: machine.cgroup_procs.clone(),
                 oom_score_adj: machine.oom_score_adj,
@@ -544,7 +543,7 @@ async fn boot(
     let died = death(&vm, &file_servers, daemon.as_ref());
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
     let reached = tokio::select! {
-        reached = reach::agent(&transport, &ready, &vm, &vsock.id) => reached,
+        reached = reach_agent::agent(&transport, &ready, &vm, &vsock.id) => reached,
         why = died => return Err(ended(why)),
     };
     let (stream, transport) = match reached {
@@ -564,9 +563,9 @@ async fn boot(
     let (mut relay, mut sockets_port, mut forwarder) = (None, None, None);
     if features.uds {
         let doing = || "listen for the guest's connections to unix sockets".to_owned();
-        let listener = reach::listen(&transport, UDS_PORT).doing(doing)?;
+        let listener = reach_agent::listen(&transport, UDS_PORT).doing(doing)?;
         sockets_port = Some(listener.port(UDS_PORT).doing(doing)?);
-        relay = Some(uds::serve(listener, sockets.clone()));
+        relay = Some(host_sockets::serve(listener, sockets.clone()));
     }
     if features.port_forward && plan.netns.is_some() {
         forwarder = nics.forward(&transport).await;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::identity::STATE_ROOT;
+use crate::host::identity::STATE_ROOT;
 
 /// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process
 /// until it is set up.

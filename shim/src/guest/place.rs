@@ -8,11 +8,11 @@ use std::time::Duration;
 use tokio::time::timeout;
 use vmm::process::Identity;
 
-use super::ledger::{Ledger, Resource};
-use super::sizing::Sizing;
-use crate::cgroup::systemd::{self, Name, Scope};
-use crate::cgroup::{self, limits};
 use crate::error::{Error, IoContext, Result};
+use crate::guest::machine_size::Sizing;
+use crate::host::cgroup::systemd::{self, Name, Scope};
+use crate::host::cgroup::{self, limits};
+use crate::host::ledger::{Ledger, Resource};
 
 /// The kernel may have to take memory back before a limit holds; where the limit is systemd's to
 /// set, it has as long.

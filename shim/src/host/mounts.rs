@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use super::dir::Dir;
 use crate::error::{IoContext, Result};
+use crate::host::dir::Dir;
 
 /// Gives this process a mount namespace of its own. To be called before there is a second thread.
 ///

@@ -19,9 +19,9 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
 
-use super::dir::Dir;
-use crate::cgroup;
 use crate::error::{Error, IoContext, Result};
+use crate::host::cgroup;
+use crate::host::dir::Dir;
 use crate::network::Redirect;
 
 const NAME: &str = "ledger";

@@ -12,8 +12,8 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::mounts;
 use crate::error::{Error, IoContext, Result};
+use crate::host::mounts;
 
 /// The directory.
 #[derive(Debug)]

@@ -10,12 +10,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use agent_client::GUEST_SHARE;
+use guest_protocol::GUEST_SHARE;
 
-use super::volumes::Pinned;
+use crate::container::volumes::Pinned;
 use crate::error::{IoContext, Result};
-use crate::sandbox::dir::{Dir, Entry};
-use crate::sandbox::mounts::{self, Bind};
+use crate::host::dir::{Dir, Entry};
+use crate::host::mounts::{self, Bind};
 
 /// Directory of the binds below the shared one. No container's id begins with a dot.
 const NAME: &str = ".volumes";
@@ -33,12 +33,12 @@ pub struct Shares {
 #[derive(Debug, Default)]
 struct Inner {
     next: u64,
-    live: HashMap<Key, Weak<Share>>,
+    live: HashMap<ShareKey, Weak<Share>>,
 }
 
 /// The source as it was found: a path may lead elsewhere later.
 #[derive(Debug, PartialEq, Eq, Hash)]
-struct Key {
+struct ShareKey {
     source: PathBuf,
     device: u64,
     inode: u64,
@@ -75,7 +75,7 @@ impl Shares {
     /// One line that names the source or the place.
     pub fn get(&self, source: &Pinned, how: Bind) -> Result<Arc<Share>> {
         let metadata = &source.metadata;
-        let key = Key {
+        let key = ShareKey {
             source: source.is_at.clone(),
             device: metadata.dev(),
             inode: metadata.ino(),

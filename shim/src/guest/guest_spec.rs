@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use agent_client::protocols::oci as proto;
+use guest_protocol::protocols::oci as proto;
 use oci_spec::runtime as oci;
 use serde::Serialize;
 

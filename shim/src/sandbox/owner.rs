@@ -14,24 +14,26 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
-use super::dir::Dir;
-use super::ending;
-use super::launch::{Guest, Plan, ROOTFS, SHARE, launch, served};
-use super::ledger::Ledger;
-use super::mounts;
-use super::process::{self, Announced};
-use super::sizing::{Need, Sizing};
-use super::state::{Key, State};
 use crate::config::Config;
 use crate::container::create::{self, Container};
-use crate::container::exit_file::{self, Exit};
 use crate::container::hooks::HostHooks;
-use crate::container::shares::Shares;
+use crate::container::shared_volumes::Shares;
 use crate::container::volumes::Pinned;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::from_guest::{Bucket, text, watch_oom};
-use crate::identity::SandboxIdentity;
+use crate::guest::agent_calls::{self, Announced};
+use crate::guest::boot::{Guest, Plan, ROOTFS, SHARE, launch, served};
+use crate::guest::ending;
+use crate::guest::machine_size::{Need, Sizing};
+use crate::host::dir::Dir;
+use crate::host::exit_record;
+use crate::host::identity::SandboxIdentity;
+use crate::host::ledger::Ledger;
+use crate::host::mounts;
+use crate::model::Exit;
+use crate::model::ProcessId;
+use crate::sandbox::state::State;
 use crate::stdio::Pumps;
 
 /// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
@@ -181,11 +183,11 @@ pub struct Driver {
     pub(super) launching: Option<Launching>,
     pub(super) guest: Option<Arc<Guest>>,
     pub(super) containers: HashMap<String, Container>,
-    pub(super) pumps: HashMap<Key, Pumps>,
-    pub(super) announced: HashMap<Key, Announced>,
-    pub(super) sizes: HashMap<Key, (u32, u32)>,
-    pub(super) stdin_closed: Vec<Key>,
-    pub(super) waiters: HashMap<Key, Vec<Reply<Exit>>>,
+    pub(super) pumps: HashMap<ProcessId, Pumps>,
+    pub(super) announced: HashMap<ProcessId, Announced>,
+    pub(super) sizes: HashMap<ProcessId, (u32, u32)>,
+    pub(super) stdin_closed: Vec<ProcessId>,
+    pub(super) waiters: HashMap<ProcessId, Vec<Reply<Exit>>>,
     /// When each container got its first SIGKILL.
     pub(super) killed: HashMap<String, Instant>,
     strangers: Bucket,
@@ -405,7 +407,7 @@ impl Driver {
     /// A SIGKILL is sent to an exec. One that has not ended after a certain time hangs in the
     /// guest's kernel, or the guest does not obey: nobody waits for it any longer, and it goes with
     /// its container.
-    pub(super) fn begin_to_give_up(&mut self, key: &Key) {
+    pub(super) fn begin_to_give_up(&mut self, key: &ProcessId) {
         let Ok(pid) = self.state.process(key).map(|process| process.pid) else {
             return;
         };
@@ -435,10 +437,10 @@ impl Driver {
         self.announce(exits);
     }
 
-    pub(super) fn watch_exit(&self, guest: Arc<Guest>, key: Key) {
+    pub(super) fn watch_exit(&self, guest: Arc<Guest>, key: ProcessId) {
         let watched = key.clone();
         self.begin(
-            async move { process::wait(&guest, &watched).await },
+            async move { agent_calls::wait(&guest, &watched).await },
             move |driver, status| {
                 // Without a status the agent has failed, and with it the machine: `vm_died` comes.
                 if let Some(status) = status {
@@ -448,7 +450,7 @@ impl Driver {
         );
     }
 
-    pub(super) fn exited(&mut self, key: &Key, status: u32) {
+    pub(super) fn exited(&mut self, key: &ProcessId, status: u32) {
         let exits = self.state.exited(
             key,
             Exit {
@@ -473,12 +475,12 @@ impl Driver {
     }
 
     /// Tells the world of exits: events, the bundle's record, everybody who waits.
-    pub(super) fn announce(&mut self, exits: Vec<(Key, Exit)>) {
+    pub(super) fn announce(&mut self, exits: Vec<(ProcessId, Exit)>) {
         for (key, exit) in exits {
             if key.is_init()
                 && let Ok(task) = self.state.task(&key.container)
             {
-                exit_file::write(Path::new(&task.bundle), exit);
+                exit_record::write(Path::new(&task.bundle), exit);
             }
             if self.is_unannounced(&key.container) {
                 continue;
@@ -524,10 +526,10 @@ impl Driver {
     }
 
     /// Drops everything that is kept for a process; for init, for its whole container.
-    pub(super) fn forget(&mut self, key: &Key) {
+    pub(super) fn forget(&mut self, key: &ProcessId) {
         self.state.deleted(key);
         let gone =
-            |other: &Key| other == key || (key.is_init() && other.container == key.container);
+            |other: &ProcessId| other == key || (key.is_init() && other.container == key.container);
         self.announced.retain(|other, _| !gone(other));
         self.sizes.retain(|other, _| !gone(other));
         self.stdin_closed.retain(|other| !gone(other));
@@ -548,5 +550,5 @@ pub fn answer<T>(reply: Reply<T>, result: Result<T>) {
 }
 
 #[cfg(test)]
-#[path = "driver_tests.rs"]
+#[path = "owner_tests.rs"]
 mod tests;

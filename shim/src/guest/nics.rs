@@ -7,17 +7,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_client::Transport;
-use agent_client::protocols::agent::{
+use guest_protocol::Transport;
+use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
 use tokio::sync::Mutex;
 use vmm::{Device, Net, Vm};
 
-use super::ledger::{Ledger, Resource};
 use crate::config::NetnsRules;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Agent;
+use crate::host::ledger::{Ledger, Resource};
 use crate::network::{Endpoint, Forwarder, Netns, Network};
 
 /// How long the agent may take for one of its network calls: a card may have to appear first.

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use agent_client::protocols::{agent, csi, health, oci, types};
+use guest_protocol::protocols::{agent, csi, health, oci, types};
 use protobuf::reflect::{
     FileDescriptor, MessageDescriptor, ReflectValueBox, RuntimeFieldType, RuntimeType,
 };

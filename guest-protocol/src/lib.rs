@@ -1,7 +1,8 @@
-//! The guest agent's protocol: messages, transports and the client's end of a connection.
+//! What the host and the guest agent say to each other; both sides use this crate.
 //!
-//! Owns the wire: what is sent, over which socket, and by when an answer must be there. It never
-//! decides what a sandbox should do, and it knows nothing of QEMU or containerd.
+//! Owns the wire: messages, features, paths and ports that both sides know, what is sent over which
+//! socket, and by when an answer must be there. It never decides what a sandbox should do, and it
+//! knows nothing of QEMU or containerd.
 
 mod client;
 mod frames;
@@ -89,6 +90,12 @@ pub const POD_PID_PATH: &str = "container:";
 
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
+
+/// Below it the guest has what belongs to the sandbox and is no share.
+pub const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
+
+/// Where the guest has the pod's /dev/shm.
+pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
 
 /// Tag of the virtio-fs device that shares volumes, and root file systems that the client made
 /// itself.
