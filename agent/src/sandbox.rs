@@ -125,7 +125,7 @@ impl Sandbox {
         }
         if !request.dns.is_empty() {
             let lines: Vec<&str> = request.dns.iter().map(|line| line.trim()).collect();
-            let file = format!("{place}/resolv.conf");
+            let file = format!("{GUEST_SANDBOX}/resolv.conf");
             fs::write(&file, lines.join("\n") + "\n").what(|| format!("write {file}"))?;
         }
         Ok(())

@@ -59,6 +59,7 @@ async fn vsock_daemon(lab: &Lab) -> VsockDaemon {
 
 fn block(path: &Path) -> Device {
     Device::Block(Block {
+        number: None,
         path: path.into(),
         read_only: false,
         direct: false,

@@ -173,6 +173,7 @@ async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
     let disk = vmm::Block {
+        number: None,
         path: image.path().into(),
         read_only: false,
         direct: false,

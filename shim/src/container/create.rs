@@ -255,7 +255,7 @@ impl Container {
         disk: Disk,
         mount_point: &str,
     ) -> Result<Storage> {
-        let attached = guest.attach_disk(&disk.path, disk.read_only).await?;
+        let attached = guest.attach_disk(&disk.path, None, disk.read_only).await?;
         self.plugged.push(attached.id);
         Ok(Storage {
             driver: "blk".to_owned(),
@@ -270,7 +270,9 @@ impl Container {
     async fn plug_devices(&mut self, guest: &Guest) -> Result<Vec<Device>> {
         let mut devices = Vec::new();
         for disk in std::mem::take(&mut self.host.devices.disks) {
-            let attached = guest.attach_disk(&disk.path, disk.read_only).await?;
+            let attached = guest
+                .attach_disk(&disk.path, Some(disk.number), disk.read_only)
+                .await?;
             self.plugged.push(attached.id);
             devices.push(Device {
                 id: attached.pci_path,
@@ -295,6 +297,8 @@ impl Container {
     pub async fn remove(mut self, guest: Option<Arc<Guest>>, id: &str, by: Instant) -> Result<()> {
         let mut removed = Ok(());
         if let Some(guest) = guest {
+            // Whatever becomes of the guest, the host gets its directories back.
+            self.forget_sockets(&guest);
             removed = remove_in_guest(&guest, id, by).await;
             if removed.is_ok() {
                 self.unplug(&guest, by).await;
@@ -304,10 +308,14 @@ impl Container {
         removed
     }
 
-    async fn unplug(&mut self, guest: &Guest, by: Instant) {
+    fn forget_sockets(&mut self, guest: &Guest) {
         self.sockets
             .drain(..)
             .for_each(|name| guest.sockets.remove(&name));
+    }
+
+    async fn unplug(&mut self, guest: &Guest, by: Instant) {
+        self.forget_sockets(guest);
         let time = by
             .saturating_duration_since(Instant::now())
             .clamp(LEAST_TO_DETACH, DETACH_DEADLINE);

@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 pub struct HostDisk {
     /// Its node on the host.
     pub path: PathBuf,
+    /// Its number, as stat(2) gives it.
+    pub number: u64,
     /// Its node in the container.
     pub container_path: String,
     /// The container may not write.
@@ -67,6 +69,7 @@ pub fn sort(spec: &Spec) -> Result<Devices> {
             let access = access(rules(spec), device);
             devices.disks.push(HostDisk {
                 path: node(device)?,
+                number: number(device),
                 container_path: device.path().to_string_lossy().into_owned(),
                 read_only: !access.contains('w'),
             });
@@ -201,6 +204,7 @@ mod tests {
         let devices = sort(&spec(json!([disk("/dev/data"), fuse]), rules)).unwrap();
         let wanted = HostDisk {
             path: "/dev/loop0".into(),
+            number: libc::makedev(7, 0),
             container_path: "/dev/data".into(),
             read_only: true,
         };

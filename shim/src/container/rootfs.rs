@@ -2,9 +2,8 @@
 //! shared directory, or where it is a disk (devmapper, blockfile, erofs), plugged into the guest
 //! and mounted there.
 
-use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
@@ -33,7 +32,7 @@ pub fn mount_all(list: &[Mount], root_path: &Path, dir: &Dir) -> Result<()> {
     let target = dir.make(NAME)?;
     if list.is_empty() {
         let doing = || format!("share the root file system {}", root_path.display());
-        let root = hold(root_path).doing(doing)?;
+        let root = mounts::hold(root_path).doing(doing)?;
         if !root.metadata().doing(doing)?.is_dir() {
             return Err(Error::invalid(format!(
                 "root file system {} is not a directory",
@@ -62,14 +61,6 @@ fn place(root: Dir, target: &str) -> Result<OwnedFd> {
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     openat2(&root, target, how).doing(|| format!("find {target} in the root file system"))
-}
-
-/// A file or directory that a client names, by its descriptor.
-fn hold(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_PATH)
-        .open(path)
 }
 
 /// Whether nobody but the container changes the root file system while it lives: a mount of the
@@ -137,7 +128,7 @@ fn mount_one(entry: &Mount, place: &OwnedFd) -> Result<()> {
             read_only: flags.contains(MsFlags::MS_RDONLY),
             ..Bind::default()
         };
-        return hold(Path::new(&entry.source))
+        return mounts::hold(Path::new(&entry.source))
             .and_then(|source| mounts::bind(&source, place, how))
             .doing(doing);
     }

@@ -9,9 +9,9 @@
 //! | a unix socket of the host | a socket of the agent, joined to the host's through vsock |
 //! | every other bind | shared by virtio-fs |
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -214,10 +214,7 @@ impl Pinned {
     /// # Errors
     /// The system's own.
     pub fn open(path: &Path) -> std::io::Result<Pinned> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open(path)?;
+        let file = mounts::hold(path)?;
         let metadata = file.metadata()?;
         let is_at = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         Ok(Pinned {
@@ -366,6 +363,41 @@ mod tests {
             assert!(place.join("file").exists());
             drop(second);
             assert!(!place.exists() && data.join("file").exists());
+        });
+    }
+
+    #[test]
+    fn a_mount_point_with_any_name_stops_nobody() {
+        use std::os::unix::ffi::OsStrExt;
+        alone(|dir| {
+            let data = source(dir, "data");
+            let odd = dir.join(std::ffi::OsStr::from_bytes(b"data/\xff \n"));
+            std::fs::create_dir(&odd).unwrap();
+            mount(
+                Some("tmpfs"),
+                &odd,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
+            let shares = shares(dir);
+            let list = mounts_of(
+                json!([{"destination": "/d", "type": "bind", "source": data, "options": ["rbind", "ro"]}]),
+            );
+            let volumes = prepare(&list, &shares, POD).unwrap();
+            assert!(
+                !volumes.mounts[0].options.contains(&"ro".to_owned()),
+                "it is seen below"
+            );
+            drop(volumes);
+            assert_eq!(
+                std::fs::read_dir(dir.join("share/.volumes"))
+                    .unwrap()
+                    .count(),
+                0
+            );
+            nix::mount::umount(&odd).unwrap();
         });
     }
 

@@ -240,9 +240,15 @@ impl Guest {
     ///
     /// # Errors
     /// The path, or QEMU's own.
-    pub async fn attach_disk(&self, path: &Path, read_only: bool) -> Result<Attached> {
+    pub async fn attach_disk(
+        &self,
+        path: &Path,
+        number: Option<u64>,
+        read_only: bool,
+    ) -> Result<Attached> {
         let disk = Block {
             path: path.to_owned(),
+            number,
             read_only,
             direct: false,
             serial: None,

@@ -67,7 +67,8 @@ impl Place {
         size: Sizing,
         ledger: &Ledger,
     ) -> Result<Arc<Place>> {
-        let directories = cgroup::directories(cgroups_path);
+        let directories =
+            cgroup::directories(cgroups_path).doing(|| "read the mount table".into())?;
         let (mut scope, mut now) = (None, None);
         let way = way(cgroups_path, systemd::runs(), systemd::is_populated);
         let by_systemd = way != Way::Directories;

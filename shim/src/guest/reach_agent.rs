@@ -30,6 +30,9 @@ const DIAL_INTERVAL: Duration = Duration::from_millis(50);
 /// will.
 const NOTICE_GRACE: Duration = Duration::from_secs(1);
 
+/// The same, counted from the machine's start, where QEMU cannot tell when the guest got its driver.
+const BOOT_GRACE: Duration = Duration::from_secs(10);
+
 /// Directory of vhost-device-vsock's sockets below the state directory.
 pub const SOCKETS: &str = "vsock";
 
@@ -155,10 +158,14 @@ async fn dial_silent_agent(
     vm: &Vm,
     vsock: &str,
 ) -> Result<guest_protocol::Stream> {
-    while vm.driver_ok(vsock).await? == Some(false) {
-        sleep(DIAL_INTERVAL).await;
-    }
-    sleep(NOTICE_GRACE).await;
+    let grace = loop {
+        match vm.driver_ok(vsock).await? {
+            Some(true) => break NOTICE_GRACE,
+            Some(false) => sleep(DIAL_INTERVAL).await,
+            None => break BOOT_GRACE,
+        }
+    };
+    sleep(grace).await;
     loop {
         if let Ok(stream) = transport.dial(AGENT_PORT, DIAL_DEADLINE).await {
             return Ok(stream);

@@ -2,6 +2,7 @@
 //! found from there, by a single name and through no link.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -149,9 +150,14 @@ impl Dir {
             )));
         }
         match unlinkat(&self.0, name, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
-            Err(Errno::EISDIR) => std::fs::remove_dir_all(self.fd_path().join(name)).doing(doing),
-            Err(errno) => Err(errno).doing(doing),
+            Err(Errno::EISDIR) => {}
+            Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+            Err(errno) => return Err(errno).doing(doing),
+        }
+        match std::fs::remove_dir_all(self.fd_path().join(name)) {
+            // Another sweep may be at it.
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error).doing(doing),
+            _ => Ok(()),
         }
     }
 }
@@ -187,7 +193,7 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         if let Err(error) = self.dir.remove(&self.name) {
-            tracing::warn!(%error, "it is shared until the sandbox ends");
+            tracing::warn!(%error, "what a container had of the host stays until the sandbox ends");
         }
     }
 }

@@ -6,4 +6,5 @@ pub mod dir;
 pub mod exit_record;
 pub mod identity;
 pub mod ledger;
+pub mod mount_table;
 pub mod mounts;

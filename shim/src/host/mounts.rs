@@ -5,7 +5,10 @@
 //! The shared directory is a mount of its own that propagates to virtiofsd, which has a namespace
 //! below this one.
 
+use std::ffi::CString;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -13,6 +16,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{IoContext, Result};
 use crate::host::dir::Dir;
+use crate::host::mount_table::{self, Mounted};
 
 /// Gives this process a mount namespace of its own. To be called before there is a second thread.
 ///
@@ -232,17 +236,9 @@ const OF_THE_KERNEL: [&str; 14] = [
 /// # Errors
 /// The mount table cannot be read.
 pub fn has_kernels_mounts_below(dir: &Path) -> Result<bool> {
-    let text = std::fs::read_to_string("/proc/thread-self/mountinfo")
-        .doing(|| "read the mount table".into())?;
-    Ok(text.lines().any(|line| {
-        let kind = line
-            .split_once(" - ")
-            .and_then(|(_, rest)| rest.split(' ').next());
-        kind.is_some_and(|kind| OF_THE_KERNEL.contains(&kind))
-            && mount_points(line)
-                .iter()
-                .any(|point| point.starts_with(dir))
-    }))
+    Ok(table()?
+        .iter()
+        .any(|mount| OF_THE_KERNEL.contains(&mount.kind.as_str()) && mount.point.starts_with(dir)))
 }
 
 /// Mount points at or below a directory, without those that go with one above them: to take off the
@@ -268,56 +264,33 @@ fn without_inner(points: Vec<PathBuf>) -> Vec<PathBuf> {
 }
 
 fn below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string("/proc/thread-self/mountinfo")
-        .doing(|| "read the mount table".into())?;
-    Ok(mount_points(&text)
-        .into_iter()
-        .filter(|point| point.starts_with(dir))
-        .collect())
+    let points = table()?.into_iter().map(|mount| mount.point);
+    Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
-/// Fifth field of each line, with the kernel's octal escapes resolved.
-fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(unescape)
-        .collect()
+fn table() -> Result<Vec<Mounted>> {
+    mount_table::read().doing(|| "read the mount table".into())
 }
 
-fn unescape(field: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let bytes = field.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let octal = field.get(at + 1..at + 4).filter(|_| bytes[at] == b'\\');
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(out).into()
+/// A file or directory that somebody names, held by a descriptor: all that is asked of it later is
+/// asked of what was found. Unlike an open for its path alone this mounts what is to be mounted on
+/// demand (autofs), as mount(2) would.
+///
+/// # Errors
+/// The system's own.
+pub fn hold(path: &Path) -> std::io::Result<File> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let (here, flags) = (libc::AT_FDCWD, libc::OPEN_TREE_CLOEXEC);
+    // SAFETY: open_tree(2) reads a C string that outlives the call.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, here, path.as_ptr(), flags) })?;
+    let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mount_points_with_odd_names_are_found() {
-        let text = "36 35 98:0 / /run/a\\040b\\134c rw shared:1 - ext4 /dev/x rw\n37 36 0:5 / /proc rw - proc proc rw\n";
-        assert_eq!(
-            mount_points(text),
-            [PathBuf::from("/run/a b\\c"), PathBuf::from("/proc")]
-        );
-    }
 
     #[test]
     fn what_a_container_may_rename_is_not_walked_to_be_unmounted() {

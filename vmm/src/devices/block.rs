@@ -1,7 +1,7 @@
 //! A disk (virtio-blk) on a raw image file or a block device of the host.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
@@ -15,6 +15,8 @@ use crate::qmp::commands::BlockdevAdd;
 pub struct Block {
     /// A raw image or a block device.
     pub path: PathBuf,
+    /// The number that a block device there must have: its path may lead to another one by now.
+    pub number: Option<u64>,
     /// The guest cannot write.
     pub read_only: bool,
     /// Past the host's page cache; the file system below must know O_DIRECT.
@@ -33,10 +35,13 @@ impl Block {
             .write(!self.read_only)
             .open(&self.path);
         let file = file.doing(|| format!("open the disk {shown}"))?;
-        let kind = file
-            .metadata()
-            .doing(|| format!("use the disk {shown}"))?
-            .file_type();
+        let metadata = file.metadata().doing(|| format!("use the disk {shown}"))?;
+        let kind = metadata.file_type();
+        if self.number.is_some_and(|number| number != metadata.rdev()) {
+            return Err(Error::Unsupported(format!(
+                "{shown} is not the device any more that it was"
+            )));
+        }
         let driver = if kind.is_block_device() {
             "host_device"
         } else {

@@ -14,6 +14,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::host::identity::STATE_ROOT;
+use crate::host::mount_table::{self, Mounted};
 
 /// The v1 hierarchies that processes are put in. Not cpuset: a new cgroup there takes no process
 /// until it is set up.
@@ -37,7 +38,10 @@ pub fn host_is_v2() -> bool {
 /// The directories that make up the cgroup named by a spec's `linux.cgroupsPath`, one for each
 /// hierarchy of the host. A path of systemd's form (`slice:prefix:name`) stands for the directory
 /// that systemd would make.
-pub fn directories(cgroups_path: &str) -> Vec<PathBuf> {
+///
+/// # Errors
+/// The mount table cannot be read.
+pub fn directories(cgroups_path: &str) -> io::Result<Vec<PathBuf>> {
     let relative = systemd::Name::parse(cgroups_path).map_or_else(
         || cgroups_path.trim_start_matches('/').to_owned(),
         |name| name.directory(),
@@ -47,36 +51,34 @@ pub fn directories(cgroups_path: &str) -> Vec<PathBuf> {
             .components()
             .any(|part| part.as_os_str() == "..")
     {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    mount_points(&mounts)
+    let hierarchies = hierarchies(&mount_table::read()?);
+    Ok(hierarchies
         .into_iter()
-        .map(|mount| mount.join(&relative))
-        .collect()
+        .map(|hierarchy| hierarchy.join(&relative))
+        .collect())
 }
 
-fn mount_points(mounts: &str) -> Vec<PathBuf> {
-    let mut points = Vec::new();
-    for line in mounts.lines() {
-        let fields: Vec<&str> = line.split(' ').collect();
-        let [_, point, kind, options, ..] = fields[..] else {
-            continue;
-        };
-        let wanted = match kind {
-            "cgroup2" => point == "/sys/fs/cgroup",
+/// Where the hierarchies are that processes are put in.
+fn hierarchies(mounts: &[Mounted]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for mount in mounts {
+        let mut controllers = mount.options.split(',');
+        let wanted = match mount.kind.as_str() {
+            "cgroup2" => mount.point == Path::new("/sys/fs/cgroup"),
             // Not those of a directory of the host that is bound for a container, with all that is
             // mounted below.
-            "cgroup" if !Path::new(point).starts_with(STATE_ROOT) => options
-                .split(',')
-                .any(|option| V1_CONTROLLERS.contains(&option)),
+            "cgroup" if !mount.point.starts_with(STATE_ROOT) => {
+                controllers.any(|name| V1_CONTROLLERS.contains(&name))
+            }
             _ => false,
         };
-        if wanted && !points.contains(&PathBuf::from(point)) {
-            points.push(PathBuf::from(point));
+        if wanted && !found.contains(&mount.point) {
+            found.push(mount.point.clone());
         }
     }
-    points
+    found
 }
 
 /// The directory and those of its parents that do not exist yet, outermost first: what `make` will
@@ -171,31 +173,30 @@ mod tests {
 
     #[test]
     fn each_hierarchy_is_found_once() {
-        let v1 = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n\
-                  cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0\n\
-                  cgroup /sys/fs/cgroup/systemd cgroup rw,xattr,name=systemd 0 0\n\
-                  cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        assert_eq!(
-            mount_points(v1),
-            [
-                PathBuf::from("/sys/fs/cgroup/memory"),
-                PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")
-            ]
-        );
-        let shared =
-            "cgroup /run/cofferdam/0/share/.volumes/2/sys/fs/cgroup/memory cgroup rw,memory 0 0\n";
-        assert!(mount_points(shared).is_empty());
-        assert_eq!(
-            mount_points("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"),
-            [PathBuf::from("/sys/fs/cgroup")]
-        );
+        let mounted = |point: &str, kind: &str, options: &str| Mounted {
+            point: point.into(),
+            kind: kind.into(),
+            options: options.into(),
+        };
+        let v1 = [
+            mounted("/sys/fs/cgroup/memory", "cgroup", "rw,memory"),
+            mounted("/sys/fs/cgroup/cpu,cpuacct", "cgroup", "rw,cpu,cpuacct"),
+            mounted("/sys/fs/cgroup/systemd", "cgroup", "rw,xattr,name=systemd"),
+            mounted("/sys/fs/cgroup/unified", "cgroup2", "rw"),
+        ];
+        let wanted = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu,cpuacct"].map(PathBuf::from);
+        assert_eq!(hierarchies(&v1), wanted);
+        let shared = "/run/cofferdam/0/share/.volumes/2/sys/fs/cgroup/memory";
+        assert!(hierarchies(&[mounted(shared, "cgroup", "rw,memory")]).is_empty());
+        let v2 = [mounted("/sys/fs/cgroup", "cgroup2", "rw,nsdelegate")];
+        assert_eq!(hierarchies(&v2), [PathBuf::from("/sys/fs/cgroup")]);
     }
 
     #[test]
     fn a_path_that_leaves_the_hierarchy_is_no_path() {
-        assert!(directories("../../etc").is_empty());
-        assert!(directories("../etc:cri:web").is_empty());
-        assert!(directories("").is_empty());
+        assert!(directories("../../etc").unwrap().is_empty());
+        assert!(directories("../etc:cri:web").unwrap().is_empty());
+        assert!(directories("").unwrap().is_empty());
     }
 
     #[test]

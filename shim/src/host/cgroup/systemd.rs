@@ -20,9 +20,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm::process::Identity;
 
+use super::hierarchies;
 use super::limits::Limits;
-use super::mount_points;
 use crate::error::{Error, IoContext, Result};
+use crate::host::mount_table;
 
 /// How long systemd may take to make or change a scope.
 const SET_DEADLINE: Duration = Duration::from_secs(10);
@@ -280,10 +281,11 @@ fn control_group(shown: &str) -> Option<Option<String>> {
 
 /// Whether there are processes in a cgroup, in any hierarchy, by its path below their roots.
 pub fn is_populated(group: &str) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    mount_points(&mounts)
+    // A table that cannot be read is told by whoever joins a cgroup.
+    let mounts = mount_table::read().unwrap_or_default();
+    hierarchies(&mounts)
         .into_iter()
-        .map(|mount| mount.join(group))
+        .map(|hierarchy| hierarchy.join(group))
         .any(|dir| {
             let read = |file| fs::read_to_string(dir.join(file)).unwrap_or_default();
             !read("cgroup.procs").trim().is_empty()
