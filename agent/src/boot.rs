@@ -177,7 +177,7 @@ pub fn boot() -> Result<Parameters> {
 
 /// Does the part of a boot that only containers need. It comes after the ready notice: the host
 /// needs some time to answer, and this fits into it.
-pub fn settle() {
+pub fn finish_boot() {
     enable_controllers(Path::new(CGROUP_ROOT));
     for (key, value) in SYSCTLS {
         let _ = fs::write(Path::new("/proc/sys").join(key), value);

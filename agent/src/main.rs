@@ -141,7 +141,7 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         .await
         .map_err(|error| Error::Failed(format!("start the server: {error}")))?;
     if init {
-        boot::settle();
+        boot::finish_boot();
     }
     // The host asks for ports only once it knows what this agent can do, and the answer to that
     // comes after this.

@@ -67,7 +67,7 @@ impl Queue {
 
     /// Queues an event if there is one, and waits until it was fetched by a caller who is there to
     /// do so.
-    pub async fn settle(&self, container: &Container) {
+    pub async fn wait_until_fetched(&self, container: &Container) {
         self.check(container);
         let fetched = async {
             loop {

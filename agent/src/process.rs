@@ -19,8 +19,8 @@ pub struct Process {
     pidfd: OwnedFd,
     exit: watch::Sender<Option<i32>>,
     io: Arc<Io>,
-    /// Somebody has been told of the exit.
-    told: AtomicBool,
+    /// The exit has been reported to the host.
+    reported: AtomicBool,
 }
 
 impl Process {
@@ -31,7 +31,7 @@ impl Process {
             pidfd,
             exit: watch::Sender::new(None),
             io: Arc::new(io),
-            told: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
         })
     }
 
@@ -55,14 +55,14 @@ impl Process {
         *self.exit.borrow()
     }
 
-    /// Notes that somebody was told of the exit.
-    pub fn tell(&self) {
-        self.told.store(true, Ordering::Relaxed);
+    /// Notes that the exit was reported to the host.
+    pub fn mark_reported(&self) {
+        self.reported.store(true, Ordering::Relaxed);
     }
 
-    /// True once somebody was told of the exit.
-    pub fn told(&self) -> bool {
-        self.told.load(Ordering::Relaxed)
+    /// Whether the exit was reported to the host.
+    pub fn is_reported(&self) -> bool {
+        self.reported.load(Ordering::Relaxed)
     }
 
     /// Makes the exit known to everybody who waits.
@@ -110,13 +110,13 @@ impl Process {
     /// True if the process would notice a signal: it has a handler, or takes it by sigwait or
     /// signalfd, or chose to ignore it. The first process of a pid namespace ignores what it has no
     /// handler for.
-    pub fn minds(&self, signal: i32) -> bool {
+    pub fn would_notice(&self, signal: i32) -> bool {
         fs::read_to_string(format!("/proc/{}/status", self.pid))
-            .is_ok_and(|status| minds(&status, signal))
+            .is_ok_and(|status| would_notice(&status, signal))
     }
 }
 
-fn minds(status: &str, signal: i32) -> bool {
+fn would_notice(status: &str, signal: i32) -> bool {
     ["SigBlk:", "SigIgn:", "SigCgt:"].iter().any(|field| {
         let line = status.lines().find_map(|line| line.strip_prefix(field));
         line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
@@ -136,14 +136,14 @@ mod tests {
             )
         };
         let term = 1 << (libc::SIGTERM - 1);
-        assert!(!minds(&status(0, 0, 0), libc::SIGTERM));
-        assert!(!minds(
+        assert!(!would_notice(&status(0, 0, 0), libc::SIGTERM));
+        assert!(!would_notice(
             &status(0, 0, 1 << (libc::SIGINT - 1)),
             libc::SIGTERM
         ));
-        assert!(minds(&status(term, 0, 0), libc::SIGTERM));
-        assert!(minds(&status(0, term, 0), libc::SIGTERM));
-        assert!(minds(&status(0, 0, term), libc::SIGTERM));
-        assert!(!minds("", libc::SIGTERM));
+        assert!(would_notice(&status(term, 0, 0), libc::SIGTERM));
+        assert!(would_notice(&status(0, term, 0), libc::SIGTERM));
+        assert!(would_notice(&status(0, 0, term), libc::SIGTERM));
+        assert!(!would_notice("", libc::SIGTERM));
     }
 }

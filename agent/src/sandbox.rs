@@ -143,7 +143,7 @@ impl Sandbox {
     /// Steps into a shared volume, which virtio-fs mounts when somebody does. Here and not first in
     /// the container's own namespace: there each container would get a file system of its own, with
     /// sockets, locks and mappings of its own.
-    fn cross(&self, path: &str) -> Result<()> {
+    fn enter_volume(&self, path: &str) -> Result<()> {
         let storage = Storage {
             mount_point: path.to_owned(),
             ..Default::default()
@@ -181,7 +181,7 @@ impl Sandbox {
         let id = std::mem::take(&mut request.container_id);
         check_id(&id)?;
         let _busy = self.reserve(&id)?;
-        self.look_again();
+        self.revalidate_removed_paths();
         let mut mounted = Vec::with_capacity(request.storages.len());
         let made = self.make_container(&id, &mut request, &mut mounted).await;
         if made.is_err() {
@@ -212,7 +212,7 @@ impl Sandbox {
             .iter()
             .filter(|mount| Path::new(&mount.source).starts_with(GUEST_SHARE))
         {
-            self.cross(&mount.source)?;
+            self.enter_volume(&mount.source)?;
             mounted.push(mount.source.clone());
         }
         let mut numbers = HashMap::new();
@@ -261,7 +261,8 @@ impl Sandbox {
             .containers
             .insert(id.to_owned(), container.clone());
         oom::watch(&self.oom, &container);
-        self.clone().follow(container, started, true);
+        self.clone()
+            .publish_exit_when_done(container, started, true);
         Ok(())
     }
 
@@ -353,7 +354,12 @@ impl Sandbox {
     }
 
     /// Publishes the exit of a process once it happens, and what belongs to it first.
-    fn follow(self: Arc<Self>, container: Arc<Container>, started: Started, init: bool) {
+    fn publish_exit_when_done(
+        self: Arc<Self>,
+        container: Arc<Container>,
+        started: Started,
+        init: bool,
+    ) {
         tokio::spawn(async move {
             let Started { process, exit } = started;
             let status = exit.await.unwrap_or(255);
@@ -361,7 +367,7 @@ impl Sandbox {
                 // Without a pid namespace of its own, others may have outlived it.
                 container.cgroup().kill();
             }
-            self.oom.settle(&container).await;
+            self.oom.wait_until_fetched(&container).await;
             process.publish(status);
         });
     }
@@ -387,7 +393,8 @@ impl Sandbox {
         let started = container
             .exec(exec_id, process, claimed, &self.reaper)
             .await?;
-        self.clone().follow(container, started, false);
+        self.clone()
+            .publish_exit_when_done(container, started, false);
         Ok(())
     }
 
@@ -433,7 +440,7 @@ impl Sandbox {
                 .map(PathBuf::from),
         );
         drop(state);
-        self.look_again();
+        self.revalidate_removed_paths();
         Ok(())
     }
 
@@ -441,7 +448,7 @@ impl Sandbox {
     /// remembers the host's file server holds a descriptor, until somebody looks again and finds
     /// that it is gone. The host takes it away after this removal, so what is still there is looked
     /// at next time.
-    fn look_again(&self) {
+    fn revalidate_removed_paths(&self) {
         let mut gone = std::mem::take(&mut lock(&self.state).gone);
         gone.retain(|path| is_shared_yet(path));
         lock(&self.state).gone.append(&mut gone);

@@ -75,10 +75,14 @@ const METHODS: [&str; 28] = [
 ];
 
 /// The services, for a ttrpc server. `over` is notified when the sandbox was destroyed.
-pub fn services(sandbox: Arc<Sandbox>, over: Arc<Notify>, init: bool) -> HashMap<String, Service> {
+pub fn services(
+    sandbox: Arc<Sandbox>,
+    shutdown_requested: Arc<Notify>,
+    init: bool,
+) -> HashMap<String, Service> {
     let agent = Arc::new(Agent {
         sandbox,
-        over,
+        shutdown_requested,
         init,
     });
     let mut services = create_agent_service(agent.clone());
@@ -94,7 +98,7 @@ pub fn services(sandbox: Arc<Sandbox>, over: Arc<Notify>, init: bool) -> HashMap
 
 struct Agent {
     sandbox: Arc<Sandbox>,
-    over: Arc<Notify>,
+    shutdown_requested: Arc<Notify>,
     /// PID 1.
     init: bool,
 }
@@ -133,7 +137,7 @@ impl AgentService for Agent {
     ) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
         let result = finish_empty(async move { sandbox.destroy().await }).await;
-        self.over.notify_one();
+        self.shutdown_requested.notify_one();
         result
     }
 
@@ -205,7 +209,7 @@ impl AgentService for Agent {
         if is_init
             && signal == libc::SIGTERM
             && process.exited().is_none()
-            && !process.minds(signal)
+            && !process.would_notice(signal)
         {
             signal = libc::SIGKILL;
         }
@@ -224,7 +228,7 @@ impl AgentService for Agent {
         let container = self.sandbox.container(&request.container_id)?;
         let process = container.process(&request.exec_id)?;
         let status = process.wait().await;
-        container.tell(&process, &request.exec_id)?;
+        container.report(&process, &request.exec_id)?;
         Ok(api::WaitProcessResponse {
             status,
             ..Default::default()

@@ -57,8 +57,8 @@ pub fn spec(bytes: &[u8]) {
     let Ok(spec) = spec::parse(bytes) else { return };
     let role = Role::of(&spec);
     let _ = role::namespaces(&spec, role, |pid| (pid % 2 == 0).then(String::new));
-    let devices = devices::sort(&spec).unwrap_or_default();
-    let place = guest_spec::Place {
+    let devices = devices::classify(&spec).unwrap_or_default();
+    let place = guest_spec::GuestView {
         rootfs: "/rootfs".to_owned(),
         mounts: Vec::new(),
         devices: devices.entries,

@@ -225,7 +225,7 @@ impl Container {
         self.sweep();
         if lock(&self.execs)
             .get(exec_id)
-            .is_some_and(|process| !process.told())
+            .is_some_and(|process| !process.is_reported())
         {
             return Err(Error::Invalid(format!(
                 "exec {exec_id} exists already in container {}",
@@ -319,24 +319,24 @@ impl Container {
     ///
     /// # Errors
     /// `NotFound` if somebody else was told before. The first process's exit is told to everybody.
-    pub fn tell(&self, process: &Arc<Process>, exec_id: &str) -> Result<()> {
+    pub fn report(&self, process: &Arc<Process>, exec_id: &str) -> Result<()> {
         if Arc::ptr_eq(process, &self.init) {
             return Ok(());
         }
-        if process.told() {
+        if process.is_reported() {
             return Err(Error::NotFound(format!(
                 "no process {exec_id} in container {}",
                 self.id
             )));
         }
-        process.tell();
+        process.mark_reported();
         self.sweep();
         Ok(())
     }
 
     /// Forgets the processes of which nothing is wanted any more.
     fn sweep(&self) {
-        lock(&self.execs).retain(|_, process| !(process.told() && process.io().drained()));
+        lock(&self.execs).retain(|_, process| !(process.is_reported() && process.io().drained()));
     }
 
     /// True once for each growth of the kernel's count of OOM kills.

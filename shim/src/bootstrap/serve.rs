@@ -25,7 +25,7 @@ use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::mounts;
 use crate::logging;
-use crate::sandbox::owner::Driver;
+use crate::sandbox::owner::SandboxOwner;
 use crate::service::{self, SandboxService, TaskService};
 
 /// A server that cannot end in order ends all the same; `delete` does the rest.
@@ -115,7 +115,7 @@ async fn serve(
 ) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::start(&address, &args.namespace);
-    let (driver, handle, jobs) = Driver::new(identity, ledger, events);
+    let (owner, handle, jobs) = SandboxOwner::new(identity, ledger, events);
     let (ended_sender, mut ended) = watch::channel(false);
     let task = TaskService::new(handle.clone(), args.id.clone(), ended_sender.clone());
     let sandbox = SandboxService::new(handle.clone(), ended_sender);
@@ -127,13 +127,13 @@ async fn serve(
         .start()
         .await
         .map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
-    let mut driver = tokio::spawn(driver.run(jobs));
+    let mut owner = tokio::spawn(owner.run(jobs));
     let mut terminate = signal(SignalKind::terminate()).doing(|| "handle SIGTERM".into())?;
     let mut interrupt = signal(SignalKind::interrupt()).doing(|| "handle SIGINT".into())?;
     let mut over = false;
     tokio::select! {
         _ = ended.wait_for(|ended| *ended) => {}
-        result = &mut driver => {
+        result = &mut owner => {
             // It works until it is told to end: without it every call would be refused, and nobody
             // would end the server.
             over = true;
@@ -149,7 +149,7 @@ async fn serve(
         remove(socket);
     }
     if !over
-        && tokio::time::timeout(END_DEADLINE, &mut driver)
+        && tokio::time::timeout(END_DEADLINE, &mut owner)
             .await
             .is_err()
     {
@@ -159,11 +159,9 @@ async fn serve(
     Ok(())
 }
 
-async fn stop(handle: &crate::sandbox::owner::Handle) {
+async fn stop(handle: &crate::sandbox::owner::SandboxHandle) {
     tracing::info!("told to stop");
-    let _ = handle
-        .ask(|driver, reply| driver.shutdown(true, reply))
-        .await;
+    let _ = handle.ask(|owner, reply| owner.shutdown(true, reply)).await;
 }
 
 fn remove(socket: &PathBuf) {

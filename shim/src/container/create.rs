@@ -19,12 +19,12 @@ use ttrpc::Code;
 use crate::container::devices::{self, Devices};
 use crate::container::role::PidNamespace;
 use crate::container::rootfs::{self, Disk};
-use crate::container::shared_volumes::Shares;
+use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, OfPod, Volumes};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::boot::Guest;
 use crate::guest::ending::RELEASE_DEADLINE;
-use crate::guest::guest_spec::{self, Place};
+use crate::guest::guest_spec::{self, GuestView};
 use crate::guest::host_sockets::Users;
 use crate::host::dir::Entry;
 use crate::model::{ProcessId, Stdio};
@@ -41,7 +41,7 @@ const DETACH_DEADLINE: Duration = Duration::from_secs(5);
 const LEAST_TO_DETACH: Duration = Duration::from_millis(500);
 
 /// What a client wants to have made.
-pub struct Order {
+pub struct CreateContainer {
     /// The container.
     pub id: String,
     /// Its bundle.
@@ -64,7 +64,7 @@ pub struct Order {
 
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
-pub struct Host {
+pub struct HostSide {
     /// Its directory.
     _place: Entry,
     /// Where the guest sees the root file system, if it is not on a disk.
@@ -76,7 +76,7 @@ pub struct Host {
 
 /// A container that the guest has.
 pub struct Container {
-    host: Host,
+    host: HostSide,
     /// Devices plugged in for it, by their ids.
     plugged: Vec<String>,
     /// Names of the host's sockets that it may connect to.
@@ -85,22 +85,22 @@ pub struct Container {
     users: Users,
 }
 
-impl Host {
+impl HostSide {
     /// Mounts root file system and volumes where the guest will see them.
     ///
     /// # Errors
     /// One line; nothing stays mounted.
-    pub fn prepare(order: &Order, shares: &Shares) -> Result<Host> {
-        let devices = devices::sort(&order.spec)?;
-        let (dir, name, guest_dir) = match rootfs::is_own(&order.rootfs) {
+    pub fn prepare(create: &CreateContainer, shares: &SharedVolumes) -> Result<HostSide> {
+        let devices = devices::classify(&create.spec)?;
+        let (dir, name, guest_dir) = match rootfs::is_exclusive_overlay(&create.rootfs) {
             // What the guest keeps in its memory has a name that comes only once.
-            true => (&shares.rootfs, shares.number().to_string(), GUEST_ROOTFS),
-            false => (&shares.share, order.id.clone(), GUEST_SHARE),
+            true => (&shares.rootfs, shares.next_id().to_string(), GUEST_ROOTFS),
+            false => (&shares.share, create.id.clone(), GUEST_SHARE),
         };
         // From here on the drop of `host` undoes everything.
         let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);
-        let (disk, volumes) = (rootfs::disk(&order.rootfs), Volumes::default());
-        let mut host = Host {
+        let (disk, volumes) = (rootfs::disk(&create.rootfs), Volumes::default());
+        let mut host = HostSide {
             _place: Entry::new(dir, &name),
             rootfs,
             disk,
@@ -108,21 +108,21 @@ impl Host {
             devices,
         };
         if host.disk.is_none() {
-            let root = order
+            let root = create
                 .spec
                 .root()
                 .as_ref()
-                .map(|root| order.bundle.join(root.path()))
+                .map(|root| create.bundle.join(root.path()))
                 .unwrap_or_default();
-            rootfs::mount_all(&order.rootfs, &root, &dir.make(&name)?)?;
+            rootfs::mount_all(&create.rootfs, &root, &dir.make(&name)?)?;
         }
-        let list = order.spec.mounts().as_deref().unwrap_or_default();
+        let list = create.spec.mounts().as_deref().unwrap_or_default();
         host.volumes = volumes::prepare(
             list,
             shares,
             OfPod {
-                shm: order.shm.as_deref(),
-                uid: order.pod_uid.as_deref(),
+                shm: create.shm.as_deref(),
+                uid: create.pod_uid.as_deref(),
             },
         )?;
         Ok(host)
@@ -135,8 +135,8 @@ impl Host {
 /// The agent's own words: a missing command, for example. Nothing of the container is left.
 pub async fn in_guest(
     guest: &Arc<Guest>,
-    order: &Order,
-    host: Host,
+    create: &CreateContainer,
+    host: HostSide,
     host_io: HostIo,
 ) -> Result<(Container, Pumps)> {
     let mut container = Container {
@@ -145,7 +145,7 @@ pub async fn in_guest(
         sockets: Vec::new(),
         users: Users::default(),
     };
-    match container.make(guest, order).await {
+    match container.make(guest, create).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
             container
@@ -158,9 +158,9 @@ pub async fn in_guest(
 }
 
 impl Container {
-    async fn make(&mut self, guest: &Arc<Guest>, order: &Order) -> Result<GuestIo> {
-        let key = ProcessId::new(&order.id, "");
-        if order
+    async fn make(&mut self, guest: &Arc<Guest>, create: &CreateContainer) -> Result<GuestIo> {
+        let key = ProcessId::new(&create.id, "");
+        if create
             .spec
             .linux()
             .as_ref()
@@ -169,7 +169,7 @@ impl Container {
         {
             return Err(needs_own_agent("a seccomp profile"));
         }
-        order
+        create
             .spec
             .process()
             .iter()
@@ -184,7 +184,7 @@ impl Container {
                 .ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
             storage.driver_options = vec![format!("port={port}")];
         }
-        let maps = order
+        let maps = create
             .spec
             .linux()
             .as_ref()
@@ -210,35 +210,35 @@ impl Container {
         }
         let mut rootfs = std::mem::take(&mut self.host.rootfs);
         if let Some(disk) = self.host.disk.clone() {
-            rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", order.id);
+            rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
         }
-        let place = Place {
+        let place = GuestView {
             rootfs,
             mounts: std::mem::take(&mut self.host.volumes.mounts),
             devices: std::mem::take(&mut self.host.devices.entries),
             device_rules: std::mem::take(&mut self.host.devices.rules),
-            pid_namespace: match &order.pid_namespace {
+            pid_namespace: match &create.pid_namespace {
                 PidNamespace::Own | PidNamespace::Pod => String::new(),
                 PidNamespace::Of(_) if !guest.pod => {
                     return Err(needs_own_agent("the pid namespace of another container"));
                 }
                 PidNamespace::Of(id) => format!("{POD_PID_PATH}{id}"),
             },
-            sysctls: order.sysctls.clone(),
-            cgroup: format!("/cofferdam/{}", order.id),
+            sysctls: create.sysctls.clone(),
+            cgroup: format!("/cofferdam/{}", create.id),
             seccomp: guest.seccomp,
         };
         let request = CreateContainerRequest {
-            container_id: order.id.clone(),
+            container_id: create.id.clone(),
             storages,
             devices: self.plug_devices(guest).await?,
-            OCI: Some(guest_spec::spec(&order.spec, place)).into(),
-            sandbox_pidns: order.pid_namespace == PidNamespace::Pod,
+            OCI: Some(guest_spec::spec(&create.spec, place)).into(),
+            sandbox_pidns: create.pid_namespace == PidNamespace::Pod,
             ..Default::default()
         };
         let raw = match guest.raw_stdio {
-            true => Some(GuestIo::raw(&guest.transport, &key, &order.io).await?),
+            true => Some(GuestIo::raw(&guest.transport, &key, &create.io).await?),
             false => None,
         };
         let created = guest
@@ -246,7 +246,7 @@ impl Container {
             .create_container(&request, CREATE_DEADLINE)
             .await;
         created.map_err(|error| error.context("cannot create the container"))?;
-        Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &order.io)))
+        Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &create.io)))
     }
 
     async fn plug_rootfs(

@@ -42,7 +42,7 @@ pub struct Devices {
 ///
 /// # Errors
 /// `INVALID_ARGUMENT`: a block device that the host does not have.
-pub fn sort(spec: &Spec) -> Result<Devices> {
+pub fn classify(spec: &Spec) -> Result<Devices> {
     let linux = spec.linux().as_ref();
     let list = linux
         .and_then(|linux| linux.devices().as_deref())
@@ -201,7 +201,7 @@ mod tests {
         let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
         let rules = json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b",
             "major": 7, "minor": 0, "access": "r"}]);
-        let devices = sort(&spec(json!([disk("/dev/data"), fuse]), rules)).unwrap();
+        let devices = classify(&spec(json!([disk("/dev/data"), fuse]), rules)).unwrap();
         let wanted = HostDisk {
             path: "/dev/loop0".into(),
             number: libc::makedev(7, 0),
@@ -216,7 +216,7 @@ mod tests {
     fn the_last_rule_that_fits_decides_about_a_disk_and_no_other_disk_is_allowed() {
         let access = |rules: Value| {
             let given = rules.as_array().unwrap().len();
-            let devices = sort(&spec(json!([disk("/dev/data")]), rules)).unwrap();
+            let devices = classify(&spec(json!([disk("/dev/data")]), rules)).unwrap();
             let own: Vec<_> = devices.rules[given..]
                 .iter()
                 .map(|rule| (rule.allow(), rule.major()))
@@ -250,7 +250,7 @@ mod tests {
     fn a_privileged_container_gets_none_of_the_hosts_devices_but_what_it_asks_for() {
         let listed = json!([disk("/dev/loop0"), disk("/dev/data"), {"path": "/dev/kvm",
             "type": "c", "major": 10, "minor": 232}]);
-        let devices = sort(&spec(listed, json!([{"allow": true, "access": "rwm"}]))).unwrap();
+        let devices = classify(&spec(listed, json!([{"allow": true, "access": "rwm"}]))).unwrap();
         assert_eq!(devices.disks.len(), 1);
         assert_eq!(devices.disks[0].container_path, "/dev/data");
         assert!(!devices.disks[0].read_only);
@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn a_device_that_the_host_lacks_is_named() {
         let missing = json!([{"path": "/dev/data", "type": "b", "major": 511, "minor": 99}]);
-        let error = sort(&spec(missing, json!([]))).unwrap_err();
+        let error = classify(&spec(missing, json!([]))).unwrap_err();
         assert!(
             error.message.contains("/dev/data") && error.message.contains("511:99"),
             "{error}"

@@ -21,7 +21,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// When hooks run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
+pub enum HookPhase {
     /// The machine is there, the container is not.
     Create,
     /// The container's program runs.
@@ -30,21 +30,21 @@ pub enum Moment {
     Deleted,
 }
 
-impl Moment {
+impl HookPhase {
     fn status(self) -> &'static str {
         match self {
-            Moment::Create => "creating",
-            Moment::Started => "running",
-            Moment::Deleted => "stopped",
+            HookPhase::Create => "creating",
+            HookPhase::Started => "running",
+            HookPhase::Deleted => "stopped",
         }
     }
 
     #[allow(deprecated, reason = "prestart is what docker still uses")]
     fn of(self, hooks: &Hooks) -> Vec<Hook> {
         let lists = match self {
-            Moment::Create => [hooks.prestart(), hooks.create_runtime()],
-            Moment::Started => [hooks.poststart(), &None],
-            Moment::Deleted => [hooks.poststop(), &None],
+            HookPhase::Create => [hooks.prestart(), hooks.create_runtime()],
+            HookPhase::Started => [hooks.poststart(), &None],
+            HookPhase::Deleted => [hooks.poststop(), &None],
         };
         lists.into_iter().flatten().flatten().cloned().collect()
     }
@@ -73,13 +73,13 @@ impl HostHooks {
     /// # Errors
     /// The first one that fails, by its path and with its last line. Hooks after the start change
     /// nothing any more: theirs are only logged.
-    pub async fn run(&self, moment: Moment, pid: i32) -> Result<()> {
+    pub async fn run(&self, moment: HookPhase, pid: i32) -> Result<()> {
         let mut state = self.state.clone();
         state["status"] = moment.status().into();
-        state["pid"] = if moment == Moment::Deleted { 0 } else { pid }.into();
+        state["pid"] = if moment == HookPhase::Deleted { 0 } else { pid }.into();
         for hook in self.hooks.iter().flat_map(|hooks| moment.of(hooks)) {
             match run_one(&hook, state.to_string()).await {
-                Err(error) if moment == Moment::Create => return Err(error),
+                Err(error) if moment == HookPhase::Create => return Err(error),
                 Err(error) => tracing::warn!(%error, ?moment, "a hook failed"),
                 Ok(()) => {}
             }
@@ -162,7 +162,7 @@ mod tests {
         let hooks = hooks(json!({"createRuntime": [
             {"path": "/bin/sh", "args": ["sh", "-c", script, "name"], "env": ["A=1"]}
         ]}));
-        hooks.run(Moment::Create, 77).await.unwrap();
+        hooks.run(HookPhase::Create, 77).await.unwrap();
         let state: Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
         let wanted = json!({"ociVersion": "1.1.0", "id": "web", "bundle": "/bundle",
             "annotations": {"a": "b"},
@@ -175,7 +175,7 @@ mod tests {
         let failing = json!([{"path": "/bin/sh", "args": ["sh", "-c",
             "echo one >&2; echo no network >&2; exit 3"]}]);
         let error = hooks(json!({"prestart": failing}))
-            .run(Moment::Create, 1)
+            .run(HookPhase::Create, 1)
             .await
             .unwrap_err()
             .message;
@@ -184,12 +184,12 @@ mod tests {
             "{error}"
         );
         hooks(json!({"poststop": failing}))
-            .run(Moment::Deleted, 1)
+            .run(HookPhase::Deleted, 1)
             .await
             .unwrap();
         let missing = json!([{"path": "/no/such/hook"}]);
         let error = hooks(json!({"prestart": missing}))
-            .run(Moment::Create, 1)
+            .run(HookPhase::Create, 1)
             .await
             .unwrap_err()
             .message;
@@ -200,7 +200,7 @@ mod tests {
     async fn a_hook_that_hangs_is_ended() {
         let hanging = json!([{"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}]);
         let error = hooks(json!({"prestart": hanging}))
-            .run(Moment::Create, 1)
+            .run(HookPhase::Create, 1)
             .await
             .unwrap_err();
         assert_eq!(error.code, ttrpc::Code::DEADLINE_EXCEEDED);

@@ -65,7 +65,7 @@ fn place(root: Dir, target: &str) -> Result<OwnedFd> {
 
 /// Whether nobody but the container changes the root file system while it lives: a mount of the
 /// snapshotter's that this process makes, and whose layers the kernel forbids to change below it.
-pub fn is_own(list: &[Mount]) -> bool {
+pub fn is_exclusive_overlay(list: &[Mount]) -> bool {
     matches!(list, [entry] if entry.type_ == "overlay")
 }
 

@@ -22,7 +22,7 @@ const NAME: &str = ".volumes";
 
 /// All that a sandbox shares.
 #[derive(Debug)]
-pub struct Shares {
+pub struct SharedVolumes {
     /// For volumes, and root file systems that others may change.
     pub share: Arc<Dir>,
     /// For root file systems that are a container's own.
@@ -33,7 +33,7 @@ pub struct Shares {
 #[derive(Debug, Default)]
 struct Inner {
     next: u64,
-    live: HashMap<ShareKey, Weak<Share>>,
+    live: HashMap<ShareKey, Weak<SharedVolume>>,
 }
 
 /// The source as it was found: a path may lead elsewhere later.
@@ -47,15 +47,15 @@ struct ShareKey {
 
 /// One bind. The last user's drop takes it off.
 #[derive(Debug)]
-pub struct Share {
+pub struct SharedVolume {
     place: Entry,
     guest: String,
 }
 
-impl Shares {
+impl SharedVolumes {
     /// Nothing yet, below the directories that the guest sees.
-    pub fn new(share: Dir, rootfs: Dir) -> Shares {
-        Shares {
+    pub fn new(share: Dir, rootfs: Dir) -> SharedVolumes {
+        SharedVolumes {
             share: share.into(),
             rootfs: rootfs.into(),
             inner: Mutex::default(),
@@ -63,7 +63,7 @@ impl Shares {
     }
 
     /// A number that no other use of this sandbox gets.
-    pub fn number(&self) -> u64 {
+    pub fn next_id(&self) -> u64 {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.next += 1;
         inner.next
@@ -73,7 +73,7 @@ impl Shares {
     ///
     /// # Errors
     /// One line that names the source or the place.
-    pub fn get(&self, source: &Pinned, how: Bind) -> Result<Arc<Share>> {
+    pub fn get(&self, source: &Pinned, how: Bind) -> Result<Arc<SharedVolume>> {
         let metadata = &source.metadata;
         let key = ShareKey {
             source: source.is_at.clone(),
@@ -81,7 +81,7 @@ impl Shares {
             inode: metadata.ino(),
             how,
         };
-        let number = self.number();
+        let number = self.next_id();
         // Held over the bind, which waits for nothing: two containers that are made at a time get
         // the same one.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -91,7 +91,7 @@ impl Shares {
         let (dir, name) = (Arc::new(self.share.make(NAME)?), number.to_string());
         // From here on its drop undoes it.
         let place = Entry::new(&dir, &name);
-        let share = Arc::new(Share {
+        let share = Arc::new(SharedVolume {
             place,
             guest: format!("{GUEST_SHARE}/{NAME}/{name}"),
         });
@@ -106,7 +106,7 @@ impl Shares {
     }
 }
 
-impl Share {
+impl SharedVolume {
     /// Where the guest sees it.
     pub fn guest_path(&self) -> &str {
         &self.guest

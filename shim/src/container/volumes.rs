@@ -23,7 +23,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::Mount;
 
-use crate::container::shared_volumes::{Share, Shares};
+use crate::container::shared_volumes::{SharedVolume, SharedVolumes};
 use crate::error::{Error, Result};
 use crate::guest::host_sockets;
 use crate::host::mounts::{self, Bind};
@@ -40,7 +40,7 @@ pub struct Volumes {
     pub storages: Vec<Storage>,
     /// Sockets of the host, by the names in their storages.
     pub sockets: Vec<(String, PathBuf)>,
-    shares: Vec<Arc<Share>>,
+    shares: Vec<Arc<SharedVolume>>,
 }
 
 /// What a container's mounts may be of its pod's own.
@@ -56,17 +56,22 @@ pub struct OfPod<'a> {
 ///
 /// # Errors
 /// One line that names the mount; nothing stays shared.
-pub fn prepare(list: &[Mount], shares: &Shares, pod: OfPod<'_>) -> Result<Volumes> {
+pub fn prepare(list: &[Mount], shares: &SharedVolumes, pod: OfPod<'_>) -> Result<Volumes> {
     let mut volumes = Volumes::default();
     for mount in list {
-        let mount = volumes.one(mount, shares, pod)?;
+        let mount = volumes.translate(mount, shares, pod)?;
         volumes.mounts.push(mount);
     }
     Ok(volumes)
 }
 
 impl Volumes {
-    fn one(&mut self, from: &Mount, shares: &Shares, pod: OfPod<'_>) -> Result<proto::Mount> {
+    fn translate(
+        &mut self,
+        from: &Mount,
+        shares: &SharedVolumes,
+        pod: OfPod<'_>,
+    ) -> Result<proto::Mount> {
         let mut to = proto::Mount {
             destination: from.destination().to_string_lossy().into_owned(),
             source: from
@@ -134,7 +139,7 @@ impl Volumes {
             let name = host_sockets::random_name()?;
             // Not the name, which is a secret: every container of the guest can read the paths of
             // sockets.
-            to.source = format!("{GUEST_SANDBOX}/uds/{}", shares.number());
+            to.source = format!("{GUEST_SANDBOX}/uds/{}", shares.next_id());
             to.type_ = "bind".to_owned();
             if !has(&["bind", "rbind"]) {
                 to.options.push("bind".to_owned());
@@ -334,9 +339,9 @@ mod tests {
         thread.join().unwrap();
     }
 
-    fn shares(dir: &Path) -> Shares {
+    fn shares(dir: &Path) -> SharedVolumes {
         let open = || Dir::open(&dir.join("share")).unwrap();
-        Shares::new(open(), open())
+        SharedVolumes::new(open(), open())
     }
 
     fn source(dir: &Path, name: &str) -> PathBuf {

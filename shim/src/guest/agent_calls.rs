@@ -47,17 +47,17 @@ pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
 
 /// The streams of an exec that is announced, being connected while its client gets around to
 /// starting it.
-pub struct Dialled {
+pub struct PreconnectedStdio {
     begun: Instant,
     streams: JoinHandle<Result<GuestIo>>,
 }
 
-impl Dialled {
+impl PreconnectedStdio {
     /// Begins to connect them, if the agent takes streams.
-    pub fn begin(guest: &Arc<Guest>, key: &ProcessId, io: &Stdio) -> Option<Dialled> {
+    pub fn begin(guest: &Arc<Guest>, key: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
         let (transport, key, io) = (guest.transport.clone(), key.clone(), io.clone());
         let dial = async move { GuestIo::raw(&transport, &key, &io).await };
-        guest.raw_stdio.then(|| Dialled {
+        guest.raw_stdio.then(|| PreconnectedStdio {
             begun: Instant::now(),
             streams: tokio::spawn(dial),
         })
@@ -72,18 +72,18 @@ impl Dialled {
     }
 }
 
-impl Drop for Dialled {
+impl Drop for PreconnectedStdio {
     fn drop(&mut self) {
         self.streams.abort();
     }
 }
 
 /// What is known of an announced exec.
-pub struct Announced {
+pub struct PendingExec {
     /// What to run.
     pub process: Process,
     /// Its streams.
-    pub dialled: Option<Dialled>,
+    pub dialled: Option<PreconnectedStdio>,
 }
 
 /// Runs a further process in a container, its stdio connected before.
@@ -93,11 +93,11 @@ pub struct Announced {
 pub async fn start_exec(
     guest: &Guest,
     key: &ProcessId,
-    exec: Announced,
+    exec: PendingExec,
     io: &Stdio,
     namespace: &str,
 ) -> Result<Pumps> {
-    let Announced { process, dialled } = exec;
+    let PendingExec { process, dialled } = exec;
     let host_io = HostIo::open(io, namespace, &key.container).await?;
     let dialled = match dialled {
         Some(dialled) => dialled.take().await,
@@ -160,7 +160,12 @@ pub async fn signal(
 ///
 /// # Errors
 /// The agent's own words.
-pub async fn resize(guest: &Guest, key: &ProcessId, width: u32, height: u32) -> Result<()> {
+pub async fn resize_terminal(
+    guest: &Guest,
+    key: &ProcessId,
+    width: u32,
+    height: u32,
+) -> Result<()> {
     let request = TtyWinResizeRequest {
         container_id: key.container.clone(),
         exec_id: key.exec.clone(),

@@ -27,9 +27,9 @@ use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_progr
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features};
 use crate::guest::host_sockets::{self, Sockets};
-use crate::guest::machine_size::{Sizing, host_cpus, host_memory_mib};
+use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
-use crate::guest::place::{self, Place};
+use crate::guest::place::{self, HostCgroup};
 use crate::guest::reach_agent;
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
@@ -68,11 +68,11 @@ const FS_QUEUE_SIZE: u16 = 1024;
 const HYBRID_CID: u32 = 3;
 
 /// What a launch needs to know.
-pub struct Plan {
+pub struct BootConfig {
     /// The configuration.
     pub config: Config,
     /// Size of the machine.
-    pub sizing: Sizing,
+    pub sizing: MachineSize,
     /// The sandbox's id, which becomes the guest's name.
     pub id: String,
     /// The guest's host name.
@@ -118,11 +118,11 @@ pub struct Guest {
     _relays: (Option<Relay>, Option<Forwarder>),
     nics: Arc<Nics>,
     /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
-    size: Mutex<Sizing>,
+    size: Mutex<MachineSize>,
     /// MiB of memory that the guest has, which may be more than it should.
     has_mib: AtomicU64,
     /// Where its processes are on the host.
-    place: Arc<Place>,
+    place: Arc<HostCgroup>,
     file_servers: [Virtiofsd; 2],
     vsock_daemon: Option<VsockDaemon>,
     /// The user id of its processes, which nobody else gets while they live.
@@ -169,14 +169,14 @@ impl Guest {
     ///
     /// # Errors
     /// QEMU's own, or the agent's: added CPUs that do not come to life.
-    pub async fn resize(&self, to: Sizing) -> Result<()> {
+    pub async fn resize(&self, to: MachineSize) -> Result<()> {
         let mut size = self.size.lock().await;
         self.place.raise(to).await?;
         let resized = self.resize_machine(&mut size, to).await;
         if let Ok(has_mib) = resized {
             // What the guest did not give back it may still use.
             self.place
-                .settle(Sizing {
+                .lower(MachineSize {
                     memory_mib: has_mib.max(to.memory_mib),
                     ..to
                 })
@@ -196,7 +196,7 @@ impl Guest {
     }
 
     /// Returns the MiB of memory that the guest has.
-    async fn resize_machine(&self, size: &mut Sizing, to: Sizing) -> Result<u64> {
+    async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
         if to.memory_mib != size.memory_mib {
             let got = self
                 .vm
@@ -319,7 +319,7 @@ pub fn served(name: &str) -> String {
 ///
 /// # Errors
 /// One line; nothing that was started is left.
-pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
+pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<Guest> {
     let config = &plan.config;
     let qemu = find_program(&config.qemu, "qemu")?;
     let virtiofsd = find_program(&config.virtiofsd, "virtiofsd")?;
@@ -337,11 +337,11 @@ pub async fn launch(plan: &Plan, ledger: &Ledger) -> Result<Guest> {
     let accel = accel.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
     // No limit of CPU time before there is a container: what boots is ours.
-    let size = Sizing {
+    let size = MachineSize {
         milli_cpus: None,
         ..plan.sizing
     };
-    let place = Place::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
+    let place = HostCgroup::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
     let mut machine = MachineConfig {
         capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,
@@ -458,11 +458,11 @@ fn last_lines(console: Option<&Path>) -> String {
 }
 
 async fn boot(
-    plan: &Plan,
+    plan: &BootConfig,
     machine: &mut MachineConfig,
     [volumes, roots]: &[VirtiofsdConfig; 2],
     nics: &Arc<Nics>,
-    place: &Arc<Place>,
+    place: &Arc<HostCgroup>,
     ledger: &Ledger,
 ) -> Result<Guest> {
     let config = &plan.config;
@@ -602,7 +602,7 @@ async fn boot(
     })
 }
 
-async fn create_sandbox(agent: &Agent, plan: &Plan) -> Result<Features> {
+async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
     let shared =
         [(SHARE_TAG, GUEST_SHARE), (ROOTFS_TAG, GUEST_ROOTFS)].map(|(tag, place)| Storage {
             driver: "virtio-fs".to_owned(),

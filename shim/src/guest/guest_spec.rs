@@ -19,7 +19,7 @@ fn text(path: &std::path::Path) -> String {
 }
 
 /// What of a container's place in the guest the spec does not say itself.
-pub struct Place {
+pub struct GuestView {
     /// Root file system in the guest.
     pub rootfs: String,
     /// Mounts with their sources in the guest.
@@ -44,7 +44,7 @@ pub struct Place {
 /// namespaces (the guest's network is the container's), namespace paths, labels of the host's
 /// security modules, host CPU and memory node numbers, and block and network classes of host
 /// devices.
-pub fn spec(spec: &oci::Spec, place: Place) -> proto::Spec {
+pub fn spec(spec: &oci::Spec, place: GuestView) -> proto::Spec {
     let root = spec.root().as_ref();
     proto::Spec {
         Version: spec.version().clone(),
@@ -115,7 +115,7 @@ fn capabilities(from: &oci::LinuxCapabilities) -> proto::LinuxCapabilities {
     }
 }
 
-fn linux(from: &oci::Linux, place: &Place) -> proto::Linux {
+fn linux(from: &oci::Linux, place: &GuestView) -> proto::Linux {
     let mapping = |from: &oci::LinuxIdMapping| proto::LinuxIDMapping {
         HostID: from.host_id(),
         ContainerID: from.container_id(),
@@ -273,7 +273,7 @@ mod tests {
 
     fn convert(json: serde_json::Value) -> proto::Spec {
         let from: oci::Spec = serde_json::from_value(json).unwrap();
-        let place = Place {
+        let place = GuestView {
             rootfs: "/guest/rootfs".into(),
             mounts: Vec::new(),
             devices: from.linux().as_ref().unwrap().devices().clone().unwrap(),

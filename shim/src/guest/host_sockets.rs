@@ -107,7 +107,7 @@ impl Users {
 /// A socket's place: the directory as it was when the container was made, so that no rename leads
 /// elsewhere.
 #[derive(Clone, Debug)]
-struct Place {
+struct PinnedSocket {
     directory: Arc<File>,
     file: OsString,
     path: PathBuf,
@@ -115,7 +115,7 @@ struct Place {
 }
 
 /// A place, and what ends its connections by its drop.
-type Open = (Place, watch::Sender<()>);
+type Open = (PinnedSocket, watch::Sender<()>);
 
 /// The host's sockets by the names that the guest knows them by. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -143,7 +143,7 @@ impl Sockets {
             how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS),
         )?);
         let file = file.to_owned();
-        let place = Place {
+        let place = PinnedSocket {
             directory: Arc::new(directory),
             file,
             path: path.to_owned(),
@@ -158,7 +158,7 @@ impl Sockets {
         lock(&self.0).remove(name);
     }
 
-    fn get(&self, name: &str) -> Option<(Place, watch::Receiver<()>)> {
+    fn get(&self, name: &str) -> Option<(PinnedSocket, watch::Receiver<()>)> {
         lock(&self.0)
             .get(name)
             .map(|(place, over)| (place.clone(), over.subscribe()))
@@ -248,7 +248,7 @@ pub(crate) async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Resul
 
 /// Connects on a thread of its own, which is `user` from then on: the server and the permissions of
 /// its socket see the process in the container, not the shim.
-async fn connect(place: Place, user: User) -> io::Result<UnixStream> {
+async fn connect(place: PinnedSocket, user: User) -> io::Result<UnixStream> {
     let (tell, told) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
         .name("uds-connect".to_owned())
@@ -262,7 +262,7 @@ async fn connect(place: Place, user: User) -> io::Result<UnixStream> {
 
 /// Waits for room in the server's backlog, as a blocking client would. Only for a thread that ends
 /// with it.
-fn connect_as(place: &Place, user: &User) -> io::Result<std::os::unix::net::UnixStream> {
+fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<std::os::unix::net::UnixStream> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let file = File::from(openat(

@@ -28,7 +28,7 @@ const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
 /// What one container, or a whole pod, may use. Zero is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Need {
+pub struct ResourceLimits {
     /// Memory limit in bytes.
     pub memory: u64,
     /// CPU time in microseconds …
@@ -39,25 +39,25 @@ pub struct Need {
     pub oom_score_adj: i32,
 }
 
-impl Need {
+impl ResourceLimits {
     /// By the resources of a container's spec.
-    pub fn of_container(spec: &Spec) -> Need {
+    pub fn of_container(spec: &Spec) -> ResourceLimits {
         let resources = spec
             .linux()
             .as_ref()
             .and_then(|linux| linux.resources().as_ref());
         let process = spec.process().as_ref();
-        let none = Need {
+        let none = ResourceLimits {
             oom_score_adj: process
                 .and_then(|process| process.oom_score_adj())
                 .unwrap_or(0),
-            ..Need::default()
+            ..ResourceLimits::default()
         };
         resources.map_or(none, |resources| none.updated(resources))
     }
 
     /// By the annotations of a pod's sandbox.
-    pub fn of_pod(spec: &Spec) -> Need {
+    pub fn of_pod(spec: &Spec) -> ResourceLimits {
         let annotations = spec.annotations().as_ref();
         let number = |key| {
             annotations
@@ -65,7 +65,7 @@ impl Need {
                 .and_then(|text| text.parse().ok())
                 .unwrap_or(0)
         };
-        Need {
+        ResourceLimits {
             memory: limit(number(POD_MEMORY)),
             quota: limit(number(POD_QUOTA)),
             period: limit(number(POD_PERIOD)),
@@ -76,12 +76,12 @@ impl Need {
     }
 
     /// After an update, which may name only a part of it.
-    pub fn updated(self, resources: &LinuxResources) -> Need {
+    pub fn updated(self, resources: &LinuxResources) -> ResourceLimits {
         let cpu = resources.cpu().as_ref();
         let new = |given: Option<i64>, old| {
             given.map_or(old, |value| if value == 0 { old } else { limit(value) })
         };
-        Need {
+        ResourceLimits {
             memory: new(
                 resources
                     .memory()
@@ -117,7 +117,7 @@ fn limit(value: i64) -> u64 {
 
 /// The size of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizing {
+pub struct MachineSize {
     /// Memory in MiB.
     pub memory_mib: u64,
     /// Virtual CPUs.
@@ -129,11 +129,15 @@ pub struct Sizing {
     pub oom_score_adj: i32,
 }
 
-impl Sizing {
+impl MachineSize {
     /// The memory that its containers may use, and as many CPUs as their quotas can use. A pod's
     /// own sums count where they are more. The machine's own need comes on top, or with a container
     /// that has no limit, the configured size.
-    pub fn of(config: &Config, pod: Need, containers: &BTreeMap<String, Need>) -> Sizing {
+    pub fn of(
+        config: &Config,
+        pod: ResourceLimits,
+        containers: &BTreeMap<String, ResourceLimits>,
+    ) -> MachineSize {
         let memory = containers
             .values()
             .fold(0_u64, |sum, need| sum.saturating_add(need.memory))
@@ -154,7 +158,7 @@ impl Sizing {
             .max(pod.milli_cpus());
         let most = u64::from(host_cpus());
         let vcpus = milli_cpus.div_ceil(1000).max(config.vcpus.into()).min(most);
-        Sizing {
+        MachineSize {
             memory_mib: (own + memory.div_ceil(1 << 20))
                 .next_multiple_of(2)
                 .min(host_memory_mib()),
@@ -170,8 +174,8 @@ impl Sizing {
     }
 
     /// The larger of both in each respect.
-    pub fn max(self, other: Sizing) -> Sizing {
-        Sizing {
+    pub fn max(self, other: MachineSize) -> MachineSize {
+        MachineSize {
             memory_mib: self.memory_mib.max(other.memory_mib),
             vcpus: self.vcpus.max(other.vcpus),
             milli_cpus: self
@@ -203,26 +207,26 @@ mod tests {
 
     use super::*;
 
-    fn need(resources: serde_json::Value) -> Need {
+    fn need(resources: serde_json::Value) -> ResourceLimits {
         let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"},
             "linux": {"resources": resources}});
-        Need::of_container(&serde_json::from_value(spec).unwrap())
+        ResourceLimits::of_container(&serde_json::from_value(spec).unwrap())
     }
 
-    fn sizing(pod: Need, containers: &[Need]) -> Sizing {
+    fn sizing(pod: ResourceLimits, containers: &[ResourceLimits]) -> MachineSize {
         let containers = containers
             .iter()
             .enumerate()
             .map(|(index, need)| (index.to_string(), *need))
             .collect();
-        Sizing::of(&Config::default(), pod, &containers)
+        MachineSize::of(&Config::default(), pod, &containers)
     }
 
     #[test]
     fn a_machine_has_room_for_limits_and_little_more() {
         let base = Config::default().memory_mib;
-        let none = Need::default();
-        let size = Sizing {
+        let none = ResourceLimits::default();
+        let size = MachineSize {
             memory_mib: base,
             vcpus: 1,
             milli_cpus: None,
@@ -231,7 +235,7 @@ mod tests {
         assert_eq!(sizing(none, &[]), size);
         let small = need(json!({"memory": {"limit": 64 << 20}}));
         assert_eq!(sizing(none, &[small, small]).memory_mib, OWN_MIB + 128);
-        let pod = Need {
+        let pod = ResourceLimits {
             memory: 300 << 20,
             ..none
         };
@@ -242,7 +246,7 @@ mod tests {
     #[test]
     fn a_container_without_a_limit_gets_the_configured_size() {
         let base = Config::default().memory_mib;
-        let none = Need::default();
+        let none = ResourceLimits::default();
         let small = need(json!({"memory": {"limit": 64 << 20}}));
         for unlimited in [-1, i64::MAX, 0] {
             let unlimited = need(json!({"memory": {"limit": unlimited}}));
@@ -253,7 +257,7 @@ mod tests {
 
     #[test]
     fn quotas_add_up_to_cpus_but_never_more_than_the_host_has() {
-        let none = Need::default();
+        let none = ResourceLimits::default();
         let half = need(json!({"cpu": {"quota": 50_000, "period": 100_000}}));
         assert_eq!(sizing(none, &[half, half]).vcpus, 1);
         assert_eq!(sizing(none, &[half, half, half]).vcpus, 2.min(host_cpus()));
@@ -275,10 +279,10 @@ mod tests {
     fn a_pod_is_as_large_as_its_annotations_say() {
         let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {
             POD_MEMORY: "1073741824", POD_QUOTA: "150000", POD_PERIOD: "100000"}});
-        let need = Need::of_pod(&serde_json::from_value(spec).unwrap());
+        let need = ResourceLimits::of_pod(&serde_json::from_value(spec).unwrap());
         assert_eq!(
             need,
-            Need {
+            ResourceLimits {
                 memory: 1 << 30,
                 quota: 150_000,
                 period: 100_000,
@@ -289,11 +293,11 @@ mod tests {
 
     #[test]
     fn processes_are_protected_and_limited_as_the_containers_together() {
-        let none = Need::default();
+        let none = ResourceLimits::default();
         let half = need(json!({"cpu": {"quota": 50_000, "period": 100_000}}));
         assert_eq!(sizing(none, &[half, half]).milli_cpus, Some(1000));
         assert_eq!(sizing(none, &[half, none]).milli_cpus, None);
-        let score = |oom_score_adj| Need {
+        let score = |oom_score_adj| ResourceLimits {
             oom_score_adj,
             ..none
         };
@@ -309,7 +313,7 @@ mod tests {
             serde_json::from_value(json!({"memory": {"limit": 128 << 20}, "cpu": {}})).unwrap();
         assert_eq!(
             before.updated(&update),
-            Need {
+            ResourceLimits {
                 memory: 128 << 20,
                 ..before
             }
@@ -317,7 +321,7 @@ mod tests {
         let update = serde_json::from_value(json!({"memory": {"limit": -1}})).unwrap();
         assert_eq!(
             before.updated(&update),
-            Need {
+            ResourceLimits {
                 memory: 0,
                 ..before
             }

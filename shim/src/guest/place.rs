@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use vmm::process::Identity;
 
 use crate::error::{Error, IoContext, Result};
-use crate::guest::machine_size::Sizing;
+use crate::guest::machine_size::MachineSize;
 use crate::host::cgroup::systemd::{self, Name, Scope};
 use crate::host::cgroup::{self, limits};
 use crate::host::ledger::{Ledger, Resource};
@@ -23,7 +23,7 @@ const GENERATIONS: usize = 4;
 
 /// The sandbox's cgroup, one directory for each hierarchy.
 #[derive(Debug)]
-pub struct Place {
+pub struct HostCgroup {
     directories: Vec<PathBuf>,
     /// Those that this sandbox made. Nobody else's is limited: its maker has.
     own: Vec<PathBuf>,
@@ -56,7 +56,7 @@ fn way(cgroups_path: &str, systemd_runs: bool, is_populated: impl Fn(&str) -> bo
     }
 }
 
-impl Place {
+impl HostCgroup {
     /// Makes what there is not yet of the cgroup that a spec names, with room for this size.
     ///
     /// # Errors
@@ -64,9 +64,9 @@ impl Place {
     pub async fn join(
         cgroups_path: &str,
         kvm: bool,
-        size: Sizing,
+        size: MachineSize,
         ledger: &Ledger,
-    ) -> Result<Arc<Place>> {
+    ) -> Result<Arc<HostCgroup>> {
         let directories =
             cgroup::directories(cgroups_path).doing(|| "read the mount table".into())?;
         let (mut scope, mut now) = (None, None);
@@ -99,7 +99,7 @@ impl Place {
             );
         }
         let kills = limits::oom_kills(&directories);
-        let place = Arc::new(Place {
+        let place = Arc::new(HostCgroup {
             directories,
             own,
             scope,
@@ -123,18 +123,18 @@ impl Place {
     ///
     /// # Errors
     /// The kernel's own.
-    pub async fn raise(self: &Arc<Self>, to: Sizing) -> Result<()> {
+    pub async fn raise(self: &Arc<Self>, to: MachineSize) -> Result<()> {
         self.set(to, true).await
     }
 
     /// Allows this size and no more. What cannot be taken back is logged.
-    pub async fn settle(self: &Arc<Self>, to: Sizing) {
+    pub async fn lower(self: &Arc<Self>, to: MachineSize) {
         if let Err(error) = self.set(to, false).await {
             tracing::warn!(%error, "the sandbox keeps a limit that is wider than it should be");
         }
     }
 
-    async fn set(self: &Arc<Self>, to: Sizing, raise: bool) -> Result<()> {
+    async fn set(self: &Arc<Self>, to: MachineSize, raise: bool) -> Result<()> {
         let place = self.clone();
         let work = tokio::task::spawn_blocking(move || {
             let mut now = place.now.lock().unwrap_or_else(PoisonError::into_inner);

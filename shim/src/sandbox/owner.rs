@@ -17,15 +17,15 @@ use tokio::time::{Instant, sleep};
 use crate::config::Config;
 use crate::container::create::{self, Container};
 use crate::container::hooks::HostHooks;
-use crate::container::shared_volumes::Shares;
+use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::Pinned;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::from_guest::{Bucket, text, watch_oom};
-use crate::guest::agent_calls::{self, Announced};
-use crate::guest::boot::{Guest, Plan, ROOTFS, SHARE, launch, served};
+use crate::guest::agent_calls::{self, PendingExec};
+use crate::guest::boot::{BootConfig, Guest, ROOTFS, SHARE, launch, served};
 use crate::guest::ending;
-use crate::guest::machine_size::{Need, Sizing};
+use crate::guest::machine_size::{MachineSize, ResourceLimits};
 use crate::host::dir::Dir;
 use crate::host::exit_record;
 use crate::host::identity::SandboxIdentity;
@@ -48,7 +48,7 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 const STRANGERS_NAME: usize = 80;
 
-type Job = Box<dyn FnOnce(&mut Driver) + Send>;
+type Job = Box<dyn FnOnce(&mut SandboxOwner) + Send>;
 type Launching = Shared<BoxFuture<'static, Result<Arc<Guest>>>>;
 
 /// Where an answer goes.
@@ -56,26 +56,26 @@ pub type Reply<T> = oneshot::Sender<Result<T>>;
 
 /// Sends requests to the owner.
 #[derive(Clone)]
-pub struct Handle(mpsc::UnboundedSender<Job>);
+pub struct SandboxHandle(mpsc::UnboundedSender<Job>);
 
-impl Handle {
+impl SandboxHandle {
     /// Hands the owner a request and waits for its answer.
     ///
     /// # Errors
     /// The request's own; `UNAVAILABLE` once the sandbox has ended.
     pub async fn ask<T: Send + 'static>(
         &self,
-        request: impl FnOnce(&mut Driver, Reply<T>) + Send + 'static,
+        request: impl FnOnce(&mut SandboxOwner, Reply<T>) + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        self.tell(move |driver| request(driver, reply));
+        self.tell(move |owner| request(owner, reply));
         answer
             .await
             .unwrap_or_else(|_| Err(Error::unavailable("the sandbox has ended")))
     }
 
     /// Hands the owner something to do.
-    pub fn tell(&self, job: impl FnOnce(&mut Driver) + Send + 'static) {
+    pub fn tell(&self, job: impl FnOnce(&mut SandboxOwner) + Send + 'static) {
         // Without an owner the sandbox has ended and there is nothing to do.
         let _ = self.0.send(Box::new(job));
     }
@@ -98,16 +98,16 @@ pub struct Pod {
     /// Their /dev/shm.
     pub shm: Option<Shm>,
     /// What they may use together.
-    pub need: Need,
+    pub need: ResourceLimits,
     /// Where the files of the pod are that nobody else makes for its containers.
     pub files: Option<PathBuf>,
     /// containerd knows of no task for it, so it gets no events of one.
-    pub unannounced: bool,
+    pub hidden_from_containerd: bool,
 }
 
 /// What a virtual machine is made for, beside its configuration.
 #[derive(Debug)]
-pub struct Blueprint {
+pub struct SandboxSpec {
     /// The guest's name; without one it has the host's, as in a new uts namespace.
     pub hostname: Option<String>,
     /// Where QEMU and the helpers are accounted, as `linux.cgroupsPath` has it.
@@ -116,9 +116,9 @@ pub struct Blueprint {
     pub netns: Option<PathBuf>,
 }
 
-impl Blueprint {
+impl SandboxSpec {
     /// By the spec of a sandbox or of its first container.
-    pub fn of(spec: &Spec) -> Blueprint {
+    pub fn of(spec: &Spec) -> SandboxSpec {
         let linux = spec.linux().as_ref();
         let namespaces = linux
             .and_then(|linux| linux.namespaces().as_deref())
@@ -127,7 +127,7 @@ impl Blueprint {
             .iter()
             .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
         let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
-        Blueprint {
+        SandboxSpec {
             hostname: spec.hostname().clone(),
             cgroups_path: cgroups_path
                 .map(|path| path.to_string_lossy().into_owned())
@@ -152,9 +152,9 @@ impl Pod {
                 .as_ref()
                 .and_then(|linux| linux.sysctl().clone())
                 .unwrap_or_default(),
-            need: Need::of_pod(spec),
+            need: ResourceLimits::of_pod(spec),
             files: None,
-            unannounced: false,
+            hidden_from_containerd: false,
             shm: shm.and_then(|mount| {
                 let source = mount.source().clone()?;
                 Pinned::open(&source)
@@ -167,25 +167,25 @@ impl Pod {
 }
 
 /// The owner.
-pub struct Driver {
+pub struct SandboxOwner {
     /// What may happen.
     pub state: State,
     pub(super) identity: SandboxIdentity,
     pub(super) ledger: Arc<Ledger>,
     pub(super) events: Publisher,
-    shares: Option<Arc<Shares>>,
+    shares: Option<Arc<SharedVolumes>>,
     pub(super) pod: Pod,
-    pub(super) needs: BTreeMap<String, Need>,
+    pub(super) limits: BTreeMap<String, ResourceLimits>,
     pub(super) config: Config,
     pub(super) created_at: SystemTime,
     pub(super) hooks: HashMap<String, HostHooks>,
-    pub(super) handle: Handle,
+    pub(super) handle: SandboxHandle,
     pub(super) launching: Option<Launching>,
     pub(super) guest: Option<Arc<Guest>>,
     pub(super) containers: HashMap<String, Container>,
     pub(super) pumps: HashMap<ProcessId, Pumps>,
-    pub(super) announced: HashMap<ProcessId, Announced>,
-    pub(super) sizes: HashMap<ProcessId, (u32, u32)>,
+    pub(super) announced: HashMap<ProcessId, PendingExec>,
+    pub(super) pending_terminal_sizes: HashMap<ProcessId, (u32, u32)>,
     pub(super) stdin_closed: Vec<ProcessId>,
     pub(super) waiters: HashMap<ProcessId, Vec<Reply<Exit>>>,
     /// When each container got its first SIGKILL.
@@ -194,23 +194,23 @@ pub struct Driver {
     pub(super) ended: bool,
 }
 
-impl Driver {
+impl SandboxOwner {
     /// Makes an owner and the handle to it.
     pub fn new(
         identity: SandboxIdentity,
         ledger: Ledger,
         events: Publisher,
-    ) -> (Driver, Handle, mpsc::UnboundedReceiver<Job>) {
+    ) -> (SandboxOwner, SandboxHandle, mpsc::UnboundedReceiver<Job>) {
         let (sender, jobs) = mpsc::unbounded_channel();
-        let handle = Handle(sender);
-        let driver = Driver {
+        let handle = SandboxHandle(sender);
+        let owner = SandboxOwner {
             state: State::default(),
             identity,
             ledger: Arc::new(ledger),
             events,
             shares: None,
             pod: Pod::default(),
-            needs: BTreeMap::new(),
+            limits: BTreeMap::new(),
             config: Config::default(),
             created_at: SystemTime::now(),
             hooks: HashMap::new(),
@@ -220,14 +220,14 @@ impl Driver {
             containers: HashMap::new(),
             pumps: HashMap::new(),
             announced: HashMap::new(),
-            sizes: HashMap::new(),
+            pending_terminal_sizes: HashMap::new(),
             stdin_closed: Vec::new(),
             waiters: HashMap::new(),
             killed: HashMap::new(),
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
         };
-        (driver, handle, jobs)
+        (owner, handle, jobs)
     }
 
     /// Works until the sandbox is shut down, then ends what it started.
@@ -248,20 +248,20 @@ impl Driver {
     }
 
     /// Begins something that takes time; its outcome is handled by the owner.
-    pub(super) fn begin<T: Send + 'static>(
+    pub(super) fn spawn_then<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
-        then: impl FnOnce(&mut Driver, T) + Send + 'static,
+        then: impl FnOnce(&mut SandboxOwner, T) + Send + 'static,
     ) {
         let handle = self.handle.clone();
         tokio::spawn(async move {
             let outcome = work.await;
-            handle.tell(move |driver| then(driver, outcome));
+            handle.tell(move |owner| then(owner, outcome));
         });
     }
 
     /// Begins a call to the guest whose outcome is the whole answer.
-    pub(super) fn relay<T, F>(&self, reply: Reply<T>, call: impl FnOnce(Arc<Guest>) -> F)
+    pub(super) fn forward_to_guest<T, F>(&self, reply: Reply<T>, call: impl FnOnce(Arc<Guest>) -> F)
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -286,27 +286,31 @@ impl Driver {
     ///
     /// # Errors
     /// A directory that it sees cannot be made.
-    pub(super) fn guest_for(&mut self, config: Config, blueprint: Blueprint) -> Result<Launching> {
+    pub(super) fn guest_for(
+        &mut self,
+        config: Config,
+        sandbox_spec: SandboxSpec,
+    ) -> Result<Launching> {
         if let Some(launching) = &self.launching {
             return Ok(launching.clone());
         }
         self.shares()?;
         self.config = config;
-        let plan = Plan {
-            sizing: self.sizing(),
+        let plan = BootConfig {
+            sizing: self.machine_size(),
             config: self.config.clone(),
             id: self.identity.id.clone(),
-            hostname: blueprint.hostname.or_else(host_name).unwrap_or_default(),
-            cgroups_path: blueprint.cgroups_path,
+            hostname: sandbox_spec.hostname.or_else(host_name).unwrap_or_default(),
+            cgroups_path: sandbox_spec.cgroups_path,
             shm_bytes: self.pod.shm.as_ref().map(|shm| shm.bytes),
-            netns: blueprint.netns,
+            netns: sandbox_spec.netns,
         };
         let ledger = self.ledger.clone();
         let launching: Launching = async move { launch(&plan, &ledger).await.map(Arc::new) }
             .boxed()
             .shared();
         self.launching = Some(launching.clone());
-        self.begin(launching.clone(), Driver::launched);
+        self.spawn_then(launching.clone(), SandboxOwner::launched);
         Ok(launching)
     }
 
@@ -314,7 +318,7 @@ impl Driver {
     ///
     /// # Errors
     /// A directory cannot be made.
-    pub(super) fn shares(&mut self) -> Result<Arc<Shares>> {
+    pub(super) fn shares(&mut self) -> Result<Arc<SharedVolumes>> {
         if let Some(shares) = &self.shares {
             return Ok(shares.clone());
         }
@@ -326,14 +330,14 @@ impl Driver {
                 .and_then(|()| state.unmount(&served(name)))?;
             mounts::make_served(&state, name, &served(name))
         };
-        let shares = Arc::new(Shares::new(make(SHARE)?, make(ROOTFS)?));
+        let shares = Arc::new(SharedVolumes::new(make(SHARE)?, make(ROOTFS)?));
         self.shares = Some(shares.clone());
         Ok(shares)
     }
 
     /// How large the machine should be for what is in it.
-    pub(super) fn sizing(&self) -> Sizing {
-        Sizing::of(&self.config, self.pod.need, &self.needs)
+    pub(super) fn machine_size(&self) -> MachineSize {
+        MachineSize::of(&self.config, self.pod.need, &self.limits)
     }
 
     fn launched(&mut self, result: Result<Arc<Guest>>) {
@@ -342,21 +346,21 @@ impl Driver {
                 self.guest = Some(guest.clone());
                 let handle = self.handle.clone();
                 let tell = move |container: String| {
-                    handle.tell(move |driver| driver.out_of_memory(&container))
+                    handle.tell(move |owner| owner.out_of_memory(&container))
                 };
                 tokio::spawn(watch_oom(guest.agent.clone(), tell));
-                self.begin(async move { guest.died().await }, |driver, ended| {
+                self.spawn_then(async move { guest.died().await }, |owner, ended| {
                     if ended.out_of_memory {
-                        let ids: Vec<String> = driver.needs.keys().cloned().collect();
+                        let ids: Vec<String> = owner.limits.keys().cloned().collect();
                         for id in ids
                             .into_iter()
-                            .filter(|id| driver.state.is_unfinished(id))
+                            .filter(|id| owner.state.is_unfinished(id))
                             .collect::<Vec<_>>()
                         {
-                            driver.out_of_memory(&id);
+                            owner.out_of_memory(&id);
                         }
                     }
-                    driver.vm_died(&ended.reason);
+                    owner.vm_died(&ended.reason);
                 });
             }
             Err(error) => {
@@ -396,10 +400,10 @@ impl Driver {
         }
         let (id, at) = (id.to_owned(), Instant::now());
         self.killed.insert(id.clone(), at);
-        self.begin(sleep(self.config.kill_timeout()), move |driver, ()| {
+        self.spawn_then(sleep(self.config.kill_timeout()), move |owner, ()| {
             // Another one may have the name by now.
-            if driver.killed.get(&id) == Some(&at) && driver.state.is_unfinished(&id) {
-                driver.vm_died(&ending::overdue(&id, driver.config.kill_timeout()));
+            if owner.killed.get(&id) == Some(&at) && owner.state.is_unfinished(&id) {
+                owner.vm_died(&ending::overdue(&id, owner.config.kill_timeout()));
             }
         });
     }
@@ -412,15 +416,15 @@ impl Driver {
             return;
         };
         let key = key.clone();
-        self.begin(sleep(self.config.kill_timeout()), move |driver, ()| {
+        self.spawn_then(sleep(self.config.kill_timeout()), move |owner, ()| {
             // Another one may have the name by now.
-            if driver
+            if owner
                 .state
                 .process(&key)
                 .is_ok_and(|process| process.pid == pid && process.is_live())
             {
                 tracing::warn!(%key, "an exec did not end after a SIGKILL, and is taken for ended");
-                driver.exited(&key, 128 + libc::SIGKILL.cast_unsigned());
+                owner.exited(&key, 128 + libc::SIGKILL.cast_unsigned());
             }
         });
     }
@@ -439,12 +443,12 @@ impl Driver {
 
     pub(super) fn watch_exit(&self, guest: Arc<Guest>, key: ProcessId) {
         let watched = key.clone();
-        self.begin(
+        self.spawn_then(
             async move { agent_calls::wait(&guest, &watched).await },
-            move |driver, status| {
+            move |owner, status| {
                 // Without a status the agent has failed, and with it the machine: `vm_died` comes.
                 if let Some(status) = status {
-                    driver.exited(&key, status);
+                    owner.exited(&key, status);
                 }
             },
         );
@@ -462,16 +466,16 @@ impl Driver {
         self.announce(exits);
         if self.state.is_held(&key.container) {
             let id = key.container.clone();
-            self.begin(sleep(HELD_DEADLINE), move |driver, ()| {
-                let exits = driver.state.release_held(&id, SystemTime::now());
-                driver.announce(exits);
+            self.spawn_then(sleep(HELD_DEADLINE), move |owner, ()| {
+                let exits = owner.state.release_held(&id, SystemTime::now());
+                owner.announce(exits);
             });
         }
     }
 
     /// Whether events of this task would be about something that containerd does not know.
     pub(super) fn is_unannounced(&self, id: &str) -> bool {
-        self.pod.unannounced && id == self.identity.id
+        self.pod.hidden_from_containerd && id == self.identity.id
     }
 
     /// Tells the world of exits: events, the bundle's record, everybody who waits.
@@ -531,7 +535,7 @@ impl Driver {
         let gone =
             |other: &ProcessId| other == key || (key.is_init() && other.container == key.container);
         self.announced.retain(|other, _| !gone(other));
-        self.sizes.retain(|other, _| !gone(other));
+        self.pending_terminal_sizes.retain(|other, _| !gone(other));
         self.stdin_closed.retain(|other| !gone(other));
         if key.is_init() {
             self.killed.remove(&key.container);

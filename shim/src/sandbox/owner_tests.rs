@@ -10,44 +10,45 @@ use crate::model::Stdio;
 use crate::sandbox::state::{KILLED, Stage};
 
 /// A running task `web` with an exec, and the handle to its owner.
-async fn running(dir: &Path) -> Handle {
+async fn running(dir: &Path) -> SandboxHandle {
     let identity = SandboxIdentity::new("/run/containerd/containerd.sock", "default", "web");
     let ledger = Ledger::create(&dir.join("state")).unwrap();
-    let (mut driver, handle, jobs) = Driver::new(identity, ledger, Publisher::start("", "default"));
-    driver
+    let (mut owner, handle, jobs) =
+        SandboxOwner::new(identity, ledger, Publisher::start("", "default"));
+    owner
         .state
         .create("web", &dir.to_string_lossy(), Stdio::default())
         .unwrap();
-    driver.state.created("web", 100, false);
+    owner.state.created("web", 100, false);
     let (init, exec) = (ProcessId::new("web", ""), ProcessId::new("web", "e"));
-    driver.state.start(&init).unwrap();
-    driver.state.started(&init).unwrap();
-    driver.state.exec(&exec, Stdio::default()).unwrap();
-    driver.state.start(&exec).unwrap();
-    driver.state.started(&exec).unwrap();
-    tokio::spawn(driver.run(jobs));
+    owner.state.start(&init).unwrap();
+    owner.state.started(&init).unwrap();
+    owner.state.exec(&exec, Stdio::default()).unwrap();
+    owner.state.start(&exec).unwrap();
+    owner.state.started(&exec).unwrap();
+    tokio::spawn(owner.run(jobs));
     handle
 }
 
-async fn exit(handle: &Handle, exec: &str) -> Exit {
+async fn exit(handle: &SandboxHandle, exec: &str) -> Exit {
     let key = ProcessId::new("web", exec);
     handle
-        .ask(|driver, reply| driver.wait(key, reply))
+        .ask(|owner, reply| owner.wait(key, reply))
         .await
         .unwrap()
 }
 
-async fn reason(handle: &Handle) -> String {
+async fn reason(handle: &SandboxHandle) -> String {
     handle
-        .ask(|driver, reply| answer(reply, driver.state.alive()))
+        .ask(|owner, reply| answer(reply, owner.state.alive()))
         .await
         .unwrap_err()
         .message
 }
 
-async fn is_alive(handle: &Handle) -> bool {
+async fn is_alive(handle: &SandboxHandle) -> bool {
     handle
-        .ask(|driver, reply| answer(reply, driver.state.alive()))
+        .ask(|owner, reply| answer(reply, owner.state.alive()))
         .await
         .is_ok()
 }
@@ -58,10 +59,10 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
     let dir = tempfile::tempdir().unwrap();
     let handle = running(dir.path()).await;
-    handle.tell(|driver| driver.begin_to_end("web"));
+    handle.tell(|owner| owner.begin_to_end("web"));
     // A second one does not give it more time.
     tokio::time::sleep(TIMEOUT / 2).await;
-    handle.tell(|driver| driver.begin_to_end("web"));
+    handle.tell(|owner| owner.begin_to_end("web"));
     let begun = Instant::now();
     assert_eq!(
         timeout(TIMEOUT, exit(&handle, "")).await.unwrap().status,
@@ -74,7 +75,8 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
             .await
             .contains("task web did not end within 10 s of a SIGKILL")
     );
-    let kill = |driver: &mut Driver, reply| driver.kill(ProcessId::new("web", ""), 9, true, reply);
+    let kill =
+        |owner: &mut SandboxOwner, reply| owner.kill(ProcessId::new("web", ""), 9, true, reply);
     assert_eq!(
         handle.ask(kill).await.unwrap_err().code,
         Code::NOT_FOUND,
@@ -86,10 +88,10 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
 async fn a_sigkill_that_works_ends_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let handle = running(dir.path()).await;
-    handle.tell(|driver| {
-        driver.begin_to_end("web");
-        driver.exited(&ProcessId::new("web", "e"), KILLED);
-        driver.exited(&ProcessId::new("web", ""), KILLED);
+    handle.tell(|owner| {
+        owner.begin_to_end("web");
+        owner.exited(&ProcessId::new("web", "e"), KILLED);
+        owner.exited(&ProcessId::new("web", ""), KILLED);
     });
     tokio::time::sleep(TIMEOUT * 2).await;
     assert!(is_alive(&handle).await);
@@ -99,24 +101,24 @@ async fn a_sigkill_that_works_ends_nothing_else() {
 async fn the_next_task_of_the_same_name_is_not_killed_for_the_last_one() {
     let dir = tempfile::tempdir().unwrap();
     let handle = running(dir.path()).await;
-    handle.tell(|driver| {
-        driver.begin_to_end("web");
-        driver.exited(&ProcessId::new("web", "e"), KILLED);
-        driver.exited(&ProcessId::new("web", ""), KILLED);
-        driver.forget(&ProcessId::new("web", ""));
-        driver
+    handle.tell(|owner| {
+        owner.begin_to_end("web");
+        owner.exited(&ProcessId::new("web", "e"), KILLED);
+        owner.exited(&ProcessId::new("web", ""), KILLED);
+        owner.forget(&ProcessId::new("web", ""));
+        owner
             .state
             .create("web", "/nowhere", Stdio::default())
             .unwrap();
-        driver.state.created("web", 100, false);
+        owner.state.created("web", 100, false);
     });
     tokio::time::sleep(TIMEOUT * 2).await;
     let stage = handle
-        .ask(|driver, reply| answer(reply, driver.state.task("web").map(|task| task.init.stage)))
+        .ask(|owner, reply| answer(reply, owner.state.task("web").map(|task| task.init.stage)))
         .await;
     assert_eq!(stage, Ok(Stage::Created));
     // It has a clock of its own.
-    handle.tell(|driver| driver.begin_to_end("web"));
+    handle.tell(|owner| owner.begin_to_end("web"));
     tokio::time::sleep(TIMEOUT * 2).await;
     assert!(!is_alive(&handle).await);
 }

@@ -20,11 +20,11 @@ use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxCo
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
 use crate::guest::agent_calls;
-use crate::guest::machine_size::Need;
+use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
 use crate::model::{ProcessId, Stdio};
-use crate::sandbox::owner::{Blueprint, Driver, Pod, Reply, Shm, answer};
+use crate::sandbox::owner::{Pod, Reply, SandboxOwner, SandboxSpec, Shm, answer};
 use crate::sandbox::state::Status;
 
 /// As containerd's CRI makes it for a pod.
@@ -40,7 +40,7 @@ const FILES: [(&str, &str); 3] = [
     ("resolv.conf", "/etc/resolv.conf"),
 ];
 
-impl Driver {
+impl SandboxOwner {
     /// `CreateSandbox`: boots the virtual machine.
     pub fn create_sandbox(
         &mut self,
@@ -51,11 +51,11 @@ impl Driver {
         let launching = config.and_then(|config| {
             let asked = pod_config(request)?;
             let config = config.annotated(&asked.annotations)?;
-            let (pod, blueprint) = self.plan(request, &asked)?;
+            let (pod, sandbox_spec) = self.plan(request, &asked)?;
             self.state
                 .create(&request.sandbox_id, &request.bundle_path, Stdio::default())?;
             self.pod = pod;
-            let launching = self.guest_for(config, blueprint);
+            let launching = self.guest_for(config, sandbox_spec);
             launching.inspect_err(|_| self.state.create_failed(&request.sandbox_id))
         });
         let launching = match launching {
@@ -63,15 +63,15 @@ impl Driver {
             Err(error) => return answer(reply, Err(error)),
         };
         let id = request.sandbox_id.clone();
-        self.begin(launching, move |driver, result| match result {
+        self.spawn_then(launching, move |owner, result| match result {
             Ok(guest) if guest.pod => {
-                driver
+                owner
                     .state
                     .created(&id, guest.vm.identity().pid.cast_unsigned(), true);
                 answer(reply, Ok(()));
             }
             other => {
-                driver.state.create_failed(&id);
+                owner.state.create_failed(&id);
                 let needs =
                     || Error::unimplemented("the Sandbox API needs Cofferdam's own guest agent");
                 answer(reply, Err(other.err().unwrap_or_else(needs)));
@@ -84,7 +84,7 @@ impl Driver {
         &self,
         request: &CreateSandboxRequest,
         config: &PodSandboxConfig,
-    ) -> Result<(Pod, Blueprint)> {
+    ) -> Result<(Pod, SandboxSpec)> {
         let linux = config.linux.get_or_default();
         refuse_host_namespaces(config)?;
         let dir = mounts::make_small(&Dir::open(self.ledger.dir())?, "pod")?;
@@ -98,7 +98,7 @@ impl Driver {
             }),
             need: need(linux.resources.get_or_default()),
             files: Some(dir.path()),
-            unannounced: true,
+            hidden_from_containerd: true,
         };
         let netns =
             Some(PathBuf::from(&request.netns_path)).filter(|path| !path.as_os_str().is_empty());
@@ -106,7 +106,7 @@ impl Driver {
         let cgroups_path = cgroups_path(&linux.cgroup_parent, &request.sandbox_id);
         Ok((
             pod,
-            Blueprint {
+            SandboxSpec {
                 hostname,
                 cgroups_path,
                 netns,
@@ -137,7 +137,7 @@ impl Driver {
     /// `SandboxMetrics`: what all containers together use.
     pub fn sandbox_stats(&self, reply: Reply<Stats>) {
         let ids: Vec<String> = self.containers.keys().cloned().collect();
-        self.relay(reply, |guest| async move {
+        self.forward_to_guest(reply, |guest| async move {
             let stats = join_all(ids.iter().map(|id| agent_calls::stats(&guest, id))).await;
             // One that ends meanwhile has nothing to add.
             let mut sum = Stats::default();
@@ -183,9 +183,9 @@ fn cgroups_path(parent: &str, id: &str) -> String {
     }
 }
 
-fn need(resources: &LinuxContainerResources) -> Need {
+fn need(resources: &LinuxContainerResources) -> ResourceLimits {
     let number = |value: i64| u64::try_from(value).unwrap_or_default();
-    Need {
+    ResourceLimits {
         memory: number(resources.memory_limit_in_bytes),
         quota: number(resources.cpu_quota),
         period: number(resources.cpu_period),

@@ -65,7 +65,7 @@ pub struct Task {
     pub paused: bool,
     /// A pod's sandbox for which there is no container in the guest: the sandbox itself stands in
     /// for its process.
-    pub stands_in: bool,
+    pub is_pod_sandbox: bool,
     /// Init's exit, while execs are still on their way out.
     held: Option<Exit>,
     /// It has been told that this container ran out of memory: once is enough.
@@ -179,7 +179,7 @@ impl State {
             init,
             execs: BTreeMap::new(),
             paused: false,
-            stands_in: false,
+            is_pod_sandbox: false,
             held: None,
             oom_told: false,
         };
@@ -190,13 +190,13 @@ impl State {
     /// The guest has made the container, or the sandbox stands in for it. The first one of a
     /// sandbox goes by the pid of the virtual machine itself, a real process in the sandbox's
     /// network namespace; pids stay unique.
-    pub fn created(&mut self, id: &str, vm_pid: u32, stands_in: bool) -> u32 {
+    pub fn created(&mut self, id: &str, vm_pid: u32, is_pod_sandbox: bool) -> u32 {
         let taken = self.tasks.values().any(|task| task.init.pid == vm_pid);
         let Some(task) = self.tasks.get_mut(id) else {
             return vm_pid;
         };
         task.init.stage = Stage::Created;
-        task.stands_in = stands_in;
+        task.is_pod_sandbox = is_pod_sandbox;
         if !taken {
             task.init.pid = vm_pid;
         }
@@ -217,8 +217,8 @@ impl State {
     }
 
     /// Whether the sandbox itself stands in for this container's process.
-    pub fn stands_in(&self, id: &str) -> bool {
-        self.tasks.get(id).is_some_and(|task| task.stands_in)
+    pub fn is_pod_sandbox(&self, id: &str) -> bool {
+        self.tasks.get(id).is_some_and(|task| task.is_pod_sandbox)
     }
 
     /// A further process is announced.
@@ -413,7 +413,7 @@ impl State {
         let mut ids: Vec<String> = self.tasks.keys().cloned().collect();
         // A pod's sandbox comes last, as its containers cannot outlive it: what is deleted with it,
         // containerd takes for the end of the shim.
-        ids.sort_by_key(|id| self.stands_in(id));
+        ids.sort_by_key(|id| self.is_pod_sandbox(id));
         ids.iter().flat_map(|id| self.kill_task(id, at)).collect()
     }
 
@@ -452,7 +452,7 @@ impl State {
     /// `NOT_FOUND`: no container of this sandbox, or none in the guest.
     pub fn out_of_memory(&mut self, id: &str) -> Result<bool> {
         let task = self.task_mut(id)?;
-        if task.stands_in {
+        if task.is_pod_sandbox {
             return Err(Error::not_found(format!("task {id} is not in the guest")));
         }
         if matches!(task.init.stage, Stage::Creating | Stage::Deleting(_)) {
@@ -585,7 +585,7 @@ impl Task {
     }
 
     fn has_processes(&self, id: &str) -> Result<()> {
-        match self.stands_in {
+        match self.is_pod_sandbox {
             true => Err(Error::precondition(format!(
                 "task {id} is a pod's sandbox, which has no processes of its own: use one of the \
                  pod's containers"

@@ -275,7 +275,7 @@ fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
     let init = ProcessId::new("pod", "");
     state.start(&init).unwrap();
     state.started(&init).unwrap();
-    assert!(state.stands_in("pod") && !state.stands_in("web"));
+    assert!(state.is_pod_sandbox("pod") && !state.is_pod_sandbox("web"));
     assert_eq!((state.owner(VM), state.owner(1)), (Some("pod"), None));
     assert_eq!(
         code(state.exec(&ProcessId::new("pod", "e"), Stdio::default())),
@@ -347,9 +347,9 @@ fn only_what_has_not_ended_can_be_late_with_its_end() {
 #[test]
 fn a_pods_sandbox_dies_after_its_containers() {
     let mut state = running_with_exec();
-    for (id, stands_in) in [("a-pod", true), ("z", false)] {
+    for (id, is_pod_sandbox) in [("a-pod", true), ("z", false)] {
         state.create(id, "/b", Stdio::default()).unwrap();
-        state.created(id, VM, stands_in);
+        state.created(id, VM, is_pod_sandbox);
     }
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> = exits

@@ -15,19 +15,19 @@ use tokio::time::Instant;
 use ttrpc::Code;
 
 use crate::config::Config;
-use crate::container::create::{Container, Host, Order, in_guest};
-use crate::container::hooks::{HostHooks, Moment};
+use crate::container::create::{Container, CreateContainer, HostSide, in_guest};
+use crate::container::hooks::{HookPhase, HostHooks};
 use crate::container::role::{self, Role};
 use crate::container::spec;
 use crate::error::{Error, Result};
 use crate::from_guest::Stats;
-use crate::guest::agent_calls::{self, Announced, Dialled};
+use crate::guest::agent_calls::{self, PendingExec, PreconnectedStdio};
 use crate::guest::boot::Guest;
 use crate::guest::ending::{self, DeleteBy};
-use crate::guest::machine_size::Need;
+use crate::guest::machine_size::ResourceLimits;
 use crate::model::Exit;
 use crate::model::{ProcessId, Stdio};
-use crate::sandbox::owner::{Blueprint, Driver, Pod, Reply, answer};
+use crate::sandbox::owner::{Pod, Reply, SandboxOwner, SandboxSpec, answer};
 use crate::sandbox::sandbox_requests;
 use crate::stdio::{HostIo, Pumps};
 
@@ -46,7 +46,7 @@ const IGNORED_SIGNALS: [i32; 8] = [
 /// A guest, and the container that was made in it if one was.
 type Created = (Arc<Guest>, Option<(Container, Pumps)>);
 
-impl Driver {
+impl SandboxOwner {
     /// `Create`: the host's part and the guest's boot side by side, then the container in the
     /// guest. For a pod's sandbox the guest is all that is made: the sandbox stands in for the
     /// process that would do nothing but wait.
@@ -62,18 +62,20 @@ impl Driver {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let (config, role, order) = match self.order(config, &request, io.clone()) {
-            Ok(ordered) => ordered,
+        let (config, role, create) = match self.read_create(config, &request, io.clone()) {
+            Ok(read) => read,
             Err(error) => return answer(reply, Err(error)),
         };
         if let Err(error) = self.state.create(&request.id, &request.bundle, io) {
             return answer(reply, Err(error));
         }
         if role != Role::Sandbox {
-            self.needs
-                .insert(request.id.clone(), Need::of_container(&order.spec));
+            self.limits.insert(
+                request.id.clone(),
+                ResourceLimits::of_container(&create.spec),
+            );
         }
-        let launching = self.guest_for(config, Blueprint::of(&order.spec));
+        let launching = self.guest_for(config, SandboxSpec::of(&create.spec));
         let (launching, shares) =
             match launching.and_then(|launching| Ok((launching, self.shares()?))) {
                 Ok(both) => both,
@@ -82,25 +84,27 @@ impl Driver {
                     return answer(reply, Err(error));
                 }
             };
-        let size = self.sizing();
-        let hooks = HostHooks::of(&order.spec, &request.id, &request.bundle);
+        let size = self.machine_size();
+        let hooks = HostHooks::of(&create.spec, &request.id, &request.bundle);
         self.hooks.insert(request.id.clone(), hooks.clone());
         let namespace = self.identity.namespace.clone();
         let work = async move {
             if role == Role::Sandbox {
                 let guest = launching.clone().await?;
                 if guest.pod {
-                    hooks.run(Moment::Create, guest.vm.identity().pid).await?;
+                    hooks
+                        .run(HookPhase::Create, guest.vm.identity().pid)
+                        .await?;
                     return Ok((guest, None));
                 }
             }
-            let host_io = HostIo::open(&order.io, &namespace, &order.id).await?;
+            let host_io = HostIo::open(&create.io, &namespace, &create.id).await?;
             // mount(2) may wait for a slow disk, which must not hold up other requests.
             let host = tokio::task::spawn_blocking(move || {
-                let host = Host::prepare(&order, &shares);
-                host.map(|host| (order, host))
+                let host = HostSide::prepare(&create, &shares);
+                host.map(|host| (create, host))
             });
-            let (order, host) = host
+            let (create, host) = host
                 .await
                 .map_err(|error| Error::internal(error.to_string()))??;
             let guest = launching.await?;
@@ -108,22 +112,24 @@ impl Driver {
                 .resize(size)
                 .await
                 .map_err(|error| error.context("cannot make room for the container"))?;
-            hooks.run(Moment::Create, guest.vm.identity().pid).await?;
-            let made = in_guest(&guest, &order, host, host_io).await?;
+            hooks
+                .run(HookPhase::Create, guest.vm.identity().pid)
+                .await?;
+            let made = in_guest(&guest, &create, host, host_io).await?;
             Ok((guest, Some(made)))
         };
-        self.begin(work, move |driver, result| {
-            driver.created(request, result, reply)
+        self.spawn_then(work, move |owner, result| {
+            owner.created(request, result, reply)
         });
     }
 
     /// Reads and checks what a client wants: what is wrong is refused before anything is made.
-    fn order(
+    fn read_create(
         &mut self,
         config: Result<Config>,
         request: &CreateTaskRequest,
         io: Stdio,
-    ) -> Result<(Config, Role, Order)> {
+    ) -> Result<(Config, Role, CreateContainer)> {
         // The machine that is there is as it was configured, whatever has become of the file since.
         let config = if self.launching.is_some() {
             Ok(self.config.clone())
@@ -159,7 +165,7 @@ impl Driver {
             annotations?.get(key).map(String::as_str)
         });
         let pod_uid = pod_uid.map(str::to_owned);
-        let order = Order {
+        let create = CreateContainer {
             id: request.id.clone(),
             bundle,
             rootfs: request.rootfs.clone(),
@@ -179,12 +185,12 @@ impl Driver {
                 .filter(|_| role == Role::Member)
                 .map(|shm| shm.source.clone()),
         };
-        Ok((config, role, order))
+        Ok((config, role, create))
     }
 
     fn create_failed(&mut self, id: &str) {
         self.state.create_failed(id);
-        self.needs.remove(id);
+        self.limits.remove(id);
         self.hooks.remove(id);
     }
 
@@ -248,12 +254,12 @@ impl Driver {
             Err(error) => return answer(reply, Err(error)),
         };
         let exec = self.announced.get_mut(&key);
-        let exec = exec.map(|exec| Announced {
+        let exec = exec.map(|exec| PendingExec {
             process: exec.process.clone(),
             dialled: exec.dialled.take(),
         });
         let namespace = self.identity.namespace.clone();
-        let stands_in = self.state.stands_in(&key.container);
+        let is_pod_sandbox = self.state.is_pod_sandbox(&key.container);
         // Between the sandbox's creation and its start its network may have been made.
         let ledger =
             (key.is_init() && key.container == self.identity.id).then(|| self.ledger.clone());
@@ -264,7 +270,7 @@ impl Driver {
                 starting.add_links(&ledger).await?;
             }
             match exec {
-                None if stands_in => Ok(None),
+                None if is_pod_sandbox => Ok(None),
                 None => agent_calls::start_init(&starting, &target.container)
                     .await
                     .map(|()| None),
@@ -273,8 +279,8 @@ impl Driver {
                     .map(Some),
             }
         };
-        self.begin(work, move |driver, result| {
-            driver.started(guest, key, result, reply)
+        self.spawn_then(work, move |owner, result| {
+            owner.started(guest, key, result, reply)
         });
     }
 
@@ -301,9 +307,11 @@ impl Driver {
             self.pumps.insert(key.clone(), pumps);
             self.watch_exit(guest.clone(), key.clone());
         }
-        if let Some((width, height)) = self.sizes.remove(&key) {
+        if let Some((width, height)) = self.pending_terminal_sizes.remove(&key) {
             let resized = key.clone();
-            tokio::spawn(async move { agent_calls::resize(&guest, &resized, width, height).await });
+            tokio::spawn(async move {
+                agent_calls::resize_terminal(&guest, &resized, width, height).await
+            });
         }
         let (pid, early) = match self.state.started(&key) {
             Ok(started) => started,
@@ -311,7 +319,7 @@ impl Driver {
         };
         let container_id = key.container.clone();
         if key.is_init() {
-            self.run_hooks(&key.container, Moment::Started);
+            self.run_hooks(&key.container, HookPhase::Started);
             if !self.is_unannounced(&key.container) {
                 self.events.publish(&TaskStart {
                     container_id,
@@ -353,11 +361,11 @@ impl Driver {
             let dialled = self
                 .guest
                 .as_ref()
-                .and_then(|guest| Dialled::begin(guest, &key, &io));
+                .and_then(|guest| PreconnectedStdio::begin(guest, &key, &io));
             if let Some(container) = self.containers.get(&request.id) {
                 container.runs_as(process.user());
             }
-            self.announced.insert(key, Announced { process, dialled });
+            self.announced.insert(key, PendingExec { process, dialled });
             let (container_id, exec_id) = (request.id, request.exec_id);
             self.events.publish(&TaskExecAdded {
                 container_id,
@@ -402,17 +410,17 @@ impl Driver {
                 None => Ok(()),
             }
         };
-        self.begin(work, move |driver, removed| {
+        self.spawn_then(work, move |owner, removed| {
             if let Err(error) = removed {
                 // Nobody would hear of its processes any more, and they would keep what they have.
-                driver.vm_died(&error.message);
+                owner.vm_died(&error.message);
             }
-            driver.forget(&key);
+            owner.forget(&key);
             if key.is_init() {
-                driver.give_back(&key.container);
-                driver.run_hooks(&key.container, Moment::Deleted);
-                driver.hooks.remove(&key.container);
-                driver.events.publish(&TaskDelete {
+                owner.give_back(&key.container);
+                owner.run_hooks(&key.container, HookPhase::Deleted);
+                owner.hooks.remove(&key.container);
+                owner.events.publish(&TaskDelete {
                     container_id: key.container.clone(),
                     pid: exit.pid,
                     exit_status: exit.status,
@@ -425,7 +433,7 @@ impl Driver {
     }
 
     /// Nobody waits for hooks that can change nothing any more.
-    fn run_hooks(&self, id: &str, moment: Moment) {
+    fn run_hooks(&self, id: &str, moment: HookPhase) {
         let (Some(hooks), Some(guest)) = (self.hooks.get(id).cloned(), self.guest.as_ref()) else {
             return;
         };
@@ -435,9 +443,9 @@ impl Driver {
 
     /// The machine shrinks by what a container may no longer use. Nobody waits for it.
     fn give_back(&mut self, id: &str) {
-        let before = self.sizing();
-        self.needs.remove(id);
-        let after = self.sizing();
+        let before = self.machine_size();
+        self.limits.remove(id);
+        let after = self.machine_size();
         if let Ok(guest) = self.living_guest()
             && after != before
             && !self.state.is_empty()
@@ -455,7 +463,7 @@ impl Driver {
         if let Err(error) = self.state.kill(&key) {
             return answer(reply, Err(error));
         }
-        if self.state.stands_in(&key.container) {
+        if self.state.is_pod_sandbox(&key.container) {
             if !IGNORED_SIGNALS.contains(&signal.cast_signed()) {
                 self.exited(&key, 128 + signal);
             }
@@ -473,12 +481,12 @@ impl Driver {
         }
         let deadline = ending::signal_deadline(self.config.kill_timeout());
         let work = async move { agent_calls::signal(&guest, &key, signal, all, deadline).await };
-        self.begin(work, move |driver, result| {
+        self.spawn_then(work, move |owner, result| {
             // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is
             // what can be killed.
             match ending::refuses_to_kill(&result).filter(|_| is_last_resort) {
                 Some(reason) => {
-                    driver.vm_died(&reason);
+                    owner.vm_died(&reason);
                     answer(reply, Ok(()));
                 }
                 // It runs, whatever the guest says; its end is told in any case.
@@ -513,17 +521,17 @@ impl Driver {
             Err(error) => return answer(reply, Err(error)),
         };
         let container_id = id.clone();
-        self.begin(
+        self.spawn_then(
             async move { agent_calls::set_paused(&guest, &id, paused).await },
-            move |driver, result| {
+            move |owner, result| {
                 if result.is_ok() {
-                    driver.state.set_paused(&container_id, paused);
+                    owner.state.set_paused(&container_id, paused);
                     match paused {
-                        true => driver.events.publish(&TaskPaused {
+                        true => owner.events.publish(&TaskPaused {
                             container_id,
                             ..Default::default()
                         }),
-                        false => driver.events.publish(&TaskResumed {
+                        false => owner.events.publish(&TaskResumed {
                             container_id,
                             ..Default::default()
                         }),
@@ -535,17 +543,17 @@ impl Driver {
     }
 
     /// `ResizePty`: before the start it is remembered, without a terminal it is nothing.
-    pub fn resize(&mut self, key: ProcessId, width: u32, height: u32, reply: Reply<()>) {
+    pub fn resize_terminal(&mut self, key: ProcessId, width: u32, height: u32, reply: Reply<()>) {
         match self.state.process(&key) {
             Err(error) => answer(reply, Err(error)),
             Ok(process) if !process.io.terminal => answer(reply, Ok(())),
             Ok(_) if key.is_init() || self.pumps.contains_key(&key) => {
-                self.relay(reply, |guest| async move {
-                    agent_calls::resize(&guest, &key, width, height).await
+                self.forward_to_guest(reply, |guest| async move {
+                    agent_calls::resize_terminal(&guest, &key, width, height).await
                 });
             }
             Ok(_) => {
-                self.sizes.insert(key, (width, height));
+                self.pending_terminal_sizes.insert(key, (width, height));
                 answer(reply, Ok(()));
             }
         }
@@ -575,8 +583,8 @@ impl Driver {
             Ok(guest) => guest,
             Err(error) => return answer(reply, Err(error)),
         };
-        let is_pod = self.state.stands_in(&id);
-        let before = self.sizing();
+        let is_pod = self.state.is_pod_sandbox(&id);
+        let before = self.machine_size();
         let Some(need) = self.need(&id) else {
             return answer(
                 reply,
@@ -585,7 +593,7 @@ impl Driver {
         };
         let old = *need;
         *need = old.updated(&resources);
-        let after = self.sizing();
+        let after = self.machine_size();
         let target = id.clone();
         let work = async move {
             guest.resize(before.max(after)).await?;
@@ -598,9 +606,9 @@ impl Driver {
                 .await;
             updated.and(resized)
         };
-        self.begin(work, move |driver, result| {
+        self.spawn_then(work, move |owner, result| {
             if result.is_err()
-                && let Some(need) = driver.need(&id)
+                && let Some(need) = owner.need(&id)
             {
                 *need = old;
             }
@@ -608,11 +616,11 @@ impl Driver {
         });
     }
 
-    fn need(&mut self, id: &str) -> Option<&mut Need> {
-        if self.state.stands_in(id) {
+    fn need(&mut self, id: &str) -> Option<&mut ResourceLimits> {
+        if self.state.is_pod_sandbox(id) {
             Some(&mut self.pod.need)
         } else {
-            self.needs.get_mut(id)
+            self.limits.get_mut(id)
         }
     }
 
@@ -621,11 +629,11 @@ impl Driver {
         if let Err(error) = self.state.task(&id) {
             return answer(reply, Err(error));
         }
-        if self.state.stands_in(&id) {
+        if self.state.is_pod_sandbox(&id) {
             // What the machine itself uses is in the pod's cgroup on the host.
             return answer(reply, Ok(Stats::default()));
         }
-        self.relay(reply, |guest| async move {
+        self.forward_to_guest(reply, |guest| async move {
             agent_calls::stats(&guest, &id).await
         });
     }

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::ProcessId;
-use crate::sandbox::owner::{Handle, answer};
+use crate::sandbox::owner::{SandboxHandle, answer};
 use crate::sandbox::state::Status;
 
 /// What containerd looks for in a sandbox's status.
@@ -31,13 +31,13 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 
 /// The service.
 pub struct SandboxService {
-    sandbox: Handle,
+    sandbox: SandboxHandle,
     ended: watch::Sender<bool>,
 }
 
 impl SandboxService {
     /// A service for the sandbox; `ended` turns true once a `ShutdownSandbox` has been accepted.
-    pub fn new(sandbox: Handle, ended: watch::Sender<bool>) -> SandboxService {
+    pub fn new(sandbox: SandboxHandle, ended: watch::Sender<bool>) -> SandboxService {
         SandboxService { sandbox, ended }
     }
 }
@@ -51,7 +51,7 @@ impl Sandbox for SandboxService {
     ) -> Result<CreateSandboxResponse> {
         let config = Config::load(None, &[]);
         self.sandbox
-            .ask(move |driver, reply| driver.create_sandbox(&request, config, reply))
+            .ask(move |owner, reply| owner.create_sandbox(&request, config, reply))
             .await?;
         Ok(CreateSandboxResponse::default())
     }
@@ -63,7 +63,7 @@ impl Sandbox for SandboxService {
     ) -> Result<StartSandboxResponse> {
         let pid = self
             .sandbox
-            .ask(move |driver, reply| driver.start_sandbox(&request.sandbox_id, reply))
+            .ask(move |owner, reply| owner.start_sandbox(&request.sandbox_id, reply))
             .await?;
         Ok(StartSandboxResponse {
             pid,
@@ -93,7 +93,7 @@ impl Sandbox for SandboxService {
         let signal = libc::SIGKILL.cast_unsigned();
         match self
             .sandbox
-            .ask(move |driver, reply| driver.kill(key, signal, false, reply))
+            .ask(move |owner, reply| owner.kill(key, signal, false, reply))
             .await
         {
             // Stopped already, or never there: what is wanted is so.
@@ -110,7 +110,7 @@ impl Sandbox for SandboxService {
         let key = ProcessId::new(&request.sandbox_id, "");
         let exit = self
             .sandbox
-            .ask(|driver, reply| driver.wait(key, reply))
+            .ask(|owner, reply| owner.wait(key, reply))
             .await?;
         let exited_at = Some(exit.at.into()).into();
         Ok(WaitSandboxResponse {
@@ -129,7 +129,7 @@ impl Sandbox for SandboxService {
         let verbose = request.verbose;
         let status = self
             .sandbox
-            .ask(move |driver, reply| answer(reply, driver.sandbox_status(&id)))
+            .ask(move |owner, reply| answer(reply, owner.sandbox_status(&id)))
             .await?;
         let mut response = SandboxStatusResponse {
             sandbox_id: request.sandbox_id,
@@ -153,11 +153,11 @@ impl Sandbox for SandboxService {
     }
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
-        let alive = move |driver: &mut crate::sandbox::owner::Driver, reply| {
-            let alive = driver
+        let alive = move |owner: &mut crate::sandbox::owner::SandboxOwner, reply| {
+            let alive = owner
                 .state
                 .task(&request.sandbox_id)
-                .and_then(|_| driver.state.alive());
+                .and_then(|_| owner.state.alive());
             answer(
                 reply,
                 alive.map_err(|error| Error {
@@ -177,7 +177,7 @@ impl Sandbox for SandboxService {
     ) -> Result<ShutdownSandboxResponse> {
         if self
             .sandbox
-            .ask(|driver, reply| driver.shutdown(true, reply))
+            .ask(|owner, reply| owner.shutdown(true, reply))
             .await?
         {
             self.ended.send_replace(true);
@@ -192,7 +192,7 @@ impl Sandbox for SandboxService {
     ) -> Result<SandboxMetricsResponse> {
         let stats = self
             .sandbox
-            .ask(|driver, reply| driver.sandbox_stats(reply))
+            .ask(|owner, reply| owner.sandbox_stats(reply))
             .await?;
         let mut response = SandboxMetricsResponse::default();
         let metrics = response.metrics.mut_or_insert_default();

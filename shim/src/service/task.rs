@@ -22,12 +22,12 @@ use crate::error::Error;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::ProcessId;
-use crate::sandbox::owner::{Handle, answer};
+use crate::sandbox::owner::{SandboxHandle, answer};
 use crate::sandbox::state::Status;
 
 /// `containerd.task.v2.Task` and `.v3.Task`.
 pub struct TaskService {
-    sandbox: Handle,
+    sandbox: SandboxHandle,
     /// The sandbox's own id, which `Connect` must know even without a task.
     id: String,
     ended: watch::Sender<bool>,
@@ -35,7 +35,7 @@ pub struct TaskService {
 
 impl TaskService {
     /// A service for the sandbox; `ended` turns true once a `Shutdown` has been accepted.
-    pub fn new(sandbox: Handle, id: String, ended: watch::Sender<bool>) -> TaskService {
+    pub fn new(sandbox: SandboxHandle, id: String, ended: watch::Sender<bool>) -> TaskService {
         TaskService { sandbox, id, ended }
     }
 }
@@ -56,7 +56,7 @@ impl Task for TaskService {
         let config = options::config(request.options.as_ref());
         let pid = self
             .sandbox
-            .ask(|driver, reply| driver.create(request, config, reply))
+            .ask(|owner, reply| owner.create(request, config, reply))
             .await?;
         Ok(CreateTaskResponse {
             pid,
@@ -68,7 +68,7 @@ impl Task for TaskService {
         let key = ProcessId::new(&request.id, &request.exec_id);
         let pid = self
             .sandbox
-            .ask(|driver, reply| driver.start(key, reply))
+            .ask(|owner, reply| owner.start(key, reply))
             .await?;
         Ok(StartResponse {
             pid,
@@ -105,7 +105,7 @@ impl Task for TaskService {
         };
         Ok(self
             .sandbox
-            .ask(move |driver, reply| answer(reply, state(&key, &driver.state)))
+            .ask(move |owner, reply| answer(reply, state(&key, &owner.state)))
             .await?)
     }
 
@@ -113,7 +113,7 @@ impl Task for TaskService {
         let key = ProcessId::new(&request.id, &request.exec_id);
         let exit = self
             .sandbox
-            .ask(|driver, reply| driver.wait(key, reply))
+            .ask(|owner, reply| owner.wait(key, reply))
             .await?;
         Ok(WaitResponse {
             exit_status: exit.status,
@@ -126,7 +126,7 @@ impl Task for TaskService {
         let key = ProcessId::new(&request.id, &request.exec_id);
         let exit = self
             .sandbox
-            .ask(|driver, reply| driver.delete(key, reply))
+            .ask(|owner, reply| owner.delete(key, reply))
             .await?;
         Ok(DeleteResponse {
             pid: exit.pid,
@@ -141,7 +141,7 @@ impl Task for TaskService {
         let exec_id = if request.all { "" } else { &request.exec_id };
         let key = ProcessId::new(&request.id, exec_id);
         self.sandbox
-            .ask(move |driver, reply| driver.kill(key, request.signal, request.all, reply))
+            .ask(move |owner, reply| owner.kill(key, request.signal, request.all, reply))
             .await?;
         Ok(Empty::default())
     }
@@ -150,7 +150,7 @@ impl Task for TaskService {
         let mut process = spec::parse_process(&request.spec.value)?;
         process.set_terminal(Some(request.terminal));
         self.sandbox
-            .ask(|driver, reply| driver.exec(request, process, reply))
+            .ask(|owner, reply| owner.exec(request, process, reply))
             .await?;
         Ok(Empty::default())
     }
@@ -158,7 +158,7 @@ impl Task for TaskService {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
         let pids = self
             .sandbox
-            .ask(move |driver, reply| answer(reply, driver.state.pids(&request.id)))
+            .ask(move |owner, reply| answer(reply, owner.state.pids(&request.id)))
             .await?;
         let processes = pids.into_iter().map(|(pid, exec_id)| {
             let details = ProcessDetails {
@@ -184,14 +184,14 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
         self.sandbox
-            .ask(|driver, reply| driver.set_paused(request.id, true, reply))
+            .ask(|owner, reply| owner.set_paused(request.id, true, reply))
             .await?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
         self.sandbox
-            .ask(|driver, reply| driver.set_paused(request.id, false, reply))
+            .ask(|owner, reply| owner.set_paused(request.id, false, reply))
             .await?;
         Ok(Empty::default())
     }
@@ -206,7 +206,9 @@ impl Task for TaskService {
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
         let key = ProcessId::new(&request.id, &request.exec_id);
         self.sandbox
-            .ask(move |driver, reply| driver.resize(key, request.width, request.height, reply))
+            .ask(move |owner, reply| {
+                owner.resize_terminal(key, request.width, request.height, reply)
+            })
             .await?;
         Ok(Empty::default())
     }
@@ -215,7 +217,7 @@ impl Task for TaskService {
         if request.stdin {
             let key = ProcessId::new(&request.id, &request.exec_id);
             self.sandbox
-                .ask(|driver, reply| driver.close_stdin(key, reply))
+                .ask(|owner, reply| owner.close_stdin(key, reply))
                 .await?;
         }
         Ok(Empty::default())
@@ -224,7 +226,7 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
         let resources = spec::parse_resources(&request.resources.value)?;
         self.sandbox
-            .ask(|driver, reply| driver.update(request.id, resources, reply))
+            .ask(|owner, reply| owner.update(request.id, resources, reply))
             .await?;
         Ok(Empty::default())
     }
@@ -232,7 +234,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
         let stats = self
             .sandbox
-            .ask(|driver, reply| driver.stats(request.id, reply))
+            .ask(|owner, reply| owner.stats(request.id, reply))
             .await?;
         let stats = metrics::pack(&stats, cgroup::host_is_v2())?;
         Ok(StatsResponse {
@@ -245,8 +247,8 @@ impl Task for TaskService {
         let own = request.id == self.id;
         let pid = self
             .sandbox
-            .ask(move |driver, reply| {
-                let pid = driver.state.task(&request.id).map(|task| task.init.pid);
+            .ask(move |owner, reply| {
+                let pid = owner.state.task(&request.id).map(|task| task.init.pid);
                 answer(reply, if own { pid.or(Ok(0)) } else { pid });
             })
             .await?;
@@ -260,7 +262,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
         if self
             .sandbox
-            .ask(move |driver, reply| driver.shutdown(request.now, reply))
+            .ask(move |owner, reply| owner.shutdown(request.now, reply))
             .await?
         {
             self.ended.send_replace(true);

@@ -63,7 +63,7 @@ impl Output {
     /// Waits until the client has opened its end, if the process was so quick that this is not
     /// sure: what is in a fifo that nobody has open is lost, and who opens it then waits for ever.
     /// A client that does not come in the time that one may take is none.
-    pub async fn settle(&mut self) {
+    pub async fn wait_for_readers(&mut self) {
         let Output::Fifo(fifo) = self else { return };
         fifo.reader = None;
         while fifo.opened.elapsed() < CLIENT_DEADLINE && !has_reader(&fifo.sender) {
@@ -280,7 +280,7 @@ mod tests {
             std::thread::sleep(CLIENT_PAUSE * 10);
             std::fs::read_to_string(path).unwrap()
         });
-        output.settle().await;
+        output.wait_for_readers().await;
         drop(output);
         assert_eq!(client.join().unwrap(), "hello");
     }
@@ -299,7 +299,7 @@ mod tests {
             .unwrap();
         tokio::time::pause();
         tokio::time::advance(CLIENT_DEADLINE).await;
-        tokio::time::timeout(CLIENT_PAUSE, output.settle())
+        tokio::time::timeout(CLIENT_PAUSE, output.wait_for_readers())
             .await
             .unwrap();
     }

@@ -49,7 +49,7 @@ impl Pumps {
                 let moved = moved.clone();
                 outputs.push(tokio::spawn(async move {
                     copy_output(from, &mut to, moved).await;
-                    to.settle().await;
+                    to.wait_for_readers().await;
                 }));
             }
         }
