@@ -26,6 +26,7 @@ use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::mounts;
 use crate::logging;
 use crate::sandbox::owner::SandboxOwner;
+use crate::sandbox::request::{Request, SandboxHandle};
 use crate::service::{self, SandboxService, TaskService};
 
 /// A server that cannot end in order ends all the same; `delete` does the rest.
@@ -115,9 +116,9 @@ async fn serve(
 ) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::start(&address, &args.namespace);
-    let (owner, handle, jobs) = SandboxOwner::new(identity, ledger, events);
+    let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events);
     let (ended_sender, mut ended) = watch::channel(false);
-    let task = TaskService::new(handle.clone(), args.id.clone(), ended_sender.clone());
+    let task = TaskService::new(handle.clone(), ended_sender.clone());
     let sandbox = SandboxService::new(handle.clone(), ended_sender);
     let listener = UnixListener::from_std(listener).doing(|| "set up the socket".into())?;
     let mut server = Server::new()
@@ -127,7 +128,7 @@ async fn serve(
         .start()
         .await
         .map_err(|error| Error::internal(format!("cannot serve: {error}")))?;
-    let mut owner = tokio::spawn(owner.run(jobs));
+    let mut owner = tokio::spawn(owner.run(requests));
     let mut terminate = signal(SignalKind::terminate()).doing(|| "handle SIGTERM".into())?;
     let mut interrupt = signal(SignalKind::interrupt()).doing(|| "handle SIGINT".into())?;
     let mut over = false;
@@ -159,9 +160,11 @@ async fn serve(
     Ok(())
 }
 
-async fn stop(handle: &crate::sandbox::owner::SandboxHandle) {
+async fn stop(handle: &SandboxHandle) {
     tracing::info!("told to stop");
-    let _ = handle.ask(|owner, reply| owner.shutdown(true, reply)).await;
+    let _ = handle
+        .ask(|reply| Request::Shutdown { now: true, reply })
+        .await;
 }
 
 fn remove(socket: &PathBuf) {

@@ -85,6 +85,12 @@ pub struct Container {
     users: Users,
 }
 
+impl std::fmt::Debug for Container {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Container({:?})", self.host)
+    }
+}
+
 impl HostSide {
     /// Mounts root file system and volumes where the guest will see them.
     ///

@@ -52,6 +52,12 @@ pub struct PreconnectedStdio {
     streams: JoinHandle<Result<GuestIo>>,
 }
 
+impl std::fmt::Debug for PreconnectedStdio {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PreconnectedStdio")
+    }
+}
+
 impl PreconnectedStdio {
     /// Begins to connect them, if the agent takes streams.
     pub fn begin(guest: &Arc<Guest>, key: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
@@ -79,6 +85,7 @@ impl Drop for PreconnectedStdio {
 }
 
 /// What is known of an announced exec.
+#[derive(Debug)]
 pub struct PendingExec {
     /// What to run.
     pub process: Process,

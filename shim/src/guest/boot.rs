@@ -87,6 +87,7 @@ pub struct BootConfig {
 }
 
 /// How a machine ended.
+#[derive(Debug)]
 pub struct Ended {
     /// In one line.
     pub reason: String,
@@ -127,6 +128,12 @@ pub struct Guest {
     vsock_daemon: Option<VsockDaemon>,
     /// The user id of its processes, which nobody else gets while they live.
     _uid: Option<UidLease>,
+}
+
+impl std::fmt::Debug for Guest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Guest({})", self.vm.identity().pid)
+    }
 }
 
 impl Guest {

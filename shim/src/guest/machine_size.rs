@@ -4,8 +4,6 @@
 //! of its first container), so that most pods are never resized, and follows its containers from
 //! there.
 
-use std::collections::BTreeMap;
-
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::config::Config;
@@ -133,18 +131,14 @@ impl MachineSize {
     /// The memory that its containers may use, and as many CPUs as their quotas can use. A pod's
     /// own sums count where they are more. The machine's own need comes on top, or with a container
     /// that has no limit, the configured size.
-    pub fn of(
-        config: &Config,
-        pod: ResourceLimits,
-        containers: &BTreeMap<String, ResourceLimits>,
-    ) -> MachineSize {
+    pub fn of(config: &Config, pod: ResourceLimits, containers: &[ResourceLimits]) -> MachineSize {
         let memory = containers
-            .values()
+            .iter()
             .fold(0_u64, |sum, need| sum.saturating_add(need.memory))
             .max(pod.memory);
         let limited = match containers.is_empty() {
             true => pod.memory > 0,
-            false => containers.values().all(|need| need.memory > 0),
+            false => containers.iter().all(|need| need.memory > 0),
         };
         let own = if limited {
             config.memory_mib.min(OWN_MIB)
@@ -152,7 +146,7 @@ impl MachineSize {
             config.memory_mib
         };
         let milli_cpus = containers
-            .values()
+            .iter()
             .map(|need| need.milli_cpus())
             .sum::<u64>()
             .max(pod.milli_cpus());
@@ -163,10 +157,10 @@ impl MachineSize {
                 .next_multiple_of(2)
                 .min(host_memory_mib()),
             vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus),
-            milli_cpus: (!containers.is_empty() && containers.values().all(|need| need.quota > 0))
+            milli_cpus: (!containers.is_empty() && containers.iter().all(|need| need.quota > 0))
                 .then_some(milli_cpus),
             oom_score_adj: containers
-                .values()
+                .iter()
                 .map(|need| need.oom_score_adj)
                 .min()
                 .unwrap_or(pod.oom_score_adj),
@@ -214,12 +208,7 @@ mod tests {
     }
 
     fn sizing(pod: ResourceLimits, containers: &[ResourceLimits]) -> MachineSize {
-        let containers = containers
-            .iter()
-            .enumerate()
-            .map(|(index, need)| (index.to_string(), *need))
-            .collect();
-        MachineSize::of(&Config::default(), pod, &containers)
+        MachineSize::of(&Config::default(), pod, containers)
     }
 
     #[test]

@@ -1,7 +1,11 @@
-//! One sandbox: what may happen in which state (`state`) and who makes it happen (`owner`, with
-//! what containerd asks of tasks and of pods' sandboxes).
+//! One sandbox: what it is asked and hears (`request`), what may happen in which state (`state`,
+//! pure), and who makes it happen (`owner`, with `task_requests`, `sandbox_requests` and `ends`).
 
+mod ends;
 pub mod owner;
+mod pod;
+pub mod request;
+mod runtime;
 mod sandbox_requests;
 pub mod state;
 mod task_requests;

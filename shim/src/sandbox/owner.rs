@@ -1,197 +1,75 @@
-//! The one owner of a sandbox's state. Requests and the outcomes of what was begun arrive as
-//! closures on one channel and run one after the other; what takes time runs beside them and
-//! reports back the same way. So there is no lock, and no request waits for another's guest.
+//! The one owner of a sandbox's state. Requests arrive on one channel, outcomes of the work that
+//! was begun for them from that work itself; they are handled one after the other, so there is no
+//! lock, and what takes time runs beside, so no request waits for another's guest.
+//!
+//! ```text
+//! containerd ─▶ service ─▶ Request ─▶┌───────────────┐─▶ State: may it be, and what is told
+//!                                    │ SandboxOwner  │─▶ Publisher, Reply: events and answers
+//!            ┌──────────── Outcome ─▶└───────────────┘─┐
+//!            └─────────── work: guest, host, hooks ◀───┘
+//! ```
+//!
+//! `handle` and `finish` list all there is; each request is begun in `task_requests` or
+//! `sandbox_requests`, and its outcome is finished beside it. Ends (exits, kills, the machine's
+//! death) are in `ends`.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::config::Config;
-use crate::container::create::{self, Container};
-use crate::container::hooks::HostHooks;
+use crate::container::create;
 use crate::container::shared_volumes::SharedVolumes;
-use crate::container::volumes::Pinned;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
-use crate::from_guest::{Bucket, text, watch_oom};
-use crate::guest::agent_calls::{self, PendingExec};
+use crate::from_guest::{Bucket, watch_oom};
 use crate::guest::boot::{BootConfig, Guest, ROOTFS, SHARE, launch, served};
-use crate::guest::ending;
-use crate::guest::machine_size::{MachineSize, ResourceLimits};
+use crate::guest::machine_size::MachineSize;
 use crate::host::dir::Dir;
-use crate::host::exit_record;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::Ledger;
 use crate::host::mounts;
-use crate::model::Exit;
-use crate::model::ProcessId;
+use crate::sandbox::pod::{Pod, SandboxSpec};
+use crate::sandbox::request::{Outcome, Reply, Request, Requests, SandboxHandle};
+use crate::sandbox::runtime::Runtimes;
 use crate::sandbox::state::State;
-use crate::stdio::Pumps;
-
-/// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
-/// for dead.
-const HELD_DEADLINE: Duration = Duration::from_secs(2);
 
 /// containerd may be away when the last events are made; `delete` makes up for what it misses.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How often a guest's talk of containers that are not there comes into the log, and how much of
-/// their names.
+/// How long work that is still running at the sandbox's end may take: hooks, calls to a guest that
+/// has ended.
+const WORK_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
-const STRANGERS_NAME: usize = 80;
 
-type Job = Box<dyn FnOnce(&mut SandboxOwner) + Send>;
-type Launching = Shared<BoxFuture<'static, Result<Arc<Guest>>>>;
-
-/// Where an answer goes.
-pub type Reply<T> = oneshot::Sender<Result<T>>;
-
-/// Sends requests to the owner.
-#[derive(Clone)]
-pub struct SandboxHandle(mpsc::UnboundedSender<Job>);
-
-impl SandboxHandle {
-    /// Hands the owner a request and waits for its answer.
-    ///
-    /// # Errors
-    /// The request's own; `UNAVAILABLE` once the sandbox has ended.
-    pub async fn ask<T: Send + 'static>(
-        &self,
-        request: impl FnOnce(&mut SandboxOwner, Reply<T>) + Send + 'static,
-    ) -> Result<T> {
-        let (reply, answer) = oneshot::channel();
-        self.tell(move |owner| request(owner, reply));
-        answer
-            .await
-            .unwrap_or_else(|_| Err(Error::unavailable("the sandbox has ended")))
-    }
-
-    /// Hands the owner something to do.
-    pub fn tell(&self, job: impl FnOnce(&mut SandboxOwner) + Send + 'static) {
-        // Without an owner the sandbox has ended and there is nothing to do.
-        let _ = self.0.send(Box::new(job));
-    }
-}
-
-/// The /dev/shm of a pod.
-#[derive(Debug)]
-pub struct Shm {
-    /// Source of the mounts that stand for it.
-    pub source: PathBuf,
-    /// Its size.
-    pub bytes: u64,
-}
-
-/// What a pod's sandbox says for all of its containers.
-#[derive(Debug, Default)]
-pub struct Pod {
-    /// Sysctls of the namespaces that they share.
-    pub sysctls: HashMap<String, String>,
-    /// Their /dev/shm.
-    pub shm: Option<Shm>,
-    /// What they may use together.
-    pub need: ResourceLimits,
-    /// Where the files of the pod are that nobody else makes for its containers.
-    pub files: Option<PathBuf>,
-    /// containerd knows of no task for it, so it gets no events of one.
-    pub hidden_from_containerd: bool,
-}
-
-/// What a virtual machine is made for, beside its configuration.
-#[derive(Debug)]
-pub struct SandboxSpec {
-    /// The guest's name; without one it has the host's, as in a new uts namespace.
-    pub hostname: Option<String>,
-    /// Where QEMU and the helpers are accounted, as `linux.cgroupsPath` has it.
-    pub cgroups_path: String,
-    /// The network namespace that was made for it.
-    pub netns: Option<PathBuf>,
-}
-
-impl SandboxSpec {
-    /// By the spec of a sandbox or of its first container.
-    pub fn of(spec: &Spec) -> SandboxSpec {
-        let linux = spec.linux().as_ref();
-        let namespaces = linux
-            .and_then(|linux| linux.namespaces().as_deref())
-            .unwrap_or_default();
-        let network = namespaces
-            .iter()
-            .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
-        SandboxSpec {
-            hostname: spec.hostname().clone(),
-            cgroups_path: cgroups_path
-                .map(|path| path.to_string_lossy().into_owned())
-                .unwrap_or_default(),
-            netns: network.and_then(|network| network.path().clone()),
-        }
-    }
-}
-
-impl Pod {
-    /// By the sandbox's spec.
-    pub fn of(spec: &Spec) -> Pod {
-        // The last one is what a container would see: containerd 1.6 has a default below it.
-        let shm = spec
-            .mounts()
-            .iter()
-            .flatten()
-            .rfind(|mount| mount.destination() == Path::new("/dev/shm"));
-        Pod {
-            sysctls: spec
-                .linux()
-                .as_ref()
-                .and_then(|linux| linux.sysctl().clone())
-                .unwrap_or_default(),
-            need: ResourceLimits::of_pod(spec),
-            files: None,
-            hidden_from_containerd: false,
-            shm: shm.and_then(|mount| {
-                let source = mount.source().clone()?;
-                Pinned::open(&source)
-                    .ok()?
-                    .tmpfs_size()
-                    .map(|bytes| Shm { source, bytes })
-            }),
-        }
-    }
-}
+pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<Guest>>>>;
 
 /// The owner.
 pub struct SandboxOwner {
     /// What may happen.
-    pub state: State,
+    pub(super) state: State,
+    /// What is kept of containers and processes.
+    pub(super) runtimes: Runtimes,
     pub(super) identity: SandboxIdentity,
     pub(super) ledger: Arc<Ledger>,
     pub(super) events: Publisher,
-    shares: Option<Arc<SharedVolumes>>,
-    pub(super) pod: Pod,
-    pub(super) limits: BTreeMap<String, ResourceLimits>,
     pub(super) config: Config,
+    pub(super) pod: Pod,
     pub(super) created_at: SystemTime,
-    pub(super) hooks: HashMap<String, HostHooks>,
-    pub(super) handle: SandboxHandle,
     pub(super) launching: Option<Launching>,
     pub(super) guest: Option<Arc<Guest>>,
-    pub(super) containers: HashMap<String, Container>,
-    pub(super) pumps: HashMap<ProcessId, Pumps>,
-    pub(super) announced: HashMap<ProcessId, PendingExec>,
-    pub(super) pending_terminal_sizes: HashMap<ProcessId, (u32, u32)>,
-    pub(super) stdin_closed: Vec<ProcessId>,
-    pub(super) waiters: HashMap<ProcessId, Vec<Reply<Exit>>>,
-    /// When each container got its first SIGKILL.
-    pub(super) killed: HashMap<String, Instant>,
-    strangers: Bucket,
+    pub(super) strangers: Bucket,
     pub(super) ended: bool,
+    shares: Option<Arc<SharedVolumes>>,
+    handle: SandboxHandle,
+    work: JoinSet<Outcome>,
 }
 
 impl SandboxOwner {
@@ -200,78 +78,225 @@ impl SandboxOwner {
         identity: SandboxIdentity,
         ledger: Ledger,
         events: Publisher,
-    ) -> (SandboxOwner, SandboxHandle, mpsc::UnboundedReceiver<Job>) {
-        let (sender, jobs) = mpsc::unbounded_channel();
-        let handle = SandboxHandle(sender);
+    ) -> (SandboxOwner, SandboxHandle, Requests) {
+        let (handle, requests) = SandboxHandle::new();
         let owner = SandboxOwner {
             state: State::default(),
+            runtimes: Runtimes::default(),
             identity,
             ledger: Arc::new(ledger),
             events,
-            shares: None,
-            pod: Pod::default(),
-            limits: BTreeMap::new(),
             config: Config::default(),
+            pod: Pod::default(),
             created_at: SystemTime::now(),
-            hooks: HashMap::new(),
-            handle: handle.clone(),
             launching: None,
             guest: None,
-            containers: HashMap::new(),
-            pumps: HashMap::new(),
-            announced: HashMap::new(),
-            pending_terminal_sizes: HashMap::new(),
-            stdin_closed: Vec::new(),
-            waiters: HashMap::new(),
-            killed: HashMap::new(),
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
+            shares: None,
+            handle: handle.clone(),
+            work: JoinSet::new(),
         };
-        (owner, handle, jobs)
+        (owner, handle, requests)
     }
 
     /// Works until the sandbox is shut down, then ends what it started.
-    pub async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
+    pub async fn run(mut self, mut requests: Requests) {
         while !self.ended {
-            match jobs.recv().await {
-                Some(job) => job(&mut self),
-                None => break,
-            }
+            self.step(&mut requests).await;
         }
-        self.pumps.clear();
+        let containers = self.runtimes.clear();
         self.launching = None;
         if let Some(guest) = self.guest.take() {
             guest.stop().await;
         }
-        create::release(self.containers.into_values().collect()).await;
+        create::release(containers).await;
+        if timeout(WORK_DEADLINE, self.work.join_all()).await.is_err() {
+            tracing::warn!(
+                "work of the sandbox is given up at its end: a hook, or a storage that hangs"
+            );
+        }
         self.events.flush(FLUSH_DEADLINE).await;
     }
 
-    /// Begins something that takes time; its outcome is handled by the owner.
-    pub(super) fn spawn_then<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = T> + Send + 'static,
-        then: impl FnOnce(&mut SandboxOwner, T) + Send + 'static,
-    ) {
-        let handle = self.handle.clone();
-        tokio::spawn(async move {
-            let outcome = work.await;
-            handle.tell(move |owner| then(owner, outcome));
-        });
+    /// Handles what comes next. Requests first: what the guest says of memory comes that way, and
+    /// has to be told before the exit that follows from it.
+    pub(super) async fn step(&mut self, requests: &mut Requests) {
+        tokio::select! {
+            biased;
+            Some(request) = requests.recv() => {
+                tracing::debug!(?request, "asked");
+                self.handle(request);
+            }
+            Some(outcome) = self.work.join_next() => match outcome {
+                Ok(outcome) => {
+                    tracing::debug!(?outcome, "done");
+                    self.finish(outcome);
+                }
+                // Nobody knows how far it got, and whoever waits for it has got no answer.
+                Err(error) => self.vm_died(&format!("the shim has failed: {error}")),
+            },
+        }
+    }
+
+    fn handle(&mut self, request: Request) {
+        match request {
+            Request::Create {
+                request,
+                config,
+                reply,
+            } => self.create(request, *config, reply),
+            Request::Start { process, reply } => self.start(process, reply),
+            Request::State { process, reply } => reply.send(self.process_state(&process)),
+            Request::Exec {
+                request,
+                spec,
+                reply,
+            } => self.exec(*request, *spec, reply),
+            Request::Delete { process, reply } => self.delete(process, reply),
+            Request::Kill {
+                process,
+                signal,
+                scope,
+                reply,
+            } => {
+                self.kill(process, signal, scope, reply);
+            }
+            Request::Wait { process, reply } => self.wait(&process, reply),
+            Request::Pids { container, reply } => reply.send(self.state.pids(&container)),
+            Request::Pause { container, reply } => self.set_paused(container, true, reply),
+            Request::Resume { container, reply } => self.set_paused(container, false, reply),
+            Request::ResizeTerminal {
+                process,
+                width,
+                height,
+                reply,
+            } => {
+                self.resize_terminal(process, width, height, reply);
+            }
+            Request::CloseStdin { process, reply } => reply.send(self.close_stdin(&process)),
+            Request::Update {
+                container,
+                resources,
+                reply,
+            } => {
+                self.update(container, *resources, reply);
+            }
+            Request::Stats { container, reply } => self.stats(container, reply),
+            Request::Connect { container, reply } => reply.send(self.task_pid(&container)),
+            Request::Shutdown { now, reply } => reply.send(Ok(self.shutdown(now))),
+            Request::CreateSandbox {
+                request,
+                config,
+                reply,
+            } => {
+                self.create_sandbox(&request, *config, reply);
+            }
+            Request::SandboxStatus { sandbox, reply } => reply.send(self.sandbox_status(&sandbox)),
+            Request::PingSandbox { sandbox, reply } => reply.send(self.ping_sandbox(&sandbox)),
+            Request::SandboxStats { reply } => self.sandbox_stats(reply),
+            Request::OutOfMemory { container } => self.out_of_memory(&container),
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Done => {}
+            Outcome::Launched(result) => self.launched(result),
+            Outcome::MachineEnded(ended) => self.machine_ended(&ended),
+            Outcome::Created {
+                request,
+                result,
+                reply,
+            } => self.created(*request, *result, reply),
+            Outcome::SandboxCreated {
+                sandbox,
+                result,
+                reply,
+            } => {
+                reply.send(self.sandbox_created(&sandbox, result));
+            }
+            Outcome::Started {
+                guest,
+                process,
+                result,
+                reply,
+            } => {
+                self.started(guest, process, result, reply);
+            }
+            // Without a status the machine's death comes too, and tells all exits.
+            Outcome::Exited { process, status } => {
+                if let Some(status) = status {
+                    self.exited(&process, status);
+                }
+            }
+            Outcome::ExecsOverdue { container } => self.release_held(&container),
+            Outcome::KillOverdue { container, killed } => self.kill_overdue(&container, killed),
+            Outcome::ExecKillOverdue { process, pid } => self.exec_kill_overdue(&process, pid),
+            Outcome::Deleted {
+                process,
+                exit,
+                result,
+                reply,
+            } => {
+                self.deleted(&process, exit, result);
+                reply.send(Ok(exit));
+            }
+            Outcome::Signalled {
+                last_resort,
+                result,
+                reply,
+            } => {
+                reply.send(self.signalled(last_resort, result));
+            }
+            Outcome::PauseSet {
+                container,
+                paused,
+                result,
+                reply,
+            } => {
+                if result.is_ok() {
+                    self.pause_set(container, paused);
+                }
+                reply.send(result);
+            }
+            Outcome::Updated {
+                container,
+                old,
+                result,
+                reply,
+            } => {
+                if result.is_err() {
+                    self.set_limits(&container, old);
+                }
+                reply.send(result);
+            }
+        }
+    }
+
+    /// Begins something that takes time.
+    pub(super) fn begin(&mut self, work: impl Future<Output = Outcome> + Send + 'static) {
+        self.work.spawn(work);
     }
 
     /// Begins a call to the guest whose outcome is the whole answer.
-    pub(super) fn forward_to_guest<T, F>(&self, reply: Reply<T>, call: impl FnOnce(Arc<Guest>) -> F)
-    where
+    pub(super) fn forward_to_guest<T, F>(
+        &mut self,
+        reply: Reply<T>,
+        call: impl FnOnce(Arc<Guest>) -> F,
+    ) where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
         match self.living_guest() {
             Ok(guest) => {
                 let call = call(guest);
-                tokio::spawn(async move { reply.send(call.await) });
+                self.begin(async move {
+                    reply.send(call.await);
+                    Outcome::Done
+                });
             }
-            Err(error) => answer(reply, Err(error)),
+            Err(error) => reply.send(Err(error)),
         }
     }
 
@@ -296,7 +321,7 @@ impl SandboxOwner {
         }
         self.shares()?;
         self.config = config;
-        let plan = BootConfig {
+        let boot = BootConfig {
             sizing: self.machine_size(),
             config: self.config.clone(),
             id: self.identity.id.clone(),
@@ -306,11 +331,11 @@ impl SandboxOwner {
             netns: sandbox_spec.netns,
         };
         let ledger = self.ledger.clone();
-        let launching: Launching = async move { launch(&plan, &ledger).await.map(Arc::new) }
+        let launching: Launching = async move { launch(&boot, &ledger).await.map(Arc::new) }
             .boxed()
             .shared();
         self.launching = Some(launching.clone());
-        self.spawn_then(launching.clone(), SandboxOwner::launched);
+        self.begin(launching.clone().map(Outcome::Launched));
         Ok(launching)
     }
 
@@ -337,7 +362,9 @@ impl SandboxOwner {
 
     /// How large the machine should be for what is in it.
     pub(super) fn machine_size(&self) -> MachineSize {
-        MachineSize::of(&self.config, self.pod.need, &self.limits)
+        let limits = self.runtimes.limits();
+        let limits: Vec<_> = limits.into_iter().map(|(_, limits)| limits).collect();
+        MachineSize::of(&self.config, self.pod.need, &limits)
     }
 
     fn launched(&mut self, result: Result<Arc<Guest>>) {
@@ -345,23 +372,11 @@ impl SandboxOwner {
             Ok(guest) => {
                 self.guest = Some(guest.clone());
                 let handle = self.handle.clone();
-                let tell = move |container: String| {
-                    handle.tell(move |owner| owner.out_of_memory(&container))
-                };
-                tokio::spawn(watch_oom(guest.agent.clone(), tell));
-                self.spawn_then(async move { guest.died().await }, |owner, ended| {
-                    if ended.out_of_memory {
-                        let ids: Vec<String> = owner.limits.keys().cloned().collect();
-                        for id in ids
-                            .into_iter()
-                            .filter(|id| owner.state.is_unfinished(id))
-                            .collect::<Vec<_>>()
-                        {
-                            owner.out_of_memory(&id);
-                        }
-                    }
-                    owner.vm_died(&ended.reason);
-                });
+                let tell = move |container| handle.tell(Request::OutOfMemory { container });
+                let watched = guest.clone();
+                // Ends with the agent's connection.
+                tokio::spawn(async move { watch_oom(watched.agent.clone(), tell).await });
+                self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {
                 tracing::error!(%error, "the virtual machine did not come up");
@@ -370,187 +385,23 @@ impl SandboxOwner {
         }
     }
 
-    /// A container ran out of memory, as somebody says who may be wrong.
-    fn out_of_memory(&mut self, container: &str) {
-        match self.state.out_of_memory(container) {
-            Ok(true) if self.is_unannounced(container) => {}
-            Ok(true) => {
-                self.events.publish(&TaskOOM {
-                    container_id: container.to_owned(),
-                    ..Default::default()
-                });
-            }
-            Ok(false) => {}
-            Err(_) if self.strangers.take() => {
-                let container = text(container, STRANGERS_NAME);
-                tracing::warn!(
-                    container,
-                    "the guest says that a container ran out of memory which it does not have"
-                );
-            }
-            Err(_) => {}
+    /// The directory of the sandbox's own files on the host.
+    pub(super) fn state_dir(&self) -> PathBuf {
+        self.ledger.dir().to_owned()
+    }
+
+    /// `Shutdown`: ends the sandbox if nothing needs it, or if `now`. Says whether it did.
+    fn shutdown(&mut self, now: bool) -> bool {
+        self.ended |= now || self.state.is_empty();
+        if self.ended && !self.state.is_empty() {
+            self.vm_died("the sandbox was told to stop");
         }
-    }
-
-    /// A SIGKILL is sent to all of a container's processes. From the first one on they have a
-    /// certain time to end.
-    pub(super) fn begin_to_end(&mut self, id: &str) {
-        if self.killed.contains_key(id) {
-            return;
-        }
-        let (id, at) = (id.to_owned(), Instant::now());
-        self.killed.insert(id.clone(), at);
-        self.spawn_then(sleep(self.config.kill_timeout()), move |owner, ()| {
-            // Another one may have the name by now.
-            if owner.killed.get(&id) == Some(&at) && owner.state.is_unfinished(&id) {
-                owner.vm_died(&ending::overdue(&id, owner.config.kill_timeout()));
-            }
-        });
-    }
-
-    /// A SIGKILL is sent to an exec. One that has not ended after a certain time hangs in the
-    /// guest's kernel, or the guest does not obey: nobody waits for it any longer, and it goes with
-    /// its container.
-    pub(super) fn begin_to_give_up(&mut self, key: &ProcessId) {
-        let Ok(pid) = self.state.process(key).map(|process| process.pid) else {
-            return;
-        };
-        let key = key.clone();
-        self.spawn_then(sleep(self.config.kill_timeout()), move |owner, ()| {
-            // Another one may have the name by now.
-            if owner
-                .state
-                .process(&key)
-                .is_ok_and(|process| process.pid == pid && process.is_live())
-            {
-                tracing::warn!(%key, "an exec did not end after a SIGKILL, and is taken for ended");
-                owner.exited(&key, 128 + libc::SIGKILL.cast_unsigned());
-            }
-        });
-    }
-
-    pub(super) fn vm_died(&mut self, reason: &str) {
-        if self.state.alive().is_ok() && !self.ended {
-            tracing::error!(reason, "the virtual machine has ended");
-        }
-        // Whatever is left of QEMU and its helpers: connections through a helper only end with it.
-        if let Some(guest) = self.guest.clone() {
-            tokio::spawn(async move { guest.stop().await });
-        }
-        let exits = self.state.vm_died(reason, SystemTime::now());
-        self.announce(exits);
-    }
-
-    pub(super) fn watch_exit(&self, guest: Arc<Guest>, key: ProcessId) {
-        let watched = key.clone();
-        self.spawn_then(
-            async move { agent_calls::wait(&guest, &watched).await },
-            move |owner, status| {
-                // Without a status the agent has failed, and with it the machine: `vm_died` comes.
-                if let Some(status) = status {
-                    owner.exited(&key, status);
-                }
-            },
-        );
-    }
-
-    pub(super) fn exited(&mut self, key: &ProcessId, status: u32) {
-        let exits = self.state.exited(
-            key,
-            Exit {
-                pid: 0,
-                status,
-                at: SystemTime::now(),
-            },
-        );
-        self.announce(exits);
-        if self.state.is_held(&key.container) {
-            let id = key.container.clone();
-            self.spawn_then(sleep(HELD_DEADLINE), move |owner, ()| {
-                let exits = owner.state.release_held(&id, SystemTime::now());
-                owner.announce(exits);
-            });
-        }
-    }
-
-    /// Whether events of this task would be about something that containerd does not know.
-    pub(super) fn is_unannounced(&self, id: &str) -> bool {
-        self.pod.hidden_from_containerd && id == self.identity.id
-    }
-
-    /// Tells the world of exits: events, the bundle's record, everybody who waits.
-    pub(super) fn announce(&mut self, exits: Vec<(ProcessId, Exit)>) {
-        for (key, exit) in exits {
-            if key.is_init()
-                && let Ok(task) = self.state.task(&key.container)
-            {
-                exit_record::write(Path::new(&task.bundle), exit);
-            }
-            if self.is_unannounced(&key.container) {
-                continue;
-            }
-            self.events.publish(&TaskExit {
-                id: if key.is_init() {
-                    key.container.clone()
-                } else {
-                    key.exec.clone()
-                },
-                container_id: key.container.clone(),
-                pid: exit.pid,
-                exit_status: exit.status,
-                exited_at: Some(exit.at.into()).into(),
-                ..Default::default()
-            });
-        }
-        let state = &self.state;
-        self.waiters.retain(|key, waiters| match state.exit(key) {
-            Ok(None) => true,
-            Ok(Some(exit)) => {
-                waiters
-                    .drain(..)
-                    .for_each(|waiter| answer(waiter, Ok(exit)));
-                false
-            }
-            Err(error) => {
-                waiters
-                    .drain(..)
-                    .for_each(|waiter| answer(waiter, Err(error.clone())));
-                false
-            }
-        });
-    }
-
-    pub(super) fn take_pumps(&mut self, container: &str) -> Vec<Pumps> {
-        let (of_container, others): (HashMap<_, _>, _) = self
-            .pumps
-            .drain()
-            .partition(|(key, _)| key.container == container);
-        self.pumps = others;
-        of_container.into_values().collect()
-    }
-
-    /// Drops everything that is kept for a process; for init, for its whole container.
-    pub(super) fn forget(&mut self, key: &ProcessId) {
-        self.state.deleted(key);
-        let gone =
-            |other: &ProcessId| other == key || (key.is_init() && other.container == key.container);
-        self.announced.retain(|other, _| !gone(other));
-        self.pending_terminal_sizes.retain(|other, _| !gone(other));
-        self.stdin_closed.retain(|other| !gone(other));
-        if key.is_init() {
-            self.killed.remove(&key.container);
-        }
-        self.announce(Vec::new());
+        self.ended
     }
 }
 
 fn host_name() -> Option<String> {
     nix::unistd::gethostname().ok()?.into_string().ok()
-}
-
-/// A client that has gone away needs no answer.
-pub fn answer<T>(reply: Reply<T>, result: Result<T>) {
-    let _ = reply.send(result);
 }
 
 #[cfg(test)]

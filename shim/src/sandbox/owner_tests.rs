@@ -1,84 +1,106 @@
 //! What the owner does about a guest that does not do what it is told, or says what is not so. No
 //! machine is needed: one that has ended is asked nothing, and a clock asks nobody.
 
-use tokio::time::timeout;
+use std::path::Path;
+
+use tokio::sync::oneshot::Receiver;
+use tokio::time::{Instant, sleep, timeout_at};
 use ttrpc::Code;
 
 use super::*;
-use crate::events::Publisher;
-use crate::model::Stdio;
+use crate::model::{Exit, ProcessId, Stdio};
+use crate::sandbox::request::SignalScope;
 use crate::sandbox::state::{KILLED, Stage};
-
-/// A running task `web` with an exec, and the handle to its owner.
-async fn running(dir: &Path) -> SandboxHandle {
-    let identity = SandboxIdentity::new("/run/containerd/containerd.sock", "default", "web");
-    let ledger = Ledger::create(&dir.join("state")).unwrap();
-    let (mut owner, handle, jobs) =
-        SandboxOwner::new(identity, ledger, Publisher::start("", "default"));
-    owner
-        .state
-        .create("web", &dir.to_string_lossy(), Stdio::default())
-        .unwrap();
-    owner.state.created("web", 100, false);
-    let (init, exec) = (ProcessId::new("web", ""), ProcessId::new("web", "e"));
-    owner.state.start(&init).unwrap();
-    owner.state.started(&init).unwrap();
-    owner.state.exec(&exec, Stdio::default()).unwrap();
-    owner.state.start(&exec).unwrap();
-    owner.state.started(&exec).unwrap();
-    tokio::spawn(owner.run(jobs));
-    handle
-}
-
-async fn exit(handle: &SandboxHandle, exec: &str) -> Exit {
-    let key = ProcessId::new("web", exec);
-    handle
-        .ask(|owner, reply| owner.wait(key, reply))
-        .await
-        .unwrap()
-}
-
-async fn reason(handle: &SandboxHandle) -> String {
-    handle
-        .ask(|owner, reply| answer(reply, owner.state.alive()))
-        .await
-        .unwrap_err()
-        .message
-}
-
-async fn is_alive(handle: &SandboxHandle) -> bool {
-    handle
-        .ask(|owner, reply| answer(reply, owner.state.alive()))
-        .await
-        .is_ok()
-}
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// An owner that is driven by hand.
+struct Lab {
+    owner: SandboxOwner,
+    requests: Requests,
+    handle: SandboxHandle,
+    _dir: tempfile::TempDir,
+}
+
+impl Lab {
+    /// A running task `web` with an exec `e`.
+    fn running() -> Lab {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = SandboxIdentity::new("/run/containerd/containerd.sock", "default", "web");
+        let ledger = Ledger::create(&dir.path().join("state")).unwrap();
+        let events = Publisher::start("", "default");
+        let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events);
+        let mut lab = Lab {
+            owner,
+            requests,
+            handle,
+            _dir: dir,
+        };
+        lab.create();
+        let (init, exec) = (ProcessId::new("web", ""), ProcessId::new("web", "e"));
+        let state = &mut lab.owner.state;
+        state.start(&init).unwrap();
+        state.started(&init).unwrap();
+        state.exec(&exec, Stdio::default()).unwrap();
+        state.start(&exec).unwrap();
+        state.started(&exec).unwrap();
+        lab
+    }
+
+    fn create(&mut self) {
+        let bundle = self._dir.path().to_string_lossy().into_owned();
+        let state = &mut self.owner.state;
+        state.create("web", &bundle, Stdio::default()).unwrap();
+        state.created("web", 100, false);
+    }
+
+    /// Lets it work for so long.
+    async fn drive(&mut self, time: Duration) {
+        let end = Instant::now() + time + Duration::from_millis(1);
+        while timeout_at(end, self.owner.step(&mut self.requests))
+            .await
+            .is_ok()
+        {}
+    }
+
+    fn wait(&mut self, exec: &str) -> Receiver<Result<Exit>> {
+        let (reply, answer) = Reply::new();
+        self.owner.wait(&ProcessId::new("web", exec), reply);
+        answer
+    }
+
+    fn is_alive(&self) -> bool {
+        self.owner.state.alive().is_ok()
+    }
+}
+
+fn status(mut answer: Receiver<Result<Exit>>) -> u32 {
+    answer.try_recv().unwrap().unwrap().status
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
-    let dir = tempfile::tempdir().unwrap();
-    let handle = running(dir.path()).await;
-    handle.tell(|owner| owner.begin_to_end("web"));
+    let mut lab = Lab::running();
+    let (init, exec) = (lab.wait(""), lab.wait("e"));
+    lab.owner.begin_to_end("web");
     // A second one does not give it more time.
-    tokio::time::sleep(TIMEOUT / 2).await;
-    handle.tell(|owner| owner.begin_to_end("web"));
-    let begun = Instant::now();
-    assert_eq!(
-        timeout(TIMEOUT, exit(&handle, "")).await.unwrap().status,
-        KILLED
-    );
-    assert_eq!(exit(&handle, "e").await.status, KILLED);
-    assert_eq!(begun.elapsed().as_secs(), 5);
+    lab.drive(TIMEOUT / 2).await;
+    lab.owner.begin_to_end("web");
+    lab.drive(TIMEOUT / 2 - Duration::from_millis(10)).await;
+    assert!(lab.is_alive());
+    lab.drive(Duration::from_millis(10)).await;
+    assert_eq!((status(init), status(exec)), (KILLED, KILLED));
+    let reason = lab.owner.state.alive().unwrap_err().message;
     assert!(
-        reason(&handle)
-            .await
-            .contains("task web did not end within 10 s of a SIGKILL")
+        reason.contains("task web did not end within 10 s of a SIGKILL"),
+        "{reason}"
     );
-    let kill =
-        |owner: &mut SandboxOwner, reply| owner.kill(ProcessId::new("web", ""), 9, true, reply);
+    let (reply, mut killed) = Reply::new();
+    let process = ProcessId::new("web", "");
+    lab.owner.kill(process, 9, SignalScope::Container, reply);
+    let error = killed.try_recv().unwrap().unwrap_err();
     assert_eq!(
-        handle.ask(kill).await.unwrap_err().code,
+        error.code,
         Code::NOT_FOUND,
         "it has ended: nothing is to be done"
     );
@@ -86,39 +108,99 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
 
 #[tokio::test(start_paused = true)]
 async fn a_sigkill_that_works_ends_nothing_else() {
-    let dir = tempfile::tempdir().unwrap();
-    let handle = running(dir.path()).await;
-    handle.tell(|owner| {
-        owner.begin_to_end("web");
-        owner.exited(&ProcessId::new("web", "e"), KILLED);
-        owner.exited(&ProcessId::new("web", ""), KILLED);
-    });
-    tokio::time::sleep(TIMEOUT * 2).await;
-    assert!(is_alive(&handle).await);
+    let mut lab = Lab::running();
+    lab.owner.begin_to_end("web");
+    lab.owner.exited(&ProcessId::new("web", "e"), KILLED);
+    lab.owner.exited(&ProcessId::new("web", ""), KILLED);
+    lab.drive(TIMEOUT * 2).await;
+    assert!(lab.is_alive());
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_next_task_of_the_same_name_is_not_killed_for_the_last_one() {
-    let dir = tempfile::tempdir().unwrap();
-    let handle = running(dir.path()).await;
-    handle.tell(|owner| {
-        owner.begin_to_end("web");
-        owner.exited(&ProcessId::new("web", "e"), KILLED);
-        owner.exited(&ProcessId::new("web", ""), KILLED);
-        owner.forget(&ProcessId::new("web", ""));
-        owner
-            .state
-            .create("web", "/nowhere", Stdio::default())
-            .unwrap();
-        owner.state.created("web", 100, false);
-    });
-    tokio::time::sleep(TIMEOUT * 2).await;
-    let stage = handle
-        .ask(|owner, reply| answer(reply, owner.state.task("web").map(|task| task.init.stage)))
-        .await;
-    assert_eq!(stage, Ok(Stage::Created));
+    let mut lab = Lab::running();
+    lab.owner.begin_to_end("web");
+    lab.owner.exited(&ProcessId::new("web", "e"), KILLED);
+    lab.owner.exited(&ProcessId::new("web", ""), KILLED);
+    lab.owner.forget(&ProcessId::new("web", ""));
+    lab.create();
+    lab.drive(TIMEOUT * 2).await;
+    assert_eq!(
+        lab.owner.state.task("web").unwrap().init.stage,
+        Stage::Created
+    );
     // It has a clock of its own.
-    handle.tell(|owner| owner.begin_to_end("web"));
-    tokio::time::sleep(TIMEOUT * 2).await;
-    assert!(!is_alive(&handle).await);
+    lab.owner.begin_to_end("web");
+    lab.drive(TIMEOUT).await;
+    assert!(!lab.is_alive());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_task_that_is_deleted_gets_an_answer() {
+    let mut lab = Lab::running();
+    let (init, mut exec) = (lab.wait(""), lab.wait("e"));
+    lab.owner.exited(&ProcessId::new("web", ""), 3);
+    lab.owner.forget(&ProcessId::new("web", "e"));
+    assert_eq!(exec.try_recv().unwrap().unwrap_err().code, Code::NOT_FOUND);
+    // The init's exit is told after that of its execs, or when they are not heard of.
+    lab.drive(Duration::from_secs(3)).await;
+    assert_eq!(status(init), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_of_the_shim_itself_ends_every_wait() {
+    let mut lab = Lab::running();
+    let init = lab.wait("");
+    lab.owner.begin(async { panic!("a fault") });
+    lab.drive(Duration::from_secs(1)).await;
+    assert_eq!(status(init), KILLED);
+    let reason = lab.owner.state.alive().unwrap_err().message;
+    assert!(reason.contains("the shim has failed"), "{reason}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn input_closed_before_there_is_any_stays_closed() {
+    let mut lab = Lab::running();
+    let process = ProcessId::new("web", "e");
+    lab.owner.close_stdin(&process).unwrap();
+    assert!(lab.owner.runtimes.process(&process).stdin_closed);
+    let error = lab
+        .owner
+        .close_stdin(&ProcessId::new("web", "x"))
+        .unwrap_err();
+    assert_eq!(error.code, Code::NOT_FOUND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_sandbox_waits_for_the_work_that_it_began_but_not_for_ever() {
+    for (takes, done) in [(1, true), (1000, false)] {
+        let mut lab = Lab::running();
+        let (sender, mut receiver) = tokio::sync::oneshot::channel();
+        lab.owner.begin(async move {
+            sleep(Duration::from_secs(takes)).await;
+            let _ = sender.send(());
+            Outcome::Done
+        });
+        let (reply, _answer) = Reply::new();
+        lab.handle.tell(Request::Shutdown { now: true, reply });
+        let begun = Instant::now();
+        lab.owner.run(lab.requests).await;
+        assert_eq!(receiver.try_recv().is_ok(), done);
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn states_are_told_as_they_are() {
+    let lab = Lab::running();
+    let found = lab
+        .owner
+        .process_state(&ProcessId::new("web", "e"))
+        .unwrap();
+    assert_eq!(Path::new(&found.bundle), lab._dir.path());
+    assert_eq!(lab.owner.task_pid("web"), Ok(100));
+    assert_eq!(
+        lab.owner.task_pid("other").unwrap_err().code,
+        Code::NOT_FOUND
+    );
 }

@@ -8,24 +8,27 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
 
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
+use ttrpc::Code;
 
 use crate::config::Config;
 use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
 use crate::guest::agent_calls;
+use crate::guest::boot::Guest;
 use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
 use crate::model::{ProcessId, Stdio};
-use crate::sandbox::owner::{Pod, Reply, SandboxOwner, SandboxSpec, Shm, answer};
-use crate::sandbox::state::Status;
+use crate::sandbox::owner::SandboxOwner;
+use crate::sandbox::pod::{Pod, SandboxSpec, Shm};
+use crate::sandbox::request::{Outcome, Reply, SandboxStatus};
 
 /// As containerd's CRI makes it for a pod.
 const SHM_BYTES: u64 = 64 << 20;
@@ -42,41 +45,60 @@ const FILES: [(&str, &str); 3] = [
 
 impl SandboxOwner {
     /// `CreateSandbox`: boots the virtual machine.
-    pub fn create_sandbox(
+    pub(super) fn create_sandbox(
         &mut self,
         request: &CreateSandboxRequest,
         config: Result<Config>,
         reply: Reply<()>,
     ) {
+        let sandbox = request.sandbox_id.clone();
         let launching = config.and_then(|config| {
             let asked = pod_config(request)?;
             let config = config.annotated(&asked.annotations)?;
-            let (pod, sandbox_spec) = self.plan(request, &asked)?;
+            refuse_host_namespaces(&asked)?;
             self.state
-                .create(&request.sandbox_id, &request.bundle_path, Stdio::default())?;
-            self.pod = pod;
-            let launching = self.guest_for(config, sandbox_spec);
-            launching.inspect_err(|_| self.state.create_failed(&request.sandbox_id))
+                .create(&sandbox, &request.bundle_path, Stdio::default())?;
+            let launching = self.plan(request, &asked).and_then(|(pod, sandbox_spec)| {
+                self.pod = pod;
+                self.guest_for(config, sandbox_spec)
+            });
+            launching.inspect_err(|_| self.create_failed(&sandbox))
         });
-        let launching = match launching {
-            Ok(launching) => launching,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        let id = request.sandbox_id.clone();
-        self.spawn_then(launching, move |owner, result| match result {
-            Ok(guest) if guest.pod => {
-                owner
-                    .state
-                    .created(&id, guest.vm.identity().pid.cast_unsigned(), true);
-                answer(reply, Ok(()));
-            }
-            other => {
-                owner.state.create_failed(&id);
-                let needs =
-                    || Error::unimplemented("the Sandbox API needs Cofferdam's own guest agent");
-                answer(reply, Err(other.err().unwrap_or_else(needs)));
-            }
+        match launching {
+            Ok(launching) => self.begin(async move {
+                let result = launching.await;
+                Outcome::SandboxCreated {
+                    sandbox,
+                    result,
+                    reply,
+                }
+            }),
+            Err(error) => reply.send(Err(error)),
+        }
+    }
+
+    pub(super) fn sandbox_created(
+        &mut self,
+        sandbox: &str,
+        result: Result<Arc<Guest>>,
+    ) -> Result<()> {
+        let guest = result.and_then(|guest| match guest.pod {
+            true => Ok(guest),
+            false => Err(Error::unimplemented(
+                "the Sandbox API needs Cofferdam's own guest agent",
+            )),
         });
+        match guest {
+            Ok(guest) => {
+                let vm_pid = guest.vm.identity().pid.cast_unsigned();
+                self.state.created(sandbox, vm_pid, true);
+                Ok(())
+            }
+            Err(error) => {
+                self.create_failed(sandbox);
+                Err(error)
+            }
+        }
     }
 
     /// What a pod's configuration asks for, with the pod's files made.
@@ -86,8 +108,7 @@ impl SandboxOwner {
         config: &PodSandboxConfig,
     ) -> Result<(Pod, SandboxSpec)> {
         let linux = config.linux.get_or_default();
-        refuse_host_namespaces(config)?;
-        let dir = mounts::make_small(&Dir::open(self.ledger.dir())?, "pod")?;
+        let dir = mounts::make_small(&Dir::open(&self.state_dir())?, "pod")?;
         make_files(&dir, config)?;
         let pod = Pod {
             sysctls: linux.sysctls.clone(),
@@ -114,16 +135,11 @@ impl SandboxOwner {
         ))
     }
 
-    /// `StartSandbox`: its pid.
-    pub fn start_sandbox(&mut self, id: &str, reply: Reply<u32>) {
-        self.start(ProcessId::new(id, ""), reply);
-    }
-
     /// `SandboxStatus`.
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
+    pub(super) fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
         let status = self.state.status(&ProcessId::new(id, ""))?;
         let alive = self.state.alive();
         Ok(SandboxStatus {
@@ -134,9 +150,21 @@ impl SandboxOwner {
         })
     }
 
+    /// `PingSandbox`.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`; `UNAVAILABLE` once the machine has ended.
+    pub(super) fn ping_sandbox(&self, id: &str) -> Result<()> {
+        let alive = self.state.task(id).and_then(|_| self.state.alive());
+        alive.map_err(|error| Error {
+            code: Code::UNAVAILABLE,
+            ..error
+        })
+    }
+
     /// `SandboxMetrics`: what all containers together use.
-    pub fn sandbox_stats(&self, reply: Reply<Stats>) {
-        let ids: Vec<String> = self.containers.keys().cloned().collect();
+    pub(super) fn sandbox_stats(&mut self, reply: Reply<Stats>) {
+        let ids: Vec<String> = self.runtimes.in_guest().cloned().collect();
         self.forward_to_guest(reply, |guest| async move {
             let stats = join_all(ids.iter().map(|id| agent_calls::stats(&guest, id))).await;
             // One that ends meanwhile has nothing to add.
@@ -145,18 +173,6 @@ impl SandboxOwner {
             Ok(sum)
         });
     }
-}
-
-/// What `SandboxStatus` answers.
-pub struct SandboxStatus {
-    /// The sandbox's pid.
-    pub pid: u32,
-    /// That of the task that stands for it.
-    pub status: Status,
-    /// When its server began.
-    pub created_at: SystemTime,
-    /// How the virtual machine is.
-    pub machine: String,
 }
 
 fn pod_config(request: &CreateSandboxRequest) -> Result<PodSandboxConfig> {

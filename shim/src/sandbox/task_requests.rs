@@ -1,4 +1,5 @@
-//! The requests of the task API, each a few decisions of the owner's and something begun.
+//! The requests of the task API, each a few decisions and something begun, and what is made of
+//! their outcomes.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -10,49 +11,36 @@ use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed,
     TaskStart,
 };
-use oci_spec::runtime::{LinuxResources, Process};
+use futures::future::join_all;
+use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use tokio::time::Instant;
-use ttrpc::Code;
 
 use crate::config::Config;
-use crate::container::create::{Container, CreateContainer, HostSide, in_guest};
+use crate::container::create::{CreateContainer, HostSide, in_guest};
 use crate::container::hooks::{HookPhase, HostHooks};
 use crate::container::role::{self, Role};
+use crate::container::shared_volumes::SharedVolumes;
 use crate::container::spec;
 use crate::error::{Error, Result};
 use crate::from_guest::Stats;
 use crate::guest::agent_calls::{self, PendingExec, PreconnectedStdio};
 use crate::guest::boot::Guest;
-use crate::guest::ending::{self, DeleteBy};
-use crate::guest::machine_size::ResourceLimits;
-use crate::model::Exit;
-use crate::model::{ProcessId, Stdio};
-use crate::sandbox::owner::{Pod, Reply, SandboxOwner, SandboxSpec, answer};
+use crate::guest::ending::DeleteBy;
+use crate::guest::machine_size::{MachineSize, ResourceLimits};
+use crate::model::{Exit, ProcessId, Stdio};
+use crate::sandbox::owner::{Launching, SandboxOwner};
+use crate::sandbox::pod::{Pod, SandboxSpec};
+use crate::sandbox::request::{Created, Outcome, ProcessState, Reply};
 use crate::sandbox::sandbox_requests;
 use crate::stdio::{HostIo, Pumps};
-
-/// Signals that end no process unless it has a handler: none for a sandbox that stands in for one.
-const IGNORED_SIGNALS: [i32; 8] = [
-    0,
-    libc::SIGCHLD,
-    libc::SIGCONT,
-    libc::SIGURG,
-    libc::SIGWINCH,
-    libc::SIGSTOP,
-    libc::SIGTSTP,
-    libc::SIGTTIN,
-];
-
-/// A guest, and the container that was made in it if one was.
-type Created = (Arc<Guest>, Option<(Container, Pumps)>);
 
 impl SandboxOwner {
     /// `Create`: the host's part and the guest's boot side by side, then the container in the
     /// guest. For a pod's sandbox the guest is all that is made: the sandbox stands in for the
     /// process that would do nothing but wait.
-    pub fn create(
+    pub(super) fn create(
         &mut self,
-        request: CreateTaskRequest,
+        request: Box<CreateTaskRequest>,
         config: Result<Config>,
         reply: Reply<u32>,
     ) {
@@ -64,62 +52,37 @@ impl SandboxOwner {
         };
         let (config, role, create) = match self.read_create(config, &request, io.clone()) {
             Ok(read) => read,
-            Err(error) => return answer(reply, Err(error)),
+            Err(error) => return reply.send(Err(error)),
         };
-        if let Err(error) = self.state.create(&request.id, &request.bundle, io) {
-            return answer(reply, Err(error));
+        let id = request.id.clone();
+        if let Err(error) = self.state.create(&id, &request.bundle, io) {
+            return reply.send(Err(error));
         }
+        let hooks = HostHooks::of(&create.spec, &id, &request.bundle);
+        let kept = self.runtimes.container(&id);
+        kept.hooks = hooks.clone();
         if role != Role::Sandbox {
-            self.limits.insert(
-                request.id.clone(),
-                ResourceLimits::of_container(&create.spec),
-            );
+            kept.limits = Some(ResourceLimits::of_container(&create.spec));
         }
         let launching = self.guest_for(config, SandboxSpec::of(&create.spec));
         let (launching, shares) =
             match launching.and_then(|launching| Ok((launching, self.shares()?))) {
                 Ok(both) => both,
                 Err(error) => {
-                    self.create_failed(&request.id);
-                    return answer(reply, Err(error));
+                    self.create_failed(&id);
+                    return reply.send(Err(error));
                 }
             };
         let size = self.machine_size();
-        let hooks = HostHooks::of(&create.spec, &request.id, &request.bundle);
-        self.hooks.insert(request.id.clone(), hooks.clone());
         let namespace = self.identity.namespace.clone();
-        let work = async move {
-            if role == Role::Sandbox {
-                let guest = launching.clone().await?;
-                if guest.pod {
-                    hooks
-                        .run(HookPhase::Create, guest.vm.identity().pid)
-                        .await?;
-                    return Ok((guest, None));
-                }
+        self.begin(async move {
+            let making = make(role, create, launching, shares, size, &hooks, &namespace);
+            let result = Box::new(making.await);
+            Outcome::Created {
+                request,
+                result,
+                reply,
             }
-            let host_io = HostIo::open(&create.io, &namespace, &create.id).await?;
-            // mount(2) may wait for a slow disk, which must not hold up other requests.
-            let host = tokio::task::spawn_blocking(move || {
-                let host = HostSide::prepare(&create, &shares);
-                host.map(|host| (create, host))
-            });
-            let (create, host) = host
-                .await
-                .map_err(|error| Error::internal(error.to_string()))??;
-            let guest = launching.await?;
-            guest
-                .resize(size)
-                .await
-                .map_err(|error| error.context("cannot make room for the container"))?;
-            hooks
-                .run(HookPhase::Create, guest.vm.identity().pid)
-                .await?;
-            let made = in_guest(&guest, &create, host, host_io).await?;
-            Ok((guest, Some(made)))
-        };
-        self.spawn_then(work, move |owner, result| {
-            owner.created(request, result, reply)
         });
     }
 
@@ -188,30 +151,35 @@ impl SandboxOwner {
         Ok((config, role, create))
     }
 
-    fn create_failed(&mut self, id: &str) {
+    pub(super) fn create_failed(&mut self, id: &str) {
         self.state.create_failed(id);
-        self.limits.remove(id);
-        self.hooks.remove(id);
+        self.forget(&ProcessId::new(id, ""));
     }
 
-    fn created(&mut self, request: CreateTaskRequest, result: Result<Created>, reply: Reply<u32>) {
+    pub(super) fn created(
+        &mut self,
+        request: CreateTaskRequest,
+        result: Result<Created>,
+        reply: Reply<u32>,
+    ) {
         let (guest, made) = match result {
             Ok(created) => created,
             Err(error) => {
                 self.create_failed(&request.id);
-                return answer(reply, Err(error));
+                return reply.send(Err(error));
             }
         };
-        let key = ProcessId::new(&request.id, "");
-        let pid = self.state.created(
-            &request.id,
-            guest.vm.identity().pid.cast_unsigned(),
-            made.is_none(),
-        );
-        if let Some((container, pumps)) = made {
-            self.containers.insert(request.id.clone(), container);
-            self.pumps.insert(key.clone(), pumps);
-            self.watch_exit(guest, key);
+        let init = ProcessId::new(&request.id, "");
+        let vm_pid = guest.vm.identity().pid.cast_unsigned();
+        let pid = self.state.created(&request.id, vm_pid, made.is_none());
+        if let Some((container, mut pumps)) = made {
+            self.runtimes.container(&request.id).container = Some(container);
+            let kept = self.runtimes.process(&init);
+            if kept.stdin_closed {
+                pumps.close_stdin();
+            }
+            kept.pumps = Some(pumps);
+            self.watch_exit(guest, init);
         }
         let io = TaskIO {
             stdin: request.stdin,
@@ -229,7 +197,7 @@ impl SandboxOwner {
             pid,
             ..Default::default()
         });
-        answer(reply, Ok(pid));
+        reply.send(Ok(pid));
         if self.state.alive().is_err() {
             // The machine ended while the guest answered: nobody else will say that this container
             // did too.
@@ -238,89 +206,100 @@ impl SandboxOwner {
     }
 
     /// `Start`.
-    pub fn start(&mut self, key: ProcessId, reply: Reply<u32>) {
+    pub(super) fn start(&mut self, process: ProcessId, reply: Reply<u32>) {
         let Some(guest) = self.guest.clone() else {
-            let error = self.state.process(&key).err();
-            let error = error
-                .unwrap_or_else(|| Error::precondition(format!("{key} is still being created")));
-            return answer(reply, Err(error));
+            let creating = || Error::precondition(format!("{process} is still being created"));
+            let error = self.state.process(&process).err().unwrap_or_else(creating);
+            return reply.send(Err(error));
         };
-        let io = match self
-            .state
-            .start(&key)
-            .and_then(|()| Ok(self.state.process(&key)?.io.clone()))
-        {
+        let started = self.state.start(&process);
+        let io = match started.and_then(|()| Ok(self.state.process(&process)?.io.clone())) {
             Ok(io) => io,
-            Err(error) => return answer(reply, Err(error)),
+            Err(error) => return reply.send(Err(error)),
         };
-        let exec = self.announced.get_mut(&key);
-        let exec = exec.map(|exec| PendingExec {
-            process: exec.process.clone(),
-            dialled: exec.dialled.take(),
-        });
+        // An exec whose start fails can be started again.
+        let exec = self
+            .runtimes
+            .process(&process)
+            .exec
+            .as_mut()
+            .map(|exec| PendingExec {
+                process: exec.process.clone(),
+                dialled: exec.dialled.take(),
+            });
         let namespace = self.identity.namespace.clone();
-        let is_pod_sandbox = self.state.is_pod_sandbox(&key.container);
+        let is_pod_sandbox = self.state.is_pod_sandbox(&process.container);
         // Between the sandbox's creation and its start its network may have been made.
-        let ledger =
-            (key.is_init() && key.container == self.identity.id).then(|| self.ledger.clone());
-        let target = key.clone();
-        let starting = guest.clone();
-        let work = async move {
-            if let Some(ledger) = ledger {
-                starting.add_links(&ledger).await?;
+        let is_sandbox = process.is_init() && process.container == self.identity.id;
+        let ledger = is_sandbox.then(|| self.ledger.clone());
+        self.begin(async move {
+            let starting = async {
+                if let Some(ledger) = ledger {
+                    guest.add_links(&ledger).await?;
+                }
+                match exec {
+                    None if is_pod_sandbox => Ok(None),
+                    None => {
+                        agent_calls::start_init(&guest, &process.container).await?;
+                        Ok(None)
+                    }
+                    Some(exec) => {
+                        let pumps =
+                            agent_calls::start_exec(&guest, &process, exec, &io, &namespace);
+                        pumps.await.map(Some)
+                    }
+                }
+            };
+            let result = starting.await;
+            Outcome::Started {
+                guest,
+                process,
+                result,
+                reply,
             }
-            match exec {
-                None if is_pod_sandbox => Ok(None),
-                None => agent_calls::start_init(&starting, &target.container)
-                    .await
-                    .map(|()| None),
-                Some(exec) => agent_calls::start_exec(&starting, &target, exec, &io, &namespace)
-                    .await
-                    .map(Some),
-            }
-        };
-        self.spawn_then(work, move |owner, result| {
-            owner.started(guest, key, result, reply)
         });
     }
 
-    fn started(
+    pub(super) fn started(
         &mut self,
         guest: Arc<Guest>,
-        key: ProcessId,
+        process: ProcessId,
         result: Result<Option<Pumps>>,
         reply: Reply<u32>,
     ) {
         let pumps = match result {
             Ok(pumps) => pumps,
             Err(error) => {
-                if self.state.start_failed(&key).is_some() {
+                if self.state.start_failed(&process).is_some() {
                     self.announce(Vec::new());
                 }
-                return answer(reply, Err(error));
+                return reply.send(Err(error));
             }
         };
+        let kept = self.runtimes.process(&process);
+        let size = kept.terminal_size.take();
         if let Some(mut pumps) = pumps {
-            if self.stdin_closed.contains(&key) {
+            if kept.stdin_closed {
                 pumps.close_stdin();
             }
-            self.pumps.insert(key.clone(), pumps);
-            self.watch_exit(guest.clone(), key.clone());
+            kept.pumps = Some(pumps);
+            self.watch_exit(guest.clone(), process.clone());
         }
-        if let Some((width, height)) = self.pending_terminal_sizes.remove(&key) {
-            let resized = key.clone();
-            tokio::spawn(async move {
-                agent_calls::resize_terminal(&guest, &resized, width, height).await
+        if let Some((width, height)) = size {
+            let resized = process.clone();
+            self.begin(async move {
+                let _ = agent_calls::resize_terminal(&guest, &resized, width, height).await;
+                Outcome::Done
             });
         }
-        let (pid, early) = match self.state.started(&key) {
+        let (pid, early) = match self.state.started(&process) {
             Ok(started) => started,
-            Err(error) => return answer(reply, Err(error)),
+            Err(error) => return reply.send(Err(error)),
         };
-        let container_id = key.container.clone();
-        if key.is_init() {
-            self.run_hooks(&key.container, HookPhase::Started);
-            if !self.is_unannounced(&key.container) {
+        let container_id = process.container.clone();
+        if process.is_init() {
+            self.run_poststart_hooks(&process.container);
+            if !self.is_unannounced(&process.container) {
                 self.events.publish(&TaskStart {
                     container_id,
                     pid,
@@ -328,7 +307,7 @@ impl SandboxOwner {
                 });
             }
         } else {
-            let exec_id = key.exec.clone();
+            let exec_id = process.exec.clone();
             self.events.publish(&TaskExecStarted {
                 container_id,
                 exec_id,
@@ -336,314 +315,354 @@ impl SandboxOwner {
                 ..Default::default()
             });
         }
-        answer(reply, Ok(pid));
+        reply.send(Ok(pid));
         if let Some(exit) = early {
-            self.exited(&key, exit.status);
+            self.exited(&process, exit.status);
         }
     }
 
     /// `Exec`: only announces the process.
-    pub fn exec(&mut self, request: ExecProcessRequest, process: Process, reply: Reply<()>) {
-        let key = ProcessId::new(&request.id, &request.exec_id);
+    pub(super) fn exec(
+        &mut self,
+        request: ExecProcessRequest,
+        spec: ProcessSpec,
+        reply: Reply<()>,
+    ) {
+        let process = ProcessId::new(&request.id, &request.exec_id);
         let io = Stdio {
             stdin: request.stdin,
             stdout: request.stdout,
             stderr: request.stderr,
             terminal: request.terminal,
         };
-        let result = self.state.exec(&key, io);
-        if result.is_ok() {
-            let io = self
-                .state
-                .process(&key)
-                .map(|process| process.io.clone())
-                .unwrap_or_default();
-            let dialled = self
-                .guest
-                .as_ref()
-                .and_then(|guest| PreconnectedStdio::begin(guest, &key, &io));
-            if let Some(container) = self.containers.get(&request.id) {
-                container.runs_as(process.user());
-            }
-            self.announced.insert(key, PendingExec { process, dialled });
-            let (container_id, exec_id) = (request.id, request.exec_id);
-            self.events.publish(&TaskExecAdded {
-                container_id,
-                exec_id,
-                ..Default::default()
-            });
+        if let Err(error) = self.state.exec(&process, io.clone()) {
+            return reply.send(Err(error));
         }
-        answer(reply, result);
+        let guest = self.guest.as_ref();
+        let dialled = guest.and_then(|guest| PreconnectedStdio::begin(guest, &process, &io));
+        if let Some(container) = &self.runtimes.container(&request.id).container {
+            container.runs_as(spec.user());
+        }
+        self.runtimes.process(&process).exec = Some(PendingExec {
+            process: spec,
+            dialled,
+        });
+        self.events.publish(&TaskExecAdded {
+            container_id: request.id,
+            exec_id: request.exec_id,
+            ..Default::default()
+        });
+        reply.send(Ok(()));
     }
 
-    /// `Delete`: the answer comes when the output is read and everything of the process is undone.
-    pub fn delete(&mut self, key: ProcessId, reply: Reply<Exit>) {
-        let (pid, exit) = match self
-            .state
-            .delete(&key)
-            .and_then(|exit| Ok((self.state.process(&key)?.pid, exit)))
-        {
-            Ok(deleting) => deleting,
-            Err(error) => return answer(reply, Err(error)),
-        };
+    /// `Delete`: the answer comes when the output is read, everything of the process is undone and
+    /// the host's hooks for its end are over.
+    pub(super) fn delete(&mut self, process: ProcessId, reply: Reply<Exit>) {
+        let deleting = self.state.delete(&process);
+        let (pid, exit) =
+            match deleting.and_then(|exit| Ok((self.state.process(&process)?.pid, exit))) {
+                Ok(deleting) => deleting,
+                Err(error) => return reply.send(Err(error)),
+            };
         let exit = exit.unwrap_or(Exit {
             pid,
             status: 0,
             at: SystemTime::UNIX_EPOCH,
         });
-        let pumps: Vec<Pumps> = match key.is_init() {
-            true => self.take_pumps(&key.container),
-            false => self.pumps.remove(&key).into_iter().collect(),
-        };
-        let guest = self.living_guest().ok().filter(|_| key.is_init());
-        let container = if key.is_init() {
-            self.containers.remove(&key.container)
-        } else {
-            None
-        };
-        let id = key.container.clone();
-        let by = DeleteBy::from(Instant::now(), self.killed.get(&id).copied());
-        let work = async move {
-            futures::future::join_all(pumps.into_iter().map(|pumps| pumps.drain(by.drained))).await;
-            match container {
-                Some(container) => container.remove(guest, &id, by.removed).await,
+        let pumps = self.runtimes.take_pumps(&process);
+        let vm_pid = self.guest.as_ref().map(|guest| guest.vm.identity().pid);
+        let guest = self.living_guest().ok().filter(|_| process.is_init());
+        let (mut container, mut hooks, mut killed) = (None, None, None);
+        if process.is_init() {
+            let kept = self.runtimes.container(&process.container);
+            container = kept.container.take();
+            hooks = Some(kept.hooks.clone()).zip(vm_pid);
+            killed = kept.killed;
+        }
+        let by = DeleteBy::from(Instant::now(), killed);
+        self.begin(async move {
+            join_all(pumps.into_iter().map(|pumps| pumps.drain(by.drained))).await;
+            let result = match container {
+                Some(container) => {
+                    container
+                        .remove(guest, &process.container, by.removed)
+                        .await
+                }
                 None => Ok(()),
+            };
+            if let Some((hooks, pid)) = hooks {
+                // They undo what others made for the container, its network first of all.
+                let _ = hooks.run(HookPhase::Deleted, pid).await;
             }
-        };
-        self.spawn_then(work, move |owner, removed| {
-            if let Err(error) = removed {
-                // Nobody would hear of its processes any more, and they would keep what they have.
-                owner.vm_died(&error.message);
+            Outcome::Deleted {
+                process,
+                exit,
+                result,
+                reply,
             }
-            owner.forget(&key);
-            if key.is_init() {
-                owner.give_back(&key.container);
-                owner.run_hooks(&key.container, HookPhase::Deleted);
-                owner.hooks.remove(&key.container);
-                owner.events.publish(&TaskDelete {
-                    container_id: key.container.clone(),
-                    pid: exit.pid,
-                    exit_status: exit.status,
-                    exited_at: Some(exit.at.into()).into(),
-                    ..Default::default()
-                });
-            }
-            answer(reply, Ok(exit));
         });
     }
 
-    /// Nobody waits for hooks that can change nothing any more.
-    fn run_hooks(&self, id: &str, moment: HookPhase) {
-        let (Some(hooks), Some(guest)) = (self.hooks.get(id).cloned(), self.guest.as_ref()) else {
-            return;
-        };
-        let pid = guest.vm.identity().pid;
-        tokio::spawn(async move { hooks.run(moment, pid).await });
+    pub(super) fn deleted(&mut self, process: &ProcessId, exit: Exit, result: Result<()>) {
+        if let Err(error) = result {
+            // Nobody would hear of its processes any more, and they would keep what they have.
+            self.vm_died(&error.message);
+        }
+        let before = self.machine_size();
+        self.forget(process);
+        if process.is_init() {
+            self.give_back(before);
+            self.events.publish(&TaskDelete {
+                container_id: process.container.clone(),
+                pid: exit.pid,
+                exit_status: exit.status,
+                exited_at: Some(exit.at.into()).into(),
+                ..Default::default()
+            });
+        }
     }
 
-    /// The machine shrinks by what a container may no longer use. Nobody waits for it.
-    fn give_back(&mut self, id: &str) {
-        let before = self.machine_size();
-        self.limits.remove(id);
+    /// Hooks after the start can change nothing any more: nobody waits for them but the sandbox's
+    /// end.
+    fn run_poststart_hooks(&mut self, id: &str) {
+        let (Some(kept), Some(guest)) = (self.runtimes.known(id), self.guest.as_ref()) else {
+            return;
+        };
+        let (hooks, pid) = (kept.hooks.clone(), guest.vm.identity().pid);
+        self.begin(async move {
+            let _ = hooks.run(HookPhase::Started, pid).await;
+            Outcome::Done
+        });
+    }
+
+    /// The machine shrinks by what a container may no longer use. Nobody waits for that.
+    fn give_back(&mut self, before: MachineSize) {
         let after = self.machine_size();
         if let Ok(guest) = self.living_guest()
             && after != before
             && !self.state.is_empty()
         {
-            tokio::spawn(async move {
+            self.begin(async move {
                 if let Err(error) = guest.resize(after).await {
                     tracing::warn!(%error, "the virtual machine keeps its size");
                 }
+                Outcome::Done
             });
         }
     }
 
-    /// `Kill`.
-    pub fn kill(&mut self, key: ProcessId, signal: u32, all: bool, reply: Reply<()>) {
-        if let Err(error) = self.state.kill(&key) {
-            return answer(reply, Err(error));
-        }
-        if self.state.is_pod_sandbox(&key.container) {
-            if !IGNORED_SIGNALS.contains(&signal.cast_signed()) {
-                self.exited(&key, 128 + signal);
-            }
-            return answer(reply, Ok(()));
-        }
-        let guest = match self.living_guest() {
-            Ok(guest) => guest,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        let is_last_resort = signal == libc::SIGKILL.cast_unsigned() && (all || key.is_init());
-        if is_last_resort {
-            self.begin_to_end(&key.container);
-        } else if signal == libc::SIGKILL.cast_unsigned() {
-            self.begin_to_give_up(&key);
-        }
-        let deadline = ending::signal_deadline(self.config.kill_timeout());
-        let work = async move { agent_calls::signal(&guest, &key, signal, all, deadline).await };
-        self.spawn_then(work, move |owner, result| {
-            // A guest that does not even take a SIGKILL would keep its pod for ever: the machine is
-            // what can be killed.
-            match ending::refuses_to_kill(&result).filter(|_| is_last_resort) {
-                Some(reason) => {
-                    owner.vm_died(&reason);
-                    answer(reply, Ok(()));
-                }
-                // It runs, whatever the guest says; its end is told in any case.
-                None if is_last_resort
-                    && result
-                        .as_ref()
-                        .is_err_and(|error| error.code == Code::NOT_FOUND) =>
-                {
-                    answer(reply, Ok(()));
-                }
-                None => answer(reply, result),
-            }
-        });
+    /// `State`.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub(super) fn process_state(&self, process: &ProcessId) -> Result<ProcessState> {
+        Ok(ProcessState {
+            bundle: self.state.task(&process.container)?.bundle.clone(),
+            process: self.state.process(process)?.clone(),
+            status: self.state.status(process)?,
+        })
     }
 
-    /// `Wait`.
-    pub fn wait(&mut self, key: ProcessId, reply: Reply<Exit>) {
-        match self.state.exit(&key) {
-            Ok(None) => self.waiters.entry(key).or_default().push(reply),
-            Ok(Some(exit)) => answer(reply, Ok(exit)),
-            Err(error) => answer(reply, Err(error)),
+    /// `Connect`: the sandbox is known even without a task.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub(super) fn task_pid(&self, id: &str) -> Result<u32> {
+        match self.state.task(id) {
+            Ok(task) => Ok(task.init.pid),
+            Err(_) if id == self.identity.id => Ok(0),
+            Err(error) => Err(error),
         }
     }
 
     /// `Pause` and `Resume`.
-    pub fn set_paused(&mut self, id: String, paused: bool, reply: Reply<()>) {
-        if let Err(error) = self.state.may_pause(&id, paused) {
-            return answer(reply, Err(error));
-        }
-        let guest = match self.living_guest() {
+    pub(super) fn set_paused(&mut self, container: String, paused: bool, reply: Reply<()>) {
+        let may = self.state.may_pause(&container, paused);
+        let guest = match may.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
-            Err(error) => return answer(reply, Err(error)),
+            Err(error) => return reply.send(Err(error)),
         };
-        let container_id = id.clone();
-        self.spawn_then(
-            async move { agent_calls::set_paused(&guest, &id, paused).await },
-            move |owner, result| {
-                if result.is_ok() {
-                    owner.state.set_paused(&container_id, paused);
-                    match paused {
-                        true => owner.events.publish(&TaskPaused {
-                            container_id,
-                            ..Default::default()
-                        }),
-                        false => owner.events.publish(&TaskResumed {
-                            container_id,
-                            ..Default::default()
-                        }),
-                    }
-                }
-                answer(reply, result);
-            },
-        );
+        self.begin(async move {
+            let result = agent_calls::set_paused(&guest, &container, paused).await;
+            Outcome::PauseSet {
+                container,
+                paused,
+                result,
+                reply,
+            }
+        });
+    }
+
+    pub(super) fn pause_set(&mut self, container_id: String, paused: bool) {
+        self.state.set_paused(&container_id, paused);
+        if paused {
+            self.events.publish(&TaskPaused {
+                container_id,
+                ..Default::default()
+            });
+        } else {
+            self.events.publish(&TaskResumed {
+                container_id,
+                ..Default::default()
+            });
+        }
     }
 
     /// `ResizePty`: before the start it is remembered, without a terminal it is nothing.
-    pub fn resize_terminal(&mut self, key: ProcessId, width: u32, height: u32, reply: Reply<()>) {
-        match self.state.process(&key) {
-            Err(error) => answer(reply, Err(error)),
-            Ok(process) if !process.io.terminal => answer(reply, Ok(())),
-            Ok(_) if key.is_init() || self.pumps.contains_key(&key) => {
-                self.forward_to_guest(reply, |guest| async move {
-                    agent_calls::resize_terminal(&guest, &key, width, height).await
-                });
-            }
-            Ok(_) => {
-                self.pending_terminal_sizes.insert(key, (width, height));
-                answer(reply, Ok(()));
-            }
+    pub(super) fn resize_terminal(
+        &mut self,
+        process: ProcessId,
+        width: u32,
+        height: u32,
+        reply: Reply<()>,
+    ) {
+        let found = self.state.process(&process);
+        let has_terminal = match found.map(|found| found.io.terminal) {
+            Ok(has_terminal) => has_terminal,
+            Err(error) => return reply.send(Err(error)),
+        };
+        if !has_terminal {
+            return reply.send(Ok(()));
         }
+        let kept = self.runtimes.process(&process);
+        if process.is_init() || kept.pumps.is_some() {
+            return self.forward_to_guest(reply, |guest| async move {
+                agent_calls::resize_terminal(&guest, &process, width, height).await
+            });
+        }
+        kept.terminal_size = Some((width, height));
+        reply.send(Ok(()));
     }
 
-    /// `CloseIO` of stdin; before the start it is remembered.
-    pub fn close_stdin(&mut self, key: ProcessId, reply: Reply<()>) {
-        let result = self.state.process(&key).map(drop);
-        if result.is_ok() {
-            match self.pumps.get_mut(&key) {
-                Some(pumps) => pumps.close_stdin(),
-                None => self.stdin_closed.push(key),
-            }
+    /// `CloseIO` of stdin; before there is any it is remembered.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub(super) fn close_stdin(&mut self, process: &ProcessId) -> Result<()> {
+        self.state.process(process)?;
+        let kept = self.runtimes.process(process);
+        kept.stdin_closed = true;
+        if let Some(pumps) = &mut kept.pumps {
+            pumps.close_stdin();
         }
-        answer(reply, result);
+        Ok(())
     }
 
     /// `Update`: room is made before a limit is raised, and given back after one is lowered or
     /// refused.
-    pub fn update(&mut self, id: String, resources: LinuxResources, reply: Reply<()>) {
-        let guest = match self
-            .state
-            .task(&id)
-            .map(drop)
-            .and_then(|()| self.living_guest())
-        {
+    pub(super) fn update(
+        &mut self,
+        container: String,
+        resources: LinuxResources,
+        reply: Reply<()>,
+    ) {
+        let task = self.state.task(&container).map(drop);
+        let guest = match task.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
-            Err(error) => return answer(reply, Err(error)),
+            Err(error) => return reply.send(Err(error)),
         };
-        let is_pod = self.state.is_pod_sandbox(&id);
+        let is_pod = self.state.is_pod_sandbox(&container);
+        let old = match is_pod {
+            true => Some(self.pod.need),
+            false => self.runtimes.container(&container).limits,
+        };
+        let Some(old) = old else {
+            let deleting = format!("{container} is being deleted");
+            return reply.send(Err(Error::precondition(deleting)));
+        };
         let before = self.machine_size();
-        let Some(need) = self.need(&id) else {
-            return answer(
-                reply,
-                Err(Error::precondition(format!("{id} is being deleted"))),
-            );
-        };
-        let old = *need;
-        *need = old.updated(&resources);
+        self.set_limits(&container, old.updated(&resources));
         let after = self.machine_size();
-        let target = id.clone();
-        let work = async move {
-            guest.resize(before.max(after)).await?;
-            let updated = match is_pod {
-                true => Ok(()),
-                false => agent_calls::update(&guest, &target, &resources).await,
+        self.begin(async move {
+            let updating = async {
+                guest.resize(before.max(after)).await?;
+                let updated = match is_pod {
+                    true => Ok(()),
+                    false => agent_calls::update(&guest, &container, &resources).await,
+                };
+                let size = if updated.is_ok() { after } else { before };
+                let resized = guest.resize(size).await;
+                updated.and(resized)
             };
-            let resized = guest
-                .resize(if updated.is_ok() { after } else { before })
-                .await;
-            updated.and(resized)
-        };
-        self.spawn_then(work, move |owner, result| {
-            if result.is_err()
-                && let Some(need) = owner.need(&id)
-            {
-                *need = old;
+            let result = updating.await;
+            Outcome::Updated {
+                container,
+                old,
+                result,
+                reply,
             }
-            answer(reply, result);
         });
     }
 
-    fn need(&mut self, id: &str) -> Option<&mut ResourceLimits> {
-        if self.state.is_pod_sandbox(id) {
-            Some(&mut self.pod.need)
-        } else {
-            self.limits.get_mut(id)
+    pub(super) fn set_limits(&mut self, container: &str, limits: ResourceLimits) {
+        if self.state.is_pod_sandbox(container) {
+            self.pod.need = limits;
+        } else if self.state.task(container).is_ok() {
+            self.runtimes.container(container).limits = Some(limits);
         }
     }
 
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
-    pub fn stats(&mut self, id: String, reply: Reply<Stats>) {
-        if let Err(error) = self.state.task(&id) {
-            return answer(reply, Err(error));
+    pub(super) fn stats(&mut self, container: String, reply: Reply<Stats>) {
+        if let Err(error) = self.state.task(&container) {
+            return reply.send(Err(error));
         }
-        if self.state.is_pod_sandbox(&id) {
+        if self.state.is_pod_sandbox(&container) {
             // What the machine itself uses is in the pod's cgroup on the host.
-            return answer(reply, Ok(Stats::default()));
+            return reply.send(Ok(Stats::default()));
         }
         self.forward_to_guest(reply, |guest| async move {
-            agent_calls::stats(&guest, &id).await
+            agent_calls::stats(&guest, &container).await
         });
     }
+}
 
-    /// `Shutdown`: ends the sandbox if nothing needs it, or if `now`. Says whether it did.
-    pub fn shutdown(&mut self, now: bool, reply: Reply<bool>) {
-        self.ended |= now || self.state.is_empty();
-        if self.ended && !self.state.is_empty() {
-            self.vm_died("the sandbox was told to stop");
+/// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo what
+/// others made are run if it fails after they made it, as runc does.
+async fn make(
+    role: Role,
+    create: CreateContainer,
+    launching: Launching,
+    shares: Arc<SharedVolumes>,
+    size: MachineSize,
+    hooks: &HostHooks,
+    namespace: &str,
+) -> Result<Created> {
+    if role == Role::Sandbox {
+        let guest = launching.clone().await?;
+        if guest.pod {
+            let pid = guest.vm.identity().pid;
+            run_create_hooks(hooks, pid).await?;
+            return Ok((guest, None));
         }
-        answer(reply, Ok(self.ended));
     }
+    let host_io = HostIo::open(&create.io, namespace, &create.id).await?;
+    // mount(2) may wait for a slow disk, which must not hold up other requests.
+    let host = tokio::task::spawn_blocking(move || {
+        let host = HostSide::prepare(&create, &shares);
+        host.map(|host| (create, host))
+    });
+    let (create, host) = host
+        .await
+        .map_err(|error| Error::internal(error.to_string()))??;
+    let guest = launching.await?;
+    let resized = guest.resize(size).await;
+    resized.map_err(|error| error.context("cannot make room for the container"))?;
+    let pid = guest.vm.identity().pid;
+    run_create_hooks(hooks, pid).await?;
+    match in_guest(&guest, &create, host, host_io).await {
+        Ok(made) => Ok((guest, Some(made))),
+        Err(error) => {
+            let _ = hooks.run(HookPhase::Deleted, pid).await;
+            Err(error)
+        }
+    }
+}
+
+async fn run_create_hooks(hooks: &HostHooks, pid: i32) -> Result<()> {
+    let made = hooks.run(HookPhase::Create, pid).await;
+    if made.is_err() {
+        let _ = hooks.run(HookPhase::Deleted, pid).await;
+    }
+    made
 }

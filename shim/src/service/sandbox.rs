@@ -18,11 +18,10 @@ use ttrpc::Result;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::config::Config;
-use crate::error::Error;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::ProcessId;
-use crate::sandbox::owner::{SandboxHandle, answer};
+use crate::sandbox::request::{Request, SandboxHandle, SignalScope};
 use crate::sandbox::state::Status;
 
 /// What containerd looks for in a sandbox's status.
@@ -49,10 +48,13 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> Result<CreateSandboxResponse> {
-        let config = Config::load(None, &[]);
-        self.sandbox
-            .ask(move |owner, reply| owner.create_sandbox(&request, config, reply))
-            .await?;
+        let (request, config) = (Box::new(request), Box::new(Config::load(None, &[])));
+        let create = |reply| Request::CreateSandbox {
+            request,
+            config,
+            reply,
+        };
+        self.sandbox.ask(create).await?;
         Ok(CreateSandboxResponse::default())
     }
 
@@ -61,9 +63,10 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> Result<StartSandboxResponse> {
+        let process = ProcessId::new(&request.sandbox_id, "");
         let pid = self
             .sandbox
-            .ask(move |owner, reply| owner.start_sandbox(&request.sandbox_id, reply))
+            .ask(|reply| Request::Start { process, reply })
             .await?;
         Ok(StartSandboxResponse {
             pid,
@@ -89,13 +92,14 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> Result<StopSandboxResponse> {
-        let key = ProcessId::new(&request.sandbox_id, "");
-        let signal = libc::SIGKILL.cast_unsigned();
-        match self
-            .sandbox
-            .ask(move |owner, reply| owner.kill(key, signal, false, reply))
-            .await
-        {
+        let process = ProcessId::new(&request.sandbox_id, "");
+        let kill = |reply| Request::Kill {
+            process,
+            signal: libc::SIGKILL.cast_unsigned(),
+            scope: SignalScope::Process,
+            reply,
+        };
+        match self.sandbox.ask(kill).await {
             // Stopped already, or never there: what is wanted is so.
             Err(error) if error.code != ttrpc::Code::NOT_FOUND => Err(error.into()),
             _ => Ok(StopSandboxResponse::default()),
@@ -107,10 +111,10 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: WaitSandboxRequest,
     ) -> Result<WaitSandboxResponse> {
-        let key = ProcessId::new(&request.sandbox_id, "");
+        let process = ProcessId::new(&request.sandbox_id, "");
         let exit = self
             .sandbox
-            .ask(|owner, reply| owner.wait(key, reply))
+            .ask(|reply| Request::Wait { process, reply })
             .await?;
         let exited_at = Some(exit.at.into()).into();
         Ok(WaitSandboxResponse {
@@ -125,11 +129,11 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: SandboxStatusRequest,
     ) -> Result<SandboxStatusResponse> {
-        let id = request.sandbox_id.clone();
+        let sandbox = request.sandbox_id.clone();
         let verbose = request.verbose;
         let status = self
             .sandbox
-            .ask(move |owner, reply| answer(reply, owner.sandbox_status(&id)))
+            .ask(|reply| Request::SandboxStatus { sandbox, reply })
             .await?;
         let mut response = SandboxStatusResponse {
             sandbox_id: request.sandbox_id,
@@ -153,20 +157,10 @@ impl Sandbox for SandboxService {
     }
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
-        let alive = move |owner: &mut crate::sandbox::owner::SandboxOwner, reply| {
-            let alive = owner
-                .state
-                .task(&request.sandbox_id)
-                .and_then(|_| owner.state.alive());
-            answer(
-                reply,
-                alive.map_err(|error| Error {
-                    code: ttrpc::Code::UNAVAILABLE,
-                    ..error
-                }),
-            );
-        };
-        self.sandbox.ask(alive).await?;
+        let sandbox = request.sandbox_id;
+        self.sandbox
+            .ask(|reply| Request::PingSandbox { sandbox, reply })
+            .await?;
         Ok(PingResponse::default())
     }
 
@@ -177,7 +171,7 @@ impl Sandbox for SandboxService {
     ) -> Result<ShutdownSandboxResponse> {
         if self
             .sandbox
-            .ask(|owner, reply| owner.shutdown(true, reply))
+            .ask(|reply| Request::Shutdown { now: true, reply })
             .await?
         {
             self.ended.send_replace(true);
@@ -192,7 +186,7 @@ impl Sandbox for SandboxService {
     ) -> Result<SandboxMetricsResponse> {
         let stats = self
             .sandbox
-            .ask(|owner, reply| owner.sandbox_stats(reply))
+            .ask(|reply| Request::SandboxStats { reply })
             .await?;
         let mut response = SandboxMetricsResponse::default();
         let metrics = response.metrics.mut_or_insert_default();

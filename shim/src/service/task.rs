@@ -22,21 +22,19 @@ use crate::error::Error;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::ProcessId;
-use crate::sandbox::owner::{SandboxHandle, answer};
+use crate::sandbox::request::{Request, SandboxHandle, SignalScope};
 use crate::sandbox::state::Status;
 
 /// `containerd.task.v2.Task` and `.v3.Task`.
 pub struct TaskService {
     sandbox: SandboxHandle,
-    /// The sandbox's own id, which `Connect` must know even without a task.
-    id: String,
     ended: watch::Sender<bool>,
 }
 
 impl TaskService {
     /// A service for the sandbox; `ended` turns true once a `Shutdown` has been accepted.
-    pub fn new(sandbox: SandboxHandle, id: String, ended: watch::Sender<bool>) -> TaskService {
-        TaskService { sandbox, id, ended }
+    pub fn new(sandbox: SandboxHandle, ended: watch::Sender<bool>) -> TaskService {
+        TaskService { sandbox, ended }
     }
 }
 
@@ -53,11 +51,14 @@ impl Task for TaskService {
             )
             .into());
         }
-        let config = options::config(request.options.as_ref());
-        let pid = self
-            .sandbox
-            .ask(|owner, reply| owner.create(request, config, reply))
-            .await?;
+        let config = Box::new(options::config(request.options.as_ref()));
+        let request = Box::new(request);
+        let create = |reply| Request::Create {
+            request,
+            config,
+            reply,
+        };
+        let pid = self.sandbox.ask(create).await?;
         Ok(CreateTaskResponse {
             pid,
             ..Default::default()
@@ -65,10 +66,10 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        let key = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::new(&request.id, &request.exec_id);
         let pid = self
             .sandbox
-            .ask(|owner, reply| owner.start(key, reply))
+            .ask(|reply| Request::Start { process, reply })
             .await?;
         Ok(StartResponse {
             pid,
@@ -77,43 +78,40 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Result<StateResponse> {
-        let key = ProcessId::new(&request.id, &request.exec_id);
-        let state = move |key: &ProcessId, state: &crate::sandbox::state::State| {
-            let process = state.process(key)?;
-            let mut response = StateResponse {
-                id: request.id.clone(),
-                exec_id: request.exec_id.clone(),
-                bundle: state.task(&key.container)?.bundle.clone(),
-                pid: process.pid,
-                stdin: process.io.stdin.clone(),
-                stdout: process.io.stdout.clone(),
-                stderr: process.io.stderr.clone(),
-                terminal: process.io.terminal,
-                ..Default::default()
-            };
-            response.status = match state.status(key)? {
-                Status::Created => ApiStatus::CREATED.into(),
-                Status::Running => ApiStatus::RUNNING.into(),
-                Status::Paused => ApiStatus::PAUSED.into(),
-                Status::Stopped(exit) => {
-                    response.exit_status = exit.status;
-                    response.exited_at = Some(exit.at.into()).into();
-                    ApiStatus::STOPPED.into()
-                }
-            };
-            Ok(response)
-        };
-        Ok(self
+        let process = ProcessId::new(&request.id, &request.exec_id);
+        let found = self
             .sandbox
-            .ask(move |owner, reply| answer(reply, state(&key, &owner.state)))
-            .await?)
+            .ask(|reply| Request::State { process, reply })
+            .await?;
+        let mut response = StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: found.bundle,
+            pid: found.process.pid,
+            stdin: found.process.io.stdin,
+            stdout: found.process.io.stdout,
+            stderr: found.process.io.stderr,
+            terminal: found.process.io.terminal,
+            ..Default::default()
+        };
+        response.status = match found.status {
+            Status::Created => ApiStatus::CREATED.into(),
+            Status::Running => ApiStatus::RUNNING.into(),
+            Status::Paused => ApiStatus::PAUSED.into(),
+            Status::Stopped(exit) => {
+                response.exit_status = exit.status;
+                response.exited_at = Some(exit.at.into()).into();
+                ApiStatus::STOPPED.into()
+            }
+        };
+        Ok(response)
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Result<WaitResponse> {
-        let key = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::new(&request.id, &request.exec_id);
         let exit = self
             .sandbox
-            .ask(|owner, reply| owner.wait(key, reply))
+            .ask(|reply| Request::Wait { process, reply })
             .await?;
         Ok(WaitResponse {
             exit_status: exit.status,
@@ -123,10 +121,10 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
-        let key = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::new(&request.id, &request.exec_id);
         let exit = self
             .sandbox
-            .ask(|owner, reply| owner.delete(key, reply))
+            .ask(|reply| Request::Delete { process, reply })
             .await?;
         Ok(DeleteResponse {
             pid: exit.pid,
@@ -138,27 +136,42 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
         // All processes of a container are those of its init.
-        let exec_id = if request.all { "" } else { &request.exec_id };
-        let key = ProcessId::new(&request.id, exec_id);
-        self.sandbox
-            .ask(move |owner, reply| owner.kill(key, request.signal, request.all, reply))
-            .await?;
+        let (exec_id, scope) = if request.all {
+            ("", SignalScope::Container)
+        } else {
+            (request.exec_id.as_str(), SignalScope::Process)
+        };
+        let process = ProcessId::new(&request.id, exec_id);
+        let kill = |reply| Request::Kill {
+            process,
+            signal: request.signal,
+            scope,
+            reply,
+        };
+        self.sandbox.ask(kill).await?;
         Ok(Empty::default())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
-        let mut process = spec::parse_process(&request.spec.value)?;
-        process.set_terminal(Some(request.terminal));
-        self.sandbox
-            .ask(|owner, reply| owner.exec(request, process, reply))
-            .await?;
+        let mut spec = Box::new(spec::parse_process(&request.spec.value)?);
+        spec.set_terminal(Some(request.terminal));
+        let request = Box::new(request);
+        let exec = |reply| Request::Exec {
+            request,
+            spec,
+            reply,
+        };
+        self.sandbox.ask(exec).await?;
         Ok(Empty::default())
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
         let pids = self
             .sandbox
-            .ask(move |owner, reply| answer(reply, owner.state.pids(&request.id)))
+            .ask(|reply| Request::Pids {
+                container: request.id,
+                reply,
+            })
             .await?;
         let processes = pids.into_iter().map(|(pid, exec_id)| {
             let details = ProcessDetails {
@@ -184,14 +197,20 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
         self.sandbox
-            .ask(|owner, reply| owner.set_paused(request.id, true, reply))
+            .ask(|reply| Request::Pause {
+                container: request.id,
+                reply,
+            })
             .await?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
         self.sandbox
-            .ask(|owner, reply| owner.set_paused(request.id, false, reply))
+            .ask(|reply| Request::Resume {
+                container: request.id,
+                reply,
+            })
             .await?;
         Ok(Empty::default())
     }
@@ -204,10 +223,13 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
-        let key = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::new(&request.id, &request.exec_id);
         self.sandbox
-            .ask(move |owner, reply| {
-                owner.resize_terminal(key, request.width, request.height, reply)
+            .ask(|reply| Request::ResizeTerminal {
+                process,
+                width: request.width,
+                height: request.height,
+                reply,
             })
             .await?;
         Ok(Empty::default())
@@ -215,18 +237,22 @@ impl Task for TaskService {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
         if request.stdin {
-            let key = ProcessId::new(&request.id, &request.exec_id);
+            let process = ProcessId::new(&request.id, &request.exec_id);
             self.sandbox
-                .ask(|owner, reply| owner.close_stdin(key, reply))
+                .ask(|reply| Request::CloseStdin { process, reply })
                 .await?;
         }
         Ok(Empty::default())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
-        let resources = spec::parse_resources(&request.resources.value)?;
+        let resources = Box::new(spec::parse_resources(&request.resources.value)?);
         self.sandbox
-            .ask(|owner, reply| owner.update(request.id, resources, reply))
+            .ask(|reply| Request::Update {
+                container: request.id,
+                resources,
+                reply,
+            })
             .await?;
         Ok(Empty::default())
     }
@@ -234,7 +260,10 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
         let stats = self
             .sandbox
-            .ask(|owner, reply| owner.stats(request.id, reply))
+            .ask(|reply| Request::Stats {
+                container: request.id,
+                reply,
+            })
             .await?;
         let stats = metrics::pack(&stats, cgroup::host_is_v2())?;
         Ok(StatsResponse {
@@ -244,14 +273,11 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
-        let own = request.id == self.id;
-        let pid = self
-            .sandbox
-            .ask(move |owner, reply| {
-                let pid = owner.state.task(&request.id).map(|task| task.init.pid);
-                answer(reply, if own { pid.or(Ok(0)) } else { pid });
-            })
-            .await?;
+        let connect = |reply| Request::Connect {
+            container: request.id,
+            reply,
+        };
+        let pid = self.sandbox.ask(connect).await?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid: pid,
@@ -262,7 +288,10 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
         if self
             .sandbox
-            .ask(move |owner, reply| owner.shutdown(request.now, reply))
+            .ask(|reply| Request::Shutdown {
+                now: request.now,
+                reply,
+            })
             .await?
         {
             self.ended.send_replace(true);

@@ -35,6 +35,12 @@ pub struct Pumps {
     _logger: Option<logger::Logger>,
 }
 
+impl std::fmt::Debug for Pumps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pumps")
+    }
+}
+
 impl Pumps {
     /// Joins both ends. Copying begins at once.
     pub fn start(host: HostIo, guest: GuestIo) -> Pumps {
