@@ -306,17 +306,19 @@ impl State {
         Ok((process.pid, early))
     }
 
-    /// The guest could not start it. It can be started again, unless its exit came meanwhile,
-    /// which is returned.
-    pub fn start_failed(&mut self, key: &ProcessId) -> Option<Exit> {
-        let process = self.process_mut(key).ok()?;
-        match process.stage {
-            Stage::Starting { early } => {
-                process.stage = early.map_or(Stage::Created, Stage::Exited);
-                early
-            }
-            _ => None,
-        }
+    /// The guest could not start it. It can be started again, unless its exit came meanwhile.
+    /// Returns the exits to tell the world: of an init, which containerd knows since its creation,
+    /// but not of an exec without a start.
+    pub fn start_failed(&mut self, key: &ProcessId) -> Vec<(ProcessId, Exit)> {
+        let Ok(process) = self.process_mut(key) else {
+            return Vec::new();
+        };
+        let Stage::Starting { early } = process.stage else {
+            return Vec::new();
+        };
+        process.stage = early.map_or(Stage::Created, Stage::Exited);
+        let exit = early.filter(|_| key.is_init());
+        exit.map(|exit| (key.clone(), exit)).into_iter().collect()
     }
 
     /// A process has ended. Returns the exits to tell the world, in order.
@@ -607,3 +609,7 @@ impl Task {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "state_orders.rs"]
+mod orders;

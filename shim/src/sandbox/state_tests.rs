@@ -199,7 +199,7 @@ fn a_failed_exec_can_be_deleted() {
     let mut state = running();
     state.exec(&exec("e"), Stdio::default()).unwrap();
     state.start(&exec("e")).unwrap();
-    assert_eq!(state.start_failed(&exec("e")), None);
+    assert_eq!(state.start_failed(&exec("e")), []);
     state.delete(&exec("e")).unwrap();
 }
 

@@ -270,9 +270,8 @@ impl SandboxOwner {
         let pumps = match result {
             Ok(pumps) => pumps,
             Err(error) => {
-                if self.state.start_failed(&process).is_some() {
-                    self.announce(Vec::new());
-                }
+                let exits = self.state.start_failed(&process);
+                self.announce(exits);
                 return reply.send(Err(error));
             }
         };
