@@ -84,7 +84,14 @@ fn class(code: Code) -> Option<&'static str> {
 
 impl From<vmm::Error> for Error {
     fn from(error: vmm::Error) -> Error {
-        Error::internal(error.to_string())
+        let code = match error {
+            vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+            vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
+            vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
+            vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
+        };
+        let message = error.to_string();
+        Error { code, message }
     }
 }
 

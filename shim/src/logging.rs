@@ -49,8 +49,13 @@ struct Fifo {
 impl<S: Subscriber> Layer<S> for Fifo {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let line = line(event, &self.id);
+        let mut line = line.into_bytes();
         // A write of at most PIPE_BUF bytes is all or nothing (pipe(7)), so lines never tear.
-        let _ = (&self.fifo).write(&line.as_bytes()[..line.len().min(libc::PIPE_BUF)]);
+        if line.len() > libc::PIPE_BUF {
+            line.truncate(libc::PIPE_BUF - 1);
+            line.push(b'\n');
+        }
+        let _ = (&self.fifo).write(&line);
     }
 }
 

@@ -20,7 +20,8 @@ fn main() -> ExitCode {
         Core: output_and_exit_code, exec_kill_and_remove_in_the_background,
             memory_limit_ends_in_137,
             containerd_restarts_and_the_container_stays;
-        Ours: guest_has_its_own_kernel, exit_code_is_kept_while_containerd_is_away;
+        Ours: guest_has_its_own_kernel, exit_code_is_kept_while_containerd_is_away,
+            first_container_of_a_group_goes_before_the_others;
         Once: signals_reach_the_process, containerd_crashes_and_the_container_stays,
             pause_and_resume, metrics, read_only_root, capability_is_dropped,
             seccomp_and_privileged, user_of_run_and_exec,
@@ -31,6 +32,25 @@ fn main() -> ExitCode {
             fifty_execs_at_once, two_at_once, created_started_and_started_again,
             host_processes_are_not_visible;
     ])
+}
+
+/// containerd runs the shim's `delete` after every deletion, with the id that the group has too.
+fn first_container_of_a_group_goes_before_the_others(env: &Env) {
+    let id = env.id();
+    let group = format!("io.containerd.runc.v2.group={id}");
+    let flags = ["-d", "--null-io", "--annotation", &group];
+    run(env.run_command(&id, &flags, &["sleep", "3600"]), PATIENCE).ok();
+    let first = Container::adopt(env, &id);
+    let second = env.detached(&flags[1..], &["sleep", "3600"]);
+    first.kill("SIGKILL", &[]).ok();
+    first.finish();
+    // A `delete` that takes the group for dead gives its server 2 s.
+    let until = std::time::Instant::now() + Duration::from_secs(4);
+    while std::time::Instant::now() < until {
+        second.exec(&["true"]).ok();
+    }
+    second.kill("SIGKILL", &[]).ok();
+    second.finish();
 }
 
 fn output_and_exit_code(env: &Env) {

@@ -2,8 +2,8 @@
 //! alive.
 //!
 //! containerd runs it after every ordinary deletion too, and gives it 5 seconds. For a container
-//! that merely belongs to a living sandbox there is nothing on the host that outlives its server,
-//! so nothing is touched.
+//! that merely belongs to a living sandbox, or gave it its name and is not the last one in it,
+//! there is nothing on the host that outlives its server, so nothing is touched.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,6 +13,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
 
 use super::group::group_id;
+use super::start::ADDRESS;
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::host::exit_record;
@@ -34,8 +35,9 @@ pub fn run(args: &Args) -> Result<()> {
     let exit = exit_record::read(&args.bundle);
     let group = group_id(&args.bundle, &args.id);
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
-    if group == args.id {
-        ledger::undo(&identity.state_dir(), SERVER_DEADLINE)?;
+    let state_dir = identity.state_dir();
+    if group == args.id && !(has_others(&args.bundle) && ledger::server_lives(&state_dir)) {
+        ledger::undo(&state_dir, SERVER_DEADLINE)?;
     }
     if Path::new(&args.bundle).join("rootfs").is_dir() {
         // Mounts of a sandbox live in its own namespace; this is for one that an administrator made
@@ -50,6 +52,20 @@ pub fn run(args: &Args) -> Result<()> {
         ledger::sweep(Path::new(STATE_ROOT), SWEEP_DEADLINE);
     }
     Ok(())
+}
+
+/// Whether other bundles beside this one belong to the same server, by the address that `start`
+/// wrote into each.
+fn has_others(bundle: &Path) -> bool {
+    let address = |bundle: &Path| std::fs::read(bundle.join(ADDRESS)).ok();
+    let Some((own, parent)) = address(bundle).zip(bundle.parent()) else {
+        return false;
+    };
+    let beside = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let mut others = beside
+        .map(|entry| entry.path())
+        .filter(|other| other != bundle);
+    others.any(|other| address(&other).as_ref() == Some(&own))
 }
 
 /// The exit status that the server recorded; 137 where the container ended with its virtual
@@ -74,4 +90,26 @@ fn print(exit: Option<Exit>) -> Result<()> {
         .write_all(&bytes)
         .and_then(|()| stdout.flush())
         .doing(|| "print the reply".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bundles_of_one_server_are_known_by_its_address() {
+        let root = tempfile::tempdir().unwrap();
+        let bundle = |name: &str, address: &str| {
+            let bundle = root.path().join(name);
+            std::fs::create_dir(&bundle).unwrap();
+            std::fs::write(bundle.join(ADDRESS), address).unwrap();
+            bundle
+        };
+        let first = bundle("first", "unix:///run/a");
+        bundle("stranger", "unix:///run/b");
+        std::fs::create_dir(root.path().join("empty")).unwrap();
+        assert!(!has_others(&first) && !has_others(&root.path().join("empty")));
+        bundle("second", "unix:///run/a");
+        assert!(has_others(&first));
+    }
 }

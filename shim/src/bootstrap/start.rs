@@ -11,8 +11,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -28,6 +29,15 @@ pub const LISTENER_FD: i32 = 3;
 
 /// Descriptor on which the server says that it is ready (`+`) or why it is not (text).
 pub const READY_FD: i32 = 4;
+
+/// Name of the file in a bundle that says where its server is.
+pub const ADDRESS: &str = "address";
+
+/// How long other starts may have the lock: each may have to undo what a dead server left.
+const LOCK_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Between two attempts to get it.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long a new server may take to its first word.
 const SERVER_DEADLINE: Duration = Duration::from_secs(5);
@@ -104,8 +114,7 @@ fn make_dir(dir: &Path) -> Result<()> {
 /// listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
-    let _lock = Flock::lock(root, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| Error::internal(format!("cannot lock {STATE_ROOT}: {errno}")))?;
+    let _lock = lock(root)?;
     // What a former server of the same id left; what cannot be undone is in nobody's way here.
     let _ = ledger::undo_abandoned(state_dir);
     let doing = || format!("listen on {}", socket.display());
@@ -123,6 +132,27 @@ fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     };
     std::fs::set_permissions(socket, Permissions::from_mode(0o600)).doing(doing)?;
     Ok(Some(listener))
+}
+
+fn lock(mut root: File) -> Result<Flock<File>> {
+    let end = Instant::now() + LOCK_DEADLINE;
+    loop {
+        match Flock::lock(root, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((unlocked, Errno::EWOULDBLOCK)) if Instant::now() < end => root = unlocked,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(Error::deadline(format!(
+                    "another start has had the lock of {STATE_ROOT} for {LOCK_DEADLINE:?}"
+                )));
+            }
+            Err((_, errno)) => {
+                return Err(Error::internal(format!(
+                    "cannot lock {STATE_ROOT}: {errno}"
+                )));
+            }
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
 }
 
 /// Starts the server in a session of its own and waits for its first word.
@@ -241,7 +271,7 @@ fn raise_oom_score(pid: u32) {
 /// containerd 1.6 and 1.7 find the server again after a restart by this file; later ones migrate
 /// from it.
 fn write_address(bundle: &Path, address: &str) -> Result<()> {
-    let path = bundle.join("address");
+    let path = bundle.join(ADDRESS);
     let temporary = bundle.join(".address");
     std::fs::write(&temporary, address)
         .and_then(|()| std::fs::rename(&temporary, &path))

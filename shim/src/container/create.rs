@@ -33,6 +33,9 @@ use crate::stdio::{GuestIo, HostIo, Pumps};
 /// How long the guest may take to make a container.
 const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long it may take to remove one that it made too late.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(10);
+
 /// Before the guest is asked once more to remove one: an exec of it may be on its way.
 const REMOVE_PAUSE: Duration = Duration::from_millis(100);
 
@@ -154,6 +157,13 @@ pub async fn in_guest(
     match container.make(guest, create).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
+            if error.code == Code::DEADLINE_EXCEEDED {
+                // The agent may be at it still.
+                let by = Instant::now() + REMOVE_DEADLINE;
+                if let Err(error) = remove_in_guest(guest, &create.id, by).await {
+                    tracing::warn!(%error, "the guest keeps a container that came too late");
+                }
+            }
             container
                 .unplug(guest, Instant::now() + DETACH_DEADLINE)
                 .await;

@@ -121,7 +121,16 @@ pub async fn start_exec(
         process: Some(guest_spec::process(&process)).into(),
         ..Default::default()
     };
-    guest.agent.exec_process(&request, START_DEADLINE).await?;
+    let started = guest.agent.exec_process(&request, START_DEADLINE).await;
+    if started
+        .as_ref()
+        .is_err_and(|error| error.code == Code::DEADLINE_EXCEEDED)
+    {
+        // It may run all the same by now, and nobody would know.
+        let sigkill = libc::SIGKILL.cast_unsigned();
+        let _ = signal(guest, key, sigkill, false, CALL_DEADLINE).await;
+    }
+    started?;
     let guest_io = raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, key, io));
     Ok(Pumps::start(host_io, guest_io))
 }

@@ -17,7 +17,7 @@ use guest_protocol::{
     SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::process::Identity;
@@ -27,7 +27,7 @@ use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_progr
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features};
 use crate::guest::host_sockets::{self, Sockets};
-use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
+use crate::guest::machine_size::{MachineSize, WantedSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
 use crate::guest::place::{self, HostCgroup};
 use crate::guest::reach_agent;
@@ -171,13 +171,28 @@ impl Guest {
         }
     }
 
-    /// Brings the machine to another size, as far as it goes: a guest keeps what it cannot give
-    /// back.
+    /// Gives the machine what it should have, and takes nothing.
     ///
     /// # Errors
     /// QEMU's own, or the agent's: added CPUs that do not come to life.
-    pub async fn resize(&self, to: MachineSize) -> Result<()> {
-        let mut size = self.size.lock().await;
+    pub async fn grow(&self, wanted: &WantedSize) -> Result<()> {
+        let size = self.size.lock().await;
+        let to = size.max(wanted.get());
+        self.resize(size, to).await
+    }
+
+    /// Brings the machine to the size that it should have, as far as that goes: a guest keeps what
+    /// it cannot give back.
+    ///
+    /// # Errors
+    /// As [`Guest::grow`].
+    pub async fn fit(&self, wanted: &WantedSize) -> Result<()> {
+        let size = self.size.lock().await;
+        let to = wanted.get();
+        self.resize(size, to).await
+    }
+
+    async fn resize(&self, mut size: MutexGuard<'_, MachineSize>, to: MachineSize) -> Result<()> {
         self.place.raise(to).await?;
         let resized = self.resize_machine(&mut size, to).await;
         if let Ok(has_mib) = resized {

@@ -4,6 +4,8 @@
 //! of its first container), so that most pods are never resized, and follows its containers from
 //! there.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::config::Config;
@@ -178,6 +180,29 @@ impl MachineSize {
                 .map(|(one, other)| one.max(other)),
             oom_score_adj: self.oom_score_adj.min(other.oom_score_adj),
         }
+    }
+}
+
+/// The size that a machine should have by now. Whoever changes the machine reads it then: what it
+/// was when a request came may be another one's past.
+#[derive(Clone, Debug)]
+pub struct WantedSize(Arc<Mutex<MachineSize>>);
+
+impl WantedSize {
+    /// Of a machine that is to be made with this size.
+    pub fn new(size: MachineSize) -> WantedSize {
+        WantedSize(Arc::new(Mutex::new(size)))
+    }
+
+    /// The size.
+    pub fn get(&self) -> MachineSize {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is wanted, and says whether it did.
+    pub fn set(&self, size: MachineSize) -> bool {
+        let mut wanted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *wanted, size) != size
     }
 }
 

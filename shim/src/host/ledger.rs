@@ -186,6 +186,16 @@ pub fn undo_abandoned(dir: &Path) -> Result<()> {
     }
 }
 
+/// Whether the server of a sandbox is there.
+pub fn server_lives(dir: &Path) -> bool {
+    let resources = read(dir).unwrap_or_default();
+    let mut servers = resources.iter().filter_map(|resource| match resource {
+        Resource::Server(identity) => Some(identity),
+        _ => None,
+    });
+    servers.any(Identity::is_alive)
+}
+
 /// Whether the server has come and gone. Its socket is asked too: in another pid namespace its
 /// number says nothing.
 fn is_abandoned(resources: &[Resource]) -> bool {

@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::from_guest::{Bucket, watch_oom};
 use crate::guest::boot::{BootConfig, Guest, ROOTFS, SHARE, launch, served};
-use crate::guest::machine_size::MachineSize;
+use crate::guest::machine_size::{MachineSize, ResourceLimits, WantedSize};
 use crate::host::dir::Dir;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::Ledger;
@@ -65,6 +65,8 @@ pub struct SandboxOwner {
     pub(super) created_at: SystemTime,
     pub(super) launching: Option<Launching>,
     pub(super) guest: Option<Arc<Guest>>,
+    /// How large the machine should be.
+    pub(super) wanted: WantedSize,
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
     shares: Option<Arc<SharedVolumes>>,
@@ -91,6 +93,11 @@ impl SandboxOwner {
             created_at: SystemTime::now(),
             launching: None,
             guest: None,
+            wanted: WantedSize::new(MachineSize::of(
+                &Config::default(),
+                ResourceLimits::default(),
+                &[],
+            )),
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
             shares: None,
@@ -262,15 +269,10 @@ impl SandboxOwner {
             }
             Outcome::Updated {
                 container,
-                old,
+                limits,
                 result,
                 reply,
-            } => {
-                if result.is_err() {
-                    self.set_limits(&container, old);
-                }
-                reply.send(result);
-            }
+            } => self.updated(&container, limits, result, reply),
         }
     }
 
@@ -321,8 +323,9 @@ impl SandboxOwner {
         }
         self.shares()?;
         self.config = config;
+        self.limits_changed();
         let boot = BootConfig {
-            sizing: self.machine_size(),
+            sizing: self.wanted.get(),
             config: self.config.clone(),
             id: self.identity.id.clone(),
             hostname: sandbox_spec.hostname.or_else(host_name).unwrap_or_default(),
@@ -360,11 +363,12 @@ impl SandboxOwner {
         Ok(shares)
     }
 
-    /// How large the machine should be for what is in it.
-    pub(super) fn machine_size(&self) -> MachineSize {
+    /// What the containers may use has changed. Whether the machine should have another size now.
+    pub(super) fn limits_changed(&mut self) -> bool {
         let limits = self.runtimes.limits();
         let limits: Vec<_> = limits.into_iter().map(|(_, limits)| limits).collect();
-        MachineSize::of(&self.config, self.pod.need, &limits)
+        let size = MachineSize::of(&self.config, self.pod.need, &limits);
+        self.wanted.set(size)
     }
 
     fn launched(&mut self, result: Result<Arc<Guest>>) {

@@ -241,10 +241,11 @@ pub enum Outcome {
         result: Result<()>,
         reply: Reply<()>,
     },
-    /// The guest took new limits, or did not: then the old ones count.
+    /// The guest took new limits, or did not: then the old ones count, if there are no newer ones.
     Updated {
         container: String,
-        old: ResourceLimits,
+        /// The old ones and the new ones.
+        limits: (ResourceLimits, ResourceLimits),
         result: Result<()>,
         reply: Reply<()>,
     },

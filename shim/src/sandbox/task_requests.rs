@@ -26,7 +26,7 @@ use crate::from_guest::Stats;
 use crate::guest::agent_calls::{self, PendingExec, PreconnectedStdio};
 use crate::guest::boot::Guest;
 use crate::guest::ending::DeleteBy;
-use crate::guest::machine_size::{MachineSize, ResourceLimits};
+use crate::guest::machine_size::{ResourceLimits, WantedSize};
 use crate::model::{Exit, ProcessId, Stdio};
 use crate::sandbox::owner::{Launching, SandboxOwner};
 use crate::sandbox::pod::{Pod, SandboxSpec};
@@ -73,10 +73,11 @@ impl SandboxOwner {
                     return reply.send(Err(error));
                 }
             };
-        let size = self.machine_size();
+        self.limits_changed();
+        let wanted = self.wanted.clone();
         let namespace = self.identity.namespace.clone();
         self.begin(async move {
-            let making = make(role, create, launching, shares, size, &hooks, &namespace);
+            let making = make(role, create, launching, shares, &wanted, &hooks, &namespace);
             let result = Box::new(making.await);
             Outcome::Created {
                 request,
@@ -154,6 +155,7 @@ impl SandboxOwner {
     pub(super) fn create_failed(&mut self, id: &str) {
         self.state.create_failed(id);
         self.forget(&ProcessId::new(id, ""));
+        self.limits_changed();
     }
 
     pub(super) fn created(
@@ -407,10 +409,9 @@ impl SandboxOwner {
             // Nobody would hear of its processes any more, and they would keep what they have.
             self.vm_died(&error.message);
         }
-        let before = self.machine_size();
         self.forget(process);
         if process.is_init() {
-            self.give_back(before);
+            self.give_back();
             self.events.publish(&TaskDelete {
                 container_id: process.container.clone(),
                 pid: exit.pid,
@@ -435,14 +436,15 @@ impl SandboxOwner {
     }
 
     /// The machine shrinks by what a container may no longer use. Nobody waits for that.
-    fn give_back(&mut self, before: MachineSize) {
-        let after = self.machine_size();
+    fn give_back(&mut self) {
+        let changed = self.limits_changed();
         if let Ok(guest) = self.living_guest()
-            && after != before
+            && changed
             && !self.state.is_empty()
         {
+            let wanted = self.wanted.clone();
             self.begin(async move {
-                if let Err(error) = guest.resize(after).await {
+                if let Err(error) = guest.fit(&wanted).await {
                     tracing::warn!(%error, "the virtual machine keeps its size");
                 }
                 Outcome::Done
@@ -561,44 +563,68 @@ impl SandboxOwner {
             Err(error) => return reply.send(Err(error)),
         };
         let is_pod = self.state.is_pod_sandbox(&container);
-        let old = match is_pod {
-            true => Some(self.pod.need),
-            false => self.runtimes.container(&container).limits,
-        };
+        let old = self.limits_of(&container);
         let Some(old) = old else {
             let deleting = format!("{container} is being deleted");
             return reply.send(Err(Error::precondition(deleting)));
         };
-        let before = self.machine_size();
-        self.set_limits(&container, old.updated(&resources));
-        let after = self.machine_size();
+        let limits = (old, old.updated(&resources));
+        self.set_limits(&container, limits.1);
+        let wanted = self.wanted.clone();
         self.begin(async move {
             let updating = async {
-                guest.resize(before.max(after)).await?;
-                let updated = match is_pod {
-                    true => Ok(()),
-                    false => agent_calls::update(&guest, &container, &resources).await,
-                };
-                let size = if updated.is_ok() { after } else { before };
-                let resized = guest.resize(size).await;
-                updated.and(resized)
+                guest.grow(&wanted).await?;
+                if !is_pod {
+                    agent_calls::update(&guest, &container, &resources).await?;
+                }
+                guest.fit(&wanted).await
             };
             let result = updating.await;
             Outcome::Updated {
                 container,
-                old,
+                limits,
                 result,
                 reply,
             }
         });
     }
 
-    pub(super) fn set_limits(&mut self, container: &str, limits: ResourceLimits) {
+    pub(super) fn updated(
+        &mut self,
+        container: &str,
+        (old, new): (ResourceLimits, ResourceLimits),
+        result: Result<()>,
+        reply: Reply<()>,
+    ) {
+        let guest = match self.living_guest() {
+            Ok(guest) if result.is_err() && self.limits_of(container) == Some(new) => guest,
+            _ => return reply.send(result),
+        };
+        self.set_limits(container, old);
+        let wanted = self.wanted.clone();
+        self.begin(async move {
+            if let Err(error) = guest.fit(&wanted).await {
+                tracing::warn!(%error, "the virtual machine keeps the size of a refused update");
+            }
+            reply.send(result);
+            Outcome::Done
+        });
+    }
+
+    fn limits_of(&self, container: &str) -> Option<ResourceLimits> {
+        match self.state.is_pod_sandbox(container) {
+            true => Some(self.pod.need),
+            false => self.runtimes.known(container)?.limits,
+        }
+    }
+
+    fn set_limits(&mut self, container: &str, limits: ResourceLimits) {
         if self.state.is_pod_sandbox(container) {
             self.pod.need = limits;
         } else if self.state.task(container).is_ok() {
             self.runtimes.container(container).limits = Some(limits);
         }
+        self.limits_changed();
     }
 
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
@@ -623,7 +649,7 @@ async fn make(
     create: CreateContainer,
     launching: Launching,
     shares: Arc<SharedVolumes>,
-    size: MachineSize,
+    wanted: &WantedSize,
     hooks: &HostHooks,
     namespace: &str,
 ) -> Result<Created> {
@@ -645,8 +671,8 @@ async fn make(
         .await
         .map_err(|error| Error::internal(error.to_string()))??;
     let guest = launching.await?;
-    let resized = guest.resize(size).await;
-    resized.map_err(|error| error.context("cannot make room for the container"))?;
+    let sized = guest.fit(wanted).await;
+    sized.map_err(|error| error.context("cannot make room for the container"))?;
     let pid = guest.vm.identity().pid;
     run_create_hooks(hooks, pid).await?;
     match in_guest(&guest, &create, host, host_io).await {

@@ -41,9 +41,10 @@ pub struct GuestIo {
 }
 
 fn channels(io: &Stdio) -> Vec<Channel> {
-    let uri = io.stdout.contains("://")
-        || io.stdout.starts_with("file:")
-        || io.stdout.starts_with("binary:");
+    // A logger and a file take both; a fifo takes one.
+    let uri = ["file:", "binary:"]
+        .iter()
+        .any(|scheme| io.stdout.starts_with(scheme));
     let mut channels = Vec::new();
     if !io.stdin.is_empty() {
         channels.push(Channel::Stdin);
