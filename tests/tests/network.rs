@@ -436,7 +436,9 @@ fn assert_network(seen: &str) {
     );
 }
 
+/// And taken away by one, however fast the container's server is told to end after the delete.
 fn network_made_by_a_hook(env: &Env) {
+    let undone = env.dir.join("undone");
     let seen = seen_of(
         env,
         |bundle| {
@@ -444,11 +446,16 @@ fn network_made_by_a_hook(env: &Env) {
                 format!("set -- hook0 $(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')\n{MAKE_LINK}");
             let path = format!("PATH={}", std::env::var("PATH").unwrap());
             let hook = json!({"path": "/bin/sh", "args": ["sh", "-ec", script], "env": [path]});
-            bundle.edit(|spec| spec["hooks"] = json!({"createRuntime": [hook]}));
+            let undo = format!("sleep 1; touch {}", undone.display());
+            let undo = json!({"path": "/bin/sh", "args": ["sh", "-ec", undo], "env": [path]});
+            bundle.edit(|spec| {
+                spec["hooks"] = json!({"createRuntime": [hook], "poststop": [undo]});
+            });
         },
         |_| {},
     );
     assert_network(&seen);
+    assert!(undone.exists(), "the poststop hook was cut off");
 }
 
 fn network_made_before_the_start(env: &Env) {

@@ -89,6 +89,7 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
         .set_nonblocking(true)
         .doing(|| "set up the socket".into())?;
     let ledger = Ledger::create(&identity.state_dir())?;
+    name(&ledger, identity);
     let own = Identity::of(std::process::id().cast_signed())
         .doing(|| "read the server's own start time".into())?;
     ledger.record(&Resource::Server(own))?;
@@ -96,6 +97,14 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
         ledger.record(&Resource::File { path })?;
     }
     Ok(ledger)
+}
+
+/// Says in the state directory, whose own name is a digest, which sandbox it is of.
+fn name(ledger: &Ledger, identity: &SandboxIdentity) {
+    let text = format!("namespace={}\nid={}\n", identity.namespace, identity.id);
+    if let Err(error) = std::fs::write(ledger.dir().join("sandbox"), text) {
+        tracing::debug!(%error, "the sandbox's directory does not say whose it is");
+    }
 }
 
 /// An exec takes up to nine descriptors. systemd's soft limit of 1024, which a containerd hands on
