@@ -308,7 +308,9 @@ fn terminal_that_is_resized(env: &Env) {
     terminal.resize(44, 111);
     terminal.send("size '44 111'\n");
     terminal.expect("size is 44 111");
-    terminal.send("echo slee''ping; sleep 3600\n");
+    // One process, which the shell has put before the terminal by then: before that the signal would
+    // be the shell's own, which does not mind.
+    terminal.send("sh -c \"echo slee''ping; exec sleep 3600\"\n");
     terminal.expect("sleeping");
     terminal.send("\u{3}");
     terminal.send("echo inter''rupted; exit 5\n");

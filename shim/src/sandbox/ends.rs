@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use ttrpc::Code;
 
 use crate::error::{Error, Result};
@@ -118,10 +118,7 @@ impl SandboxOwner {
         let (container, killed) = (container.to_owned(), Instant::now());
         kept.killed = Some(killed);
         let time = self.config.kill_timeout();
-        self.begin(async move {
-            sleep(time).await;
-            Outcome::KillOverdue { container, killed }
-        });
+        self.after(time, Outcome::KillOverdue { container, killed });
     }
 
     pub(super) fn kill_overdue(&mut self, container: &str, killed: Instant) {
@@ -143,10 +140,7 @@ impl SandboxOwner {
             return;
         };
         let (process, time) = (process.clone(), self.config.kill_timeout());
-        self.begin(async move {
-            sleep(time).await;
-            Outcome::ExecKillOverdue { process, pid }
-        });
+        self.after(time, Outcome::ExecKillOverdue { process, pid });
     }
 
     pub(super) fn exec_kill_overdue(&mut self, process: &ProcessId, pid: u32) {
@@ -198,10 +192,7 @@ impl SandboxOwner {
         self.announce(exits);
         if self.state.is_held(&process.container) {
             let container = process.container.clone();
-            self.begin(async move {
-                sleep(HELD_DEADLINE).await;
-                Outcome::ExecsOverdue { container }
-            });
+            self.after(HELD_DEADLINE, Outcome::ExecsOverdue { container });
         }
     }
 

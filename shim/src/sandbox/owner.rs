@@ -19,8 +19,9 @@ use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{sleep, timeout};
 
 use crate::config::Config;
 use crate::container::create;
@@ -70,8 +71,13 @@ pub struct SandboxOwner {
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
     shares: Option<Arc<SharedVolumes>>,
+    /// Turns true at the sandbox's end, for a machine that is still coming up.
+    ending: watch::Sender<bool>,
     handle: SandboxHandle,
+    /// What the sandbox's end waits for.
     work: JoinSet<Outcome>,
+    /// What it does not wait for.
+    clocks: JoinSet<Outcome>,
 }
 
 impl SandboxOwner {
@@ -101,8 +107,10 @@ impl SandboxOwner {
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
             shares: None,
+            ending: watch::channel(false).0,
             handle: handle.clone(),
             work: JoinSet::new(),
+            clocks: JoinSet::new(),
         };
         (owner, handle, requests)
     }
@@ -113,6 +121,7 @@ impl SandboxOwner {
             self.step(&mut requests).await;
         }
         let containers = self.runtimes.clear();
+        self.ending.send_replace(true);
         self.launching = None;
         if let Some(guest) = self.guest.take() {
             guest.stop().await;
@@ -135,14 +144,19 @@ impl SandboxOwner {
                 tracing::debug!(?request, "asked");
                 self.handle(request);
             }
-            Some(outcome) = self.work.join_next() => match outcome {
-                Ok(outcome) => {
-                    tracing::debug!(?outcome, "done");
-                    self.finish(outcome);
-                }
-                // Nobody knows how far it got, and whoever waits for it has got no answer.
-                Err(error) => self.vm_died(&format!("the shim has failed: {error}")),
-            },
+            Some(outcome) = self.work.join_next() => self.joined(outcome),
+            Some(outcome) = self.clocks.join_next() => self.joined(outcome),
+        }
+    }
+
+    fn joined(&mut self, outcome: std::result::Result<Outcome, JoinError>) {
+        match outcome {
+            Ok(outcome) => {
+                tracing::debug!(?outcome, "done");
+                self.finish(outcome);
+            }
+            // Nobody knows how far it got, and whoever waits for it has got no answer.
+            Err(error) => self.vm_died(&format!("the shim has failed: {error}")),
         }
     }
 
@@ -281,6 +295,14 @@ impl SandboxOwner {
         self.work.spawn(work);
     }
 
+    /// Looks after something once a time is over.
+    pub(super) fn after(&mut self, time: Duration, outcome: Outcome) {
+        self.clocks.spawn(async move {
+            sleep(time).await;
+            outcome
+        });
+    }
+
     /// Begins a call to the guest whose outcome is the whole answer.
     pub(super) fn forward_to_guest<T, F>(
         &mut self,
@@ -334,9 +356,17 @@ impl SandboxOwner {
             netns: sandbox_spec.netns,
         };
         let ledger = self.ledger.clone();
-        let launching: Launching = async move { launch(&boot, &ledger).await.map(Arc::new) }
-            .boxed()
-            .shared();
+        let mut ending = self.ending.subscribe();
+        let launching = async move {
+            tokio::select! {
+                launched = launch(&boot, &ledger) => launched.map(Arc::new),
+                // What was started goes with the launch.
+                _ = ending.wait_for(|ending| *ending) => {
+                    Err(Error::unavailable("the sandbox has ended"))
+                }
+            }
+        };
+        let launching: Launching = launching.boxed().shared();
         self.launching = Some(launching.clone());
         self.begin(launching.clone().map(Outcome::Launched));
         Ok(launching)

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use tokio::sync::oneshot::Receiver;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use ttrpc::Code;
 
 use super::*;
@@ -188,6 +188,18 @@ async fn the_end_of_a_sandbox_waits_for_the_work_that_it_began_but_not_for_ever(
         assert_eq!(receiver.try_recv().is_ok(), done);
         assert!(begun.elapsed() < Duration::from_secs(10));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_sandbox_does_not_wait_for_clocks() {
+    let mut lab = Lab::running();
+    lab.owner.begin_to_end("web");
+    lab.owner.exited(&ProcessId::new("web", ""), KILLED);
+    let (reply, _answer) = Reply::new();
+    lab.handle.tell(Request::Shutdown { now: true, reply });
+    let begun = Instant::now();
+    lab.owner.run(lab.requests).await;
+    assert!(begun.elapsed() < Duration::from_secs(1));
 }
 
 #[tokio::test(start_paused = true)]
