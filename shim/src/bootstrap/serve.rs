@@ -68,7 +68,8 @@ pub fn run(args: &Args) -> Result<()> {
     let state_dir = ledger.dir().to_owned();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(4)
+        // Each may be stuck in a storage that is gone; one that is idle ends after ten seconds.
+        .max_blocking_threads(64)
         .build()
         .doing(|| "make the runtime".into())?;
     let result = runtime.block_on(serve(args, identity, ledger, listener));

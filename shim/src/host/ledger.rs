@@ -116,7 +116,9 @@ impl Ledger {
                 self.dir.join(NAME).display()
             )
         };
-        let mut line = serde_json::to_vec(resource)
+        // On a line of its own also after one that a full disk has torn.
+        let mut line = vec![b'\n'];
+        serde_json::to_writer(&mut line, resource)
             .map_err(std::io::Error::other)
             .doing(doing)?;
         line.push(b'\n');
@@ -135,7 +137,8 @@ impl Ledger {
 /// One line that names the first thing that could not be undone; the rest is undone all the same.
 pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
     let resources = read(dir)?;
-    let server = resources.iter().find_map(|resource| match resource {
+    // A directory that could not be undone may have been used again.
+    let server = resources.iter().rev().find_map(|resource| match resource {
         Resource::Server(identity) => Some(*identity),
         _ => None,
     });

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{
@@ -13,7 +13,7 @@ use containerd_shim_protos::events::task::{
 };
 use futures::future::join_all;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::config::Config;
 use crate::container::create::{CreateContainer, HostSide, in_guest};
@@ -277,6 +277,10 @@ impl SandboxOwner {
                 return reply.send(Err(error));
             }
         };
+        let (pid, early) = match self.state.started(&process) {
+            Ok(started) => started,
+            Err(error) => return reply.send(Err(error)),
+        };
         let kept = self.runtimes.process(&process);
         let size = kept.terminal_size.take();
         if let Some(mut pumps) = pumps {
@@ -293,10 +297,6 @@ impl SandboxOwner {
                 Outcome::Done
             });
         }
-        let (pid, early) = match self.state.started(&process) {
-            Ok(started) => started,
-            Err(error) => return reply.send(Err(error)),
-        };
         let container_id = process.container.clone();
         if process.is_init() {
             self.run_poststart_hooks(&process.container);
@@ -642,6 +642,9 @@ impl SandboxOwner {
     }
 }
 
+/// How long the host may take to mount what a container has of it.
+const HOST_DEADLINE: Duration = Duration::from_secs(60);
+
 /// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo what
 /// others made are run if it fails after they made it, as runc does.
 async fn make(
@@ -662,14 +665,19 @@ async fn make(
         }
     }
     let host_io = HostIo::open(&create.io, namespace, &create.id).await?;
-    // mount(2) may wait for a slow disk, which must not hold up other requests.
+    // mount(2) may wait for a slow disk, which must not hold up other requests, and for one that is
+    // gone for ever, which must not hold up this one: what it makes so late is undone by its drop.
+    let id = create.id.clone();
     let host = tokio::task::spawn_blocking(move || {
         let host = HostSide::prepare(&create, &shares);
         host.map(|host| (create, host))
     });
-    let (create, host) = host
-        .await
-        .map_err(|error| Error::internal(error.to_string()))??;
+    let Ok(host) = timeout(HOST_DEADLINE, host).await else {
+        return Err(Error::deadline(format!(
+            "the mounts of {id} took longer than {HOST_DEADLINE:?}: a storage on the host hangs"
+        )));
+    };
+    let (create, host) = host.map_err(|error| Error::internal(error.to_string()))??;
     let guest = launching.await?;
     let sized = guest.fit(wanted).await;
     sized.map_err(|error| error.context("cannot make room for the container"))?;
