@@ -26,6 +26,9 @@ use crate::network::Redirect;
 
 const NAME: &str = "ledger";
 
+/// How long a server may take to its first line.
+const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
+
 /// How long a killed process may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -182,7 +185,7 @@ pub fn sweep(root: &Path, deadline: Duration) {
 /// As for [`undo`].
 pub fn undo_abandoned(dir: &Path) -> Result<()> {
     let resources = read(dir)?;
-    if is_abandoned(&resources) {
+    if is_abandoned(&resources) || is_old_beginning(dir, &resources) {
         undo_all(dir, &resources)
     } else {
         Ok(())
@@ -197,6 +200,13 @@ pub fn server_lives(dir: &Path) -> bool {
         _ => None,
     });
     servers.any(Identity::is_alive)
+}
+
+/// Whether a server was killed long ago before it wrote its first line.
+fn is_old_beginning(dir: &Path, resources: &[Resource]) -> bool {
+    let modified = std::fs::metadata(dir.join(NAME)).and_then(|ledger| ledger.modified());
+    resources.is_empty()
+        && modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > BEGIN_DEADLINE))
 }
 
 /// Whether the server has come and gone. Its socket is asked too: in another pid namespace its
@@ -389,6 +399,7 @@ mod tests {
                 true,
             ),
             ("begins", vec![], true),
+            ("began", vec![], false),
         ];
         for (name, resources, _) in &sandboxes {
             let ledger = Ledger::create(&root.path().join(name)).unwrap();
@@ -396,6 +407,11 @@ mod tests {
                 .iter()
                 .for_each(|resource| ledger.record(resource).unwrap());
         }
+        let began = File::options()
+            .append(true)
+            .open(root.path().join("began").join(NAME));
+        let long_ago = std::time::SystemTime::now() - BEGIN_DEADLINE * 2;
+        began.unwrap().set_modified(long_ago).unwrap();
         std::fs::create_dir(root.path().join("cache")).unwrap();
         sweep(root.path(), Duration::from_secs(1));
         for (name, _, stays) in sandboxes {

@@ -21,7 +21,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::config::Config;
 use crate::container::create;
@@ -47,6 +47,10 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 /// has ended.
 const WORK_DEADLINE: Duration = Duration::from_secs(3);
 
+/// How long a sandbox without a task waits for a request. Whoever started its server may have been
+/// killed before it said where that is, and containerd between a task's `Delete` and `Shutdown`.
+const IDLE_DEADLINE: Duration = Duration::from_secs(60);
+
 /// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 
@@ -70,6 +74,7 @@ pub struct SandboxOwner {
     pub(super) wanted: WantedSize,
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
+    last_request: Instant,
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
@@ -106,6 +111,7 @@ impl SandboxOwner {
             )),
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
+            last_request: Instant::now(),
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
@@ -117,6 +123,7 @@ impl SandboxOwner {
 
     /// Works until the sandbox is shut down, then ends what it started.
     pub async fn run(mut self, mut requests: Requests) {
+        self.end_if_idle();
         while !self.ended {
             self.step(&mut requests).await;
         }
@@ -142,6 +149,7 @@ impl SandboxOwner {
             biased;
             Some(request) = requests.recv() => {
                 tracing::debug!(?request, "asked");
+                self.last_request = Instant::now();
                 self.handle(request);
             }
             Some(outcome) = self.work.join_next() => self.joined(outcome),
@@ -223,6 +231,7 @@ impl SandboxOwner {
     fn finish(&mut self, outcome: Outcome) {
         match outcome {
             Outcome::Done => {}
+            Outcome::Idle => self.end_if_idle(),
             Outcome::Launched(result) => self.launched(result),
             Outcome::MachineEnded(ended) => self.machine_ended(&ended),
             Outcome::Created {
@@ -293,6 +302,20 @@ impl SandboxOwner {
     /// Begins something that takes time.
     pub(super) fn begin(&mut self, work: impl Future<Output = Outcome> + Send + 'static) {
         self.work.spawn(work);
+    }
+
+    /// Ends a sandbox that has no task and hears nothing, or looks again later.
+    pub(super) fn end_if_idle(&mut self) {
+        if !self.state.is_empty() {
+            return;
+        }
+        let left = IDLE_DEADLINE.saturating_sub(self.last_request.elapsed());
+        if left.is_zero() {
+            tracing::info!("nobody wants anything of this sandbox: it ends");
+            self.ended = true;
+        } else {
+            self.after(left, Outcome::Idle);
+        }
     }
 
     /// Looks after something once a time is over.

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use tokio::sync::oneshot::Receiver;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 use ttrpc::Code;
 
 use super::*;
@@ -188,6 +188,24 @@ async fn the_end_of_a_sandbox_waits_for_the_work_that_it_began_but_not_for_ever(
         assert_eq!(receiver.try_recv().is_ok(), done);
         assert!(begun.elapsed() < Duration::from_secs(10));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_that_nobody_knows_ends_by_itself() {
+    let mut lab = Lab::running();
+    lab.drive(IDLE_DEADLINE * 2).await;
+    assert!(!lab.owner.ended, "it has a task");
+    lab.owner.exited(&ProcessId::new("web", "e"), 0);
+    lab.owner.exited(&ProcessId::new("web", ""), 0);
+    lab.handle.tell(Request::SandboxStats {
+        reply: Reply::new().0,
+    });
+    lab.drive(Duration::ZERO).await;
+    lab.owner.forget(&ProcessId::new("web", ""));
+    lab.drive(IDLE_DEADLINE / 2).await;
+    assert!(!lab.owner.ended);
+    lab.drive(IDLE_DEADLINE / 2).await;
+    assert!(lab.owner.ended);
 }
 
 #[tokio::test(start_paused = true)]

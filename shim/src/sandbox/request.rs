@@ -187,6 +187,8 @@ pub type Created = (Arc<Guest>, Option<(Container, Pumps)>);
 pub enum Outcome {
     /// Nothing that the owner has to know: the answer was sent, or nobody waits for one.
     Done,
+    /// The sandbox may have had no task and no request for a while.
+    Idle,
     /// The virtual machine came up, or did not.
     Launched(Result<Arc<Guest>>),
     /// The virtual machine, or what it cannot live without, has ended.
