@@ -9,8 +9,11 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
+use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::Message;
+use ttrpc::asynchronous::Client;
+use ttrpc::context;
 
 use super::group::group_id;
 use super::start::ADDRESS;
@@ -24,6 +27,9 @@ use crate::model::Exit;
 /// How long a living server may take to finish its own orderly end.
 const SERVER_DEADLINE: Duration = Duration::from_secs(2);
 
+/// How long it may take to say that it is there.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
+
 /// How long others' leftovers may take beside one's own.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -36,7 +42,9 @@ pub fn run(args: &Args) -> Result<()> {
     let group = group_id(&args.bundle, &args.id);
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
     let state_dir = identity.state_dir();
-    if group == args.id && !(has_others(&args.bundle) && ledger::server_lives(&state_dir)) {
+    let spared =
+        || ledger::server_lives(&state_dir) && has_others(&args.bundle).is_some_and(answers);
+    if group == args.id && !spared() {
         ledger::undo(&state_dir, SERVER_DEADLINE)?;
     }
     if Path::new(&args.bundle).join("rootfs").is_dir() {
@@ -54,18 +62,39 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Whether other bundles beside this one belong to the same server, by the address that `start`
-/// wrote into each.
-fn has_others(bundle: &Path) -> bool {
-    let address = |bundle: &Path| std::fs::read(bundle.join(ADDRESS)).ok();
-    let Some((own, parent)) = address(bundle).zip(bundle.parent()) else {
-        return false;
+/// The server's address, if other bundles beside this one belong to it too, by what `start` wrote
+/// into each. Those with a dot containerd is about to remove.
+fn has_others(bundle: &Path) -> Option<String> {
+    let address = |bundle: &Path| std::fs::read_to_string(bundle.join(ADDRESS)).ok();
+    let own = address(bundle)?;
+    let beside = std::fs::read_dir(bundle.parent()?).ok()?.flatten();
+    let mut others = beside.filter(|entry| {
+        let is_hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+        !is_hidden && entry.path() != bundle
+    });
+    others
+        .any(|other| address(&other.path()).as_ref() == Some(&own))
+        .then_some(own)
+}
+
+/// Whether a server still answers: one that hangs is of no use to whoever is left in it.
+fn answers(address: String) -> bool {
+    let asked = async move {
+        let client = Client::connect(&address).await.ok()?;
+        let request = ConnectRequest::default();
+        let asking = TaskClient::new(client);
+        match asking.connect(context::Context::default(), &request).await {
+            Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => Some(()),
+            Err(_) => None,
+        }
     };
-    let beside = std::fs::read_dir(parent).into_iter().flatten().flatten();
-    let mut others = beside
-        .map(|entry| entry.path())
-        .filter(|other| other != bundle);
-    others.any(|other| address(&other).as_ref() == Some(&own))
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.is_ok_and(|runtime| {
+        let answer = async { tokio::time::timeout(ANSWER_DEADLINE, asked).await };
+        matches!(runtime.block_on(answer), Ok(Some(())))
+    })
 }
 
 /// The exit status that the server recorded; 137 where the container ended with its virtual
@@ -108,8 +137,13 @@ mod tests {
         let first = bundle("first", "unix:///run/a");
         bundle("stranger", "unix:///run/b");
         std::fs::create_dir(root.path().join("empty")).unwrap();
-        assert!(!has_others(&first) && !has_others(&root.path().join("empty")));
+        assert_eq!(has_others(&first), None);
+        assert_eq!(has_others(&root.path().join("empty")), None);
+        bundle(".second", "unix:///run/a");
+        assert_eq!(has_others(&first), None);
         bundle("second", "unix:///run/a");
-        assert!(has_others(&first));
+        let address = has_others(&first).unwrap();
+        assert_eq!(address, "unix:///run/a");
+        assert!(!answers(address), "nobody is there");
     }
 }

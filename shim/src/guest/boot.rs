@@ -171,7 +171,7 @@ impl Guest {
         }
     }
 
-    /// Gives the machine what it should have, and takes nothing.
+    /// Gives the machine the memory and the CPUs that it should have, and takes none.
     ///
     /// # Errors
     /// QEMU's own, or the agent's: added CPUs that do not come to life.
@@ -332,7 +332,7 @@ pub const SHARE: &str = "share";
 pub const ROOTFS: &str = "rootfs";
 
 /// Name of what virtiofsd serves of a directory in which the shim makes mounts
-/// ([`super::mounts::make_served`]).
+/// ([`crate::host::mounts::make_served`]).
 pub fn served(name: &str) -> String {
     format!("{name}.served")
 }

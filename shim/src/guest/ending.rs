@@ -13,7 +13,8 @@
 //! | the host's mounts taken off | 2 s later ([`RELEASE_DEADLINE`]) | they go when the kernel lets them |
 //!
 //! A task that ended by itself has the same steps without the first two: 10 s for its output, 12 s
-//! in all. A sandbox that is told to stop ends its machine at once: QEMU has 0.3 s to quit and is
+//! in all. The host's poststop hooks, if a client gave it any, come after that and have their own
+//! time. A sandbox that is told to stop ends its machine at once: QEMU has 0.3 s to quit and is
 //! killed, helpers likewise.
 
 use std::time::Duration;

@@ -266,7 +266,7 @@ impl SandboxOwner {
     /// Gives up all that is kept of a process; with its init of the whole container.
     pub(super) fn forget(&mut self, process: &ProcessId) {
         self.state.deleted(process);
-        self.end_if_idle();
+        self.watch_idle();
         let waiters = self.runtimes.remove(process);
         for waiter in waiters {
             let gone = || Error::not_found(format!("{process} is deleted"));

@@ -41,15 +41,18 @@ use crate::sandbox::runtime::Runtimes;
 use crate::sandbox::state::State;
 
 /// containerd may be away when the last events are made; `delete` makes up for what it misses.
-const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
+const FLUSH_DEADLINE: Duration = Duration::from_millis(800);
 
 /// How long work that is still running at the sandbox's end may take: hooks, calls to a guest that
-/// has ended.
-const WORK_DEADLINE: Duration = Duration::from_secs(3);
+/// has ended. containerd's `delete` begins when `Shutdown` is answered, and gives the server 2 s.
+const WORK_DEADLINE: Duration = Duration::from_millis(800);
 
 /// How long a sandbox without a task waits for a request. Whoever started its server may have been
 /// killed before it said where that is, and containerd between a task's `Delete` and `Shutdown`.
 const IDLE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Whoever has just got an answer may have another question.
+const LEAST_IDLE: Duration = Duration::from_secs(5);
 
 /// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
@@ -123,10 +126,12 @@ impl SandboxOwner {
 
     /// Works until the sandbox is shut down, then ends what it started.
     pub async fn run(mut self, mut requests: Requests) {
-        self.end_if_idle();
+        self.watch_idle();
         while !self.ended {
             self.step(&mut requests).await;
         }
+        // Who asks from now on is told at once that there is nobody.
+        drop(requests);
         let containers = self.runtimes.clear();
         self.ending.send_replace(true);
         self.launching = None;
@@ -134,12 +139,14 @@ impl SandboxOwner {
             guest.stop().await;
         }
         create::release(containers).await;
-        if timeout(WORK_DEADLINE, self.work.join_all()).await.is_err() {
+        // Here too containerd gives time, and events matter more than what is late.
+        self.events.flush(FLUSH_DEADLINE).await;
+        let finish = async { while self.work.join_next().await.is_some() {} };
+        if timeout(WORK_DEADLINE, finish).await.is_err() {
             tracing::warn!(
                 "work of the sandbox is given up at its end: a hook, or a storage that hangs"
             );
         }
-        self.events.flush(FLUSH_DEADLINE).await;
     }
 
     /// Handles what comes next. Requests first: what the guest says of memory comes that way, and
@@ -149,7 +156,9 @@ impl SandboxOwner {
             biased;
             Some(request) = requests.recv() => {
                 tracing::debug!(?request, "asked");
-                self.last_request = Instant::now();
+                if !matches!(request, Request::OutOfMemory { .. }) {
+                    self.last_request = Instant::now();
+                }
                 self.handle(request);
             }
             Some(outcome) = self.work.join_next() => self.joined(outcome),
@@ -163,8 +172,12 @@ impl SandboxOwner {
                 tracing::debug!(?outcome, "done");
                 self.finish(outcome);
             }
-            // Nobody knows how far it got, and whoever waits for it has got no answer.
-            Err(error) => self.vm_died(&format!("the shim has failed: {error}")),
+            // Nobody knows how far it got, so what it was for can neither go on nor be deleted:
+            // containerd sees the end of the connection, and its `delete` undoes the rest.
+            Err(error) => {
+                self.vm_died(&format!("the shim has failed: {error}"));
+                self.ended = true;
+            }
         }
     }
 
@@ -174,14 +187,14 @@ impl SandboxOwner {
                 request,
                 config,
                 reply,
-            } => self.create(request, *config, reply),
+            } => self.create(request, config.value, reply),
             Request::Start { process, reply } => self.start(process, reply),
             Request::State { process, reply } => reply.send(self.process_state(&process)),
             Request::Exec {
                 request,
                 spec,
                 reply,
-            } => self.exec(*request, *spec, reply),
+            } => self.exec(request.value, spec.value, reply),
             Request::Delete { process, reply } => self.delete(process, reply),
             Request::Kill {
                 process,
@@ -219,7 +232,7 @@ impl SandboxOwner {
                 config,
                 reply,
             } => {
-                self.create_sandbox(&request, *config, reply);
+                self.create_sandbox(&request.value, config.value, reply);
             }
             Request::SandboxStatus { sandbox, reply } => reply.send(self.sandbox_status(&sandbox)),
             Request::PingSandbox { sandbox, reply } => reply.send(self.ping_sandbox(&sandbox)),
@@ -231,14 +244,14 @@ impl SandboxOwner {
     fn finish(&mut self, outcome: Outcome) {
         match outcome {
             Outcome::Done => {}
-            Outcome::Idle => self.end_if_idle(),
+            Outcome::Idle => self.idle(),
             Outcome::Launched(result) => self.launched(result),
             Outcome::MachineEnded(ended) => self.machine_ended(&ended),
             Outcome::Created {
                 request,
                 result,
                 reply,
-            } => self.created(*request, *result, reply),
+            } => self.created(request.value, *result, reply),
             Outcome::SandboxCreated {
                 sandbox,
                 result,
@@ -292,10 +305,11 @@ impl SandboxOwner {
             }
             Outcome::Updated {
                 container,
-                limits,
+                old,
+                number,
                 result,
                 reply,
-            } => self.updated(&container, limits, result, reply),
+            } => self.updated(&container, (old, number), result, reply),
         }
     }
 
@@ -304,17 +318,20 @@ impl SandboxOwner {
         self.work.spawn(work);
     }
 
-    /// Ends a sandbox that has no task and hears nothing, or looks again later.
-    pub(super) fn end_if_idle(&mut self) {
-        if !self.state.is_empty() {
-            return;
+    /// Looks in a while whether a sandbox without a task still hears nothing.
+    pub(super) fn watch_idle(&mut self) {
+        if self.state.is_empty() {
+            let left = IDLE_DEADLINE.saturating_sub(self.last_request.elapsed());
+            self.after(left.max(LEAST_IDLE), Outcome::Idle);
         }
-        let left = IDLE_DEADLINE.saturating_sub(self.last_request.elapsed());
-        if left.is_zero() {
+    }
+
+    fn idle(&mut self) {
+        if self.state.is_empty() && self.last_request.elapsed() >= IDLE_DEADLINE {
             tracing::info!("nobody wants anything of this sandbox: it ends");
             self.ended = true;
         } else {
-            self.after(left, Outcome::Idle);
+            self.watch_idle();
         }
     }
 

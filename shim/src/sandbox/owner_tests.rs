@@ -156,6 +156,10 @@ async fn a_failure_of_the_shim_itself_ends_every_wait() {
     assert_eq!(status(init), KILLED);
     let reason = lab.owner.state.alive().unwrap_err().message;
     assert!(reason.contains("the shim has failed"), "{reason}");
+    assert!(
+        lab.owner.ended,
+        "what is being made or deleted never would be"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -173,11 +177,11 @@ async fn input_closed_before_there_is_any_stays_closed() {
 
 #[tokio::test(start_paused = true)]
 async fn the_end_of_a_sandbox_waits_for_the_work_that_it_began_but_not_for_ever() {
-    for (takes, done) in [(1, true), (1000, false)] {
+    for (takes, done) in [(100, true), (100_000, false)] {
         let mut lab = Lab::running();
         let (sender, mut receiver) = tokio::sync::oneshot::channel();
         lab.owner.begin(async move {
-            sleep(Duration::from_secs(takes)).await;
+            sleep(Duration::from_millis(takes)).await;
             let _ = sender.send(());
             Outcome::Done
         });
@@ -218,6 +222,31 @@ async fn the_end_of_a_sandbox_does_not_wait_for_clocks() {
     let begun = Instant::now();
     lab.owner.run(lab.requests).await;
     assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_log_of_requests_has_no_environment() {
+    let (reply, _answer) = Reply::new();
+    let request = containerd_shim_protos::api::ExecProcessRequest {
+        id: "web".into(),
+        spec: Some(protobuf::well_known_types::any::Any {
+            value: b"PASSWORD=hunter2".to_vec(),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    let spec = crate::sandbox::request::Quiet::new(oci_spec::runtime::Process::default(), "..");
+    let request = Request::Exec {
+        request: crate::sandbox::request::Quiet::new(request, "exec e of task web"),
+        spec,
+        reply,
+    };
+    let shown = format!("{request:?}");
+    assert_eq!(
+        shown,
+        "Exec { request: exec e of task web, spec: .., reply: .. }"
+    );
 }
 
 #[tokio::test(start_paused = true)]

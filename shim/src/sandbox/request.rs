@@ -21,6 +21,27 @@ use crate::model::{Exit, ProcessId};
 use crate::sandbox::state::{Process, Status};
 use crate::stdio::Pumps;
 
+/// A part of a message that is not for a log, with what is shown of it.
+pub struct Quiet<T> {
+    /// What it is.
+    pub value: T,
+    shown: String,
+}
+
+impl<T> Quiet<T> {
+    /// Shows itself as `shown`.
+    pub fn new(value: T, shown: &str) -> Box<Quiet<T>> {
+        let shown = shown.to_owned();
+        Box::new(Quiet { value, shown })
+    }
+}
+
+impl<T> fmt::Debug for Quiet<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown)
+    }
+}
+
 /// Where the answer to a request goes.
 pub struct Reply<T>(oneshot::Sender<Result<T>>);
 
@@ -55,13 +76,14 @@ pub enum SignalScope {
     Container,
 }
 
-/// What containerd asks, through the task API and the sandbox API.
+/// What containerd asks, through the task API and the sandbox API. Its `Debug` has ids and small
+/// values only: a process's environment may be a secret.
 #[derive(Debug)]
 pub enum Request {
     /// `Create`.
     Create {
-        request: Box<CreateTaskRequest>,
-        config: Box<Result<Config>>,
+        request: Box<Quiet<CreateTaskRequest>>,
+        config: Box<Quiet<Result<Config>>>,
         reply: Reply<u32>,
     },
     /// `Start`.
@@ -76,8 +98,8 @@ pub enum Request {
     },
     /// `Exec`.
     Exec {
-        request: Box<ExecProcessRequest>,
-        spec: Box<ProcessSpec>,
+        request: Box<Quiet<ExecProcessRequest>>,
+        spec: Box<Quiet<ProcessSpec>>,
         reply: Reply<()>,
     },
     /// `Delete`.
@@ -138,8 +160,8 @@ pub enum Request {
     Shutdown { now: bool, reply: Reply<bool> },
     /// `CreateSandbox`.
     CreateSandbox {
-        request: Box<CreateSandboxRequest>,
-        config: Box<Result<Config>>,
+        request: Box<Quiet<CreateSandboxRequest>>,
+        config: Box<Quiet<Result<Config>>>,
         reply: Reply<()>,
     },
     /// `SandboxStatus`.
@@ -195,7 +217,7 @@ pub enum Outcome {
     MachineEnded(Ended),
     /// The guest made a container, or did not.
     Created {
-        request: Box<CreateTaskRequest>,
+        request: Box<Quiet<CreateTaskRequest>>,
         result: Box<Result<Created>>,
         reply: Reply<u32>,
     },
@@ -246,8 +268,10 @@ pub enum Outcome {
     /// The guest took new limits, or did not: then the old ones count, if there are no newer ones.
     Updated {
         container: String,
-        /// The old ones and the new ones.
-        limits: (ResourceLimits, ResourceLimits),
+        /// The old ones.
+        old: ResourceLimits,
+        /// Which update it was.
+        number: u64,
         result: Result<()>,
         reply: Reply<()>,
     },

@@ -22,6 +22,8 @@ pub struct ContainerRuntime {
     pub hooks: HostHooks,
     /// The container itself, once the guest has it.
     pub container: Option<Container>,
+    /// How many updates of its limits there were.
+    pub updates: u64,
     /// When it got its first SIGKILL.
     pub killed: Option<Instant>,
 }

@@ -30,7 +30,7 @@ use crate::guest::machine_size::{ResourceLimits, WantedSize};
 use crate::model::{Exit, ProcessId, Stdio};
 use crate::sandbox::owner::{Launching, SandboxOwner};
 use crate::sandbox::pod::{Pod, SandboxSpec};
-use crate::sandbox::request::{Created, Outcome, ProcessState, Reply};
+use crate::sandbox::request::{Created, Outcome, ProcessState, Quiet, Reply};
 use crate::sandbox::sandbox_requests;
 use crate::stdio::{HostIo, Pumps};
 
@@ -40,17 +40,18 @@ impl SandboxOwner {
     /// process that would do nothing but wait.
     pub(super) fn create(
         &mut self,
-        request: Box<CreateTaskRequest>,
+        quiet: Box<Quiet<CreateTaskRequest>>,
         config: Result<Config>,
         reply: Reply<u32>,
     ) {
+        let request = &quiet.value;
         let io = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let (config, role, create) = match self.read_create(config, &request, io.clone()) {
+        let (config, role, create) = match self.read_create(config, request, io.clone()) {
             Ok(read) => read,
             Err(error) => return reply.send(Err(error)),
         };
@@ -80,7 +81,7 @@ impl SandboxOwner {
             let making = make(role, create, launching, shares, &wanted, &hooks, &namespace);
             let result = Box::new(making.await);
             Outcome::Created {
-                request,
+                request: quiet,
                 result,
                 reply,
             }
@@ -381,6 +382,7 @@ impl SandboxOwner {
             killed = kept.killed;
         }
         let by = DeleteBy::from(Instant::now(), killed);
+        let ended_with = guest.clone();
         self.begin(async move {
             join_all(pumps.into_iter().map(|pumps| pumps.drain(by.drained))).await;
             let result = match container {
@@ -391,6 +393,10 @@ impl SandboxOwner {
                 }
                 None => Ok(()),
             };
+            if let Some(guest) = ended_with.filter(|_| result.is_err()) {
+                // It may go on using what it has of the host, however long the hooks take.
+                guest.stop().await;
+            }
             if let Some((hooks, pid)) = hooks {
                 // They undo what others made for the container, its network first of all.
                 let _ = hooks.run(HookPhase::Deleted, pid).await;
@@ -568,8 +574,8 @@ impl SandboxOwner {
             let deleting = format!("{container} is being deleted");
             return reply.send(Err(Error::precondition(deleting)));
         };
-        let limits = (old, old.updated(&resources));
-        self.set_limits(&container, limits.1);
+        let number = self.count_update(&container);
+        self.set_limits(&container, old.updated(&resources));
         let wanted = self.wanted.clone();
         self.begin(async move {
             let updating = async {
@@ -582,7 +588,8 @@ impl SandboxOwner {
             let result = updating.await;
             Outcome::Updated {
                 container,
-                limits,
+                old,
+                number,
                 result,
                 reply,
             }
@@ -592,12 +599,13 @@ impl SandboxOwner {
     pub(super) fn updated(
         &mut self,
         container: &str,
-        (old, new): (ResourceLimits, ResourceLimits),
+        (old, number): (ResourceLimits, u64),
         result: Result<()>,
         reply: Reply<()>,
     ) {
         let guest = match self.living_guest() {
-            Ok(guest) if result.is_err() && self.limits_of(container) == Some(new) => guest,
+            // A newer update counts on these limits, whatever became of the older one.
+            Ok(guest) if result.is_err() && self.updates(container) == number => guest,
             _ => return reply.send(result),
         };
         self.set_limits(container, old);
@@ -609,6 +617,18 @@ impl SandboxOwner {
             reply.send(result);
             Outcome::Done
         });
+    }
+
+    fn updates(&self, container: &str) -> u64 {
+        self.runtimes
+            .known(container)
+            .map_or(0, |kept| kept.updates)
+    }
+
+    fn count_update(&mut self, container: &str) -> u64 {
+        let kept = self.runtimes.container(container);
+        kept.updates += 1;
+        kept.updates
     }
 
     fn limits_of(&self, container: &str) -> Option<ResourceLimits> {

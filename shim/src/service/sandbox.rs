@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::ProcessId;
-use crate::sandbox::request::{Request, SandboxHandle, SignalScope};
+use crate::sandbox::request::{Quiet, Request, SandboxHandle, SignalScope};
 use crate::sandbox::state::Status;
 
 /// What containerd looks for in a sandbox's status.
@@ -48,7 +48,11 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> Result<CreateSandboxResponse> {
-        let (request, config) = (Box::new(request), Box::new(Config::load(None, &[])));
+        let id = request.sandbox_id.clone();
+        let (request, config) = (
+            Quiet::new(request, &id),
+            Quiet::new(Config::load(None, &[]), ".."),
+        );
         let create = |reply| Request::CreateSandbox {
             request,
             config,

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::ProcessId;
-use crate::sandbox::request::{Request, SandboxHandle, SignalScope};
+use crate::sandbox::request::{Quiet, Request, SandboxHandle, SignalScope};
 use crate::sandbox::state::Status;
 
 /// `containerd.task.v2.Task` and `.v3.Task`.
@@ -51,8 +51,9 @@ impl Task for TaskService {
             )
             .into());
         }
-        let config = Box::new(options::config(request.options.as_ref()));
-        let request = Box::new(request);
+        let config = Quiet::new(options::config(request.options.as_ref()), "..");
+        let id = request.id.clone();
+        let request = Quiet::new(request, &id);
         let create = |reply| Request::Create {
             request,
             config,
@@ -153,9 +154,13 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
-        let mut spec = Box::new(spec::parse_process(&request.spec.value)?);
+        let mut spec = spec::parse_process(&request.spec.value)?;
         spec.set_terminal(Some(request.terminal));
-        let request = Box::new(request);
+        let process = ProcessId::new(&request.id, &request.exec_id);
+        let (request, spec) = (
+            Quiet::new(request, &process.to_string()),
+            Quiet::new(spec, ".."),
+        );
         let exec = |reply| Request::Exec {
             request,
             spec,
