@@ -226,13 +226,21 @@ impl<'e> Bundle<'e> {
 
 impl Drop for Bundle<'_> {
     fn drop(&mut self) {
-        let mut command = self.shim(&["-bundle", &self.dir.to_string_lossy(), "delete"]);
-        // A test may have taken the bundle away.
-        if !self.dir.exists() {
-            command.current_dir("/");
+        let delete = || {
+            let mut command = self.shim(&["-bundle", &self.dir.to_string_lossy(), "delete"]);
+            // A test may have taken the bundle away.
+            if !self.dir.exists() {
+                command.current_dir("/");
+            }
+            let _ = Running::start(command, None).outcome(PATIENCE);
+        };
+        delete();
+        // A server that still has other bundles, which containerd would have removed, is spared.
+        let left = self.processes();
+        if !left.is_empty() {
+            left.iter().for_each(procs::Proc::kill9);
+            delete();
         }
-        let _ = Running::start(command, None).outcome(PATIENCE);
-        self.processes().iter().for_each(procs::Proc::kill9);
         if self.env.runtime == Runtime::Runc {
             // The control's server leaves its socket when it is killed, and its `delete` does not
             // know it.
