@@ -1,5 +1,5 @@
 //! A directory of the shim's own, held by a descriptor: what is made, mounted and removed in it is
-//! found from there, by a single name and through no link.
+//! found from there, beneath it and through no link.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -57,6 +57,12 @@ impl Dir {
         format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
     }
 
+    fn beneath(&self, path: &Path, flags: OFlag, mode: Mode) -> nix::Result<OwnedFd> {
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let how = OpenHow::new().flags(flags).mode(mode).resolve(resolve);
+        openat2(&self.0, path, how)
+    }
+
     fn doing(&self, what: &str, name: &str) -> String {
         format!("{what} {}", self.path().join(name).display())
     }
@@ -77,12 +83,8 @@ impl Dir {
     /// # Errors
     /// One line that names the directory.
     pub fn get(&self, name: &str) -> Result<Dir> {
-        let how = OpenHow::new()
-            .flags(DIRECTORY)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
-        openat2(&self.0, name, how)
-            .map(Dir)
-            .doing(|| self.doing("open directory", name))
+        let opened = self.beneath(Path::new(name), DIRECTORY, Mode::empty());
+        opened.map(Dir).doing(|| self.doing("open directory", name))
     }
 
     /// A new file in it.
@@ -92,13 +94,8 @@ impl Dir {
     pub fn make_file(&self, name: &str) -> Result<File> {
         let flags =
             OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let how = OpenHow::new()
-            .flags(flags)
-            .mode(Mode::from_bits_truncate(0o644))
-            .resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
-        openat2(&self.0, name, how)
-            .map(File::from)
-            .doing(|| self.doing("make file", name))
+        let made = self.beneath(Path::new(name), flags, Mode::from_bits_truncate(0o644));
+        made.map(File::from).doing(|| self.doing("make file", name))
     }
 
     /// Takes off everything that is mounted at or below a name, in this namespace.
@@ -120,11 +117,8 @@ impl Dir {
             } else {
                 parent
             };
-            let how = OpenHow::new()
-                .flags(DIRECTORY)
-                .resolve(ResolveFlag::RESOLVE_BENEATH | NO_LINKS);
             let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-            let parent = openat2(&self.0, parent, how).map(Dir);
+            let parent = self.beneath(parent, DIRECTORY, Mode::empty()).map(Dir);
             match parent.and_then(|parent| umount2(&parent.fd_path().join(last), flags)) {
                 // It went by itself.
                 Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
@@ -165,7 +159,6 @@ impl Dir {
 const DIRECTORY: OFlag = OFlag::O_PATH
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_CLOEXEC);
-const NO_LINKS: ResolveFlag = ResolveFlag::RESOLVE_NO_SYMLINKS;
 
 /// A name in a directory that somebody has for a while. Dropping this removes what is there, and
 /// takes off first what is mounted there.

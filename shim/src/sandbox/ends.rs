@@ -154,7 +154,7 @@ impl SandboxOwner {
 
     pub(super) fn machine_ended(&mut self, ended: &Ended) {
         if ended.out_of_memory {
-            let ids = self.runtimes.limits().into_iter().map(|(id, _)| id.clone());
+            let ids = self.runtimes.limits().map(|(id, _)| id.clone());
             let ids: Vec<String> = ids.filter(|id| self.state.is_unfinished(id)).collect();
             ids.iter().for_each(|id| self.out_of_memory(id));
         }

@@ -1,6 +1,8 @@
 //! One sandbox: what it is asked and hears (`request`), what may happen in which state (`state`,
-//! pure), and who makes it happen (`owner`, with `task_requests`, `sandbox_requests` and `ends`).
+//! pure), and who makes it happen (`owner`, with `create_task`, `task_requests`, `sandbox_requests`
+//! and `ends`).
 
+mod create_task;
 mod ends;
 pub mod owner;
 mod pod;

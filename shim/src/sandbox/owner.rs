@@ -9,8 +9,8 @@
 //!            └─────────── work: guest, host, hooks ◀───┘
 //! ```
 //!
-//! `handle` and `finish` list all there is; each request is begun in `task_requests` or
-//! `sandbox_requests`, and its outcome is finished beside it. Ends (exits, kills, the machine's
+//! `handle` and `finish` list all there is; each request is begun in `create_task`, `task_requests`
+//! or `sandbox_requests`, and its outcome is finished beside it. Ends (exits, kills, the machine's
 //! death) are in `ends`.
 
 use std::path::PathBuf;
@@ -435,8 +435,7 @@ impl SandboxOwner {
 
     /// What the containers may use has changed. Whether the machine should have another size now.
     pub(super) fn limits_changed(&mut self) -> bool {
-        let limits = self.runtimes.limits();
-        let limits: Vec<_> = limits.into_iter().map(|(_, limits)| limits).collect();
+        let limits: Vec<_> = self.runtimes.limits().map(|(_, limits)| limits).collect();
         let size = MachineSize::of(&self.config, self.pod.need, &limits);
         self.wanted.set(size)
     }
@@ -447,9 +446,8 @@ impl SandboxOwner {
                 self.guest = Some(guest.clone());
                 let handle = self.handle.clone();
                 let tell = move |container| handle.tell(Request::OutOfMemory { container });
-                let watched = guest.clone();
                 // Ends with the agent's connection.
-                tokio::spawn(async move { watch_oom(watched.agent.clone(), tell).await });
+                tokio::spawn(watch_oom(guest.agent.clone(), tell));
                 self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {

@@ -77,15 +77,10 @@ impl Runtimes {
         self.containers.iter().filter(has).map(|(id, _)| id)
     }
 
-    /// The limits of all containers, in the order of their ids.
-    pub fn limits(&self) -> Vec<(&String, ResourceLimits)> {
-        let limits = self
-            .containers
-            .iter()
-            .filter_map(|(id, kept)| Some((id, kept.limits?)));
-        let mut limits: Vec<_> = limits.collect();
-        limits.sort_by_key(|(id, _)| *id);
-        limits
+    /// The limits of all containers.
+    pub fn limits(&self) -> impl Iterator<Item = (&String, ResourceLimits)> {
+        let containers = self.containers.iter();
+        containers.filter_map(|(id, kept)| Some((id, kept.limits?)))
     }
 
     /// The running streams of a process; with its init those of the whole container.

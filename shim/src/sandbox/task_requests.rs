@@ -1,213 +1,30 @@
 //! The requests of the task API, each a few decisions and something begun, and what is made of
 //! their outcomes.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+use containerd_shim_protos::api::ExecProcessRequest;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed,
-    TaskStart,
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
 use futures::future::join_all;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use crate::config::Config;
-use crate::container::create::{CreateContainer, HostSide, in_guest};
-use crate::container::hooks::{HookPhase, HostHooks};
-use crate::container::role::{self, Role};
-use crate::container::shared_volumes::SharedVolumes;
-use crate::container::spec;
+use crate::container::hooks::HookPhase;
 use crate::error::{Error, Result};
 use crate::from_guest::Stats;
 use crate::guest::agent_calls::{self, PendingExec, PreconnectedStdio};
 use crate::guest::boot::Guest;
 use crate::guest::ending::DeleteBy;
-use crate::guest::machine_size::{ResourceLimits, WantedSize};
+use crate::guest::machine_size::ResourceLimits;
 use crate::model::{Exit, ProcessId, Stdio};
-use crate::sandbox::owner::{Launching, SandboxOwner};
-use crate::sandbox::pod::{Pod, SandboxSpec};
-use crate::sandbox::request::{Created, Outcome, ProcessState, Quiet, Reply};
-use crate::sandbox::sandbox_requests;
-use crate::stdio::{HostIo, Pumps};
+use crate::sandbox::owner::SandboxOwner;
+use crate::sandbox::request::{Outcome, ProcessState, Reply};
+use crate::stdio::Pumps;
 
 impl SandboxOwner {
-    /// `Create`: the host's part and the guest's boot side by side, then the container in the
-    /// guest. For a pod's sandbox the guest is all that is made: the sandbox stands in for the
-    /// process that would do nothing but wait.
-    pub(super) fn create(
-        &mut self,
-        quiet: Box<Quiet<CreateTaskRequest>>,
-        config: Result<Config>,
-        reply: Reply<u32>,
-    ) {
-        let request = &quiet.value;
-        let io = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let (config, role, create) = match self.read_create(config, request, io.clone()) {
-            Ok(read) => read,
-            Err(error) => return reply.send(Err(error)),
-        };
-        let id = request.id.clone();
-        if let Err(error) = self.state.create(&id, &request.bundle, io) {
-            return reply.send(Err(error));
-        }
-        let hooks = HostHooks::of(&create.spec, &id, &request.bundle);
-        let kept = self.runtimes.container(&id);
-        kept.hooks = hooks.clone();
-        if role != Role::Sandbox {
-            kept.limits = Some(ResourceLimits::of_container(&create.spec));
-        }
-        let launching = self.guest_for(config, SandboxSpec::of(&create.spec));
-        let (launching, shares) =
-            match launching.and_then(|launching| Ok((launching, self.shares()?))) {
-                Ok(both) => both,
-                Err(error) => {
-                    self.create_failed(&id);
-                    return reply.send(Err(error));
-                }
-            };
-        self.limits_changed();
-        let wanted = self.wanted.clone();
-        let namespace = self.identity.namespace.clone();
-        self.begin(async move {
-            let making = make(role, create, launching, shares, &wanted, &hooks, &namespace);
-            let result = Box::new(making.await);
-            Outcome::Created {
-                request: quiet,
-                result,
-                reply,
-            }
-        });
-    }
-
-    /// Reads and checks what a client wants: what is wrong is refused before anything is made.
-    fn read_create(
-        &mut self,
-        config: Result<Config>,
-        request: &CreateTaskRequest,
-        io: Stdio,
-    ) -> Result<(Config, Role, CreateContainer)> {
-        // The machine that is there is as it was configured, whatever has become of the file since.
-        let config = if self.launching.is_some() {
-            Ok(self.config.clone())
-        } else {
-            config
-        }?;
-        let bundle = PathBuf::from(&request.bundle);
-        let mut spec = spec::load(&bundle)?;
-        let config = match spec.annotations() {
-            Some(annotations) if self.launching.is_none() => config.annotated(annotations)?,
-            _ => config,
-        };
-        let role = Role::of(&spec);
-        let sandbox = &self.identity.id;
-        let find = |pid| {
-            self.state.owner(pid).map(|id| {
-                if id == sandbox {
-                    String::new()
-                } else {
-                    id.to_owned()
-                }
-            })
-        };
-        let pid_namespace = role::namespaces(&spec, role, find)?;
-        if role == Role::Sandbox && self.launching.is_none() {
-            self.pod = Pod::of(&spec);
-        }
-        if let Some(files) = self.pod.files.as_ref().filter(|_| role == Role::Member) {
-            sandbox_requests::add_files(&mut spec, files)?;
-        }
-        let annotations = spec.annotations().as_ref();
-        let pod_uid = role::UID.of(role::is_from_containerd(), |key| {
-            annotations?.get(key).map(String::as_str)
-        });
-        let pod_uid = pod_uid.map(str::to_owned);
-        let create = CreateContainer {
-            id: request.id.clone(),
-            bundle,
-            rootfs: request.rootfs.clone(),
-            spec,
-            io,
-            pid_namespace,
-            sysctls: if role == Role::Member {
-                self.pod.sysctls.clone()
-            } else {
-                HashMap::new()
-            },
-            pod_uid,
-            shm: self
-                .pod
-                .shm
-                .as_ref()
-                .filter(|_| role == Role::Member)
-                .map(|shm| shm.source.clone()),
-        };
-        Ok((config, role, create))
-    }
-
-    pub(super) fn create_failed(&mut self, id: &str) {
-        self.state.create_failed(id);
-        self.forget(&ProcessId::new(id, ""));
-        self.limits_changed();
-    }
-
-    pub(super) fn created(
-        &mut self,
-        request: CreateTaskRequest,
-        result: Result<Created>,
-        reply: Reply<u32>,
-    ) {
-        let (guest, made) = match result {
-            Ok(created) => created,
-            Err(error) => {
-                self.create_failed(&request.id);
-                return reply.send(Err(error));
-            }
-        };
-        let init = ProcessId::new(&request.id, "");
-        let vm_pid = guest.vm.identity().pid.cast_unsigned();
-        let pid = self.state.created(&request.id, vm_pid, made.is_none());
-        if let Some((container, mut pumps)) = made {
-            self.runtimes.container(&request.id).container = Some(container);
-            let kept = self.runtimes.process(&init);
-            if kept.stdin_closed {
-                pumps.close_stdin();
-            }
-            kept.pumps = Some(pumps);
-            self.watch_exit(guest, init);
-        }
-        let io = TaskIO {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-            ..Default::default()
-        };
-        self.events.publish(&TaskCreate {
-            container_id: request.id,
-            bundle: request.bundle,
-            rootfs: request.rootfs,
-            io: Some(io).into(),
-            checkpoint: request.checkpoint,
-            pid,
-            ..Default::default()
-        });
-        reply.send(Ok(pid));
-        if self.state.alive().is_err() {
-            // The machine ended while the guest answered: nobody else will say that this container
-            // did too.
-            self.vm_died("its virtual machine has ended");
-        }
-    }
-
     /// `Start`.
     pub(super) fn start(&mut self, process: ProcessId, reply: Reply<u32>) {
         let Some(guest) = self.guest.clone() else {
@@ -571,8 +388,10 @@ impl SandboxOwner {
         let is_pod = self.state.is_pod_sandbox(&container);
         let old = self.limits_of(&container);
         let Some(old) = old else {
-            let deleting = format!("{container} is being deleted");
-            return reply.send(Err(Error::precondition(deleting)));
+            // The sandbox's own container, under an agent that cannot do without one.
+            return reply.send(Err(Error::precondition(format!(
+                "{container} is a pod's sandbox: change the limits of its containers instead"
+            ))));
         };
         let number = self.count_update(&container);
         self.set_limits(&container, old.updated(&resources));
@@ -660,62 +479,4 @@ impl SandboxOwner {
             agent_calls::stats(&guest, &container).await
         });
     }
-}
-
-/// How long the host may take to mount what a container has of it.
-const HOST_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo what
-/// others made are run if it fails after they made it, as runc does.
-async fn make(
-    role: Role,
-    create: CreateContainer,
-    launching: Launching,
-    shares: Arc<SharedVolumes>,
-    wanted: &WantedSize,
-    hooks: &HostHooks,
-    namespace: &str,
-) -> Result<Created> {
-    if role == Role::Sandbox {
-        let guest = launching.clone().await?;
-        if guest.pod {
-            let pid = guest.vm.identity().pid;
-            run_create_hooks(hooks, pid).await?;
-            return Ok((guest, None));
-        }
-    }
-    let host_io = HostIo::open(&create.io, namespace, &create.id).await?;
-    // mount(2) may wait for a slow disk, which must not hold up other requests, and for one that is
-    // gone for ever, which must not hold up this one: what it makes so late is undone by its drop.
-    let id = create.id.clone();
-    let host = tokio::task::spawn_blocking(move || {
-        let host = HostSide::prepare(&create, &shares);
-        host.map(|host| (create, host))
-    });
-    let Ok(host) = timeout(HOST_DEADLINE, host).await else {
-        return Err(Error::deadline(format!(
-            "the mounts of {id} took longer than {HOST_DEADLINE:?}: a storage on the host hangs"
-        )));
-    };
-    let (create, host) = host.map_err(|error| Error::internal(error.to_string()))??;
-    let guest = launching.await?;
-    let sized = guest.fit(wanted).await;
-    sized.map_err(|error| error.context("cannot make room for the container"))?;
-    let pid = guest.vm.identity().pid;
-    run_create_hooks(hooks, pid).await?;
-    match in_guest(&guest, &create, host, host_io).await {
-        Ok(made) => Ok((guest, Some(made))),
-        Err(error) => {
-            let _ = hooks.run(HookPhase::Deleted, pid).await;
-            Err(error)
-        }
-    }
-}
-
-async fn run_create_hooks(hooks: &HostHooks, pid: i32) -> Result<()> {
-    let made = hooks.run(HookPhase::Create, pid).await;
-    if made.is_err() {
-        let _ = hooks.run(HookPhase::Deleted, pid).await;
-    }
-    made
 }
