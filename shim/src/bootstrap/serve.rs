@@ -21,6 +21,7 @@ use super::start::{LISTENER_FD, READY_FD};
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
+use crate::guest::boot::start as start_guest;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::mounts;
@@ -126,7 +127,8 @@ async fn serve(
 ) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::start(&address, &args.namespace);
-    let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events);
+    let (owner, handle, requests) =
+        SandboxOwner::new(identity, ledger, events, Box::new(start_guest));
     let (ended_sender, mut ended) = watch::channel(false);
     let task = TaskService::new(handle.clone(), ended_sender.clone());
     let sandbox = SandboxService::new(handle.clone(), ended_sender);

@@ -73,7 +73,7 @@ impl HostHooks {
     /// # Errors
     /// The first one that fails, by its path and with its last line. Hooks after the start change
     /// nothing any more: theirs are only logged.
-    pub async fn run(&self, moment: HookPhase, pid: i32) -> Result<()> {
+    pub async fn run(&self, moment: HookPhase, pid: u32) -> Result<()> {
         let mut state = self.state.clone();
         state["status"] = moment.status().into();
         state["pid"] = if moment == HookPhase::Deleted { 0 } else { pid }.into();

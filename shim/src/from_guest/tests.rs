@@ -178,9 +178,7 @@ async fn a_closed_connection_is_an_end_and_not_garbage() {
         signal(agent.clone()).await.unwrap_err().code,
         Code::UNAVAILABLE
     );
-    timeout(DEADLINE, watch_oom(agent.clone(), drop))
-        .await
-        .unwrap();
+    timeout(DEADLINE, watch_oom(&agent, &drop)).await.unwrap();
     assert!(matches!(agent.failed().await, Fault::Lost(_)));
 }
 
@@ -315,7 +313,7 @@ async fn an_oom_without_end_costs_ten_questions_a_second() {
     };
     let guest = tokio::spawn(answers(theirs, response(event.write_to_bytes().unwrap())));
     let start = Instant::now();
-    let flood = timeout(Duration::from_secs(60), watch_oom(agent.clone(), drop));
+    let flood = timeout(Duration::from_secs(60), watch_oom(&agent, &drop));
     assert!(flood.await.is_err());
     assert_eq!(start.elapsed().as_secs(), 60);
     drop(agent);

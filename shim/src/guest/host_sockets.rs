@@ -172,16 +172,34 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Serves the guest's connections as long as the result lives.
-pub fn serve(listener: Listener, sockets: Sockets) -> relay::Relay {
-    relay::serve(listener, move |guest| {
-        let sockets = sockets.clone();
-        async move {
-            if let Err(error) = join(guest, &sockets).await {
-                tracing::debug!(%error, "a guest's connection to a unix socket of the host broke");
+/// The host's sockets of a running guest, served as long as this lives.
+pub struct HostSockets {
+    /// Those that its containers have.
+    pub sockets: Sockets,
+    /// The port of the host that the agent dials for a connection to one of them.
+    pub port: u32,
+    _relay: relay::Relay,
+}
+
+impl HostSockets {
+    /// Serves the connections that come to `listener`, which the guest reaches by `port`.
+    pub fn serve(listener: Listener, port: u32) -> HostSockets {
+        let sockets = Sockets::default();
+        let served = sockets.clone();
+        let relay = relay::serve(listener, move |guest| {
+            let sockets = served.clone();
+            async move {
+                if let Err(error) = join(guest, &sockets).await {
+                    tracing::debug!(%error, "a guest's connection to a unix socket of the host broke");
+                }
             }
+        });
+        HostSockets {
+            sockets,
+            port,
+            _relay: relay,
         }
-    })
+    }
 }
 
 async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
@@ -329,7 +347,7 @@ mod tests {
     struct Host {
         dir: TempDir,
         sockets: Sockets,
-        _relay: relay::Relay,
+        _host: HostSockets,
     }
 
     impl Host {
@@ -338,12 +356,11 @@ mod tests {
             let transport = Transport::Unix {
                 path: dir.path().join("vm"),
             };
-            let sockets = Sockets::default();
-            let relay = serve(transport.listen(UDS_PORT).unwrap(), sockets.clone());
+            let host = HostSockets::serve(transport.listen(UDS_PORT).unwrap(), UDS_PORT);
             Host {
                 dir,
-                sockets,
-                _relay: relay,
+                sockets: host.sockets.clone(),
+                _host: host,
             }
         }
 

@@ -39,12 +39,12 @@ impl SandboxOwner {
         reply: Reply<u32>,
     ) {
         let request = &quiet.value;
-        let io = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
+        let io = Stdio::of_request(
+            &request.stdin,
+            &request.stdout,
+            &request.stderr,
+            request.terminal,
+        );
         let (config, role, create) = match self.read_create(config, request, io.clone()) {
             Ok(read) => read,
             Err(error) => return reply.send(Err(error)),
@@ -149,7 +149,7 @@ impl SandboxOwner {
 
     pub(super) fn create_failed(&mut self, id: &str) {
         self.state.create_failed(id);
-        self.forget(&ProcessId::new(id, ""));
+        self.forget(&ProcessId::init(id));
         self.limits_changed();
     }
 
@@ -166,9 +166,8 @@ impl SandboxOwner {
                 return reply.send(Err(error));
             }
         };
-        let init = ProcessId::new(&request.id, "");
-        let vm_pid = guest.vm.identity().pid.cast_unsigned();
-        let pid = self.state.created(&request.id, vm_pid, made.is_none());
+        let init = ProcessId::init(&request.id);
+        let pid = self.state.created(&request.id, guest.pid(), made.is_none());
         if let Some((container, mut pumps)) = made {
             self.runtimes.container(&request.id).container = Some(container);
             let kept = self.runtimes.process(&init);
@@ -216,9 +215,8 @@ async fn make(
 ) -> Result<Created> {
     if role == Role::Sandbox {
         let guest = launching.clone().await?;
-        if guest.pod {
-            let pid = guest.vm.identity().pid;
-            run_create_hooks(hooks, pid).await?;
+        if guest.features().pod {
+            run_create_hooks(hooks, guest.pid()).await?;
             return Ok((guest, None));
         }
     }
@@ -239,9 +237,9 @@ async fn make(
     let guest = launching.await?;
     let sized = guest.fit(wanted).await;
     sized.map_err(|error| error.context("cannot make room for the container"))?;
-    let pid = guest.vm.identity().pid;
+    let pid = guest.pid();
     run_create_hooks(hooks, pid).await?;
-    match in_guest(&guest, &create, host, host_io).await {
+    match in_guest(&*guest, &create, host, host_io).await {
         Ok(made) => Ok((guest, Some(made))),
         Err(error) => {
             let _ = hooks.run(HookPhase::Deleted, pid).await;
@@ -250,7 +248,7 @@ async fn make(
     }
 }
 
-async fn run_create_hooks(hooks: &HostHooks, pid: i32) -> Result<()> {
+async fn run_create_hooks(hooks: &HostHooks, pid: u32) -> Result<()> {
     let made = hooks.run(HookPhase::Create, pid).await;
     if made.is_err() {
         let _ = hooks.run(HookPhase::Deleted, pid).await;

@@ -10,13 +10,12 @@ use ttrpc::Code;
 
 use crate::error::{Error, Result};
 use crate::from_guest::text;
-use crate::guest::agent_calls;
-use crate::guest::boot::{Ended, Guest};
+use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::ending;
 use crate::host::exit_record;
-use crate::model::{Exit, ProcessId};
+use crate::model::{Exit, ProcessId, SignalScope};
 use crate::sandbox::owner::SandboxOwner;
-use crate::sandbox::request::{Outcome, Reply, SignalScope};
+use crate::sandbox::request::{Outcome, Reply};
 
 /// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
 /// for dead.
@@ -69,9 +68,8 @@ impl SandboxOwner {
             Ok(guest) => guest,
             Err(error) => return reply.send(Err(error)),
         };
-        let all = scope == SignalScope::Container;
         let is_sigkill = signal == libc::SIGKILL.cast_unsigned();
-        let last_resort = is_sigkill && (all || process.is_init());
+        let last_resort = is_sigkill && (scope == SignalScope::Container || process.is_init());
         if last_resort {
             self.begin_to_end(&process.container);
         } else if is_sigkill {
@@ -79,7 +77,7 @@ impl SandboxOwner {
         }
         let deadline = ending::signal_deadline(self.config.kill_timeout());
         self.begin(async move {
-            let result = agent_calls::signal(&guest, &process, signal, all, deadline).await;
+            let result = guest.signal(&process, signal, scope, deadline).await;
             Outcome::Signalled {
                 last_resort,
                 result,
@@ -179,9 +177,9 @@ impl SandboxOwner {
     }
 
     /// Watches for the end of a process.
-    pub(super) fn watch_exit(&mut self, guest: Arc<Guest>, process: ProcessId) {
+    pub(super) fn watch_exit(&mut self, guest: Arc<dyn GuestCalls>, process: ProcessId) {
         self.begin(async move {
-            let status = agent_calls::wait(&guest, &process).await;
+            let status = guest.wait(&process).await;
             Outcome::Exited { process, status }
         });
     }
@@ -238,11 +236,7 @@ impl SandboxOwner {
                 continue;
             }
             self.events.publish(&TaskExit {
-                id: if process.is_init() {
-                    process.container.clone()
-                } else {
-                    process.exec.clone()
-                },
+                id: process.exec.as_ref().unwrap_or(&process.container).clone(),
                 container_id: process.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,

@@ -28,8 +28,9 @@ use crate::container::create;
 use crate::container::shared_volumes::SharedVolumes;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
-use crate::from_guest::{Bucket, watch_oom};
-use crate::guest::boot::{BootConfig, Guest, ROOTFS, SHARE, launch, served};
+use crate::from_guest::Bucket;
+use crate::guest::boot::{BootConfig, ROOTFS, SHARE, served};
+use crate::guest::calls::GuestCalls;
 use crate::guest::machine_size::{MachineSize, ResourceLimits, WantedSize};
 use crate::host::dir::Dir;
 use crate::host::identity::SandboxIdentity;
@@ -57,7 +58,11 @@ const LEAST_IDLE: Duration = Duration::from_secs(5);
 /// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 
-pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<Guest>>>>;
+pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<dyn GuestCalls>>>>;
+
+/// How a guest is brought up.
+pub type Launch =
+    Box<dyn Fn(BootConfig, Arc<Ledger>) -> BoxFuture<'static, Result<Arc<dyn GuestCalls>>> + Send>;
 
 /// The owner.
 pub struct SandboxOwner {
@@ -72,7 +77,7 @@ pub struct SandboxOwner {
     pub(super) pod: Pod,
     pub(super) created_at: SystemTime,
     pub(super) launching: Option<Launching>,
-    pub(super) guest: Option<Arc<Guest>>,
+    pub(super) guest: Option<Arc<dyn GuestCalls>>,
     /// How large the machine should be.
     pub(super) wanted: WantedSize,
     pub(super) strangers: Bucket,
@@ -82,6 +87,7 @@ pub struct SandboxOwner {
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
     handle: SandboxHandle,
+    launch: Launch,
     /// What the sandbox's end waits for.
     work: JoinSet<Outcome>,
     /// What it does not wait for.
@@ -94,6 +100,7 @@ impl SandboxOwner {
         identity: SandboxIdentity,
         ledger: Ledger,
         events: Publisher,
+        launch: Launch,
     ) -> (SandboxOwner, SandboxHandle, Requests) {
         let (handle, requests) = SandboxHandle::new();
         let owner = SandboxOwner {
@@ -118,6 +125,7 @@ impl SandboxOwner {
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
+            launch,
             work: JoinSet::new(),
             clocks: JoinSet::new(),
         };
@@ -206,8 +214,11 @@ impl SandboxOwner {
             }
             Request::Wait { process, reply } => self.wait(&process, reply),
             Request::Pids { container, reply } => reply.send(self.state.pids(&container)),
-            Request::Pause { container, reply } => self.set_paused(container, true, reply),
-            Request::Resume { container, reply } => self.set_paused(container, false, reply),
+            Request::SetFreezer {
+                container,
+                to,
+                reply,
+            } => self.set_freezer(container, to, reply),
             Request::ResizeTerminal {
                 process,
                 width,
@@ -292,14 +303,14 @@ impl SandboxOwner {
             } => {
                 reply.send(self.signalled(last_resort, result));
             }
-            Outcome::PauseSet {
+            Outcome::FreezerSet {
                 container,
-                paused,
+                to,
                 result,
                 reply,
             } => {
                 if result.is_ok() {
-                    self.pause_set(container, paused);
+                    self.freezer_set(container, to);
                 }
                 reply.send(result);
             }
@@ -347,7 +358,7 @@ impl SandboxOwner {
     pub(super) fn forward_to_guest<T, F>(
         &mut self,
         reply: Reply<T>,
-        call: impl FnOnce(Arc<Guest>) -> F,
+        call: impl FnOnce(Arc<dyn GuestCalls>) -> F,
     ) where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -364,7 +375,7 @@ impl SandboxOwner {
         }
     }
 
-    pub(super) fn living_guest(&self) -> Result<Arc<Guest>> {
+    pub(super) fn living_guest(&self) -> Result<Arc<dyn GuestCalls>> {
         self.state.alive()?;
         self.guest
             .clone()
@@ -395,11 +406,11 @@ impl SandboxOwner {
             shm_bytes: self.pod.shm.as_ref().map(|shm| shm.bytes),
             netns: sandbox_spec.netns,
         };
-        let ledger = self.ledger.clone();
+        let launched = (self.launch)(boot, self.ledger.clone());
         let mut ending = self.ending.subscribe();
         let launching = async move {
             tokio::select! {
-                launched = launch(&boot, &ledger) => launched.map(Arc::new),
+                launched = launched => launched,
                 // What was started goes with the launch.
                 _ = ending.wait_for(|ending| *ending) => {
                     Err(Error::unavailable("the sandbox has ended"))
@@ -440,14 +451,15 @@ impl SandboxOwner {
         self.wanted.set(size)
     }
 
-    fn launched(&mut self, result: Result<Arc<Guest>>) {
+    fn launched(&mut self, result: Result<Arc<dyn GuestCalls>>) {
         match result {
             Ok(guest) => {
                 self.guest = Some(guest.clone());
                 let handle = self.handle.clone();
                 let tell = move |container| handle.tell(Request::OutOfMemory { container });
+                let watched = guest.clone();
                 // Ends with the agent's connection.
-                tokio::spawn(watch_oom(guest.agent.clone(), tell));
+                tokio::spawn(async move { watched.watch_oom(&tell).await });
                 self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {

@@ -8,8 +8,8 @@ use tokio::time::timeout_at;
 use ttrpc::Code;
 
 use super::*;
+use crate::model::SignalScope;
 use crate::model::{Exit, ProcessId, Stdio};
-use crate::sandbox::request::SignalScope;
 use crate::sandbox::state::{KILLED, Stage};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,7 +29,12 @@ impl Lab {
         let identity = SandboxIdentity::new("/run/containerd/containerd.sock", "default", "web");
         let ledger = Ledger::create(&dir.path().join("state")).unwrap();
         let events = Publisher::start("", "default");
-        let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events);
+        let (owner, handle, requests) = SandboxOwner::new(
+            identity,
+            ledger,
+            events,
+            Box::new(crate::guest::boot::start),
+        );
         let mut lab = Lab {
             owner,
             requests,
@@ -37,7 +42,7 @@ impl Lab {
             _dir: dir,
         };
         lab.create();
-        let (init, exec) = (ProcessId::new("web", ""), ProcessId::new("web", "e"));
+        let (init, exec) = (ProcessId::init("web"), ProcessId::exec("web", "e"));
         let state = &mut lab.owner.state;
         state.start(&init).unwrap();
         state.started(&init).unwrap();
@@ -65,7 +70,7 @@ impl Lab {
 
     fn wait(&mut self, exec: &str) -> Receiver<Result<Exit>> {
         let (reply, answer) = Reply::new();
-        self.owner.wait(&ProcessId::new("web", exec), reply);
+        self.owner.wait(&ProcessId::of_request("web", exec), reply);
         answer
     }
 
@@ -96,7 +101,7 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
         "{reason}"
     );
     let (reply, mut killed) = Reply::new();
-    let process = ProcessId::new("web", "");
+    let process = ProcessId::init("web");
     lab.owner.kill(process, 9, SignalScope::Container, reply);
     let error = killed.try_recv().unwrap().unwrap_err();
     assert_eq!(
@@ -110,8 +115,8 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
 async fn a_sigkill_that_works_ends_nothing_else() {
     let mut lab = Lab::running();
     lab.owner.begin_to_end("web");
-    lab.owner.exited(&ProcessId::new("web", "e"), KILLED);
-    lab.owner.exited(&ProcessId::new("web", ""), KILLED);
+    lab.owner.exited(&ProcessId::exec("web", "e"), KILLED);
+    lab.owner.exited(&ProcessId::init("web"), KILLED);
     lab.drive(TIMEOUT * 2).await;
     assert!(lab.is_alive());
 }
@@ -120,9 +125,9 @@ async fn a_sigkill_that_works_ends_nothing_else() {
 async fn the_next_task_of_the_same_name_is_not_killed_for_the_last_one() {
     let mut lab = Lab::running();
     lab.owner.begin_to_end("web");
-    lab.owner.exited(&ProcessId::new("web", "e"), KILLED);
-    lab.owner.exited(&ProcessId::new("web", ""), KILLED);
-    lab.owner.forget(&ProcessId::new("web", ""));
+    lab.owner.exited(&ProcessId::exec("web", "e"), KILLED);
+    lab.owner.exited(&ProcessId::init("web"), KILLED);
+    lab.owner.forget(&ProcessId::init("web"));
     lab.create();
     lab.drive(TIMEOUT * 2).await;
     assert_eq!(
@@ -139,8 +144,8 @@ async fn the_next_task_of_the_same_name_is_not_killed_for_the_last_one() {
 async fn who_waits_for_a_task_that_is_deleted_gets_an_answer() {
     let mut lab = Lab::running();
     let (init, mut exec) = (lab.wait(""), lab.wait("e"));
-    lab.owner.exited(&ProcessId::new("web", ""), 3);
-    lab.owner.forget(&ProcessId::new("web", "e"));
+    lab.owner.exited(&ProcessId::init("web"), 3);
+    lab.owner.forget(&ProcessId::exec("web", "e"));
     assert_eq!(exec.try_recv().unwrap().unwrap_err().code, Code::NOT_FOUND);
     // The init's exit is told after that of its execs, or when they are not heard of.
     lab.drive(Duration::from_secs(3)).await;
@@ -165,12 +170,12 @@ async fn a_failure_of_the_shim_itself_ends_every_wait() {
 #[tokio::test(start_paused = true)]
 async fn input_closed_before_there_is_any_stays_closed() {
     let mut lab = Lab::running();
-    let process = ProcessId::new("web", "e");
+    let process = ProcessId::exec("web", "e");
     lab.owner.close_stdin(&process).unwrap();
     assert!(lab.owner.runtimes.process(&process).stdin_closed);
     let error = lab
         .owner
-        .close_stdin(&ProcessId::new("web", "x"))
+        .close_stdin(&ProcessId::exec("web", "x"))
         .unwrap_err();
     assert_eq!(error.code, Code::NOT_FOUND);
 }
@@ -199,13 +204,13 @@ async fn a_sandbox_that_nobody_knows_ends_by_itself() {
     let mut lab = Lab::running();
     lab.drive(IDLE_DEADLINE * 2).await;
     assert!(!lab.owner.ended, "it has a task");
-    lab.owner.exited(&ProcessId::new("web", "e"), 0);
-    lab.owner.exited(&ProcessId::new("web", ""), 0);
+    lab.owner.exited(&ProcessId::exec("web", "e"), 0);
+    lab.owner.exited(&ProcessId::init("web"), 0);
     lab.handle.tell(Request::SandboxStats {
         reply: Reply::new().0,
     });
     lab.drive(Duration::ZERO).await;
-    lab.owner.forget(&ProcessId::new("web", ""));
+    lab.owner.forget(&ProcessId::init("web"));
     lab.drive(IDLE_DEADLINE / 2).await;
     assert!(!lab.owner.ended);
     lab.drive(IDLE_DEADLINE / 2).await;
@@ -216,7 +221,7 @@ async fn a_sandbox_that_nobody_knows_ends_by_itself() {
 async fn the_end_of_a_sandbox_does_not_wait_for_clocks() {
     let mut lab = Lab::running();
     lab.owner.begin_to_end("web");
-    lab.owner.exited(&ProcessId::new("web", ""), KILLED);
+    lab.owner.exited(&ProcessId::init("web"), KILLED);
     let (reply, _answer) = Reply::new();
     lab.handle.tell(Request::Shutdown { now: true, reply });
     let begun = Instant::now();
@@ -254,7 +259,7 @@ async fn states_are_told_as_they_are() {
     let lab = Lab::running();
     let found = lab
         .owner
-        .process_state(&ProcessId::new("web", "e"))
+        .process_state(&ProcessId::exec("web", "e"))
         .unwrap();
     assert_eq!(Path::new(&found.bundle), lab._dir.path());
     assert_eq!(lab.owner.task_pid("web"), Ok(100));

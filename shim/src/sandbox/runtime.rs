@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 
+use oci_spec::runtime::Process as ProcessSpec;
 use tokio::time::Instant;
 
 use crate::container::create::Container;
 use crate::container::hooks::HostHooks;
-use crate::guest::agent_calls::PendingExec;
 use crate::guest::machine_size::ResourceLimits;
+use crate::guest::preconnect::PreconnectedStdio;
 use crate::model::{Exit, ProcessId};
 use crate::sandbox::request::Reply;
 use crate::stdio::Pumps;
@@ -26,6 +27,15 @@ pub struct ContainerRuntime {
     pub updates: u64,
     /// When it got its first SIGKILL.
     pub killed: Option<Instant>,
+}
+
+/// What is known of an exec that is announced.
+#[derive(Debug)]
+pub struct PendingExec {
+    /// What to run.
+    pub spec: ProcessSpec,
+    /// Its streams.
+    pub preconnected: Option<PreconnectedStdio>,
 }
 
 /// Of one process.

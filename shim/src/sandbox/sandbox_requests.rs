@@ -20,8 +20,7 @@ use crate::config::Config;
 use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
-use crate::guest::agent_calls;
-use crate::guest::boot::Guest;
+use crate::guest::calls::GuestCalls;
 use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
@@ -80,9 +79,9 @@ impl SandboxOwner {
     pub(super) fn sandbox_created(
         &mut self,
         sandbox: &str,
-        result: Result<Arc<Guest>>,
+        result: Result<Arc<dyn GuestCalls>>,
     ) -> Result<()> {
-        let guest = result.and_then(|guest| match guest.pod {
+        let guest = result.and_then(|guest| match guest.features().pod {
             true => Ok(guest),
             false => Err(Error::unimplemented(
                 "the Sandbox API needs Cofferdam's own guest agent",
@@ -90,8 +89,7 @@ impl SandboxOwner {
         });
         match guest {
             Ok(guest) => {
-                let vm_pid = guest.vm.identity().pid.cast_unsigned();
-                self.state.created(sandbox, vm_pid, true);
+                self.state.created(sandbox, guest.pid(), true);
                 Ok(())
             }
             Err(error) => {
@@ -140,7 +138,7 @@ impl SandboxOwner {
     /// # Errors
     /// `NOT_FOUND`.
     pub(super) fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
-        let status = self.state.status(&ProcessId::new(id, ""))?;
+        let status = self.state.status(&ProcessId::init(id))?;
         let alive = self.state.alive();
         Ok(SandboxStatus {
             pid: self.state.task(id)?.init.pid,
@@ -166,7 +164,7 @@ impl SandboxOwner {
     pub(super) fn sandbox_stats(&mut self, reply: Reply<Stats>) {
         let ids: Vec<String> = self.runtimes.in_guest().cloned().collect();
         self.forward_to_guest(reply, |guest| async move {
-            let stats = join_all(ids.iter().map(|id| agent_calls::stats(&guest, id))).await;
+            let stats = join_all(ids.iter().map(|id| guest.stats(id))).await;
             // One that ends meanwhile has nothing to add.
             let mut sum = Stats::default();
             stats.into_iter().flatten().for_each(|one| sum.add(&one));

@@ -122,22 +122,22 @@ impl State {
     /// `NOT_FOUND`.
     pub fn process(&self, key: &ProcessId) -> Result<&Process> {
         let task = self.task(&key.container)?;
-        match key.is_init() {
-            true => Ok(&task.init),
-            false => task
+        match &key.exec {
+            None => Ok(&task.init),
+            Some(exec) => task
                 .execs
-                .get(&key.exec)
+                .get(exec)
                 .ok_or_else(|| Error::not_found(format!("{key} is not there"))),
         }
     }
 
     fn process_mut(&mut self, key: &ProcessId) -> Result<&mut Process> {
         let task = self.task_mut(&key.container)?;
-        match key.is_init() {
-            true => Ok(&mut task.init),
-            false => task
+        match &key.exec {
+            None => Ok(&mut task.init),
+            Some(exec) => task
                 .execs
-                .get_mut(&key.exec)
+                .get_mut(exec)
                 .ok_or_else(|| Error::not_found(format!("{key} is not there"))),
         }
     }
@@ -229,19 +229,19 @@ impl State {
         self.alive()?;
         let pid = self.next_pid();
         let task = self.task_mut(&key.container)?;
-        if key.is_init() {
+        let Some(exec) = &key.exec else {
             return Err(Error::invalid(format!(
                 "exec in task {} has no id",
                 key.container
             )));
-        }
-        if task.execs.contains_key(&key.exec) {
+        };
+        if task.execs.contains_key(exec) {
             return Err(Error::exists(format!("{key} already exists")));
         }
         task.running()?;
         task.has_processes(&key.container)?;
         task.execs.insert(
-            key.exec.clone(),
+            exec.clone(),
             Process {
                 pid,
                 stage: Stage::Created,
@@ -346,16 +346,20 @@ impl State {
             return Vec::new();
         }
         let mut exits = vec![(key.clone(), exit)];
-        match task.execs.get_mut(&key.exec) {
-            Some(exec) => exec.stage = Stage::Exited(exit),
+        match &key.exec {
             None => task.end(exit),
+            Some(exec) => {
+                if let Some(exec) = task.execs.get_mut(exec) {
+                    exec.stage = Stage::Exited(exit);
+                }
+            }
         }
         if !key.is_init()
             && !task.has_live_execs()
             && let Some(held) = task.held.take()
         {
             task.end(held);
-            exits.push((ProcessId::new(&key.container, ""), held));
+            exits.push((ProcessId::init(&key.container), held));
         }
         exits
     }
@@ -388,7 +392,7 @@ impl State {
                 // Without a start event there is no exit event either; who waits for it is answered
                 // by `Exited`.
                 if exec.stage == Stage::Running {
-                    exits.push((ProcessId::new(id, exec_id), exit));
+                    exits.push((ProcessId::exec(id, exec_id), exit));
                 }
                 exec.stage = Stage::Exited(exit);
             }
@@ -403,7 +407,7 @@ impl State {
                 at,
             });
             task.end(exit);
-            exits.push((ProcessId::new(id, ""), exit));
+            exits.push((ProcessId::init(id), exit));
         }
         exits
     }
@@ -489,11 +493,11 @@ impl State {
 
     /// It is deleted.
     pub fn deleted(&mut self, key: &ProcessId) {
-        match key.is_init() {
-            true => drop(self.tasks.remove(&key.container)),
-            false => {
+        match &key.exec {
+            None => drop(self.tasks.remove(&key.container)),
+            Some(exec) => {
                 if let Some(task) = self.tasks.get_mut(&key.container) {
-                    task.execs.remove(&key.exec);
+                    task.execs.remove(exec);
                 }
             }
         }
@@ -549,20 +553,20 @@ impl State {
         })
     }
 
-    /// Pids of a container's living processes, with the exec's id (empty for init). Init stays in
+    /// Pids of a container's living processes, with the exec's id. Init stays in
     /// the list until it is deleted: containerd takes a task without pids for leaked when it comes
     /// back, and its exit status is lost.
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
+    pub fn pids(&self, id: &str) -> Result<Vec<(u32, Option<String>)>> {
         let task = self.task(id)?;
         let execs = task
             .execs
             .iter()
             .filter(|(_, exec)| exec.is_live())
-            .map(|(id, exec)| (exec.pid, id.clone()));
-        Ok(std::iter::once((task.init.pid, String::new()))
+            .map(|(id, exec)| (exec.pid, Some(id.clone())));
+        Ok(std::iter::once((task.init.pid, None))
             .chain(execs)
             .collect())
     }

@@ -15,14 +15,14 @@ use tokio::time::Instant;
 use crate::container::hooks::HookPhase;
 use crate::error::{Error, Result};
 use crate::from_guest::Stats;
-use crate::guest::agent_calls::{self, PendingExec, PreconnectedStdio};
-use crate::guest::boot::Guest;
+use crate::guest::calls::{Freezer, GuestCalls};
 use crate::guest::ending::DeleteBy;
 use crate::guest::machine_size::ResourceLimits;
 use crate::model::{Exit, ProcessId, Stdio};
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Outcome, ProcessState, Reply};
-use crate::stdio::Pumps;
+use crate::sandbox::runtime::PendingExec;
+use crate::stdio::{HostIo, Pumps};
 
 impl SandboxOwner {
     /// `Start`.
@@ -38,15 +38,11 @@ impl SandboxOwner {
             Err(error) => return reply.send(Err(error)),
         };
         // An exec whose start fails can be started again.
-        let exec = self
-            .runtimes
-            .process(&process)
+        let kept = self.runtimes.process(&process);
+        let exec = kept
             .exec
             .as_mut()
-            .map(|exec| PendingExec {
-                process: exec.process.clone(),
-                dialled: exec.dialled.take(),
-            });
+            .map(|exec| (exec.spec.clone(), exec.preconnected.take()));
         let namespace = self.identity.namespace.clone();
         let is_pod_sandbox = self.state.is_pod_sandbox(&process.container);
         // Between the sandbox's creation and its start its network may have been made.
@@ -60,13 +56,13 @@ impl SandboxOwner {
                 match exec {
                     None if is_pod_sandbox => Ok(None),
                     None => {
-                        agent_calls::start_init(&guest, &process.container).await?;
+                        guest.start_container(&process.container).await?;
                         Ok(None)
                     }
-                    Some(exec) => {
-                        let pumps =
-                            agent_calls::start_exec(&guest, &process, exec, &io, &namespace);
-                        pumps.await.map(Some)
+                    Some((spec, preconnected)) => {
+                        let host_io = HostIo::open(&io, &namespace, &process.container).await?;
+                        let guest_io = guest.exec(&process, &spec, &io, preconnected).await?;
+                        Ok(Some(Pumps::start(host_io, guest_io)))
                     }
                 }
             };
@@ -82,7 +78,7 @@ impl SandboxOwner {
 
     pub(super) fn started(
         &mut self,
-        guest: Arc<Guest>,
+        guest: Arc<dyn GuestCalls>,
         process: ProcessId,
         result: Result<Option<Pumps>>,
         reply: Reply<u32>,
@@ -111,7 +107,7 @@ impl SandboxOwner {
         if let Some((width, height)) = size {
             let resized = process.clone();
             self.begin(async move {
-                let _ = agent_calls::resize_terminal(&guest, &resized, width, height).await;
+                let _ = guest.resize_terminal(&resized, width, height).await;
                 Outcome::Done
             });
         }
@@ -126,7 +122,7 @@ impl SandboxOwner {
                 });
             }
         } else {
-            let exec_id = process.exec.clone();
+            let exec_id = process.exec_id().to_owned();
             self.events.publish(&TaskExecStarted {
                 container_id,
                 exec_id,
@@ -147,25 +143,22 @@ impl SandboxOwner {
         spec: ProcessSpec,
         reply: Reply<()>,
     ) {
-        let process = ProcessId::new(&request.id, &request.exec_id);
-        let io = Stdio {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-        };
+        let process = ProcessId::exec(&request.id, &request.exec_id);
+        let io = Stdio::of_request(
+            &request.stdin,
+            &request.stdout,
+            &request.stderr,
+            request.terminal,
+        );
         if let Err(error) = self.state.exec(&process, io.clone()) {
             return reply.send(Err(error));
         }
         let guest = self.guest.as_ref();
-        let dialled = guest.and_then(|guest| PreconnectedStdio::begin(guest, &process, &io));
+        let preconnected = guest.and_then(|guest| guest.preconnect(&process, &io));
         if let Some(container) = &self.runtimes.container(&request.id).container {
             container.runs_as(spec.user());
         }
-        self.runtimes.process(&process).exec = Some(PendingExec {
-            process: spec,
-            dialled,
-        });
+        self.runtimes.process(&process).exec = Some(PendingExec { spec, preconnected });
         self.events.publish(&TaskExecAdded {
             container_id: request.id,
             exec_id: request.exec_id,
@@ -189,7 +182,7 @@ impl SandboxOwner {
             at: SystemTime::UNIX_EPOCH,
         });
         let pumps = self.runtimes.take_pumps(&process);
-        let vm_pid = self.guest.as_ref().map(|guest| guest.vm.identity().pid);
+        let vm_pid = self.guest.as_ref().map(|guest| guest.pid());
         let guest = self.living_guest().ok().filter(|_| process.is_init());
         let (mut container, mut hooks, mut killed) = (None, None, None);
         if process.is_init() {
@@ -251,7 +244,7 @@ impl SandboxOwner {
         let (Some(kept), Some(guest)) = (self.runtimes.known(id), self.guest.as_ref()) else {
             return;
         };
-        let (hooks, pid) = (kept.hooks.clone(), guest.vm.identity().pid);
+        let (hooks, pid) = (kept.hooks.clone(), guest.pid());
         self.begin(async move {
             let _ = hooks.run(HookPhase::Started, pid).await;
             Outcome::Done
@@ -300,26 +293,26 @@ impl SandboxOwner {
     }
 
     /// `Pause` and `Resume`.
-    pub(super) fn set_paused(&mut self, container: String, paused: bool, reply: Reply<()>) {
-        let may = self.state.may_pause(&container, paused);
+    pub(super) fn set_freezer(&mut self, container: String, to: Freezer, reply: Reply<()>) {
+        let may = self.state.may_pause(&container, to == Freezer::Frozen);
         let guest = match may.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
             Err(error) => return reply.send(Err(error)),
         };
         self.begin(async move {
-            let result = agent_calls::set_paused(&guest, &container, paused).await;
-            Outcome::PauseSet {
+            let result = guest.set_freezer(&container, to).await;
+            Outcome::FreezerSet {
                 container,
-                paused,
+                to,
                 result,
                 reply,
             }
         });
     }
 
-    pub(super) fn pause_set(&mut self, container_id: String, paused: bool) {
-        self.state.set_paused(&container_id, paused);
-        if paused {
+    pub(super) fn freezer_set(&mut self, container_id: String, to: Freezer) {
+        self.state.set_paused(&container_id, to == Freezer::Frozen);
+        if to == Freezer::Frozen {
             self.events.publish(&TaskPaused {
                 container_id,
                 ..Default::default()
@@ -351,7 +344,7 @@ impl SandboxOwner {
         let kept = self.runtimes.process(&process);
         if process.is_init() || kept.pumps.is_some() {
             return self.forward_to_guest(reply, |guest| async move {
-                agent_calls::resize_terminal(&guest, &process, width, height).await
+                guest.resize_terminal(&process, width, height).await
             });
         }
         kept.terminal_size = Some((width, height));
@@ -400,7 +393,7 @@ impl SandboxOwner {
             let updating = async {
                 guest.grow(&wanted).await?;
                 if !is_pod {
-                    agent_calls::update(&guest, &container, &resources).await?;
+                    guest.update(&container, &resources).await?;
                 }
                 guest.fit(&wanted).await
             };
@@ -475,8 +468,6 @@ impl SandboxOwner {
             // What the machine itself uses is in the pod's cgroup on the host.
             return reply.send(Ok(Stats::default()));
         }
-        self.forward_to_guest(reply, |guest| async move {
-            agent_calls::stats(&guest, &container).await
-        });
+        self.forward_to_guest(reply, |guest| async move { guest.stats(&container).await });
     }
 }

@@ -95,47 +95,43 @@ impl StdinCloser {
 }
 
 impl HostIo {
-    /// Opens what a request names. Empty names are channels that the process does not have.
+    /// Opens what a request names.
     ///
     /// # Errors
     /// One line that names the path or URI; an unknown scheme.
     pub async fn open(io: &Stdio, namespace: &str, id: &str) -> Result<HostIo> {
         let mut host = HostIo::default();
-        if !io.stdin.is_empty() {
-            let (reader, writer) = open_input(Path::new(&io.stdin))?;
+        if let Some(stdin) = &io.stdin {
+            let (reader, writer) = open_input(Path::new(stdin))?;
             host.stdin = Some(reader);
             host.close_stdin = StdinCloser(Arc::new(Mutex::new(Some(writer))));
         }
-        match io
-            .stdout
-            .split_once("://")
-            .map(|(scheme, _)| scheme)
-            .or_else(|| other_scheme(&io.stdout))
-        {
+        let uri = io.stdout.as_deref().unwrap_or_default();
+        let scheme = uri.split_once("://").map(|(scheme, _)| scheme);
+        match scheme.or_else(|| other_scheme(uri)) {
             None | Some("fifo") => {
-                host.stdout = open_output(&io.stdout)?;
+                host.stdout = io.stdout.as_deref().map(open_output).transpose()?;
                 if !io.terminal {
-                    host.stderr = open_output(&io.stderr)?;
+                    host.stderr = io.stderr.as_deref().map(open_output).transpose()?;
                 }
             }
             Some("file") => {
-                let file = open_file(&io.stdout)?;
+                let file = open_file(uri)?;
                 host.stderr = Some(Output::File(
-                    file.try_clone().doing(|| format!("open {}", io.stdout))?,
+                    file.try_clone().doing(|| format!("open {uri}"))?,
                 ));
                 host.stdout = Some(Output::File(file));
             }
             Some("binary") => {
-                let (logger, stdout, stderr) = Logger::start(&io.stdout, namespace, id).await?;
+                let (logger, stdout, stderr) = Logger::start(uri, namespace, id).await?;
                 host.logger = Some(logger);
                 host.stdout = Some(Output::Pipe(stdout));
                 host.stderr = Some(Output::Pipe(stderr));
             }
             Some(scheme) => {
                 return Err(Error::invalid(format!(
-                    "stdio URI {:?} has the unknown scheme {scheme:?}: use a fifo, file:// or \
-                     binary://",
-                    io.stdout
+                    "stdio URI {uri:?} has the unknown scheme {scheme:?}: use a fifo, file:// or \
+                     binary://"
                 )));
             }
         }
@@ -164,10 +160,7 @@ fn open_input(path: &Path) -> Result<(pipe::Receiver, File)> {
     ))
 }
 
-fn open_output(uri: &str) -> Result<Option<Output>> {
-    if uri.is_empty() {
-        return Ok(None);
-    }
+fn open_output(uri: &str) -> Result<Output> {
     let path = Path::new(uri.strip_prefix("fifo://").unwrap_or(uri));
     let doing = || format!("open the output fifo {}", path.display());
     let reader = File::options()
@@ -176,11 +169,11 @@ fn open_output(uri: &str) -> Result<Option<Output>> {
         .open(path)
         .doing(doing)?;
     let sender = pipe::OpenOptions::new().open_sender(path).doing(doing)?;
-    Ok(Some(Output::Fifo(Fifo {
+    Ok(Output::Fifo(Fifo {
         sender,
         reader: Some(reader),
         opened: Instant::now(),
-    })))
+    }))
 }
 
 fn open_file(uri: &str) -> Result<File> {
@@ -240,15 +233,15 @@ mod tests {
     async fn fifos_open_without_a_client_and_end_when_closed() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdout: fifo(dir.path(), "out"),
-            stderr: fifo(dir.path(), "err"),
+            stdout: Some(fifo(dir.path(), "out")),
+            stderr: Some(fifo(dir.path(), "err")),
             ..Stdio::default()
         };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
         let mut reader = File::options()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
-            .open(&io.stdout)
+            .open(io.stdout.as_ref().unwrap())
             .unwrap();
         host.stdout
             .as_mut()
@@ -266,7 +259,7 @@ mod tests {
     async fn a_client_that_comes_after_the_process_has_ended_finds_its_output() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdout: fifo(dir.path(), "out"),
+            stdout: Some(fifo(dir.path(), "out")),
             ..Stdio::default()
         };
         let mut output = HostIo::open(&io, "default", "web")
@@ -275,7 +268,7 @@ mod tests {
             .stdout
             .unwrap();
         output.write_all(b"hello").await.unwrap();
-        let path = io.stdout.clone();
+        let path = io.stdout.clone().unwrap();
         let client = std::thread::spawn(move || {
             std::thread::sleep(CLIENT_PAUSE * 10);
             std::fs::read_to_string(path).unwrap()
@@ -289,7 +282,7 @@ mod tests {
     async fn a_client_that_never_comes_is_not_waited_for_long_after_the_start() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdout: fifo(dir.path(), "out"),
+            stdout: Some(fifo(dir.path(), "out")),
             ..Stdio::default()
         };
         let mut output = HostIo::open(&io, "default", "web")
@@ -308,11 +301,14 @@ mod tests {
     async fn input_ends_at_close_io_behind_what_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdin: fifo(dir.path(), "in"),
+            stdin: Some(fifo(dir.path(), "in")),
             ..Stdio::default()
         };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
-        let mut client = File::options().write(true).open(&io.stdin).unwrap();
+        let mut client = File::options()
+            .write(true)
+            .open(io.stdin.as_ref().unwrap())
+            .unwrap();
         client.write_all(b"all of it").unwrap();
         drop(client);
         host.close_stdin.close();
@@ -335,7 +331,7 @@ mod tests {
             format!("file:{}", path.display()),
         ] {
             let io = Stdio {
-                stdout: uri,
+                stdout: Some(uri),
                 ..Stdio::default()
             };
             let mut host = HostIo::open(&io, "default", "web").await.unwrap();
@@ -366,7 +362,7 @@ mod tests {
     #[tokio::test]
     async fn an_unknown_scheme_is_named() {
         let io = Stdio {
-            stdout: "gopher://x/y".into(),
+            stdout: Some("gopher://x/y".into()),
             ..Stdio::default()
         };
         let error = HostIo::open(&io, "default", "web").await.err().unwrap();
