@@ -22,6 +22,7 @@ mod logging;
 mod metrics;
 mod model;
 mod network;
+mod refusal;
 mod relay;
 mod sandbox;
 mod service;

@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
             ledger
         }
         Err(error) => {
-            let _ = ready.write_all(error.message.as_bytes());
+            let _ = ready.write_all(error.to_string().as_bytes());
             let _ = ledger::undo_own(&identity.state_dir());
             return Err(error);
         }

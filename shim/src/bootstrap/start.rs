@@ -296,7 +296,7 @@ mod tests {
         assert!(
             make_dir(&dir)
                 .unwrap_err()
-                .message
+                .to_string()
                 .contains("belongs to user 12345")
         );
         let link = root.path().join("link");

@@ -145,7 +145,7 @@ impl GuestCalls for RunningGuest {
                     .saturating_duration_since(Instant::now())
                     .max(REMOVE_PAUSE);
                 match self.agent.remove_container(&request, left).await {
-                    Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
+                    Err(error) if error.code() == Code::NOT_FOUND => return Ok(()),
                     Err(error) if Instant::now() + REMOVE_PAUSE < by => {
                         tracing::debug!(%error, id, "the guest is asked again to remove it");
                         sleep(REMOVE_PAUSE).await;
@@ -213,7 +213,7 @@ impl GuestCalls for RunningGuest {
         let started = self.agent.exec_process(&request, START_DEADLINE).await;
         if started
             .as_ref()
-            .is_err_and(|error| error.code == Code::DEADLINE_EXCEEDED)
+            .is_err_and(|error| error.code() == Code::DEADLINE_EXCEEDED)
         {
             // It may run all the same by now, and nobody would know.
             let sigkill = libc::SIGKILL.cast_unsigned();
@@ -266,7 +266,7 @@ impl GuestCalls for RunningGuest {
         };
         match self.agent.tty_win_resize(&request, CALL_DEADLINE).await {
             // There is no terminal, or nobody before it any more.
-            Err(error) if matches!(error.code, Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
+            Err(error) if matches!(error.code(), Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
             other => other,
         }
     }

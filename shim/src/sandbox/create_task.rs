@@ -47,11 +47,11 @@ impl SandboxOwner {
         );
         let (config, role, create) = match self.read_create(config, request, io.clone()) {
             Ok(read) => read,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         let id = request.id.clone();
         if let Err(error) = self.state.create(&id, &request.bundle, io) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         let hooks = HostHooks::of(&create.spec, &id, &request.bundle);
         let kept = self.runtimes.container(&id);
@@ -65,7 +65,7 @@ impl SandboxOwner {
                 Ok(both) => both,
                 Err(error) => {
                     self.create_failed(&id);
-                    return reply.send(Err(error));
+                    return reply.refuse(error);
                 }
             };
         self.limits_changed();
@@ -163,7 +163,7 @@ impl SandboxOwner {
             Ok(created) => created,
             Err(error) => {
                 self.create_failed(&request.id);
-                return reply.send(Err(error));
+                return reply.refuse(error);
             }
         };
         let init = ProcessId::init(&request.id);

@@ -36,6 +36,7 @@ use crate::host::dir::Dir;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::Ledger;
 use crate::host::mounts;
+use crate::refusal::Refusal;
 use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Outcome, Reply, Request, Requests, SandboxHandle};
 use crate::sandbox::runtime::Runtimes;
@@ -213,7 +214,9 @@ impl SandboxOwner {
                 self.kill(process, signal, scope, reply);
             }
             Request::Wait { process, reply } => self.wait(&process, reply),
-            Request::Pids { container, reply } => reply.send(self.state.pids(&container)),
+            Request::Pids { container, reply } => {
+                reply.send(self.state.pids(&container).map_err(Error::from))
+            }
             Request::SetFreezer {
                 container,
                 to,
@@ -371,15 +374,13 @@ impl SandboxOwner {
                     Outcome::Done
                 });
             }
-            Err(error) => reply.send(Err(error)),
+            Err(error) => reply.refuse(error),
         }
     }
 
-    pub(super) fn living_guest(&self) -> Result<Arc<dyn GuestCalls>> {
+    pub(super) fn living_guest(&self) -> Result<Arc<dyn GuestCalls>, Refusal> {
         self.state.alive()?;
-        self.guest
-            .clone()
-            .ok_or_else(|| Error::unavailable("the sandbox has no virtual machine yet"))
+        self.guest.clone().ok_or(Refusal::NoMachineYet)
     }
 
     /// The guest, which begins to come up with the first call.
@@ -413,7 +414,7 @@ impl SandboxOwner {
                 launched = launched => launched,
                 // What was started goes with the launch.
                 _ = ending.wait_for(|ending| *ending) => {
-                    Err(Error::unavailable("the sandbox has ended"))
+                    Err(Refusal::SandboxEnded.into())
                 }
             }
         };

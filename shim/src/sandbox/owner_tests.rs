@@ -95,7 +95,7 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
     assert!(lab.is_alive());
     lab.drive(Duration::from_millis(10)).await;
     assert_eq!((status(init), status(exec)), (KILLED, KILLED));
-    let reason = lab.owner.state.alive().unwrap_err().message;
+    let reason = lab.owner.state.alive().unwrap_err().to_string();
     assert!(
         reason.contains("task web did not end within 10 s of a SIGKILL"),
         "{reason}"
@@ -105,7 +105,7 @@ async fn a_sigkill_that_is_not_obeyed_ends_the_machine_and_every_wait() {
     lab.owner.kill(process, 9, SignalScope::Container, reply);
     let error = killed.try_recv().unwrap().unwrap_err();
     assert_eq!(
-        error.code,
+        error.code(),
         Code::NOT_FOUND,
         "it has ended: nothing is to be done"
     );
@@ -146,7 +146,10 @@ async fn who_waits_for_a_task_that_is_deleted_gets_an_answer() {
     let (init, mut exec) = (lab.wait(""), lab.wait("e"));
     lab.owner.exited(&ProcessId::init("web"), 3);
     lab.owner.forget(&ProcessId::exec("web", "e"));
-    assert_eq!(exec.try_recv().unwrap().unwrap_err().code, Code::NOT_FOUND);
+    assert_eq!(
+        exec.try_recv().unwrap().unwrap_err().code(),
+        Code::NOT_FOUND
+    );
     // The init's exit is told after that of its execs, or when they are not heard of.
     lab.drive(Duration::from_secs(3)).await;
     assert_eq!(status(init), 3);
@@ -159,7 +162,7 @@ async fn a_failure_of_the_shim_itself_ends_every_wait() {
     lab.owner.begin(async { panic!("a fault") });
     lab.drive(Duration::from_secs(1)).await;
     assert_eq!(status(init), KILLED);
-    let reason = lab.owner.state.alive().unwrap_err().message;
+    let reason = lab.owner.state.alive().unwrap_err().to_string();
     assert!(reason.contains("the shim has failed"), "{reason}");
     assert!(
         lab.owner.ended,
@@ -177,7 +180,7 @@ async fn input_closed_before_there_is_any_stays_closed() {
         .owner
         .close_stdin(&ProcessId::exec("web", "x"))
         .unwrap_err();
-    assert_eq!(error.code, Code::NOT_FOUND);
+    assert_eq!(error.code(), Code::NOT_FOUND);
 }
 
 #[tokio::test(start_paused = true)]
@@ -264,7 +267,7 @@ async fn states_are_told_as_they_are() {
     assert_eq!(Path::new(&found.bundle), lab._dir.path());
     assert_eq!(lab.owner.task_pid("web"), Ok(100));
     assert_eq!(
-        lab.owner.task_pid("other").unwrap_err().code,
+        lab.owner.task_pid("other").unwrap_err().code(),
         Code::NOT_FOUND
     );
 }

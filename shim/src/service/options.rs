@@ -110,7 +110,7 @@ mod tests {
         let both = config(&[(2, path), (3, "vcpus = 3\n")]).unwrap();
         assert_eq!((both.vcpus, both.memory_mib), (3, 300));
         let error = config(&[(2, "/no/such.toml")]).unwrap_err();
-        assert!(error.message.contains("/no/such.toml"), "{error}");
+        assert!(error.to_string().contains("/no/such.toml"), "{error}");
     }
 
     #[test]
@@ -134,10 +134,10 @@ mod tests {
             ("vcpus", "line 1: "),
         ] {
             let error = config(body).unwrap_err();
-            assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
+            assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
             assert!(
-                error.message.contains(part)
-                    && error.message.contains("containerd's configuration"),
+                error.to_string().contains(part)
+                    && error.to_string().contains("containerd's configuration"),
                 "{error}"
             );
         }
@@ -163,13 +163,13 @@ mod tests {
     #[test]
     fn other_options_and_garbage_are_named() {
         let error = config(Some(&any("windows.Options", b""))).unwrap_err();
-        assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
-        assert!(error.message.contains("windows.Options"));
+        assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
+        assert!(error.to_string().contains("windows.Options"));
         for garbage in [&b"\x12\xff"[..], b"\x0f", b"\x12\x05ab"] {
             assert_eq!(
                 config(Some(&any(RUNTIME_OPTIONS, garbage)))
                     .unwrap_err()
-                    .code,
+                    .code(),
                 ttrpc::Code::INVALID_ARGUMENT
             );
         }

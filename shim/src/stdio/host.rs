@@ -366,6 +366,6 @@ mod tests {
             ..Stdio::default()
         };
         let error = HostIo::open(&io, "default", "web").await.err().unwrap();
-        assert!(error.message.contains("\"gopher\""), "{error}");
+        assert!(error.to_string().contains("\"gopher\""), "{error}");
     }
 }

@@ -196,6 +196,6 @@ mod tests {
             .await
             .err()
             .unwrap();
-        assert!(error.message.contains("/no/such/logger"), "{error}");
+        assert!(error.to_string().contains("/no/such/logger"), "{error}");
     }
 }
