@@ -181,6 +181,31 @@ impl Publisher {
         }
     }
 
+    /// One whose events wait until a test takes them.
+    #[cfg(test)]
+    pub fn recording() -> Publisher {
+        Publisher {
+            namespace: "default".to_owned(),
+            queue: Some(Arc::default()),
+            worker: None,
+        }
+    }
+
+    /// What has been published since the last call.
+    #[cfg(test)]
+    pub fn take(&self) -> Vec<Envelope> {
+        let queue = self.queue.as_ref();
+        let mut waiting = queue.map(|queue| queue.lock());
+        let events = waiting
+            .as_mut()
+            .map(|waiting| std::mem::take(&mut **waiting));
+        events
+            .into_iter()
+            .flat_map(|waiting| waiting.events)
+            .map(|(_, _, event)| event)
+            .collect()
+    }
+
     /// Queues an event; its time is now.
     pub fn publish<E: TaskEvent>(&self, event: &E) {
         let Some(queue) = &self.queue else { return };

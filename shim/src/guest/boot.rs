@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use guest_protocol::protocols::agent::{CreateSandboxRequest, Storage};
 use guest_protocol::{
     AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG,
@@ -23,7 +22,6 @@ use vmm::{Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
-use crate::guest::calls::GuestCalls;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
@@ -86,22 +84,11 @@ pub fn served(name: &str) -> String {
     format!("{name}.served")
 }
 
-/// [`launch`], as the sandbox's owner begins it.
-pub fn start(
-    config: BootConfig,
-    ledger: Arc<Ledger>,
-) -> BoxFuture<'static, Result<Arc<dyn GuestCalls>>> {
-    Box::pin(async move {
-        let guest = launch(&config, &ledger).await?;
-        Ok(Arc::new(guest) as Arc<dyn GuestCalls>)
-    })
-}
-
 /// Brings the guest up, with one more try if it does not answer in time.
 ///
 /// # Errors
 /// One line; nothing that was started is left.
-async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> {
+pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> {
     let config = &plan.config;
     let qemu = find_program(&config.qemu, "qemu")?;
     let virtiofsd = find_program(&config.virtiofsd, "virtiofsd")?;

@@ -102,6 +102,12 @@ impl State {
         self.tasks.is_empty()
     }
 
+    /// All containers.
+    #[cfg(test)]
+    pub fn ids(&self) -> Vec<String> {
+        self.tasks.keys().cloned().collect()
+    }
+
     /// A container.
     ///
     /// # Errors
