@@ -124,6 +124,8 @@ struct World {
     lab: Lab,
     told: Containers,
     awaited: Vec<(String, Awaited)>,
+    /// Of work that is done and of which the owner has not heard.
+    outcomes: Vec<Outcome>,
 }
 
 impl World {
@@ -158,12 +160,23 @@ impl World {
                 _ if random.below(8) == 0 => self.lab.script.die("QEMU was killed"),
                 _ => {}
             },
-            _ => self.lab.settle().await,
+            _ => {}
         }
-        // Let what was begun run, and the owner hear of some of it.
+        // Let what was begun run, and the owner hear of some of it, in any order.
         work_begun().await;
+        let owner = &mut self.lab.owner;
+        while let Some(Some(outcome)) = owner.work.join_next().now_or_never() {
+            self.outcomes.push(outcome.unwrap());
+        }
         for _ in 0..random.below(4) {
-            let _ = self.lab.owner.step(&mut self.lab.requests).now_or_never();
+            if random.below(2) == 0
+                && let Ok(request) = self.lab.requests.try_recv()
+            {
+                owner.handle(request);
+            } else if !self.outcomes.is_empty() {
+                let index = random.below(self.outcomes.len());
+                owner.finish(self.outcomes.swap_remove(index));
+            }
         }
         self.hear();
     }
@@ -194,6 +207,9 @@ impl World {
 
     /// Whatever was begun comes to its end, and then all has been told and can be deleted.
     async fn come_to_an_end(&mut self) {
+        for outcome in std::mem::take(&mut self.outcomes) {
+            self.lab.owner.finish(outcome);
+        }
         loop {
             self.lab.settle().await;
             self.hear();
@@ -259,6 +275,7 @@ fn one_order(seed: u64) {
             }),
             told: Containers::default(),
             awaited: Vec::new(),
+            outcomes: Vec::new(),
         };
         for _ in 0..STEPS {
             world.step(&mut random).await;
