@@ -27,13 +27,15 @@ mod sandbox;
 mod service;
 mod stdio;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use args::{Action, Args};
 
 /// Does what the command line says.
 pub fn main() -> ExitCode {
-    let args = match Args::parse(std::env::args_os()) {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let args = match Args::parse(&args) {
         Ok(args) => args,
         Err(error) => return fail(&error),
     };
