@@ -205,7 +205,7 @@ impl SandboxOwner {
     pub(super) fn out_of_memory(&mut self, container: &str) {
         match self.state.out_of_memory(container) {
             Ok(true) if self.is_unannounced(container) => {}
-            Ok(true) => self.events.publish(&TaskOOM {
+            Ok(true) => self.events.publish(TaskOOM {
                 container_id: container.to_owned(),
                 ..Default::default()
             }),
@@ -237,7 +237,7 @@ impl SandboxOwner {
             if self.is_unannounced(&process.container) {
                 continue;
             }
-            self.events.publish(&TaskExit {
+            self.events.publish(TaskExit {
                 id: if process.is_init() {
                     process.container.clone()
                 } else {

@@ -119,7 +119,7 @@ impl SandboxOwner {
         if process.is_init() {
             self.run_poststart_hooks(&process.container);
             if !self.is_unannounced(&process.container) {
-                self.events.publish(&TaskStart {
+                self.events.publish(TaskStart {
                     container_id,
                     pid,
                     ..Default::default()
@@ -127,7 +127,7 @@ impl SandboxOwner {
             }
         } else {
             let exec_id = process.exec.clone();
-            self.events.publish(&TaskExecStarted {
+            self.events.publish(TaskExecStarted {
                 container_id,
                 exec_id,
                 pid,
@@ -166,7 +166,7 @@ impl SandboxOwner {
             process: spec,
             dialled,
         });
-        self.events.publish(&TaskExecAdded {
+        self.events.publish(TaskExecAdded {
             container_id: request.id,
             exec_id: request.exec_id,
             ..Default::default()
@@ -235,7 +235,7 @@ impl SandboxOwner {
         self.forget(process);
         if process.is_init() {
             self.give_back();
-            self.events.publish(&TaskDelete {
+            self.events.publish(TaskDelete {
                 container_id: process.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,
@@ -320,12 +320,12 @@ impl SandboxOwner {
     pub(super) fn pause_set(&mut self, container_id: String, paused: bool) {
         self.state.set_paused(&container_id, paused);
         if paused {
-            self.events.publish(&TaskPaused {
+            self.events.publish(TaskPaused {
                 container_id,
                 ..Default::default()
             });
         } else {
-            self.events.publish(&TaskResumed {
+            self.events.publish(TaskResumed {
                 container_id,
                 ..Default::default()
             });
