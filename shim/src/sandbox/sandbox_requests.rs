@@ -17,7 +17,6 @@ use protobuf::{Enum, EnumOrUnknown, Message};
 use ttrpc::Code;
 
 use crate::config::Config;
-use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
 use crate::guest::agent_calls;
@@ -26,6 +25,7 @@ use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
 use crate::model::{ProcessId, Stdio};
+use crate::protos::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::pod::{Pod, SandboxSpec, Shm};
 use crate::sandbox::request::{Outcome, Reply, SandboxStatus};
