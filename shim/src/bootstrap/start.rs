@@ -224,7 +224,10 @@ fn spawn_server(
     unsafe { command.pre_exec(pass) };
     let child = command.spawn().doing(|| "start the server".into())?;
     drop((command, listener, server_end));
-    raise_oom_score(child.id());
+    // The kernel should take a container's server before containerd: one more than the parent's
+    // score, as runc's shim does. Without CAP_SYS_RESOURCE even that can be refused; then the
+    // inherited score stays.
+    let _ = containerd_shim::cgroup::adjust_oom_score(child.id());
     let mut answer = Vec::new();
     if readable(&ready) {
         ready
@@ -253,19 +256,6 @@ fn readable(file: &File) -> bool {
     use std::os::fd::AsFd;
     let timeout = PollTimeout::try_from(SERVER_DEADLINE).unwrap_or(PollTimeout::MAX);
     poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
-}
-
-/// The kernel should take a container's server before containerd: one more than the parent's score,
-/// as runc's shim does. Without CAP_SYS_RESOURCE even that can be refused; then the inherited score
-/// stays.
-fn raise_oom_score(pid: u32) {
-    let parent = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()));
-    if let Some(score) = parent.ok().and_then(|text| text.trim().parse::<i32>().ok()) {
-        let _ = std::fs::write(
-            format!("/proc/{pid}/oom_score_adj"),
-            (score + 1).min(1000).to_string(),
-        );
-    }
 }
 
 /// containerd 1.6 and 1.7 find the server again after a restart by this file; later ones migrate

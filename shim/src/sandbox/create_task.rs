@@ -185,7 +185,7 @@ impl SandboxOwner {
             terminal: request.terminal,
             ..Default::default()
         };
-        self.events.publish(&TaskCreate {
+        self.events.publish(TaskCreate {
             container_id: request.id,
             bundle: request.bundle,
             rootfs: request.rootfs,

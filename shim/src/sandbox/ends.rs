@@ -204,7 +204,7 @@ impl SandboxOwner {
     pub(super) fn out_of_memory(&mut self, container: &str) {
         match self.state.out_of_memory(container) {
             Ok(true) if self.is_unannounced(container) => {}
-            Ok(true) => self.events.publish(&TaskOOM {
+            Ok(true) => self.events.publish(TaskOOM {
                 container_id: container.to_owned(),
                 ..Default::default()
             }),
@@ -236,7 +236,7 @@ impl SandboxOwner {
             if self.is_unannounced(&process.container) {
                 continue;
             }
-            self.events.publish(&TaskExit {
+            self.events.publish(TaskExit {
                 id: process.exec.as_ref().unwrap_or(&process.container).clone(),
                 container_id: process.container.clone(),
                 pid: exit.pid,

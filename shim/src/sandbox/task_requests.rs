@@ -116,7 +116,7 @@ impl SandboxOwner {
         if process.is_init() {
             self.run_poststart_hooks(&process.container);
             if !self.is_unannounced(&process.container) {
-                self.events.publish(&TaskStart {
+                self.events.publish(TaskStart {
                     container_id,
                     pid,
                     ..Default::default()
@@ -124,7 +124,7 @@ impl SandboxOwner {
             }
         } else {
             let exec_id = process.exec_id().to_owned();
-            self.events.publish(&TaskExecStarted {
+            self.events.publish(TaskExecStarted {
                 container_id,
                 exec_id,
                 pid,
@@ -160,7 +160,7 @@ impl SandboxOwner {
             container.runs_as(spec.user());
         }
         self.runtimes.process(&process).exec = Some(PendingExec { spec, preconnected });
-        self.events.publish(&TaskExecAdded {
+        self.events.publish(TaskExecAdded {
             container_id: request.id,
             exec_id: request.exec_id,
             ..Default::default()
@@ -229,7 +229,7 @@ impl SandboxOwner {
         self.forget(process);
         if process.is_init() {
             self.give_back();
-            self.events.publish(&TaskDelete {
+            self.events.publish(TaskDelete {
                 container_id: process.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,
@@ -314,12 +314,12 @@ impl SandboxOwner {
     pub(super) fn freezer_set(&mut self, container_id: String, to: Freezer) {
         self.state.set_paused(&container_id, to == Freezer::Frozen);
         if to == Freezer::Frozen {
-            self.events.publish(&TaskPaused {
+            self.events.publish(TaskPaused {
                 container_id,
                 ..Default::default()
             });
         } else {
-            self.events.publish(&TaskResumed {
+            self.events.publish(TaskResumed {
                 container_id,
                 ..Default::default()
             });

@@ -1,12 +1,13 @@
 //! The runtime options that a `Create` request carries.
 
-use std::path::PathBuf;
+use std::path::Path;
 
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
-use protobuf::{CodedInputStream, rt::WireType};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::protos::runtimeoptions::Options;
 
 /// containerd's message for runtimes other than runc.
 const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
@@ -25,7 +26,9 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
         None => Options::default(),
         Some(any) if any.type_url.is_empty() && any.value.is_empty() => Options::default(),
         Some(any) => match any.type_url.rsplit('/').next() {
-            Some(RUNTIME_OPTIONS) => Options::parse(&any.value)?,
+            Some(RUNTIME_OPTIONS) => Options::parse_from_bytes(&any.value).map_err(|error| {
+                Error::invalid(format!("the runtime options do not parse: {error}"))
+            })?,
             Some(RUNC_OPTIONS) => Options::default(),
             _ => {
                 return Err(Error::invalid(format!(
@@ -36,44 +39,8 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
             }
         },
     };
-    Config::load(options.config_path.as_deref(), &options.config_body)
-}
-
-/// `runtimeoptions.v1.Options`, as far as it says anything: its `type_url` (1) only repeats what
-/// the runtime is called.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Options {
-    /// A configuration file (2).
-    config_path: Option<PathBuf>,
-    /// What else is in the runtime's options in containerd's configuration, as TOML (3). containerd
-    /// sends it since 1.7, and only without a ConfigPath.
-    config_body: Vec<u8>,
-}
-
-impl Options {
-    fn parse(message: &[u8]) -> Result<Options> {
-        let bad = |error| Error::invalid(format!("the runtime options do not parse: {error}"));
-        let mut input = CodedInputStream::from_bytes(message);
-        let mut options = Options::default();
-        while let Some(tag) = input.read_raw_tag_or_eof().map_err(bad)? {
-            match (tag >> 3, WireType::new(tag & 7)) {
-                (2, Some(WireType::LengthDelimited)) => {
-                    let path = input.read_string().map_err(bad)?;
-                    options.config_path = (!path.is_empty()).then(|| path.into());
-                }
-                (3, Some(WireType::LengthDelimited)) => {
-                    options.config_body = input.read_bytes().map_err(bad)?
-                }
-                (_, Some(wire_type)) => input.skip_field(wire_type).map_err(bad)?,
-                (_, None) => {
-                    return Err(Error::invalid(
-                        "the runtime options do not parse: unknown wire type",
-                    ));
-                }
-            }
-        }
-        Ok(options)
-    }
+    let path = Some(options.config_path.as_str()).filter(|path| !path.is_empty());
+    Config::load(path.map(Path::new), &options.config_body)
 }
 
 #[cfg(test)]
