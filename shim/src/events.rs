@@ -7,7 +7,7 @@
 //! bound the newest are dropped with an error in the log.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{
@@ -104,13 +104,9 @@ struct Waiting {
 }
 
 impl Queue {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether there was room.
     fn push(&self, rank: Rank, envelope: Envelope) -> bool {
-        let mut waiting = self.lock();
+        let mut waiting = sys::lock(&self.waiting);
         let size = OVERHEAD + envelope.event.value.len();
         let (events, bytes) = &mut waiting.used[rank as usize];
         if *events >= MAX_EVENTS || *bytes + size > MAX_BYTES {
@@ -128,7 +124,7 @@ impl Queue {
     async fn pop(&self) -> Option<Envelope> {
         loop {
             {
-                let mut waiting = self.lock();
+                let mut waiting = sys::lock(&self.waiting);
                 if let Some((rank, size, envelope)) = waiting.events.pop_front() {
                     let (events, bytes) = &mut waiting.used[rank as usize];
                     *events -= 1;
@@ -144,7 +140,7 @@ impl Queue {
     }
 
     fn close(&self) {
-        self.lock().closed = true;
+        sys::lock(&self.waiting).closed = true;
         self.changed.notify_one();
     }
 }
@@ -397,8 +393,10 @@ mod tests {
             topic: "/large".into(),
             ..Default::default()
         };
-        queue.lock().events.push_back((Rank::Other, 0, envelope));
-        queue.lock().used[Rank::Other as usize].0 = 1;
+        sys::lock(&queue.waiting)
+            .events
+            .push_back((Rank::Other, 0, envelope));
+        sys::lock(&queue.waiting).used[Rank::Other as usize].0 = 1;
         let worker = tokio::spawn(deliver(format!("unix://{}", path.display()), queue.clone()));
         let mut publisher = Publisher {
             namespace: "n".into(),
@@ -462,7 +460,11 @@ mod tests {
             publisher.publish(&oom(&long));
             publisher.publish(&exit("web", &format!("e{number}")));
         }
-        let bytes: usize = queue.lock().events.iter().map(|(_, size, _)| size).sum();
+        let bytes: usize = sys::lock(&queue.waiting)
+            .events
+            .iter()
+            .map(|(_, size, _)| size)
+            .sum();
         assert!(bytes <= 3 * MAX_BYTES, "{bytes}");
         publisher.publish(&exit("web", "web"));
         queue.close();
@@ -475,7 +477,7 @@ mod tests {
             (last.container_id, last.id),
             ("web".to_owned(), "web".to_owned())
         );
-        assert_eq!(queue.lock().used, [(0, 0); 3]);
+        assert_eq!(sys::lock(&queue.waiting).used, [(0, 0); 3]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use launcher::{Jail, Started};
@@ -351,7 +351,7 @@ impl Process {
     }
 
     pub(crate) fn stderr_tail(&self) -> Vec<String> {
-        let tail = self.tail();
+        let tail = sys::lock(&self.tail);
         let rest = (!tail.line.is_empty()).then(|| printable(&tail.line));
         tail.lines.iter().cloned().chain(rest).collect()
     }
@@ -369,10 +369,6 @@ impl Process {
             what: self.program.display().to_string(),
             why: self.last_words(exit),
         }
-    }
-
-    fn tail(&self) -> MutexGuard<'_, Tail> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -417,7 +413,7 @@ async fn watch_over(
         tokio::select! {
             read = stderr.read(&mut buffer), if open => match read {
                 Ok(0) | Err(_) => open = false,
-                Ok(count) => process.tail().push(&buffer[..count]),
+                Ok(count) => sys::lock(&process.tail).push(&buffer[..count]),
             },
             exit = reaped(&process.pidfd) => break exit,
         }
@@ -425,7 +421,7 @@ async fn watch_over(
     // What it still wrote lies in the pipe. A grandchild may hold the other end, so never wait for
     // the end of file.
     while let Ok(count @ 1..) = nix::unistd::read(&stderr, &mut buffer) {
-        process.tail().push(&buffer[..count]);
+        sys::lock(&process.tail).push(&buffer[..count]);
     }
     sender.send_replace(Some(exit));
 }

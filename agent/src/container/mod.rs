@@ -19,13 +19,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use guest_protocol::protocols::oci;
+use sys::lock;
 use tokio::time::timeout;
 
 use self::plan::{Plan, ProcessPlan};
 use self::spawn::{Child, Report};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result, What};
-use crate::lock;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{self, Claimed, Io};

@@ -74,7 +74,7 @@ impl Users {
             gid: user.gid(),
             groups,
         };
-        let mut users = lock(&self.0);
+        let mut users = sys::lock(&self.0);
         if !users.contains(&user) {
             users.push(user);
         }
@@ -84,7 +84,7 @@ impl Users {
     /// become anybody, others stay who they are. Where it says something else, they are the first
     /// process.
     fn believe(&self, uid: u32, gid: u32) -> Option<User> {
-        let users = lock(&self.0);
+        let users = sys::lock(&self.0);
         let known = |gid: Option<u32>| {
             users
                 .iter()
@@ -149,27 +149,20 @@ impl Sockets {
             path: path.to_owned(),
             users: users.clone(),
         };
-        lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
+        sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
         Ok(())
     }
 
     /// No more connections by this name; those that are there end.
     pub fn remove(&self, name: &str) {
-        lock(&self.0).remove(name);
+        sys::lock(&self.0).remove(name);
     }
 
     fn get(&self, name: &str) -> Option<(PinnedSocket, watch::Receiver<()>)> {
-        lock(&self.0)
+        sys::lock(&self.0)
             .get(name)
             .map(|(place, over)| (place.clone(), over.subscribe()))
     }
-}
-
-/// Nobody panics halfway through a change.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Serves the guest's connections as long as the result lives.
