@@ -87,17 +87,11 @@ fn confine(plan: &Plan) -> Done {
     if let Some(jail) = &plan.jail {
         enter_root(jail)?;
     }
-    // SAFETY: integers only; it marks descriptors as close-on-exec and closes none. Linux 5.11 and
-    // later.
-    let marked = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    done("close its parent's descriptors", marked)?;
+    let marked = sys::process::close_on_exec_from(3);
+    done(
+        "close its parent's descriptors",
+        if marked.is_ok() { 0 } else { -1 },
+    )?;
     for fd in &plan.inherited {
         done(
             "inherit a descriptor",

@@ -1,6 +1,7 @@
 //! What more than one of Cofferdam's crates needs of the kernel: once, and without unsafe callers.
 
 pub mod bpf;
+pub mod process;
 
 use std::fmt::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -18,9 +18,6 @@ use crate::error::errno_text;
 /// Standard input, output, error.
 pub type Stdio = [OwnedFd; 3];
 
-/// linux/close_range.h
-const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
-
 /// Longest /etc/passwd that is searched for a home directory, in bytes.
 const MAX_PASSWD: u64 = 1 << 20;
 
@@ -198,15 +195,7 @@ pub fn assume(plan: &ProcessPlan) -> Step<Program> {
     }
     let path = look_up(plan, &env)?;
     // Whatever an agent that is not PID 1 was started with.
-    // SAFETY: plain numbers; it changes a flag of descriptors that are ours.
-    unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            CLOSE_RANGE_CLOEXEC,
-        )
-    };
+    let _ = sys::process::close_on_exec_from(3);
     Ok(Program { path, env })
 }
 

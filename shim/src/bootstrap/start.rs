@@ -201,16 +201,8 @@ fn spawn_server(
     let pass = move || {
         nix::unistd::setsid()?;
         // What containerd itself was started with, and passes on to everything it runs, is not the
-        // server's. SAFETY: integers only; it marks descriptors and closes none. A kernel before
-        // 5.11 does not know the flag.
-        let _ = unsafe {
-            libc::syscall(
-                libc::SYS_close_range,
-                3,
-                libc::c_uint::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            )
-        };
+        // server's. A kernel before 5.11 does not know the flag.
+        let _ = sys::process::close_on_exec_from(3);
         for (from, to) in [(&listener_fd, LISTENER_FD), (&ready_fd, READY_FD)] {
             // SAFETY: dup2 is async-signal-safe; both numbers are free in the child, whose other
             // descriptors are close-on-exec.
