@@ -6,6 +6,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use crate::check;
+
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
@@ -283,18 +285,15 @@ fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
     // SAFETY: the callers in this file pass the command's part of `union bpf_attr`, whose size is
     // given. What its addresses point to outlives the call and has the size that the kernel reads:
     // 4 bytes for a key or value, because a `Map` is only made that way, and `count` instructions.
-    let result = unsafe {
+    let result = check(unsafe {
         libc::syscall(
             libc::SYS_bpf,
             command,
             std::ptr::from_ref(attributes),
             size_of::<T>(),
         )
-    };
-    i32::try_from(result)
-        .ok()
-        .filter(|result| *result >= 0)
-        .ok_or_else(io::Error::last_os_error)
+    })?;
+    i32::try_from(result).map_err(io::Error::other)
 }
 
 fn descriptor<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {

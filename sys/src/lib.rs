@@ -1,14 +1,28 @@
 //! What more than one of Cofferdam's crates needs of the kernel: once, and without unsafe callers.
 
 pub mod bpf;
+pub mod mount;
 pub mod process;
 
 use std::fmt::Write;
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks a mutex whose guarded value stays whole when a holder panics.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The result of a raw system call or of a function of the C library that sets `errno`.
+///
+/// # Errors
+/// The kernel's number, when the result is negative.
+pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// A hardware address as ip(8) shows it: two hexadecimal digits for each byte, joined by colons.

@@ -1,4 +1,4 @@
-//! Processes: how one is made, and what is done to it through its pidfd.
+//! Processes: how one is made, what is done to it through its pidfd, and what it does to itself.
 //!
 //! Errors are the kernel's number alone. To make one allocates nothing and takes no lock, so these
 //! functions may be called in a child between its making and its exec.
@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
+
+use crate::check;
 
 /// linux/sched.h; libc has it in too narrow a type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -94,10 +96,7 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: libc::c_int) -> io::Resu
     let fd = pidfd.as_raw_fd();
     // Not rustix's, whose type has the named signals only.
     // SAFETY: integers, and a null siginfo, which the call allows.
-    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0) };
-    if sent < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0) })?;
     Ok(())
 }
 
@@ -107,16 +106,34 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: libc::c_int) -> io::Resu
 /// `EINVAL` from a kernel before 5.11.
 pub fn close_on_exec_from(first: libc::c_uint) -> io::Result<()> {
     // SAFETY: integers only; it marks descriptors and closes none.
-    let marked = unsafe {
+    check(unsafe {
         libc::syscall(
             libc::SYS_close_range,
             first,
             libc::c_uint::MAX,
             libc::CLOSE_RANGE_CLOEXEC,
         )
+    })?;
+    Ok(())
+}
+
+/// Puts a seccomp filter in force on the calling thread, with `flags` (`SECCOMP_FILTER_FLAG_*`).
+///
+/// # Errors
+/// A program that the kernel finds wrong, or a thread without no_new_privs and `CAP_SYS_ADMIN`.
+pub fn set_seccomp_filter(filter: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).map_err(|_| Errno::INVAL)?,
+        filter: filter.as_ptr().cast_mut(),
     };
-    if marked < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // SAFETY: seccomp(2) only reads the program, which outlives the call and has the given length.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::c_long::from(libc::SECCOMP_SET_MODE_FILTER),
+            flags,
+            &raw const program,
+        )
+    })?;
     Ok(())
 }

@@ -10,9 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use nix::sys::stat::Mode;
+use sys::check;
 
 use super::plan::{Capabilities, ProcessPlan};
-use super::spawn::{Failure, Step, Tried, check};
+use super::spawn::{Failure, Step, Tried};
 use crate::error::errno_text;
 
 /// Standard input, output, error.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use guest_protocol::protocols::oci::{self, LinuxCapabilities, LinuxIDMapping, Spec};
 use nix::mount::MsFlags;
+use sys::mount::Extent;
 
 use super::mount_options::{Options, propagation};
 use super::seccomp::Filter;
@@ -58,7 +59,7 @@ pub struct MountPlan {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MountKind {
-    Bind { recursive: bool },
+    Bind { extent: Extent },
     Cgroup,
     New { fstype: CString },
 }
@@ -347,8 +348,8 @@ fn mount(mount: &oci::Mount) -> Result<MountPlan> {
     }
     let options = Options::parse(&mount.options);
     let kind = match (mount.type_.as_str(), options.bind) {
-        (_, Some(recursive)) => MountKind::Bind { recursive },
-        ("bind", None) => MountKind::Bind { recursive: false },
+        (_, Some(extent)) => MountKind::Bind { extent },
+        ("bind", None) => MountKind::Bind { extent: Extent::Mount },
         ("cgroup" | "cgroup2", None) => MountKind::Cgroup,
         ("", None) => {
             return Err(Error::Invalid(format!(

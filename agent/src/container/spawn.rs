@@ -70,15 +70,6 @@ impl<T, E: Into<io::Error>> Tried<T> for std::result::Result<T, E> {
     }
 }
 
-/// The result of a raw system call.
-pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
 /// Starts a process that runs `body` with a copy of the agent's memory, and never comes back from
 /// it.
 ///

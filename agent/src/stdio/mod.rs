@@ -241,7 +241,7 @@ impl Io {
                 &raw const size,
             )
         };
-        crate::container::check(result.into())
+        sys::check(result.into())
             .what(|| "resize the terminal".into())
             .map(|_| ())
     }
