@@ -289,12 +289,8 @@ fn new_detached(
     options: &[(&CStr, &CStr)],
     attributes: &Attributes,
 ) -> io::Result<OwnedFd> {
-    // The two types name the same bits, in 32 and in 64 of them.
-    #[allow(
-        clippy::cast_possible_truncation,
-        reason = "no MOUNT_ATTR_* is beyond bit 31"
-    )]
-    let attributes = MountAttrFlags::from_bits_retain(attributes.set as u32);
+    // The same bits as for mount_setattr(2), where there is room for more of them.
+    let attributes = MountAttrFlags::from_bits_truncate(attributes.set as u32);
     let context = fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (key, value) in options {
         fsconfig_set_string(&context, *key, *value)?;

@@ -18,6 +18,8 @@ use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{Listener, Stream, UDS_MAGIC};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -298,16 +300,16 @@ fn become_user(user: &User) -> io::Result<()> {
     if *uid == NO_ID || *gid == NO_ID {
         return Err(io::Error::other("an id that is none"));
     }
-    // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only
-    // reads there.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    let groups: Vec<Gid> = groups
+        .iter()
+        .copied()
+        .map(Gid::from_raw_unchecked)
+        .collect();
+    set_thread_groups(&groups)?;
     // The effective ids alone: with the real or saved one a local user of that id could signal this
     // thread, and with it the process.
-    let same = libc::c_long::from(-1);
-    // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, same, *gid, same) })?;
-    // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, same, *uid, same) })?;
+    set_thread_res_gid(None, Gid::from_raw(*gid), None)?;
+    set_thread_res_uid(None, Uid::from_raw(*uid), None)?;
     Ok(())
 }
 
