@@ -93,7 +93,7 @@ fn confine(plan: &Plan) -> Done<'_> {
     for fd in &plan.inherited {
         done(
             "inherit a descriptor",
-            // SAFETY: integers only; the descriptor stays open because the parent's `Launch` owns it.
+            // SAFETY: integers only; the parent's `Launch` owns the descriptor and keeps it open.
             check(unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) }.into()),
         )?;
     }

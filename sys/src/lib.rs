@@ -1,4 +1,5 @@
-//! What more than one of Cofferdam's crates needs of the kernel: once, and without unsafe callers.
+//! What more than one of Cofferdam's crates needs of the kernel: once, and without unsafe callers,
+//! of which [`process::fork`] alone must have some. What rustix or nix makes safe is called there.
 
 pub mod bpf;
 pub mod mount;

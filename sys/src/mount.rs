@@ -87,7 +87,7 @@ pub fn attach(tree: impl AsFd, place: impl AsFd) -> io::Result<()> {
     Ok(move_mount(tree, c"", place, c"", flags)?)
 }
 
-/// Changes the mount that a descriptor is the root of. Nothing to change is a success without a call.
+/// Changes the mount that a descriptor is the root of. With nothing to change it makes no call.
 ///
 /// # Errors
 /// The kernel's: no root of a mount, or an attribute that may not be changed.

@@ -23,9 +23,9 @@ pub struct Started {
     pub pidfd: OwnedFd,
 }
 
-/// Makes a process that goes on from here with a copy of the caller's memory, in new namespaces
-/// (`CLONE_NEW*` in `flags`) and from its first instruction in `cgroup`, or in the caller's. Returns
-/// `None` in the child. The parent gets SIGCHLD when the child ends.
+/// Makes a process that goes on from here with a copy of the caller's memory: in new namespaces
+/// (`CLONE_NEW*` in `flags`), and in `cgroup` from its first instruction, or in the caller's.
+/// Returns `None` in the child. The parent gets SIGCHLD when the child ends.
 ///
 /// # Errors
 /// No right to make such namespaces, no place in the cgroup, no more processes.
@@ -136,4 +136,38 @@ pub fn set_seccomp_filter(filter: &[libc::sock_filter], flags: libc::c_ulong) ->
         )
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+    use super::*;
+
+    #[test]
+    fn a_child_dies_of_a_real_time_signal_and_its_number_is_nobodys_then() {
+        // SAFETY: the child makes two system calls and never comes back.
+        let Some(child) = unsafe { fork(0, None) }.unwrap() else {
+            // SAFETY: integers only.
+            unsafe {
+                libc::alarm(10);
+                loop {
+                    libc::pause();
+                }
+            }
+        };
+        let signal = libc::SIGRTMIN() + 1;
+        pidfd_send_signal(child.pidfd.as_fd(), signal).unwrap();
+        let end = waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED);
+        assert_eq!(end.unwrap().unwrap().terminating_signal(), Some(signal));
+        for error in [
+            pidfd_send_signal(child.pidfd.as_fd(), signal).unwrap_err(),
+            pidfd_open(child.pid).unwrap_err(),
+            pidfd_open(0).unwrap_err(),
+        ] {
+            assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+        }
+    }
 }
