@@ -7,7 +7,7 @@
 //! bound the newest are dropped with an error in the log.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim::event::Event;
@@ -84,13 +84,9 @@ struct Waiting {
 }
 
 impl Queue {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether there was room.
     fn push(&self, rank: Rank, envelope: Envelope) -> bool {
-        let mut waiting = self.lock();
+        let mut waiting = sys::lock(&self.waiting);
         let size = OVERHEAD + envelope.event.value.len();
         let (events, bytes) = &mut waiting.used[rank as usize];
         if *events >= MAX_EVENTS || *bytes + size > MAX_BYTES {
@@ -108,7 +104,7 @@ impl Queue {
     async fn pop(&self) -> Option<Envelope> {
         loop {
             {
-                let mut waiting = self.lock();
+                let mut waiting = sys::lock(&self.waiting);
                 if let Some((rank, size, envelope)) = waiting.events.pop_front() {
                     let (events, bytes) = &mut waiting.used[rank as usize];
                     *events -= 1;
@@ -124,7 +120,7 @@ impl Queue {
     }
 
     fn close(&self) {
-        self.lock().closed = true;
+        sys::lock(&self.waiting).closed = true;
         self.changed.notify_one();
     }
 }
@@ -175,7 +171,7 @@ impl Publisher {
     #[cfg(test)]
     pub fn take(&self) -> Vec<Envelope> {
         let queue = self.queue.as_ref();
-        let mut waiting = queue.map(|queue| queue.lock());
+        let mut waiting = queue.map(|queue| lock(&queue.waiting));
         let events = waiting
             .as_mut()
             .map(|waiting| std::mem::take(&mut **waiting));
@@ -380,7 +376,7 @@ mod tests {
         };
         publisher.publish(exit("web", "web"));
         publisher.publish(TaskExecStarted::default());
-        let events = &queue.lock().events;
+        let events = &lock(&queue.waiting).events;
         let names = events
             .iter()
             .map(|(_, _, envelope)| (envelope.topic.as_str(), envelope.event.type_url.as_str()));
@@ -407,8 +403,10 @@ mod tests {
             topic: "/large".into(),
             ..Default::default()
         };
-        queue.lock().events.push_back((Rank::Other, 0, envelope));
-        queue.lock().used[Rank::Other as usize].0 = 1;
+        sys::lock(&queue.waiting)
+            .events
+            .push_back((Rank::Other, 0, envelope));
+        sys::lock(&queue.waiting).used[Rank::Other as usize].0 = 1;
         let worker = tokio::spawn(deliver(format!("unix://{}", path.display()), queue.clone()));
         let mut publisher = Publisher {
             namespace: "n".into(),
@@ -482,7 +480,11 @@ mod tests {
             publisher.publish(oom(&long));
             publisher.publish(exit("web", &format!("e{number}")));
         }
-        let bytes: usize = queue.lock().events.iter().map(|(_, size, _)| size).sum();
+        let bytes: usize = sys::lock(&queue.waiting)
+            .events
+            .iter()
+            .map(|(_, size, _)| size)
+            .sum();
         assert!(bytes <= 3 * MAX_BYTES, "{bytes}");
         publisher.publish(exit("web", "web"));
         queue.close();
@@ -495,7 +497,7 @@ mod tests {
             (last.container_id, last.id),
             ("web".to_owned(), "web".to_owned())
         );
-        assert_eq!(queue.lock().used, [(0, 0); 3]);
+        assert_eq!(sys::lock(&queue.waiting).used, [(0, 0); 3]);
     }
 
     #[test]
