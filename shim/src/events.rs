@@ -171,7 +171,7 @@ impl Publisher {
     #[cfg(test)]
     pub fn take(&self) -> Vec<Envelope> {
         let queue = self.queue.as_ref();
-        let mut waiting = queue.map(|queue| lock(&queue.waiting));
+        let mut waiting = queue.map(|queue| sys::lock(&queue.waiting));
         let events = waiting
             .as_mut()
             .map(|waiting| std::mem::take(&mut **waiting));
@@ -376,7 +376,7 @@ mod tests {
         };
         publisher.publish(exit("web", "web"));
         publisher.publish(TaskExecStarted::default());
-        let events = &lock(&queue.waiting).events;
+        let events = &sys::lock(&queue.waiting).events;
         let names = events
             .iter()
             .map(|(_, _, envelope)| (envelope.topic.as_str(), envelope.event.type_url.as_str()));
