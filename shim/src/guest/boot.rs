@@ -15,6 +15,7 @@ use guest_protocol::{
     SHARE_TAG, UDS_PORT,
 };
 use launcher::UidLease;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::{Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
@@ -22,6 +23,7 @@ use vmm::{Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
+use crate::guest::clock;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
@@ -313,7 +315,7 @@ async fn boot(
         (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
         (Err(error), None) => return Err(error.into()),
     };
-    let cards = cards?;
+    cards?;
     vm.cont().await?;
     let died = death(&vm, &file_servers, daemon.as_ref());
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
@@ -332,7 +334,7 @@ async fn boot(
         }
     };
     let agent = Agent::new(AgentClient::new(stream));
-    nics.set_up(&agent, &cards).await?;
+    nics.set_up(&agent).await?;
     let features = create_sandbox(&agent, plan).await?;
     let host_sockets = if features.uds {
         let doing = || "listen for the guest's connections to unix sockets".to_owned();
@@ -352,6 +354,8 @@ async fn boot(
         raw_stdio = features.raw_stdio,
         "guest agent"
     );
+    let mut keeps_time = JoinSet::new();
+    keeps_time.spawn(clock::follow(agent.clone()));
     Ok(RunningGuest {
         vm,
         agent,
@@ -359,6 +363,7 @@ async fn boot(
         features,
         host_sockets,
         _forwarder: forwarder,
+        _clock: keeps_time,
         nics: nics.clone(),
         size: Size::new(plan.sizing),
         place: place.clone(),
