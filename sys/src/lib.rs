@@ -1,5 +1,7 @@
 //! What more than one of Cofferdam's crates needs of the kernel: once, and without unsafe callers.
 
+pub mod point;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks a mutex whose guarded value stays whole when a holder panics.

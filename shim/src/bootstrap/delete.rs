@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
 use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::Message;
+use sys::point::{Point, pass};
 use ttrpc::asynchronous::Client;
 use ttrpc::context;
 
@@ -56,6 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     print(exit)?;
+    pass(Point::DeleteSweeps);
     if group == args.id {
         ledger::sweep(Path::new(STATE_ROOT), SWEEP_DEADLINE);
     }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
+use sys::point::{Point, pass, reach};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -89,14 +90,18 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
     listener
         .set_nonblocking(true)
         .doing(|| "set up the socket".into())?;
+    reach(Point::ServerForked).doing(|| "begin".into())?;
     let ledger = Ledger::create(&identity.state_dir())?;
+    reach(Point::ServerLedgerEmpty).doing(|| "name the sandbox".into())?;
     name(&ledger, identity);
     let own = Identity::of(std::process::id().cast_signed())
         .doing(|| "read the server's own start time".into())?;
     ledger.record(&Resource::Server(own))?;
+    reach(Point::ServerRecorded).doing(|| "record the socket".into())?;
     if let Some(path) = args.socket.clone() {
         ledger.record(&Resource::File { path })?;
     }
+    reach(Point::ServerBeforeReady).doing(|| "tell `start` that the server is ready".into())?;
     Ok(ledger)
 }
 
@@ -155,6 +160,7 @@ async fn serve(
         _ = terminate.recv() => stop(&handle).await,
         _ = interrupt.recv() => stop(&handle).await,
     }
+    pass(Point::ShutdownTaken);
     // No new connection finds the socket, and what is connected still gets its answers.
     if let Some(socket) = &args.socket {
         remove(socket);

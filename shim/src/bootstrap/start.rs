@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::point::{Point, reach};
 
 use super::group::group_id;
 use super::reply::Request;
@@ -71,6 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(error);
         }
     }
+    reach(Point::StartServerReady).doing(|| "print the address".into())?;
     let mut stdout = std::io::stdout();
     stdout
         .write_all(&request.reply(&address)?)
@@ -114,7 +116,9 @@ fn make_dir(dir: &Path) -> Result<()> {
 /// listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
+    reach(Point::StartBeforeLock).doing(|| format!("lock {STATE_ROOT}"))?;
     let _lock = lock(root)?;
+    reach(Point::StartUndoing).doing(|| format!("look into {}", state_dir.display()))?;
     // What a former server of the same id left; what cannot be undone is in nobody's way here.
     let _ = ledger::undo_abandoned(state_dir);
     let doing = || format!("listen on {}", socket.display());
@@ -130,8 +134,12 @@ fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
         }
         Err(error) => return Err(error).doing(doing),
     };
-    std::fs::set_permissions(socket, Permissions::from_mode(0o600)).doing(doing)?;
-    Ok(Some(listener))
+    let made = reach(Point::StartSocketBound)
+        .and_then(|()| std::fs::set_permissions(socket, Permissions::from_mode(0o600)));
+    if made.is_err() {
+        let _ = std::fs::remove_file(socket);
+    }
+    made.doing(doing).map(|()| Some(listener))
 }
 
 fn lock(mut root: File) -> Result<Flock<File>> {

@@ -13,6 +13,7 @@ use guest_protocol::protocols::agent::{
 };
 use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
 use oci_spec::runtime::Spec;
+use sys::point::{Point, pass, reach};
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
 
@@ -124,6 +125,7 @@ impl HostSide {
                 .map(|root| create.bundle.join(root.path()))
                 .unwrap_or_default();
             rootfs::mount_all(&create.rootfs, &root, &dir.make(&name)?)?;
+            reach(Point::RootfsMounted).doing(|| format!("use the root file system of {name}"))?;
         }
         let list = create.spec.mounts().as_deref().unwrap_or_default();
         host.volumes = volumes::prepare(
@@ -134,6 +136,7 @@ impl HostSide {
                 uid: create.pod_uid.as_deref(),
             },
         )?;
+        reach(Point::VolumesBound).doing(|| format!("use the volumes of {name}"))?;
         Ok(host)
     }
 }
@@ -257,6 +260,8 @@ impl Container {
             true => Some(GuestIo::raw(&guest.transport, &key, &create.io).await?),
             false => None,
         };
+        reach(Point::StdioDialled).doing(|| format!("use the stdio of {}", create.id))?;
+        reach(Point::ContainerCreating).doing(|| format!("ask the guest for {}", create.id))?;
         let created = guest
             .agent
             .create_container(&request, CREATE_DEADLINE)
@@ -359,7 +364,13 @@ async fn remove_in_guest(guest: &Guest, id: &str, by: Instant) -> Result<()> {
             let left = by
                 .saturating_duration_since(Instant::now())
                 .max(REMOVE_PAUSE);
-            match guest.agent.remove_container(&request, left).await {
+            let asked =
+                reach(Point::ContainerRemoving).doing(|| format!("ask the guest to remove {id}"));
+            let asking = async {
+                asked?;
+                guest.agent.remove_container(&request, left).await
+            };
+            match asking.await {
                 Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
                 Err(error) if Instant::now() + REMOVE_PAUSE < by => {
                     tracing::debug!(%error, id, "the guest is asked again to remove the container");
@@ -381,7 +392,10 @@ async fn remove_in_guest(guest: &Guest, id: &str, by: Instant) -> Result<()> {
 /// Gives up containers' parts of the host. umount(2) may wait for a slow disk, which must not hold
 /// up other requests, and for one that is gone for ever, which must not hold up this one.
 pub async fn release(containers: Vec<Container>) {
-    let released = tokio::task::spawn_blocking(move || drop(containers));
+    let released = tokio::task::spawn_blocking(move || {
+        pass(Point::Unmounting);
+        drop(containers);
+    });
     if timeout(RELEASE_DEADLINE, released).await.is_err() {
         tracing::warn!(
             "a storage on the host hangs: a container's mounts stay until it lets go of them"

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::{Hook, Hooks, Spec};
 use serde_json::{Value, json};
+use sys::point::{Point, reach};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -115,6 +116,7 @@ async fn run_one(hook: &Hook, state: String) -> Result<()> {
         .map_or(DEADLINE, Duration::from_secs);
     let run = async {
         let mut child = command.spawn().doing(doing)?;
+        reach(Point::HookRuns).doing(doing)?;
         if let Some(mut stdin) = child.stdin.take() {
             // One that does not read what it is told is no failure.
             let _ = stdin.write_all(state.as_bytes()).await;

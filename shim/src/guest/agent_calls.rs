@@ -10,10 +10,11 @@ use guest_protocol::protocols::agent::{
     WaitProcessRequest,
 };
 use oci_spec::runtime::{LinuxResources, Process};
+use sys::point::{Point, reach};
 use tokio::task::JoinHandle;
 use ttrpc::Code;
 
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::from_guest::Stats;
 use crate::guest::boot::Guest;
 use crate::guest::guest_spec;
@@ -42,6 +43,7 @@ pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
         container_id: id.to_owned(),
         ..Default::default()
     };
+    reach(Point::ContainerStarting).doing(|| format!("ask the guest to start {id}"))?;
     guest.agent.start_container(&request, START_DEADLINE).await
 }
 
@@ -121,6 +123,7 @@ pub async fn start_exec(
         process: Some(guest_spec::process(&process)).into(),
         ..Default::default()
     };
+    reach(Point::ExecStarting).doing(|| format!("ask the guest to start {key}"))?;
     let started = guest.agent.exec_process(&request, START_DEADLINE).await;
     if started
         .as_ref()
@@ -169,6 +172,7 @@ pub async fn signal(
         signal,
         ..Default::default()
     };
+    reach(Point::SignalSending).doing(|| format!("send a signal to {key}"))?;
     guest.agent.signal_process(&request, deadline).await
 }
 

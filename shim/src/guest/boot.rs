@@ -17,6 +17,7 @@ use guest_protocol::{
     SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
+use sys::point::{Point, reach};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
@@ -351,6 +352,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<Guest> {
     std::fs::create_dir_all(&cache_dir)
         .doing(|| format!("make directory {}", cache_dir.display()))?;
     let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
+    reach(Point::NetnsOpened).doing(|| "use the network namespace".into())?;
     let accel = match config.accelerator {
         Accelerator::Auto => vmm::accel::Accel::Auto,
         Accelerator::Kvm => vmm::accel::Accel::Kvm,
@@ -495,6 +497,7 @@ async fn boot(
         port,
         kernel,
     } = reach_agent::address(config.vsock, dir)?;
+    reach(Point::VsockAddressTaken).doing(|| "listen for the guest's ready notice".into())?;
     machine.kernel_params = config.kernel_params.clone();
     machine
         .kernel_params
@@ -598,6 +601,7 @@ async fn boot(
     if features.port_forward && plan.netns.is_some() {
         forwarder = nics.forward(&transport).await;
     }
+    reach(Point::RelaysMade).doing(|| "relay the guest's connections".into())?;
     tracing::info!(
         version = features.version,
         raw_stdio = features.raw_stdio,
@@ -651,6 +655,7 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
         storages: shared.into_iter().chain(shm).collect(),
         ..Default::default()
     };
+    reach(Point::SandboxCreating).doing(|| "ask the guest agent for the sandbox".into())?;
     let (created, features) = tokio::join!(
         agent.create_sandbox(&sandbox, CALL_DEADLINE),
         agent.features(CALL_DEADLINE)

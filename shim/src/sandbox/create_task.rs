@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use sys::point::{Point, pass, reach};
 use tokio::time::timeout;
 
 use crate::config::Config;
@@ -16,7 +17,7 @@ use crate::container::hooks::{HookPhase, HostHooks};
 use crate::container::role::{self, Role};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::spec;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::guest::machine_size::{ResourceLimits, WantedSize};
 use crate::model::{ProcessId, Stdio};
 use crate::sandbox::owner::{Launching, SandboxOwner};
@@ -74,6 +75,7 @@ impl SandboxOwner {
         self.begin(async move {
             let making = make(role, create, launching, shares, &wanted, &hooks, &namespace);
             let result = Box::new(making.await);
+            pass(Point::ContainerCreated);
             Outcome::Created {
                 request: quiet,
                 result,
@@ -97,6 +99,7 @@ impl SandboxOwner {
         }?;
         let bundle = PathBuf::from(&request.bundle);
         let mut spec = spec::load(&bundle)?;
+        reach(Point::CreateSpecRead).doing(|| "read the container's spec".into())?;
         let config = match spec.annotations() {
             Some(annotations) if self.launching.is_none() => config.annotated(annotations)?,
             _ => config,
@@ -223,6 +226,7 @@ async fn make(
         }
     }
     let host_io = HostIo::open(&create.io, namespace, &create.id).await?;
+    reach(Point::ContainerFifosOpen).doing(|| format!("open the stdio of {}", create.id))?;
     // mount(2) may wait for a slow disk, which must not hold up other requests, and for one that is
     // gone for ever, which must not hold up this one: what it makes so late is undone by its drop.
     let id = create.id.clone();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use sys::point::{Point, pass};
 use tokio::time::Instant;
 use ttrpc::Code;
 
@@ -94,6 +95,7 @@ impl SandboxOwner {
         if !last_resort {
             return result;
         }
+        pass(Point::SigkillAnswered);
         if let Some(reason) = ending::refuses_to_kill(&result) {
             self.vm_died(&reason);
             return Ok(());
@@ -187,6 +189,9 @@ impl SandboxOwner {
     }
 
     pub(super) fn exited(&mut self, process: &ProcessId, status: u32) {
+        if process.is_init() {
+            pass(Point::InitEnded);
+        }
         let at = SystemTime::now();
         let exits = self.state.exited(process, Exit { pid: 0, status, at });
         self.announce(exits);
@@ -250,6 +255,7 @@ impl SandboxOwner {
                 ..Default::default()
             });
         }
+        pass(Point::ExitTold);
         let state = &self.state;
         for (process, kept) in self.runtimes.processes() {
             let answer = match state.exit(process) {

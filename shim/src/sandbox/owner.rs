@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
+use sys::point::{Point, reach};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
@@ -26,7 +27,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::config::Config;
 use crate::container::create;
 use crate::container::shared_volumes::SharedVolumes;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
 use crate::from_guest::{Bucket, watch_oom};
 use crate::guest::boot::{BootConfig, Guest, ROOTFS, SHARE, launch, served};
@@ -420,6 +421,7 @@ impl SandboxOwner {
         if let Some(shares) = &self.shares {
             return Ok(shares.clone());
         }
+        reach(Point::CreateNoShare).doing(|| "make the shared directories".into())?;
         let state = Dir::open(self.ledger.dir())?;
         let make = |name: &str| {
             // An attempt before this one may have got half-way.
@@ -429,6 +431,7 @@ impl SandboxOwner {
             mounts::make_served(&state, name, &served(name))
         };
         let shares = Arc::new(SharedVolumes::new(make(SHARE)?, make(ROOTFS)?));
+        reach(Point::SharesMounted).doing(|| "mount the shared directories".into())?;
         self.shares = Some(shares.clone());
         Ok(shares)
     }

@@ -10,6 +10,7 @@ use containerd_shim_protos::events::task::{
 };
 use futures::future::join_all;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
+use sys::point::{Point, pass};
 use tokio::time::Instant;
 
 use crate::container::hooks::HookPhase;
@@ -71,6 +72,7 @@ impl SandboxOwner {
                 }
             };
             let result = starting.await;
+            pass(Point::ContainerStarted);
             Outcome::Started {
                 guest,
                 process,
@@ -133,6 +135,7 @@ impl SandboxOwner {
                 pid,
                 ..Default::default()
             });
+            pass(Point::ExecRuns);
         }
         reply.send(Ok(pid));
         if let Some(exit) = early {
@@ -171,6 +174,7 @@ impl SandboxOwner {
             exec_id: request.exec_id,
             ..Default::default()
         });
+        pass(Point::ExecAnnounced);
         reply.send(Ok(()));
     }
 
@@ -242,6 +246,7 @@ impl SandboxOwner {
                 exited_at: Some(exit.at.into()).into(),
                 ..Default::default()
             });
+            pass(Point::DeleteQueued);
         }
     }
 
@@ -319,6 +324,7 @@ impl SandboxOwner {
 
     pub(super) fn pause_set(&mut self, container_id: String, paused: bool) {
         self.state.set_paused(&container_id, paused);
+        pass(Point::Paused);
         if paused {
             self.events.publish(&TaskPaused {
                 container_id,

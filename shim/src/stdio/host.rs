@@ -16,6 +16,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::point::{Point, reach};
 use tokio::io::AsyncWrite;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep};
@@ -208,7 +209,9 @@ impl AsyncWrite for Output {
         match self.get_mut() {
             Output::Fifo(fifo) => Pin::new(&mut fifo.sender).poll_write(cx, buf),
             Output::Pipe(sender) => Pin::new(sender).poll_write(cx, buf),
-            Output::File(file) => Poll::Ready(io::Write::write(file, buf)),
+            Output::File(file) => {
+                Poll::Ready(reach(Point::LogFileWriting).and_then(|()| io::Write::write(file, buf)))
+            }
         }
     }
 

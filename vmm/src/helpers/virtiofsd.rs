@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use sys::point::{Point, pass, reach};
 
 use super::Helper;
 use crate::cache::FileKey;
@@ -107,6 +108,7 @@ impl Virtiofsd {
             jail,
             ..Spawn::new(&config.binary, arguments)
         })?;
+        reach(Point::VirtiofsdForked).doing(|| format!("start {}", config.binary.display()))?;
         Ok((Virtiofsd(Helper { child }), connection.into()))
     }
 
@@ -116,6 +118,7 @@ impl Virtiofsd {
     /// # Errors
     /// The kernel does not let it die in time.
     pub async fn stop(&self, timeout: Duration) -> Result<()> {
+        pass(Point::HelpersEnding);
         if tokio::time::timeout(GOODBYE.min(timeout), self.exited())
             .await
             .is_err()
