@@ -78,9 +78,9 @@ points! {
     StartBeforeLock, Start, Returned, "start: before the lock of all starts";
     StartUndoing, Start, Returned, "start: lock held, about to undo what a former server left";
     StartSocketBound, Start, Returned, "start: socket bound, no server";
-    ServerForked, Server, Returned, "server: forked by start, no ledger";
-    ServerLedgerEmpty, Server, Returned, "server: ledger made and empty";
-    ServerRecorded, Server, Returned, "server: itself recorded, its socket not";
+    ServerForked, Server, Returned, "server: forked by start, ledger not opened";
+    ServerNotRecorded, Server, Returned, "server: ledger opened, itself not recorded";
+    ServerRecorded, Server, Returned, "server: itself recorded";
     ServerBeforeReady, Server, Returned, "server: everything made, start not told";
     StartServerReady, Start, Returned, "start: told that the server is ready, address not printed";
     CreateSpecRead, Server, Returned, "create: spec read, nothing noted";

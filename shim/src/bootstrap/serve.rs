@@ -51,14 +51,14 @@ pub fn run(args: &Args) -> Result<()> {
     )
     .doing(|| "inherit the socket".into())?;
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
-    let result = prepare(args, &identity, &listener);
-    let ledger = match result {
-        Ok(ledger) => {
-            ready
-                .write_all(b"+")
-                .doing(|| "tell `start` that the server is ready".into())?;
-            ledger
-        }
+    let prepared = prepare(args, &identity, &listener).and_then(|ledger| {
+        ready
+            .write_all(b"+")
+            .doing(|| "tell `start` that the server is ready".into())?;
+        Ok(ledger)
+    });
+    let ledger = match prepared {
+        Ok(ledger) => ledger,
         Err(error) => {
             let _ = ready.write_all(error.message.as_bytes());
             let _ = ledger::undo_own(&identity.state_dir());
@@ -92,15 +92,12 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
         .doing(|| "set up the socket".into())?;
     reach(Point::ServerForked).doing(|| "begin".into())?;
     let ledger = Ledger::create(&identity.state_dir())?;
-    reach(Point::ServerLedgerEmpty).doing(|| "name the sandbox".into())?;
+    reach(Point::ServerNotRecorded).doing(|| "name the sandbox".into())?;
     name(&ledger, identity);
     let own = Identity::of(std::process::id().cast_signed())
         .doing(|| "read the server's own start time".into())?;
     ledger.record(&Resource::Server(own))?;
-    reach(Point::ServerRecorded).doing(|| "record the socket".into())?;
-    if let Some(path) = args.socket.clone() {
-        ledger.record(&Resource::File { path })?;
-    }
+    reach(Point::ServerRecorded).doing(|| "go on".into())?;
     reach(Point::ServerBeforeReady).doing(|| "tell `start` that the server is ready".into())?;
     Ok(ledger)
 }
