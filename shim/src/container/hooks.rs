@@ -16,6 +16,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::error::{Error, IoContext, Result};
+use crate::host::death_signal;
 
 /// How long a hook may take that names no time of its own.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -110,6 +111,8 @@ async fn run_one(hook: &Hook, state: String) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    // SAFETY: the closure only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(death_signal::with_the_shim()) };
     let deadline = hook
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok())

@@ -2,6 +2,7 @@
 //! cgroups, the record of an exit in a bundle, and the ledger of all that outlives a process.
 
 pub mod cgroup;
+pub mod death_signal;
 pub mod dir;
 pub mod exit_record;
 pub mod identity;
