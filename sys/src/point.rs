@@ -234,6 +234,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_document_has_all_points_in_order() {
+        let document = include_str!("../../docs/kill-points.md");
+        let rows = document.lines().filter_map(|line| {
+            let mut columns = line.split('|').map(str::trim).skip(1);
+            let number: usize = columns.next()?.parse().ok()?;
+            let name = columns.next()?.trim_matches('`');
+            Some((number, name, columns.next()?))
+        });
+        let wanted = Point::ALL
+            .iter()
+            .map(|point| (point.number(), point.name(), point.description()));
+        assert!(rows.eq(wanted), "run `make killtest` for a new table");
+    }
+
     #[cfg(feature = "points")]
     #[test]
     fn a_planted_error_is_returned_once() {
