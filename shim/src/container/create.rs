@@ -257,7 +257,7 @@ impl Container {
             ..Default::default()
         };
         let raw = match guest.raw_stdio {
-            true => Some(GuestIo::raw(&guest.transport, &key, &create.io).await?),
+            true => Some(GuestIo::raw(&guest.agent, &guest.transport, &key, &create.io).await?),
             false => None,
         };
         reach(Point::StdioDialled).doing(|| format!("use the stdio of {}", create.id))?;

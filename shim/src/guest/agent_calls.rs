@@ -63,8 +63,9 @@ impl std::fmt::Debug for PreconnectedStdio {
 impl PreconnectedStdio {
     /// Begins to connect them, if the agent takes streams.
     pub fn begin(guest: &Arc<Guest>, key: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
-        let (transport, key, io) = (guest.transport.clone(), key.clone(), io.clone());
-        let dial = async move { GuestIo::raw(&transport, &key, &io).await };
+        let (agent, transport) = (guest.agent.clone(), guest.transport.clone());
+        let (key, io) = (key.clone(), io.clone());
+        let dial = async move { GuestIo::raw(&agent, &transport, &key, &io).await };
         guest.raw_stdio.then(|| PreconnectedStdio {
             begun: Instant::now(),
             streams: tokio::spawn(dial),
@@ -115,7 +116,7 @@ pub async fn start_exec(
     let raw = match (guest.raw_stdio, dialled) {
         (false, _) => None,
         (true, Some(streams)) => Some(streams),
-        (true, None) => Some(GuestIo::raw(&guest.transport, key, io).await?),
+        (true, None) => Some(GuestIo::raw(&guest.agent, &guest.transport, key, io).await?),
     };
     let request = ExecProcessRequest {
         container_id: key.container.clone(),
