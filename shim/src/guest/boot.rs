@@ -569,6 +569,10 @@ async fn boot(
         (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
         (Err(error), None) => return Err(error.into()),
     };
+    // One that is stopped or hangs does not end with its parent.
+    for child in file_servers.iter().flat_map(Virtiofsd::children) {
+        ledger.record(&Resource::Process(child))?;
+    }
     let cards = cards?;
     vm.cont().await?;
     let died = death(&vm, &file_servers, daemon.as_ref());

@@ -112,6 +112,16 @@ impl Virtiofsd {
         Ok((Virtiofsd(Helper { child }), connection.into()))
     }
 
+    /// The processes that it has forked: without our confinement, the one that serves.
+    pub fn children(&self) -> Vec<Identity> {
+        let pid = self.identity().pid;
+        let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let list = list.unwrap_or_default();
+        let pids = list.split_ascii_whitespace();
+        pids.filter_map(|pid| Identity::of(pid.parse().ok()?).ok())
+            .collect()
+    }
+
     /// Waits until it is dead. It ends by itself when QEMU has, which is why QEMU is stopped first;
     /// if it does not, it is killed. May be called again.
     ///
@@ -125,13 +135,7 @@ impl Virtiofsd {
         {
             // The process that serves, and holds every mount, is a child in a pid namespace; ours
             // ends after it. The other way round nobody would wait for it.
-            let pid = self.identity().pid;
-            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
-                .unwrap_or_default();
-            for child in children
-                .split_ascii_whitespace()
-                .filter_map(|pid| Identity::of(pid.parse().ok()?).ok())
-            {
+            for child in self.children() {
                 let _ = child.kill_and_wait(Duration::ZERO);
             }
             let _ = tokio::time::timeout(GOODBYE, self.exited()).await;
