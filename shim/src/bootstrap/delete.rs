@@ -43,6 +43,8 @@ pub fn run(args: &Args) -> Result<()> {
     let group = group_id(&args.bundle, &args.id);
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
     let state_dir = identity.state_dir();
+    // A group may have a name that no container has, so that nobody else's `delete` is for it.
+    let group_dir = SandboxIdentity::new(&args.address, &args.namespace, &group).state_dir();
     let spared =
         || ledger::server_lives(&state_dir) && has_others(&args.bundle).is_some_and(answers);
     if group == args.id && !spared() {
@@ -58,7 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     print(exit)?;
     pass(Point::DeleteSweeps);
-    if group == args.id {
+    if group == args.id || !ledger::server_lives(&group_dir) {
         ledger::sweep(Path::new(STATE_ROOT), SWEEP_DEADLINE);
     }
     Ok(())
