@@ -344,18 +344,26 @@ impl<'e> Trials<'e> {
             Deed::Stop => CLIENT,
             _ => PATIENCE,
         };
-        let outputs = std::thread::scope(|scope| {
+        let (outputs, harmed) = std::thread::scope(|scope| {
             let life = scope.spawn(|| live(steps, patience));
             let reached = wait_for(Duration::from_secs(40), || {
                 points::reached(cell.point)
                     .map(Some)
                     .or(life.is_finished().then_some(None))
             });
-            if let (Some(Some(pid)), None) = (reached, errno) {
-                self.harm(cell, pid);
-            }
-            life.join().unwrap()
+            let harmed = match (reached, errno) {
+                (Some(Some(pid)), None) => {
+                    let harmed = self.harm(cell, pid);
+                    if harmed.is_err() {
+                        points::send(pid, Signal::SIGCONT);
+                    }
+                    harmed
+                }
+                _ => Ok(()),
+            };
+            (life.join().unwrap(), harmed)
         });
+        harmed?;
         if points::reached(cell.point).is_none() {
             return Err(format!("the point was not reached: {outputs:?}"));
         }
@@ -375,11 +383,11 @@ impl<'e> Trials<'e> {
     }
 
     /// Does to the victim what is to be done, while `pid` is stopped at the point.
-    fn harm(&self, cell: Cell, pid: u32) {
+    fn harm(&self, cell: Cell, pid: u32) -> Result<(), String> {
         procs::wait_for_state(pid, 'T');
-        let victims = cell.victim.find();
+        let victims = cell.victim.find()?;
         if BEFORE_A_REQUEST.contains(&cell.point) && cell.victim != Victim::Server {
-            Victim::Qemu.find().iter().for_each(procs::Proc::stop);
+            Victim::Qemu.find()?.iter().for_each(procs::Proc::stop);
             points::send(pid, Signal::SIGCONT);
             // It has nothing to do but to wait for the answer.
             procs::wait_for_state(pid, 'S');
@@ -410,6 +418,7 @@ impl<'e> Trials<'e> {
             sleep(HELD);
             signal(Signal::SIGCONT);
         }
+        Ok(())
     }
 
     fn steps(&self, life: Life, id: &str, confined: bool) -> Vec<Step> {
