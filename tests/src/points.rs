@@ -233,11 +233,6 @@ impl Cell {
         }
         cells
     }
-
-    /// Whether the victim is the process at the point.
-    pub fn is_at_the_point(&self) -> bool {
-        comes_to(self.point) == self.victim
-    }
 }
 
 /// The process that comes to a point.

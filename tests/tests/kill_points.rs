@@ -62,7 +62,10 @@ fn main() -> ExitCode {
     // The list of sockets, in which nothing may be left, is a network namespace's.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip(&["link", "set", "lo", "up"]).ok();
-    Suite::new().run(cases![Ours: each_point_once; Long: by_chance])
+    Suite::new().run(cases![
+        Ours: each_point_once, an_installed_shim_has_no_points;
+        Long: by_chance;
+    ])
 }
 
 /// What `make test` tries: each point once, with a victim and a deed that it is worth most for.
@@ -144,25 +147,60 @@ fn each_point_once(env: &Env) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let points: Vec<Point> = ONCE.iter().map(|(point, ..)| *point).collect();
     assert_eq!(points, Point::ALL, "each point, once");
-    let only = std::env::var("COFFERDAM_POINT").ok();
     let cells = ONCE.map(|(point, victim, deed)| Cell::new(point, victim, deed));
-    let is_wanted = |cell: &&Cell| {
-        let is_named = |names: &String| names.split(' ').any(|name| name == cell.point.name());
-        only.as_ref().is_none_or(is_named)
-    };
-    Trials::new(env).run(cells.iter().filter(is_wanted).copied());
+    let cells = cells.into_iter().filter(|cell| is_wanted(cell.point));
+    Trials::new(env).run(cells);
+}
+
+/// Whether `COFFERDAM_POINT` names it, or nothing.
+fn is_wanted(point: Point) -> bool {
+    let only = std::env::var("COFFERDAM_POINT").ok();
+    only.is_none_or(|names| names.split(' ').any(|name| name == point.name()))
 }
 
 fn by_chance(env: &Env) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (seed, kills) = (number("COFFERDAM_SEED", 1), number("COFFERDAM_KILLS", 2000));
     eprintln!("COFFERDAM_SEED={seed} COFFERDAM_KILLS={kills}");
-    let all = Cell::all();
-    let pick = |seed| {
-        let index = Random::new(seed).below(all.len() as u64);
-        all[usize::try_from(index).unwrap()]
+    let mut all = Cell::all();
+    all.retain(|cell| is_wanted(cell.point));
+    let count = all.len() as u64;
+    // All of them in an order of chance, then all of them in another one.
+    let pick = |number: u64| {
+        let (mut order, mut random) = (all.clone(), Random::new(number / count));
+        for end in (1..count).rev() {
+            let other = usize::try_from(random.below(end + 1)).unwrap();
+            order.swap(usize::try_from(end).unwrap(), other);
+        }
+        order[usize::try_from(number % count).unwrap()]
     };
     Trials::new(env).run((seed..seed + kills).map(pick));
+}
+
+/// Only the shim of this suite has them.
+fn an_installed_shim_has_no_points(_: &Env) {
+    let installed = assets::root().join("target/prefix/bin/containerd-shim-cofferdam-v2");
+    let holds = |shim: &Path, text: &str| {
+        let bytes = fs::read(shim).unwrap();
+        bytes
+            .windows(text.len())
+            .any(|part| part == text.as_bytes())
+    };
+    for name in [
+        DIRECTORY,
+        Point::StartSocketBound.name(),
+        Point::VirtiofsdServes.name(),
+    ] {
+        assert!(
+            holds(&assets::shim(), name),
+            "this suite's shim has no {name}"
+        );
+        assert!(
+            !holds(&installed, name),
+            "{} has {name}",
+            installed.display()
+        );
+    }
 }
 
 /// What it takes to come past a point.
