@@ -26,7 +26,7 @@ use cofferdam_tests::command::{Output, Running, run};
 use cofferdam_tests::events::{Events, Lifetime};
 use cofferdam_tests::leftovers::Snapshot;
 use cofferdam_tests::network::{Netns, ip};
-use cofferdam_tests::points::{self, Cell, Deed, Table, Victim};
+use cofferdam_tests::points::{self, Cell, Deed, Life, ONCE, Table, Victim};
 use cofferdam_tests::pty::Terminal;
 use cofferdam_tests::random::{Random, number};
 use cofferdam_tests::{Env, PATIENCE, Suite, assets, cases, procs};
@@ -67,78 +67,6 @@ fn main() -> ExitCode {
         Long: by_chance;
     ])
 }
-
-/// What `make test` tries: each point once, with a victim and a deed that it is worth most for.
-const ONCE: [(Point, Victim, Deed); 64] = {
-    use Deed::{Io, Kill, NoDescriptors, NoSpace, Stop};
-    use Victim::{Containerd, Delete, Qemu, Server, Start, Virtiofsd, VsockDaemon};
-    [
-        (Point::StartBeforeLock, Start, NoDescriptors),
-        (Point::StartUndoing, Start, Kill),
-        (Point::StartSocketBound, Start, Kill),
-        (Point::ServerForked, Start, Kill),
-        (Point::ServerNotRecorded, Server, Kill),
-        (Point::ServerRecorded, Server, NoSpace),
-        (Point::ServerBeforeReady, Start, Kill),
-        (Point::StartServerReady, Start, Io),
-        (Point::CreateSpecRead, Server, Io),
-        (Point::CreateNoShare, Server, NoSpace),
-        (Point::SharesMounted, Server, Kill),
-        (Point::CgroupRecorded, Server, Kill),
-        (Point::CgroupMade, Server, NoSpace),
-        (Point::NetnsOpened, Server, NoDescriptors),
-        (Point::CapabilitiesAsked, Qemu, Kill),
-        (Point::VsockAddressTaken, Server, Kill),
-        (Point::QemuForked, Server, Kill),
-        (Point::QemuNoGreeting, Qemu, Kill),
-        (Point::VsockDaemonForked, VsockDaemon, Kill),
-        (Point::VirtiofsdForked, Virtiofsd, Kill),
-        (Point::VirtiofsdServes, Server, Kill),
-        (Point::TapMade, Server, NoDescriptors),
-        (Point::RedirectRecorded, Server, Kill),
-        (Point::RedirectSet, Qemu, Kill),
-        (Point::DeviceHalfAdded, Virtiofsd, Kill),
-        (Point::BeforeCont, Server, Kill),
-        (Point::Booting, Qemu, Kill),
-        (Point::AgentDialled, VsockDaemon, Kill),
-        (Point::InterfaceSetting, Qemu, Kill),
-        (Point::SandboxCreating, Virtiofsd, Kill),
-        (Point::RelaysMade, Containerd, Kill),
-        (Point::ContainerFifosOpen, Server, Kill),
-        (Point::RootfsMounted, Server, Io),
-        (Point::VolumesBound, Server, NoSpace),
-        (Point::MachineResizing, Qemu, Kill),
-        (Point::HookRuns, Server, Kill),
-        (Point::DiskHalfPlugged, Qemu, Kill),
-        (Point::StdioDialled, VsockDaemon, Kill),
-        (Point::ContainerCreating, Qemu, Kill),
-        (Point::ContainerCreated, Qemu, Kill),
-        (Point::ContainerStarting, Virtiofsd, Kill),
-        (Point::ContainerStarted, Qemu, Kill),
-        (Point::ExecAnnounced, Qemu, Kill),
-        (Point::ExecStarting, Qemu, Kill),
-        (Point::ExecRuns, Server, Kill),
-        (Point::OutputWaits, Server, Kill),
-        (Point::InputWaits, VsockDaemon, Kill),
-        (Point::LogFileWriting, Server, NoSpace),
-        (Point::Paused, Qemu, Stop),
-        (Point::SignalSending, Virtiofsd, Stop),
-        (Point::SigkillAnswered, VsockDaemon, Stop),
-        (Point::InitEnded, Server, Kill),
-        (Point::ExitTold, Server, Kill),
-        (Point::ContainerRemoving, Qemu, Kill),
-        (Point::DiskUnplugging, Server, Kill),
-        (Point::Unmounting, Containerd, Kill),
-        (Point::DeleteQueued, Server, Kill),
-        (Point::ShutdownTaken, Server, Stop),
-        (Point::QemuQuitting, Qemu, Stop),
-        (Point::HelpersEnding, Server, Kill),
-        (Point::UndoHalfDone, Server, Kill),
-        (Point::DeleteWaits, Delete, Kill),
-        (Point::DeleteKills, Delete, Stop),
-        (Point::DeleteSweeps, Delete, Kill),
-    ]
-};
 
 /// These tests compare the whole machine before and after: one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -200,57 +128,6 @@ fn an_installed_shim_has_no_points(_: &Env) {
             "{} has {name}",
             installed.display()
         );
-    }
-}
-
-/// What it takes to come past a point.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Life {
-    /// `ctr run --rm` of a program that says a word and ends.
-    Run,
-    /// The same in a network namespace with a link.
-    Network,
-    /// The same with a disk of the host's.
-    Disk,
-    /// The same with its output in a file.
-    LogFile,
-    /// The same with a hook that runs on the host.
-    Hook,
-    /// A second container, for which the machine has to grow.
-    Growth,
-    /// An exec.
-    Exec,
-    /// An exec on a terminal.
-    Terminal,
-    /// An exec that reads its input.
-    Input,
-    /// A pause.
-    Pause,
-    /// SIGTERM.
-    Sigterm,
-    /// SIGKILL.
-    Sigkill,
-}
-
-impl Life {
-    fn past(point: Point) -> Life {
-        match point {
-            Point::TapMade
-            | Point::RedirectRecorded
-            | Point::RedirectSet
-            | Point::InterfaceSetting => Life::Network,
-            Point::DiskHalfPlugged | Point::DiskUnplugging => Life::Disk,
-            Point::LogFileWriting => Life::LogFile,
-            Point::HookRuns => Life::Hook,
-            Point::MachineResizing => Life::Growth,
-            Point::ExecAnnounced | Point::ExecStarting => Life::Exec,
-            Point::ExecRuns => Life::Terminal,
-            Point::InputWaits => Life::Input,
-            Point::Paused => Life::Pause,
-            Point::SignalSending => Life::Sigterm,
-            Point::SigkillAnswered => Life::Sigkill,
-            _ => Life::Run,
-        }
     }
 }
 

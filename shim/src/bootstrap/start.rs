@@ -120,9 +120,9 @@ fn make_dir(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Listens on the socket, or finds that a server already answers there (`None`). Under a lock, so that
-/// of many starts of one group exactly one binds and none removes a socket that another is about to
-/// listen on.
+/// Listens on the socket, or finds that a server already answers there (`None`). Under a lock, so
+/// that of many starts of one group exactly one binds and none removes a socket that another is
+/// about to listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
     reach(Point::StartBeforeLock).doing(|| format!("lock {STATE_ROOT}"))?;
