@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test fuzz test-kvm conformance bench clean
+.PHONY: setup guest build install demo test fuzz test-kvm conformance bench killtest clean
 
 setup:
 	scripts/setup
@@ -34,6 +34,9 @@ conformance:
 
 bench:
 	scripts/test bench
+
+killtest:
+	scripts/test killtest
 
 clean:
 	rm -rf target

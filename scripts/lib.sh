@@ -86,3 +86,10 @@ install_for_tests() {
     make -s -C "$root" install PREFIX="$prefix" >&2
     install -m 644 "$("$root/scripts/initramfs" cofferdam-hostile-agent)" "$prefix/share/cofferdam/hostile.cpio"
 }
+
+# The same with kill points (sys/src/point.rs), for the suite kill_points: before the above, so
+# that the shim that stays in the build directory is the free one.
+install_with_points() {
+    (cd "$root" && cargo build --locked --release -p cofferdam-shim --features points >&2)
+    "$root/scripts/install" "$root/target/prefix-points"
+}

@@ -4,6 +4,7 @@
 pub mod bpf;
 pub mod byte_lock;
 pub mod mount;
+pub mod point;
 pub mod process;
 
 use std::fmt::Write;

@@ -44,6 +44,78 @@ impl Event {
     }
 }
 
+/// Who tells the end of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// Its shim.
+    Told,
+    /// containerd, after the death of the shim: it knows of no exec, and what the shim has told
+    /// already it may tell again.
+    ToldByContainerd,
+}
+
+impl Lifetime {
+    /// Whether the events of a container that is gone are what containerd's clients expect: create,
+    /// start, exit and delete in this order, each once, an exec's between start and exit.
+    ///
+    /// # Errors
+    /// The rule that is broken, with the events.
+    pub fn check(self, events: &[Event]) -> Result<(), String> {
+        let briefs: Vec<String> = events.iter().map(Event::brief).collect();
+        let at = |topic: &str| briefs.iter().position(|brief| brief == topic);
+        let count = |topic: &str| briefs.iter().filter(|brief| *brief == topic).count();
+        let rule = |holds: bool, rule: &str| {
+            if holds {
+                Ok(())
+            } else {
+                Err(format!("{rule}: {briefs:?}"))
+            }
+        };
+        let most = match self {
+            Lifetime::Told => 1,
+            Lifetime::ToldByContainerd => 2,
+        };
+        for topic in ["create", "start", "exit", "delete"] {
+            let most = if matches!(topic, "create" | "start") {
+                1
+            } else {
+                most
+            };
+            rule(count(topic) <= most, &format!("{topic} is told once"))?;
+        }
+        let order: Vec<usize> = ["create", "start", "exit", "delete"]
+            .into_iter()
+            .filter_map(at)
+            .collect();
+        rule(order.is_sorted(), "create, start, exit, delete")?;
+        if at("create").is_some() {
+            rule(at("create") == Some(0), "nothing comes before create")?;
+            rule(at("delete").is_some(), "what is created is deleted")?;
+        }
+        if at("start").is_some() {
+            rule(at("exit").is_some(), "what is started ends")?;
+        }
+        for exec in briefs
+            .iter()
+            .filter_map(|brief| brief.strip_prefix("exec-started "))
+        {
+            let (started, ended) = (
+                at(&format!("exec-started {exec}")),
+                at(&format!("exit {exec}")),
+            );
+            let told = ended.is_some() || self == Lifetime::ToldByContainerd;
+            rule(told, "an exec that is started ends")?;
+            rule(
+                ended.is_none() || started < ended,
+                "an exec starts before it ends",
+            )?;
+            let last = ended.is_none() || at("exit").is_none_or(|exit| ended < Some(exit));
+            rule(last, "the exit of init comes last")?;
+        }
+        Ok(())
+    }
+}
+
 /// A running `ctr events`.
 pub struct Events {
     child: Child,

@@ -1,13 +1,17 @@
-//! What a test run may leave on the host: processes, mounts, files of the runtime, cgroups, network
-//! namespaces and links, and what containerd has of a pod.
+//! What a test run may leave on the host: processes and the memory files that they hold, mounts in
+//! any namespace, sockets and other files of the runtime, cgroups, loop devices, network namespaces
+//! with their links, taps and filters, and what containerd has of a pod.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::command::run;
 use crate::daemon::namespace;
-use crate::procs;
+use crate::{PATIENCE, procs};
 
 /// Everything of the kinds that may leak, one line each. The suite's mount namespace and its own
 /// /run keep out what other programs of this machine do.
@@ -48,6 +52,11 @@ impl Snapshot {
             below(&daemon.path().join("ipam"), 2, &mut found);
         }
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut found);
+        elsewhere_mounted(&mut found);
+        sockets(&mut found);
+        memory_files(&mut found);
+        loop_devices(&mut found);
+        networks(&mut found);
         // Not /sys/class/net: the links there are those of the network namespace that mounted /sys.
         for line in fs::read_to_string("/proc/net/dev")
             .unwrap_or_default()
@@ -83,6 +92,100 @@ impl Snapshot {
                 ));
             }
             std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// Mounts of the runtime's in the mount namespaces of other processes, which may outlive the
+/// process that made them.
+fn elsewhere_mounted(found: &mut BTreeSet<String>) {
+    let own = fs::read_link("/proc/self/ns/mnt").ok();
+    let mut seen = HashSet::from([own]);
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let dir = process.path();
+        let namespace = fs::read_link(dir.join("ns/mnt")).ok();
+        let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+        // One made from ours has our /run.
+        if namespace.is_none()
+            || !seen.insert(namespace.clone())
+            || device(&dir.join("root/run")) != device(Path::new("/run"))
+        {
+            continue;
+        }
+        let table = fs::read_to_string(dir.join("mountinfo")).unwrap_or_default();
+        for point in table.lines().filter_map(|line| line.split(' ').nth(4)) {
+            if point.starts_with("/run/cofferdam") {
+                let namespace = namespace.as_deref().unwrap_or(Path::new("")).display();
+                found.insert(format!("mount {point} in {namespace}"));
+            }
+        }
+    }
+}
+
+/// Bound sockets in the runtime's directories, by the list of the network namespace: their files
+/// may be gone. In the host's own there are others'.
+fn sockets(found: &mut BTreeSet<String>) {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    if namespace("self") == namespace("1") {
+        return;
+    }
+    let list = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    for path in list
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(7))
+    {
+        if path.starts_with("/run/cofferdam") || path.starts_with("/run/containerd/s") {
+            found.insert(format!("socket {path}"));
+        }
+    }
+}
+
+/// Memory files (memfd_create(2)), such as a guest's memory: they live as long as the last process
+/// that has them.
+fn memory_files(found: &mut BTreeSet<String>) {
+    for process in procs::ours() {
+        let open = fs::read_dir(format!("/proc/{}/fd", process.pid));
+        for file in open.into_iter().flatten().flatten() {
+            if fs::read_link(file.path()).is_ok_and(|to| to.starts_with("/memfd:mem")) {
+                found.insert(format!(
+                    "guest memory in {} {}",
+                    process.program, process.pid
+                ));
+            }
+        }
+    }
+}
+
+fn loop_devices(found: &mut BTreeSet<String>) {
+    for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let file = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        if file.contains("cofferdam") {
+            found.insert(format!("loop device {} {file}", device.path().display()));
+        }
+    }
+}
+
+/// Links and filters in the named network namespaces.
+fn networks(found: &mut BTreeSet<String>) {
+    for netns in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = netns.file_name().to_string_lossy().into_owned();
+        let tool = |program: &str, args: &[&str]| {
+            let mut command = Command::new(program);
+            command.args(["-n", &name]).args(args);
+            run(command, PATIENCE).text()
+        };
+        for line in tool("ip", &["-o", "link"]).lines() {
+            let Some(link) = line.split(": ").nth(1) else {
+                continue;
+            };
+            let link = link.split('@').next().unwrap_or(link);
+            found.insert(format!("link {link} in {name}"));
+            for filter in tool("tc", &["filter", "show", "dev", link, "ingress"]).lines() {
+                found.insert(format!("filter on {link} in {name}: {filter}"));
+            }
+        }
+        for qdisc in tool("tc", &["qdisc", "show"]).lines() {
+            found.insert(format!("qdisc in {name}: {qdisc}"));
         }
     }
 }

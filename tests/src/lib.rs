@@ -19,6 +19,7 @@ pub mod events;
 pub mod leftovers;
 pub mod network;
 pub mod pod;
+pub mod points;
 pub mod procs;
 pub mod pty;
 pub mod random;

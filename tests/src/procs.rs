@@ -106,6 +106,21 @@ pub fn family(id: &str) -> Vec<u32> {
     family
 }
 
+/// Whether the parent of a process runs a program of this name.
+pub fn is_child_of(pid: u32, parent: &str) -> bool {
+    let parents = field(pid, 4).and_then(|pid| program(u32::try_from(pid).ok()?));
+    parents.is_some_and(|program| program.starts_with(parent))
+}
+
+/// Waits until a process is in this state (proc(5): `T` stopped, `S` waiting), or is gone.
+#[track_caller]
+pub fn wait_for_state(pid: u32, wanted: char) {
+    eventually(&format!("process {pid} is {wanted}"), PATIENCE, || {
+        let now = state(pid);
+        (now.is_none() || now == Some(wanted)).then_some(())
+    });
+}
+
 /// Waits until these processes use a fiftieth of a CPU at most, all together.
 pub fn come_to_rest(pids: &[u32]) {
     // There are 100 ticks a second.

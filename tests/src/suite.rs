@@ -133,19 +133,19 @@ impl Suite {
         if pods {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             crate::network::ip(&["link", "set", "lo", "up"]).ok();
-            // Shared, as on a host: what is unmounted here goes away in the shims' own mount
-            // namespaces too.
-            std::fs::create_dir("/run/netns").unwrap();
-            tmpfs("/run/netns");
-            mount(
-                None::<&str>,
-                "/run/netns",
-                None::<&str>,
-                MsFlags::MS_SHARED,
-                None::<&str>,
-            )
-            .unwrap();
         }
+        // Shared, as on a host: what is unmounted here goes away in the shims' own mount
+        // namespaces too.
+        std::fs::create_dir("/run/netns").unwrap();
+        tmpfs("/run/netns");
+        mount(
+            None::<&str>,
+            "/run/netns",
+            None::<&str>,
+            MsFlags::MS_SHARED,
+            None::<&str>,
+        )
+        .unwrap();
         let dir = tempfile::Builder::new()
             .prefix("cofferdam-e2e-")
             .tempdir()

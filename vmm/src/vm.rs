@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use sys::point::{Point, pass, reach};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
@@ -134,6 +135,7 @@ impl Vm {
             jail: jail(config).await?,
             ..Spawn::new(&config.qemu, arguments)
         })?;
+        reach(Point::QemuForked).doing(|| format!("start {}", config.qemu.display()))?;
         let virtio_status = config.capabilities.virtio_status();
         let limits = Limits {
             vcpus: config.vcpus,
@@ -219,6 +221,7 @@ impl Vm {
 
     /// Asks the guest to let go of what has this id, and waits until it has.
     async fn unplug(&self, id: &str, timeout: Duration) -> Result<()> {
+        reach(Point::DiskUnplugging).doing(|| format!("unplug {id}"))?;
         let mut events = self.qmp.events();
         match self
             .qmp
@@ -272,8 +275,9 @@ impl Vm {
     /// # Errors
     /// QEMU's own, or its death.
     pub async fn cont(&self) -> Result<()> {
+        reach(Point::BeforeCont).doing(|| "let the guest run".into())?;
         match self.qmp.execute(&Cont {}).await {
-            Ok(_) => Ok(()),
+            Ok(_) => reach(Point::Booting).doing(|| "wait for the guest".into()),
             Err(error) => Err(self.explained(error).await),
         }
     }
@@ -315,6 +319,7 @@ impl Vm {
     /// The kernel does not let it die (10 s after SIGKILL).
     pub async fn stop(&self, timeout: Duration) -> Result<Death> {
         let asked = async {
+            pass(Point::QemuQuitting);
             // With an answer, an error or none: only its end counts.
             let _ = self.qmp.execute_within(&Quit {}, timeout).await;
             self.child.exited().await
@@ -366,6 +371,7 @@ impl Starting {
     /// # Errors
     /// QEMU ended (with its last line), or did not answer in time; either way it is dead.
     pub async fn connect(self, timeout: Duration) -> Result<Vm> {
+        reach(Point::QemuNoGreeting).doing(|| "open QEMU's monitor".into())?;
         let (qmp, version) = match Qmp::open(self.socket, timeout).await {
             Ok(open) => open,
             Err(error) => return Err(explained(error, self.child.process()).await),

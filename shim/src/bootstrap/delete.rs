@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
 use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::Message;
+use sys::point::{Point, pass};
 use ttrpc::asynchronous::Client;
 use ttrpc::context;
 
@@ -42,6 +43,8 @@ pub fn run(args: &Args) -> Result<()> {
     let group = group_id(&args.bundle, &args.id);
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
     let state_dir = identity.state_dir();
+    // A group may have a name that no container has, so that nobody else's `delete` is for it.
+    let group_dir = SandboxIdentity::new(&args.address, &args.namespace, &group).state_dir();
     let spared =
         || ledger::server_lives(&state_dir) && has_others(&args.bundle).is_some_and(answers);
     if group == args.id && !spared() {
@@ -56,7 +59,8 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     print(exit)?;
-    if group == args.id {
+    pass(Point::DeleteSweeps);
+    if group == args.id || !ledger::server_lives(&group_dir) {
         ledger::sweep(Path::new(STATE_ROOT), SWEEP_DEADLINE);
     }
     Ok(())

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
+use sys::point::{Point, pass, reach};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -52,14 +53,14 @@ pub fn run(args: &Args) -> Result<()> {
     )
     .doing(|| "inherit the socket".into())?;
     let identity = SandboxIdentity::new(&args.address, &args.namespace, &args.id);
-    let result = prepare(args, &identity, &listener);
-    let ledger = match result {
-        Ok(ledger) => {
-            ready
-                .write_all(b"+")
-                .doing(|| "tell `start` that the server is ready".into())?;
-            ledger
-        }
+    let prepared = prepare(args, &identity, &listener).and_then(|ledger| {
+        ready
+            .write_all(b"+")
+            .doing(|| "tell `start` that the server is ready".into())?;
+        Ok(ledger)
+    });
+    let ledger = match prepared {
+        Ok(ledger) => ledger,
         Err(error) => {
             let _ = ready.write_all(error.to_string().as_bytes());
             let _ = ledger::undo_own(&identity.state_dir());
@@ -91,14 +92,15 @@ fn prepare(args: &Args, identity: &SandboxIdentity, listener: &StdUnixListener) 
     listener
         .set_nonblocking(true)
         .doing(|| "set up the socket".into())?;
+    reach(Point::ServerForked).doing(|| "begin".into())?;
     let ledger = Ledger::create(&identity.state_dir())?;
+    reach(Point::ServerNotRecorded).doing(|| "name the sandbox".into())?;
     name(&ledger, identity);
     let own = Identity::of(std::process::id().cast_signed())
         .doing(|| "read the server's own start time".into())?;
     ledger.record(&Resource::Server(own))?;
-    if let Some(path) = args.socket.clone() {
-        ledger.record(&Resource::File { path })?;
-    }
+    reach(Point::ServerRecorded).doing(|| "go on".into())?;
+    reach(Point::ServerBeforeReady).doing(|| "tell `start` that the server is ready".into())?;
     Ok(ledger)
 }
 
@@ -157,6 +159,7 @@ async fn serve(
         _ = terminate.recv() => stop(&handle).await,
         _ = interrupt.recv() => stop(&handle).await,
     }
+    pass(Point::ShutdownTaken);
     // No new connection finds the socket, and what is connected still gets its answers.
     if let Some(socket) = &args.socket {
         remove(socket);

@@ -4,7 +4,7 @@
 //! printed and the server must not inherit them.
 
 use std::fs::{DirBuilder, File, Permissions};
-use std::io::{IsTerminal, Read, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,13 +14,17 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use sys::point::{Point, reach};
+use vmm::process::Identity;
 
 use super::group::group_id;
 use super::reply::Request;
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
-use crate::host::ledger;
+use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::sandbox_lock::SandboxLock;
 
 /// Descriptor on which the server inherits its listening socket.
@@ -57,18 +61,25 @@ pub fn run(args: &Args) -> Result<()> {
     let address = format!("unix://{}", socket.display());
     // Before there is a server: a start that fails must leave none.
     write_address(&bundle, &address)?;
-    if let Some(listener) = listen(&socket, &identity.state_dir())? {
-        let debug = args.debug || request.debug();
-        if let Err(error) = spawn_server(args, &group, debug, &socket, listener) {
-            let _ = std::fs::remove_file(&socket);
-            return Err(error);
-        }
+    let reply = request.reply(&address)?;
+    let print = || {
+        let mut stdout = std::io::stdout();
+        reach(Point::StartServerReady)
+            .and_then(|()| stdout.write_all(&reply))
+            .and_then(|()| stdout.flush())
+            .doing(|| "print the address".into())
+    };
+    let Some(listener) = listen(&socket, &identity.state_dir())? else {
+        return print();
+    };
+    let debug = args.debug || request.debug();
+    let started = spawn_server(args, &group, debug, &socket, listener)
+        .and_then(|server| print().inspect_err(|_| kill(server)));
+    if started.is_err() {
+        // Nobody would ever hear of the server.
+        let _ = ledger::undo_own(&identity.state_dir());
     }
-    let mut stdout = std::io::stdout();
-    stdout
-        .write_all(&request.reply(&address)?)
-        .and_then(|()| stdout.flush())
-        .doing(|| "print the address".into())
+    started
 }
 
 /// Makes a directory that only root can enter. One that is there already is looked at: in a
@@ -102,28 +113,45 @@ fn make_dir(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Binds the socket, or finds that a server already answers there (`None`). Under a lock, so that
-/// of many starts of one group exactly one binds and none removes a socket that another is about to
-/// listen on.
+/// Listens on the socket, or finds that a server already answers there (`None`). Under a lock, so
+/// that of many starts of one group exactly one binds and none removes a socket that another is
+/// about to listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
+    reach(Point::StartBeforeLock).doing(|| format!("lock {}", state_dir.display()))?;
     let _lock = SandboxLock::take(state_dir)?;
+    reach(Point::StartUndoing).doing(|| format!("look into {}", state_dir.display()))?;
     // What a former server of the same id left; what cannot be undone is in nobody's way here.
     let _ = ledger::undo_abandoned(state_dir);
+    // A unix connect never waits for the server itself, only for room in its backlog.
+    if UnixStream::connect(socket).is_ok() {
+        return Ok(None);
+    }
+    let bound = bind(socket, state_dir);
+    if bound.is_err() {
+        let _ = ledger::undo_own(state_dir);
+    }
+    bound.map(Some)
+}
+
+/// Binds the socket, which nobody listens on. Until there is a server, this process stands in for
+/// it in the ledger, so that a sweep takes what a killed start left.
+fn bind(socket: &Path, state_dir: &Path) -> Result<UnixListener> {
+    let ledger = Ledger::create(state_dir)?;
+    let own = Identity::of(std::process::id().cast_signed())
+        .doing(|| "read this process's own start time".into())?;
+    ledger.record(&Resource::Server(own))?;
+    ledger.record(&Resource::File {
+        path: socket.to_owned(),
+    })?;
     let doing = || format!("listen on {}", socket.display());
-    let listener = match UnixListener::bind(socket) {
-        Ok(listener) => listener,
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            // A unix connect never waits for the server itself, only for room in its backlog.
-            if UnixStream::connect(socket).is_ok() {
-                return Ok(None);
-            }
-            std::fs::remove_file(socket).doing(doing)?;
-            UnixListener::bind(socket).doing(doing)?
-        }
-        Err(error) => return Err(error).doing(doing),
-    };
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).doing(doing),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket).doing(doing)?;
+    reach(Point::StartSocketBound).doing(doing)?;
     std::fs::set_permissions(socket, Permissions::from_mode(0o600)).doing(doing)?;
-    Ok(Some(listener))
+    Ok(listener)
 }
 
 /// Starts the server in a session of its own and waits for its first word.
@@ -133,7 +161,7 @@ fn spawn_server(
     debug: bool,
     socket: &Path,
     listener: UnixListener,
-) -> Result<()> {
+) -> Result<Pid> {
     let (mut ready, server_end) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map(|(r, w)| (File::from(r), w))
         .doing(|| "make a pipe".into())?;
@@ -179,6 +207,7 @@ fn spawn_server(
     // SAFETY: the closure only makes system calls and allocates nothing.
     unsafe { command.pre_exec(pass) };
     let child = command.spawn().doing(|| "start the server".into())?;
+    let pid = Pid::from_raw(child.id().cast_signed());
     drop((command, listener, server_end));
     // The kernel should take a container's server before containerd: one more than the parent's
     // score, as runc's shim does. Without CAP_SYS_RESOURCE even that can be refused; then the
@@ -191,12 +220,9 @@ fn spawn_server(
             .doing(|| "read the server's answer".into())?;
     }
     match answer.as_slice() {
-        b"+" => Ok(()),
+        b"+" => Ok(pid),
         answer => {
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(child.id().cast_signed()),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+            kill(pid);
             let text = String::from_utf8_lossy(answer).into_owned();
             let text = if text.is_empty() {
                 "the server ended before it was ready".to_owned()
@@ -206,6 +232,11 @@ fn spawn_server(
             Err(Error::internal(text))
         }
     }
+}
+
+/// Ends a server that has made nothing yet.
+fn kill(server: Pid) {
+    let _ = nix::sys::signal::kill(server, Signal::SIGKILL);
 }
 
 fn readable(file: &File) -> bool {

@@ -11,6 +11,7 @@ use futures::future::join_all;
 use guest_protocol::protocols::agent::{CreateContainerRequest, Device, Storage};
 use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
 use oci_spec::runtime::Spec;
+use sys::point::{Point, pass, reach};
 use tokio::time::{Instant, timeout};
 use ttrpc::Code;
 
@@ -116,6 +117,7 @@ impl HostSide {
                 .map(|root| create.bundle.join(root.path()))
                 .unwrap_or_default();
             rootfs::mount_all(&create.rootfs, &root, &dir.make(&name)?)?;
+            reach(Point::RootfsMounted).doing(|| format!("use the root file system of {name}"))?;
         }
         let list = create.spec.mounts().as_deref().unwrap_or_default();
         host.volumes = volumes::prepare(
@@ -126,6 +128,7 @@ impl HostSide {
                 uid: create.pod_uid.as_deref(),
             },
         )?;
+        reach(Point::VolumesBound).doing(|| format!("use the volumes of {name}"))?;
         Ok(host)
     }
 }
@@ -341,7 +344,10 @@ impl Container {
 /// Gives up containers' parts of the host. umount(2) may wait for a slow disk, which must not hold
 /// up other requests, and for one that is gone for ever, which must not hold up this one.
 pub async fn release(containers: Vec<Container>) {
-    let released = tokio::task::spawn_blocking(move || drop(containers));
+    let released = tokio::task::spawn_blocking(move || {
+        pass(Point::Unmounting);
+        drop(containers);
+    });
     if timeout(RELEASE_DEADLINE, released).await.is_err() {
         tracing::warn!(
             "a storage on the host hangs: a container's mounts stay until it lets go of them"

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use oci_spec::runtime::{Hook, Hooks, Spec};
 use serde_json::{Value, json};
+use sys::point::{Point, reach};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::error::{Error, IoContext, Result};
+use crate::host::death_signal;
 
 /// How long a hook may take that names no time of its own.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -109,12 +111,15 @@ async fn run_one(hook: &Hook, state: String) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    // SAFETY: the closure only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(death_signal::with_the_shim()) };
     let deadline = hook
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok())
         .map_or(DEADLINE, Duration::from_secs);
     let run = async {
         let mut child = command.spawn().doing(doing)?;
+        reach(Point::HookRuns).doing(doing)?;
         if let Some(mut stdin) = child.stdin.take() {
             // One that does not read what it is told is no failure.
             let _ = stdin.write_all(state.as_bytes()).await;

@@ -15,6 +15,7 @@ use guest_protocol::{
     SHARE_TAG, UDS_PORT,
 };
 use launcher::UidLease;
+use sys::point::{Point, reach};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
@@ -100,6 +101,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     std::fs::create_dir_all(&cache_dir)
         .doing(|| format!("make directory {}", cache_dir.display()))?;
     let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
+    reach(Point::NetnsOpened).doing(|| "use the network namespace".into())?;
     let accel = match config.accelerator {
         Accelerator::Auto => vmm::accel::Accel::Auto,
         Accelerator::Kvm => vmm::accel::Accel::Kvm,
@@ -244,6 +246,7 @@ async fn boot(
         port,
         kernel,
     } = reach_agent::address(config.vsock, dir)?;
+    reach(Point::VsockAddressTaken).doing(|| "listen for the guest's ready notice".into())?;
     machine.kernel_params = config.kernel_params.clone();
     machine
         .kernel_params
@@ -315,6 +318,10 @@ async fn boot(
         (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
         (Err(error), None) => return Err(error.into()),
     };
+    // One that is stopped or hangs does not end with its parent.
+    for child in file_servers.iter().flat_map(Virtiofsd::children) {
+        ledger.record(&Resource::Process(child))?;
+    }
     cards?;
     vm.cont().await?;
     let died = death(&vm, &file_servers, daemon.as_ref());
@@ -349,6 +356,7 @@ async fn boot(
     } else {
         None
     };
+    reach(Point::RelaysMade).doing(|| "relay the guest's connections".into())?;
     tracing::info!(
         version = features.version,
         raw_stdio = features.raw_stdio,
@@ -400,6 +408,7 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
         storages: shared.into_iter().chain(shm).collect(),
         ..Default::default()
     };
+    reach(Point::SandboxCreating).doing(|| "ask the guest agent for the sandbox".into())?;
     let (created, features) = tokio::join!(
         agent.create_sandbox(&sandbox, CALL_DEADLINE),
         agent.features(CALL_DEADLINE)

@@ -11,6 +11,7 @@ use guest_protocol::Transport;
 use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
+use sys::point::{Point, reach};
 use tokio::sync::Mutex;
 use vmm::{Device, Net, Vm};
 
@@ -135,6 +136,7 @@ impl Nics {
                 interface,
                 ..Default::default()
             };
+            reach(Point::InterfaceSetting).doing(|| format!("set up {}", endpoint.name))?;
             let done = agent.update_interface(&request, CALL_DEADLINE).await;
             done.map_err(|error| {
                 error.context(format!("the guest cannot set up {}", endpoint.name))

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use sys::point::{Point, reach};
 use tokio::time::timeout;
 use vmm::process::Identity;
 
@@ -89,7 +90,10 @@ impl HostCgroup {
             for path in missing {
                 ledger.record(&Resource::Cgroup { path })?;
             }
+            reach(Point::CgroupRecorded)
+                .doing(|| format!("make cgroup {}", directory.display()))?;
             cgroup::make(directory).doing(|| format!("make cgroup {}", directory.display()))?;
+            reach(Point::CgroupMade).doing(|| format!("use cgroup {}", directory.display()))?;
         }
         if let Some(missing) = limits::unavailable(&own).filter(|_| scope.is_none()) {
             tracing::warn!(

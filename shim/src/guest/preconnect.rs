@@ -7,6 +7,7 @@ use guest_protocol::Transport;
 use tokio::task::JoinHandle;
 
 use crate::error::Result;
+use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
 use crate::stdio::GuestIo;
 
@@ -28,14 +29,17 @@ impl std::fmt::Debug for PreconnectedStdio {
 
 impl PreconnectedStdio {
     pub(super) fn begin(
+        agent: &Agent,
         transport: &Transport,
         process: &ProcessId,
         io: &Stdio,
     ) -> PreconnectedStdio {
-        let (transport, process, io) = (transport.clone(), process.clone(), io.clone());
+        let (agent, transport) = (agent.clone(), transport.clone());
+        let (process, io) = (process.clone(), io.clone());
+        let dial = async move { GuestIo::raw(&agent, &transport, &process, &io).await };
         PreconnectedStdio {
             begun: Instant::now(),
-            streams: tokio::spawn(async move { GuestIo::raw(&transport, &process, &io).await }),
+            streams: tokio::spawn(dial),
         }
     }
 

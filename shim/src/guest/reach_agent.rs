@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use guest_protocol::{AGENT_PORT, Key, Listener, READY_PORT, Transport};
+use sys::point::{Point, reach};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
 use vmm::Vm;
@@ -140,7 +141,10 @@ pub async fn agent(
                         tracing::debug!(%error, "dialling the agent again");
                         sleep(REDIAL_PAUSE).await;
                     }
-                    result => return result.doing(doing).map(|stream| (stream, transport)),
+                    result => {
+                        reach(Point::AgentDialled).doing(doing)?;
+                        return result.doing(doing).map(|stream| (stream, transport));
+                    }
                 }
             }
         }

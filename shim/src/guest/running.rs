@@ -16,6 +16,7 @@ use guest_protocol::protocols::agent::{
 use guest_protocol::{ALL_PROCESSES, Transport};
 use launcher::UidLease;
 use oci_spec::runtime::{LinuxResources, Process};
+use sys::point::{Point, reach};
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -24,7 +25,7 @@ use vmm::helpers::{Virtiofsd, VsockDaemon};
 use vmm::process::Identity;
 use vmm::{Attached, Block, Device, Vm};
 
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
 use crate::guest::calls::{Ended, Freezer, GuestCalls};
 use crate::guest::guest_spec;
@@ -158,10 +159,12 @@ impl GuestCalls for RunningGuest {
     ) -> Result<GuestIo> {
         let process = ProcessId::init(&request.container_id);
         let streams = if self.features.raw_stdio {
-            Some(GuestIo::raw(&self.transport, &process, io).await?)
+            Some(GuestIo::raw(&self.agent, &self.transport, &process, io).await?)
         } else {
             None
         };
+        reach(Point::StdioDialled).doing(|| format!("use the stdio of {process}"))?;
+        reach(Point::ContainerCreating).doing(|| format!("ask the guest for {process}"))?;
         self.agent
             .create_container(request, CREATE_DEADLINE)
             .await?;
@@ -178,7 +181,13 @@ impl GuestCalls for RunningGuest {
                 let left = by
                     .saturating_duration_since(Instant::now())
                     .max(REMOVE_PAUSE);
-                match self.agent.remove_container(&request, left).await {
+                let asked = reach(Point::ContainerRemoving)
+                    .doing(|| format!("ask the guest to remove {id}"));
+                let asking = async {
+                    asked?;
+                    self.agent.remove_container(&request, left).await
+                };
+                match asking.await {
                     Err(error) if error.code() == Code::NOT_FOUND => return Ok(()),
                     Err(error) if Instant::now() + REMOVE_PAUSE < by => {
                         tracing::debug!(%error, id, "the guest is asked again to remove it");
@@ -214,11 +223,12 @@ impl GuestCalls for RunningGuest {
             container_id: id.to_owned(),
             ..Default::default()
         };
+        reach(Point::ContainerStarting).doing(|| format!("ask the guest to start {id}"))?;
         self.agent.start_container(&request, START_DEADLINE).await
     }
 
     fn preconnect(&self, process: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
-        let begin = || PreconnectedStdio::begin(&self.transport, process, io);
+        let begin = || PreconnectedStdio::begin(&self.agent, &self.transport, process, io);
         self.features.raw_stdio.then(begin)
     }
 
@@ -234,7 +244,7 @@ impl GuestCalls for RunningGuest {
             None => None,
         };
         let streams = if self.features.raw_stdio && streams.is_none() {
-            Some(GuestIo::raw(&self.transport, process, io).await?)
+            Some(GuestIo::raw(&self.agent, &self.transport, process, io).await?)
         } else {
             streams
         };
@@ -244,6 +254,7 @@ impl GuestCalls for RunningGuest {
             process: Some(guest_spec::process(spec)).into(),
             ..Default::default()
         };
+        reach(Point::ExecStarting).doing(|| format!("ask the guest to start {process}"))?;
         let started = self.agent.exec_process(&request, START_DEADLINE).await;
         if started
             .as_ref()
@@ -287,6 +298,7 @@ impl GuestCalls for RunningGuest {
             signal,
             ..Default::default()
         };
+        reach(Point::SignalSending).doing(|| format!("send a signal to {process}"))?;
         self.agent.signal_process(&request, deadline).await
     }
 

@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use sys::point::{Point, reach};
 use vmm::process::Identity;
 
 use crate::error::{Error, IoContext, Result};
@@ -139,6 +140,7 @@ impl Ledger {
 /// # Errors
 /// One line that names the first thing that could not be undone; the rest is undone all the same.
 pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
+    reach(Point::DeleteWaits).doing(|| format!("read {}", dir.display()))?;
     let resources = read(dir)?;
     // A directory that could not be undone may have been used again.
     let server = resources.iter().rev().find_map(|resource| match resource {
@@ -148,6 +150,7 @@ pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
     if let Some(server) = server {
         wait_until_gone(&server, server_deadline);
     }
+    reach(Point::DeleteKills).doing(|| format!("undo {}", dir.display()))?;
     undo_all(dir, &resources)
 }
 
@@ -260,7 +263,8 @@ fn undo_all(dir: &Path, resources: &[Resource]) -> Result<()> {
             result = result.and(Err(error));
         }
     }
-    result.and(remove(dir))
+    let half = reach(Point::UndoHalfDone).doing(|| format!("remove {}", dir.display()));
+    result.and(half).and(remove(dir))
 }
 
 fn remove(dir: &Path) -> Result<()> {

@@ -26,6 +26,7 @@
 //! the next `delete` of any sandbox.
 
 pub mod cgroup;
+pub mod death_signal;
 pub mod dir;
 pub mod exit_record;
 pub mod identity;

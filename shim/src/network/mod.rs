@@ -47,6 +47,7 @@ use std::time::Duration;
 
 use guest_protocol::protocols::types;
 use rtnetlink::{Handle, LinkUnspec};
+use sys::point::{Point, reach};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -278,6 +279,7 @@ impl Network {
         }
         let tap =
             tap::create(&self.netns, queues).doing(|| "make a tap with /dev/net/tun".into())?;
+        reach(Point::TapMade).doing(|| "use the tap".into())?;
         endpoint.fds = Fds {
             vhosts: tap::vhosts(tap.queues.len()),
             taps: tap.queues,
@@ -301,8 +303,12 @@ impl Network {
                 qdisc,
             })?;
         }
+        reach(Point::RedirectRecorded).doing(|| "redirect the link to the tap".into())?;
         endpoint.redirected = Some(qdisc);
-        if let Err(error) = tc::redirect(netlink, link.index, tap.index, qdisc).await {
+        let set = tc::redirect(netlink, link.index, tap.index, qdisc).await;
+        let set =
+            set.and_then(|()| reach(Point::RedirectSet).doing(|| "use the redirection".into()));
+        if let Err(error) = set {
             disconnect(netlink, &endpoint).await;
             return Err(error);
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use sys::point::{Point, pass, reach};
 
 use crate::config::Config;
 use crate::container::create::{CreateContainer, in_guest};
@@ -14,7 +15,7 @@ use crate::container::hooks::{HookPhase, HostHooks};
 use crate::container::role::{self, Role};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::spec;
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::guest::machine_size::{ResourceLimits, WantedSize};
 use crate::model::{ProcessId, Stdio};
 use crate::sandbox::host_calls::HostCalls;
@@ -75,6 +76,7 @@ impl SandboxOwner {
         };
         self.begin(async move {
             let result = Box::new(making.run(role, create).await);
+            pass(Point::ContainerCreated);
             Outcome::Created {
                 request: quiet,
                 result,
@@ -98,6 +100,7 @@ impl SandboxOwner {
         }?;
         let bundle = PathBuf::from(&request.bundle);
         let mut spec = spec::load(&bundle)?;
+        reach(Point::CreateSpecRead).doing(|| "read the container's spec".into())?;
         let config = match spec.annotations() {
             Some(annotations) if self.launching.is_none() => config.annotated(annotations)?,
             _ => config,
@@ -225,6 +228,7 @@ impl Making {
             }
         }
         let host_io = HostIo::open(&create.io, &self.namespace, &create.id).await?;
+        reach(Point::ContainerFifosOpen).doing(|| format!("open the stdio of {}", create.id))?;
         let (create, host_side) = self.host.prepare(create, self.shares.clone()).await?;
         let guest = self.launching.clone().await?;
         let sized = guest.fit(&self.wanted).await;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use sys::point::{Point, pass};
 use tokio::time::Instant;
 use ttrpc::Code;
 
@@ -93,6 +94,7 @@ impl SandboxOwner {
         if !last_resort {
             return result;
         }
+        pass(Point::SigkillAnswered);
         if let Some(reason) = ending::refuses_to_kill(&result) {
             self.vm_died(&reason);
             return Ok(());
@@ -174,6 +176,9 @@ impl SandboxOwner {
             });
         }
         let exits = self.state.vm_died(reason, SystemTime::now());
+        for (process, exit) in &exits {
+            self.record_exit(process, *exit);
+        }
         self.announce(exits);
     }
 
@@ -187,7 +192,13 @@ impl SandboxOwner {
 
     pub(super) fn exited(&mut self, process: &ProcessId, status: u32) {
         let at = SystemTime::now();
-        let exits = self.state.exited(process, Exit { pid: 0, status, at });
+        let exit = Exit { pid: 0, status, at };
+        if process.is_init() && self.state.exit(process) == Ok(None) {
+            // Told later if execs still run, and a shim that is killed meanwhile tells nobody.
+            self.record_exit(process, exit);
+            pass(Point::InitEnded);
+        }
+        let exits = self.state.exited(process, exit);
         self.announce(exits);
         if self.state.is_held(&process.container) {
             let container = process.container.clone();
@@ -225,14 +236,19 @@ impl SandboxOwner {
         self.pod.hidden_from_containerd && container == self.identity.id
     }
 
-    /// Tells the world of exits: events, the bundle's record, everybody who waits.
+    /// Keeps an init's exit in its bundle, for `delete`.
+    fn record_exit(&self, process: &ProcessId, exit: Exit) {
+        let init = self.state.process(process).ok();
+        let init = init.filter(|_| process.is_init());
+        if let (Some(init), Ok(task)) = (init, self.state.task(&process.container)) {
+            let pid = init.pid;
+            exit_record::write(Path::new(&task.bundle), Exit { pid, ..exit });
+        }
+    }
+
+    /// Tells the world of exits: events, everybody who waits.
     pub(super) fn announce(&mut self, exits: Vec<(ProcessId, Exit)>) {
         for (process, exit) in exits {
-            if process.is_init()
-                && let Ok(task) = self.state.task(&process.container)
-            {
-                exit_record::write(Path::new(&task.bundle), exit);
-            }
             if self.is_unannounced(&process.container) {
                 continue;
             }
@@ -245,6 +261,7 @@ impl SandboxOwner {
                 ..Default::default()
             });
         }
+        pass(Point::ExitTold);
         let state = &self.state;
         for (process, kept) in self.runtimes.processes() {
             let answer = match state.exit(process) {

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
+use sys::point::{Point, reach};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
@@ -26,7 +27,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::config::Config;
 use crate::container::create;
 use crate::container::shared_volumes::SharedVolumes;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
 use crate::from_guest::Bucket;
 use crate::guest::boot::BootConfig;
@@ -48,9 +49,13 @@ const FLUSH_DEADLINE: Duration = Duration::from_millis(800);
 /// has ended. containerd's `delete` begins when `Shutdown` is answered, and gives the server 2 s.
 const WORK_DEADLINE: Duration = Duration::from_millis(800);
 
-/// How long a sandbox without a task waits for a request. Whoever started its server may have been
-/// killed before it said where that is, and containerd between a task's `Delete` and `Shutdown`.
+/// How long a sandbox without a task waits for a request: containerd may have been killed between a
+/// task's `Delete` and `Shutdown`.
 const IDLE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long it waits for the first one, which containerd makes as soon as it knows the address: the
+/// `start` of this server may have been killed before it printed that.
+const FIRST_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Whoever has just got an answer may have another question.
 const LEAST_IDLE: Duration = Duration::from_secs(5);
@@ -79,6 +84,8 @@ pub struct SandboxOwner {
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
     last_request: Instant,
+    /// [`FIRST_DEADLINE`], then [`IDLE_DEADLINE`].
+    idle_deadline: Duration,
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
@@ -119,6 +126,7 @@ impl SandboxOwner {
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
             last_request: Instant::now(),
+            idle_deadline: FIRST_DEADLINE,
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
@@ -163,6 +171,7 @@ impl SandboxOwner {
                 tracing::debug!(?request, "asked");
                 if !matches!(request, Request::OutOfMemory { .. }) {
                     self.last_request = Instant::now();
+                    self.idle_deadline = IDLE_DEADLINE;
                 }
                 self.handle(request);
             }
@@ -331,13 +340,15 @@ impl SandboxOwner {
     /// Looks in a while whether a sandbox without a task still hears nothing.
     pub(super) fn watch_idle(&mut self) {
         if self.state.is_empty() {
-            let left = IDLE_DEADLINE.saturating_sub(self.last_request.elapsed());
+            let left = self
+                .idle_deadline
+                .saturating_sub(self.last_request.elapsed());
             self.after(left.max(LEAST_IDLE), Outcome::Idle);
         }
     }
 
     fn idle(&mut self) {
-        if self.state.is_empty() && self.last_request.elapsed() >= IDLE_DEADLINE {
+        if self.state.is_empty() && self.last_request.elapsed() >= self.idle_deadline {
             tracing::info!("nobody wants anything of this sandbox: it ends");
             self.ended = true;
         } else {
@@ -428,7 +439,9 @@ impl SandboxOwner {
         if let Some(shares) = &self.shares {
             return Ok(shares.clone());
         }
+        reach(Point::CreateNoShare).doing(|| "make the shared directories".into())?;
         let shares = Arc::new(self.host.share(&self.ledger)?);
+        reach(Point::SharesMounted).doing(|| "mount the shared directories".into())?;
         self.shares = Some(shares.clone());
         Ok(shares)
     }

@@ -10,6 +10,7 @@ use containerd_shim_protos::events::task::{
 };
 use futures::future::join_all;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
+use sys::point::{Point, pass};
 use tokio::time::Instant;
 
 use crate::container::hooks::HookPhase;
@@ -68,6 +69,7 @@ impl SandboxOwner {
                 }
             };
             let result = starting.await;
+            pass(Point::ContainerStarted);
             Outcome::Started {
                 guest,
                 process,
@@ -130,6 +132,7 @@ impl SandboxOwner {
                 pid,
                 ..Default::default()
             });
+            pass(Point::ExecRuns);
         }
         reply.send(Ok(pid));
         if let Some(exit) = early {
@@ -165,6 +168,7 @@ impl SandboxOwner {
             exec_id: request.exec_id,
             ..Default::default()
         });
+        pass(Point::ExecAnnounced);
         reply.send(Ok(()));
     }
 
@@ -236,6 +240,7 @@ impl SandboxOwner {
                 exited_at: Some(exit.at.into()).into(),
                 ..Default::default()
             });
+            pass(Point::DeleteQueued);
         }
     }
 
@@ -313,6 +318,7 @@ impl SandboxOwner {
 
     pub(super) fn freezer_set(&mut self, container_id: String, to: Freezer) {
         self.state.set_paused(&container_id, to == Freezer::Frozen);
+        pass(Point::Paused);
         if to == Freezer::Frozen {
             self.events.publish(TaskPaused {
                 container_id,

@@ -65,8 +65,13 @@ impl GuestIo {
     /// writes is lost.
     ///
     /// # Errors
-    /// `UNAVAILABLE` or `DEADLINE_EXCEEDED`: the agent does not take them.
-    pub async fn raw(transport: &Transport, key: &ProcessId, io: &Stdio) -> Result<GuestIo> {
+    /// `UNAVAILABLE` or `DEADLINE_EXCEEDED`: the agent does not take them, or is gone.
+    pub async fn raw(
+        agent: &Agent,
+        transport: &Transport,
+        key: &ProcessId,
+        io: &Stdio,
+    ) -> Result<GuestIo> {
         let mut wanted = channels(io);
         if wanted.is_empty() {
             // Without any stream the agent would wait for polling calls. An input that nobody feeds
@@ -74,8 +79,17 @@ impl GuestIo {
             wanted.push(Channel::Stdin);
         }
         let dials = wanted.iter().map(|channel| dial(transport, key, *channel));
+        let streams = tokio::select! {
+            streams = try_join_all(dials) => streams?,
+            // Whoever dials would take a refusal for a queue that is full for the moment.
+            _ = agent.failed() => {
+                return Err(Error::unavailable(format!(
+                    "the guest agent was gone before it took the stdio of {key}"
+                )));
+            }
+        };
         let mut guest = GuestIo::default();
-        for (channel, stream) in wanted.iter().zip(try_join_all(dials).await?) {
+        for (channel, stream) in wanted.iter().zip(streams) {
             match channel {
                 Channel::Stdin => guest.stdin = Some(Box::pin(stream)),
                 Channel::Stdout => guest.stdout = Some(Box::pin(stream)),

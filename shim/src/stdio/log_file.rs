@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+use sys::point::{Point, reach};
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -118,7 +119,8 @@ impl Writer {
                 Ok(0) | Err(_) => return,
                 Ok(length) => length,
             };
-            match file.write_all(&buffer[..length]) {
+            let reached = reach(Point::LogFileWriting);
+            match reached.and_then(|()| file.write_all(&buffer[..length])) {
                 Ok(()) => fails = false,
                 Err(error) if !fails => {
                     fails = true;

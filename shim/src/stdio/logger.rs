@@ -14,6 +14,7 @@ use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::time::timeout;
 
 use crate::error::{Error, IoContext, Result};
+use crate::host::death_signal;
 
 /// How long a logger may take to be ready, as in containerd's own shim.
 const READY_DEADLINE: Duration = Duration::from_secs(10);
@@ -66,6 +67,8 @@ impl Logger {
         };
         // SAFETY: the closure only makes system calls and allocates nothing.
         unsafe { command.pre_exec(pass) };
+        // SAFETY: as above.
+        unsafe { command.pre_exec(death_signal::with_the_shim()) };
         let mut command = tokio::process::Command::from(command);
         let child = command.kill_on_drop(true).spawn().doing(doing)?;
         // The command holds the child's ends; with it gone, only the logger does.

@@ -32,6 +32,7 @@ mod logger;
 
 use std::time::Duration;
 
+use sys::point::{Point, pass};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -135,6 +136,7 @@ async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + 
         match from.read(&mut buffer).await {
             Ok(0) => break,
             Ok(length) => {
+                pass(Point::InputWaits);
                 if to.write_all(&buffer[..length]).await.is_err() {
                     // The process has closed its input. What else arrives has nowhere to go.
                     return;
@@ -159,6 +161,7 @@ async fn copy_output(
         match from.read(&mut buffer).await {
             Ok(0) => break,
             Ok(length) => {
+                pass(Point::OutputWaits);
                 if let Err(error) = to.write_all(&buffer[..length]).await {
                     // The guest's end stays open and drained: a process does not die of its log's
                     // disk being full.

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
+use sys::point::{Point, reach};
 
 use super::{Plug, Undo};
 use crate::error::{Doing, Error, Result};
@@ -65,6 +66,7 @@ impl Block {
         };
         plug.qmp.execute(&BlockdevAdd(node_arguments)).await?;
         plug.undo.push(Undo::RemoveBlockNode(node.clone()));
+        reach(Point::DiskHalfPlugged).doing(|| format!("add the disk {shown}"))?;
         let mut properties = Map::from_iter([("drive".to_owned(), json!(node))]);
         if let Some(serial) = self.serial {
             properties.insert("serial".into(), json!(serial));

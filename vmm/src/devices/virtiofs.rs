@@ -3,9 +3,10 @@
 use std::os::fd::OwnedFd;
 
 use serde_json::json;
+use sys::point::{Point, reach};
 
 use super::Plug;
-use crate::error::Result;
+use crate::error::{Doing, Result};
 
 /// A directory that the guest mounts by its tag.
 #[derive(Debug)]
@@ -21,8 +22,10 @@ pub struct VirtioFs {
 impl VirtioFs {
     pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
         let chardev = plug.vhost_user(self.connection).await?;
+        reach(Point::DeviceHalfAdded).doing(|| format!("add {}", self.tag))?;
         let properties =
             json!({"chardev": chardev, "tag": self.tag, "queue-size": self.queue_size});
-        plug.device_add("vhost-user-fs-pci", properties).await
+        plug.device_add("vhost-user-fs-pci", properties).await?;
+        reach(Point::VirtiofsdServes).doing(|| format!("add {}", self.tag))
     }
 }

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use sys::point::{Point, pass, reach};
 
 use super::Helper;
 use crate::cache::FileKey;
@@ -107,7 +108,18 @@ impl Virtiofsd {
             jail,
             ..Spawn::new(&config.binary, arguments)
         })?;
+        reach(Point::VirtiofsdForked).doing(|| format!("start {}", config.binary.display()))?;
         Ok((Virtiofsd(Helper { child }), connection.into()))
+    }
+
+    /// The processes that it has forked: without our confinement, the one that serves.
+    pub fn children(&self) -> Vec<Identity> {
+        let pid = self.identity().pid;
+        let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let list = list.unwrap_or_default();
+        let pids = list.split_ascii_whitespace();
+        pids.filter_map(|pid| Identity::of(pid.parse().ok()?).ok())
+            .collect()
     }
 
     /// Waits until it is dead. It ends by itself when QEMU has, which is why QEMU is stopped first;
@@ -116,19 +128,14 @@ impl Virtiofsd {
     /// # Errors
     /// The kernel does not let it die in time.
     pub async fn stop(&self, timeout: Duration) -> Result<()> {
+        pass(Point::HelpersEnding);
         if tokio::time::timeout(GOODBYE.min(timeout), self.exited())
             .await
             .is_err()
         {
             // The process that serves, and holds every mount, is a child in a pid namespace; ours
             // ends after it. The other way round nobody would wait for it.
-            let pid = self.identity().pid;
-            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
-                .unwrap_or_default();
-            for child in children
-                .split_ascii_whitespace()
-                .filter_map(|pid| Identity::of(pid.parse().ok()?).ok())
-            {
+            for child in self.children() {
                 let _ = child.kill_and_wait(Duration::ZERO);
             }
             let _ = tokio::time::timeout(GOODBYE, self.exited()).await;

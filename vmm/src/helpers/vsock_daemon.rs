@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use sys::point::{Point, reach};
 use tokio::time::Instant;
 
 use super::Helper;
@@ -94,6 +95,7 @@ impl VsockDaemon {
             jail,
             ..Spawn::new(&config.binary, arguments)
         })?;
+        reach(Point::VsockDaemonForked).doing(|| format!("start {}", config.binary.display()))?;
         Ok(VsockDaemon {
             helper: Helper { child },
             dir: config.dir.clone(),

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use sys::point::{Point, reach};
 
 use super::args::{Arguments, Properties};
 use crate::cache::FileKey;
@@ -129,6 +130,7 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
         fds: vec![OwnedFd::from(theirs)],
         ..Spawn::new(qemu, arguments.into_vec())
     })?;
+    reach(Point::CapabilitiesAsked).doing(|| format!("ask {}", qemu.display()))?;
     match interview(qemu, ours).await {
         // One that ended says more by its status and its last words than by the end of its monitor.
         Err(Error::Closed { reason }) => {

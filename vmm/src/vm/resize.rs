@@ -4,11 +4,12 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use sys::point::{Point, reach};
 use tokio::time::{Instant, sleep};
 
 use super::Vm;
 use crate::devices::{Device, memory};
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 use crate::qmp::commands::{DeviceAdd, HotpluggableCpu, QomGet, QomSet, QueryHotpluggableCpus};
 
 /// Between two looks at the size of the memory. QEMU tells it by events too, but not more than one
@@ -111,6 +112,8 @@ impl Vm {
     /// # Errors
     /// No free root port, QEMU's own, or its death.
     pub async fn resize_memory(&self, wanted_mib: u64, timeout: Duration) -> Result<u64> {
+        reach(Point::MachineResizing)
+            .doing(|| format!("resize the machine to {wanted_mib} MiB"))?;
         let _alone = self.resizing.lock().await;
         let Limits {
             memory_mib,
