@@ -411,8 +411,7 @@ async fn jail(config: &MachineConfig) -> Result<Option<launcher::Jail>> {
     };
     let mut boot: Vec<_> = config
         .capabilities
-        .data_dirs
-        .iter()
+        .data_dirs()
         .cloned()
         .map(launcher::Entry::ReadOnly)
         .collect();

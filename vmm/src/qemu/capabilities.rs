@@ -38,16 +38,13 @@ pub struct Capabilities {
     pub vhost_vsock: bool,
     /// `vhost-user-vsock-pci` is there.
     pub vhost_user_vsock: bool,
-    /// `vhost-user-fs-pci` is there.
-    pub vhost_user_fs: bool,
     /// `-sandbox` (a seccomp filter) is there.
     pub sandbox: bool,
     /// `x-query-virtio-status` is there.
     pub(crate) virtio_status: bool,
-    /// The small firmware qboot is in its data directories.
-    pub qboot: bool,
-    /// Directories of firmware and the like, as far as they are there.
-    pub data_dirs: Vec<PathBuf>,
+    /// Where it looks for firmware and the like, whether those directories are there or not. Their
+    /// contents are other packages' files, which come and go without the binary.
+    pub(super) data_dirs: Vec<PathBuf>,
     /// Settings of the q35 machine.
     pub(crate) machine_options: BTreeSet<String>,
 }
@@ -62,13 +59,22 @@ impl Capabilities {
             tcg: true,
             vhost_vsock: true,
             vhost_user_vsock: true,
-            vhost_user_fs: true,
             sandbox: true,
-            qboot: true,
             data_dirs: Vec::new(),
             virtio_status: true,
             machine_options: ["usb", "sata"].map(String::from).into(),
         }
+    }
+
+    /// Directories of firmware and the like, as far as they are there.
+    pub(crate) fn data_dirs(&self) -> impl Iterator<Item = &PathBuf> {
+        self.data_dirs.iter().filter(|dir| dir.is_dir())
+    }
+
+    /// Whether the small firmware qboot is there: looked for at every start, because it may be
+    /// installed or removed while the binary stays the same.
+    pub(crate) fn has_qboot(&self) -> bool {
+        self.data_dirs.iter().any(|dir| dir.join(QBOOT).is_file())
     }
 
     /// Whether it can tell if a guest's driver is up. From 10.2 on the question ends QEMU, for
@@ -84,11 +90,12 @@ impl Capabilities {
 }
 
 /// What our machine is made of: without one of these a binary is of no use.
-const NEEDED: [&str; 5] = [
+const NEEDED: [&str; 6] = [
     "pcie-root-port",
     "virtio-rng-pci",
     "virtio-balloon-pci",
     "virtio-blk-pci",
+    "vhost-user-fs-pci",
     "memory-backend-memfd",
 ];
 
@@ -178,18 +185,14 @@ async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
         tcg: has(&qmp, "tcg-accel").await?,
         vhost_vsock: has(&qmp, "vhost-vsock-pci").await?,
         vhost_user_vsock: has(&qmp, "vhost-user-vsock-pci").await?,
-        vhost_user_fs: has(&qmp, "vhost-user-fs-pci").await?,
         sandbox: options.iter().any(|option| option.option == "sandbox"),
         virtio_status: commands
             .iter()
             .any(|command| command.name == "x-query-virtio-status"),
-        qboot: data_dirs
-            .lines()
-            .any(|dir| Path::new(dir).join(QBOOT).is_file()),
         data_dirs: data_dirs
             .lines()
             .map(plain)
-            .filter(|dir| dir.is_absolute() && dir.is_dir())
+            .filter(|dir| dir.is_absolute())
             .collect(),
         machine_options,
         version,
@@ -248,6 +251,23 @@ pub(super) fn monitor(arguments: &mut Arguments, socket: RawFd) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_firmware_that_comes_or_goes_is_noticed_though_qemu_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let later = dir.path().join("qboot");
+        let qemu = Capabilities {
+            data_dirs: vec![dir.path().into(), later.clone()],
+            ..Capabilities::full()
+        };
+        let dirs = || qemu.data_dirs().count();
+        assert_eq!((qemu.has_qboot(), dirs()), (false, 1));
+        std::fs::create_dir(&later).unwrap();
+        std::fs::write(later.join(QBOOT), "firmware").unwrap();
+        assert_eq!((qemu.has_qboot(), dirs()), (true, 2));
+        std::fs::remove_dir_all(&later).unwrap();
+        assert_eq!((qemu.has_qboot(), dirs()), (false, 1));
+    }
 
     #[test]
     fn a_question_that_ends_qemu_is_not_asked() {

@@ -204,7 +204,7 @@ fn machine(arguments: &mut Arguments, config: &MachineConfig) {
         // `rep movsb` is emulated byte by byte: without these flags the guest moves words.
         arguments.list("-cpu", Properties::new("max").off("erms").off("fsrm"));
         // 0.15 s less than SeaBIOS. Not yet tested under KVM, where there is little to win.
-        if config.capabilities.qboot {
+        if config.capabilities.has_qboot() {
             arguments.plain("-bios", QBOOT);
         }
     }
