@@ -15,6 +15,9 @@ mod error;
 pub mod helpers;
 pub mod process;
 mod qemu;
+#[cfg(not(fuzzing))]
+mod qmp;
+#[cfg(fuzzing)]
 pub mod qmp;
 mod vm;
 

@@ -330,11 +330,6 @@ impl Vm {
         Ok(self.died().await)
     }
 
-    /// SIGKILL.
-    pub fn kill(&self) {
-        self.child.kill();
-    }
-
     fn devices(&self) -> MutexGuard<'_, Devices> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
