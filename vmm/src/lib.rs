@@ -28,5 +28,6 @@ pub use devices::virtiofs::VirtioFs;
 pub use devices::vsock::{self, KernelVsock, VsockDevice};
 pub use devices::{Attached, Device};
 pub use error::{Error, Result};
-pub use qemu::{MachineConfig, accel, capabilities};
+pub use qemu::accel::Accelerator;
+pub use qemu::{MachineConfig, capabilities};
 pub use vm::{Death, Starting, Vm};

@@ -62,8 +62,6 @@ fn block(path: &Path) -> Device {
         number: None,
         path: path.into(),
         read_only: false,
-        direct: false,
-        serial: Some("disk-1".into()),
     })
 }
 
@@ -169,7 +167,7 @@ async fn the_c_virtiofsd_is_refused() {
 
 #[tokio::test]
 async fn disks_come_and_go_while_the_guest_runs() {
-    let script = "while :; do for d in /sys/block/vd*; do [ -e $d ] && cat $d/serial && readlink -f $d | sed s/^/at:/; done; echo round; usleep 20000; done";
+    let script = "while :; do for d in /sys/block/vd*; do [ -e $d ] && echo size:$(cat $d/size) && readlink -f $d | sed s/^/at:/; done; echo round; usleep 20000; done";
     let lab = Lab::new(script).await;
     let mut image = tempfile::NamedTempFile::new().unwrap();
     image.write_all(&[7; 1 << 20]).unwrap();
@@ -183,7 +181,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
     lab.prints("round").await;
     for _ in 0..2 {
         let disk = vm.attach(block(image.path())).await.unwrap();
-        lab.prints("disk-1").await;
+        lab.prints("size:2048").await;
         let slot = disk.pci_path.strip_suffix("/00").unwrap();
         lab.prints(&format!("at:/sys/devices/pci0000:00/0000:00:{slot}.0/"))
             .await;

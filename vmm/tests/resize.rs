@@ -176,8 +176,6 @@ async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
         number: None,
         path: image.path().into(),
         read_only: false,
-        direct: false,
-        serial: None,
     };
     full.attach(Device::Block(disk)).await.unwrap();
     let error = full.resize_memory(512, SOON).await.unwrap_err().to_string();

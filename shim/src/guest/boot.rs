@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
 use vmm::{Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
-use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
+use crate::config::{Config, ConfinementLevel, find_file, find_program};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
 use crate::guest::calls::GuestCalls;
@@ -111,12 +111,7 @@ async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> {
     std::fs::create_dir_all(&cache_dir)
         .doing(|| format!("make directory {}", cache_dir.display()))?;
     let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
-    let accel = match config.accelerator {
-        Accelerator::Auto => vmm::accel::Accel::Auto,
-        Accelerator::Kvm => vmm::accel::Accel::Kvm,
-        Accelerator::Tcg => vmm::accel::Accel::Tcg,
-    };
-    let accel = accel.resolve()?;
+    let accel = config.accelerator.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
     // No limit of CPU time before there is a container: what boots is ours.
     let size = MachineSize {

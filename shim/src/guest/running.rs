@@ -165,8 +165,6 @@ impl GuestCalls for RunningGuest {
             path: path.to_owned(),
             number,
             read_only: ro,
-            direct: false,
-            serial: None,
         };
         Ok(self.vm.attach(Device::Block(disk)).await?)
     }

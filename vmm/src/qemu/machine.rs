@@ -34,7 +34,7 @@ pub struct MachineConfig {
     pub qemu: PathBuf,
     /// What that binary can do ([`super::capabilities::query`]).
     pub capabilities: Capabilities,
-    /// The accelerator ([`super::accel::Accel::resolve`]).
+    /// The accelerator ([`super::accel::Accelerator::resolve`]).
     pub accel: Resolved,
     /// Shows in the process list.
     pub name: String,
