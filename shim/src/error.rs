@@ -84,14 +84,18 @@ fn class(code: Code) -> Option<&'static str> {
 
 impl From<vmm::Error> for Error {
     fn from(error: vmm::Error) -> Error {
-        let code = match error {
-            vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
-            vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
-            vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
-            vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
-        };
-        let message = error.to_string();
+        let (code, message) = (code_of(&error), error.to_string());
         Error { code, message }
+    }
+}
+
+fn code_of(error: &vmm::Error) -> Code {
+    match error {
+        vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+        vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
+        vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
+        vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
+        vmm::Error::Device { source, .. } => code_of(source),
     }
 }
 

@@ -10,6 +10,7 @@ mod bootstrap;
 mod config;
 mod container;
 mod cri;
+mod deadlines;
 mod error;
 mod events;
 mod from_guest;

@@ -5,23 +5,20 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use guest_protocol::Transport;
 use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
 use tokio::sync::Mutex;
-use vmm::{Device, Net, Vm};
+use vmm::{Attached, Net};
 
 use crate::config::NetnsRules;
-use crate::error::{Error, IoContext, Result};
+use crate::deadlines::AGENT_CALL;
+use crate::error::{IoContext, Result};
 use crate::from_guest::Agent;
 use crate::host::ledger::{Ledger, Resource};
 use crate::network::{Endpoint, Forwarder, Netns, Network};
-
-/// How long the agent may take for one of its network calls: a card may have to appear first.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The cards. All steps may be taken again: each concerns only what is new since.
 #[derive(Debug)]
@@ -90,49 +87,46 @@ impl Nics {
         Ok(())
     }
 
-    /// Plugs a card in for each of them, and gives their paths in the guest.
+    /// A card for each of them, to be plugged into the machine.
     ///
     /// # Errors
-    /// QEMU's own.
-    pub async fn plug(&self, vm: &Vm) -> Result<Vec<String>> {
+    /// No more descriptors.
+    pub async fn cards(&self) -> Result<Vec<Net>> {
         let state = self.state.lock().await;
-        let mut paths = Vec::new();
+        let mut cards = Vec::new();
         for endpoint in &state.wired {
             let fds = endpoint
                 .clone_fds()
                 .doing(|| format!("open the queues of {} again", endpoint.name))?;
-            let mtu = u16::try_from(endpoint.mtu).ok();
-            let card = Net {
+            cards.push(Net {
+                name: endpoint.name.clone(),
                 taps: fds.taps,
                 vhost: fds.vhosts,
                 mac: endpoint.mac,
-                mtu,
-            };
-            let attached = vm.attach(Device::Net(card)).await;
-            let attached = attached
-                .map_err(|error| Error::from(error).context(format!("NIC {}", endpoint.name)))?;
-            paths.push(attached.pci_path);
+                mtu: u16::try_from(endpoint.mtu).ok(),
+            });
         }
-        Ok(paths)
+        Ok(cards)
     }
 
-    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `paths`
-    /// is what [`Nics::plug`] gave. From now on the taps live in QEMU alone and go with it.
+    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `cards`
+    /// are those of [`Nics::cards`], as they were attached. From now on the taps live in QEMU alone
+    /// and go with it.
     ///
     /// # Errors
     /// The agent's own words.
-    pub async fn set_up(&self, agent: &Agent, paths: &[String]) -> Result<()> {
+    pub async fn set_up(&self, agent: &Agent, cards: &[Attached]) -> Result<()> {
         let mut state = self.state.lock().await;
         if state.wired.is_empty() {
             return Ok(());
         }
-        for (endpoint, path) in state.wired.iter().zip(paths) {
-            let interface = Some(endpoint.interface(path)).into();
+        for (endpoint, card) in state.wired.iter().zip(cards) {
+            let interface = Some(endpoint.interface(&card.pci_path)).into();
             let request = UpdateInterfaceRequest {
                 interface,
                 ..Default::default()
             };
-            let done = agent.update_interface(&request, CALL_DEADLINE).await;
+            let done = agent.update_interface(&request, AGENT_CALL).await;
             done.map_err(|error| {
                 error.context(format!("the guest cannot set up {}", endpoint.name))
             })?;
@@ -146,7 +140,7 @@ impl Nics {
                 routes: Some(routes).into(),
                 ..Default::default()
             };
-            let done = agent.update_routes(&request, CALL_DEADLINE).await;
+            let done = agent.update_routes(&request, AGENT_CALL).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
         let neighbours = ARPNeighbors {
@@ -158,7 +152,7 @@ impl Nics {
                 neighbors: Some(neighbours).into(),
                 ..Default::default()
             };
-            let done = agent.add_arp_neighbors(&request, CALL_DEADLINE).await;
+            let done = agent.add_arp_neighbors(&request, AGENT_CALL).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();

@@ -19,10 +19,12 @@ use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
-use vmm::helpers::{Virtiofsd, VsockDaemon};
-use vmm::process::Identity;
-use vmm::{Attached, Block, Device, Vm};
+use vmm::{Attached, Block, Device, Machine};
 
+use crate::deadlines::{
+    AGENT_CALL, AGENT_LAST_WORDS, CONTAINER_CREATE, CONTAINER_REMOVE_AGAIN, MACHINE_RESIZE,
+    PROCESS_START, STATS,
+};
 use crate::error::Result;
 use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
 use crate::guest::calls::{Ended, Freezer, GuestCalls};
@@ -37,34 +39,9 @@ use crate::model::{ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
 use crate::stdio::GuestIo;
 
-/// How long the guest may take to make a container.
-const CREATE_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Starting a process: it includes the guest's reading of the program from the image.
-const START_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Everything that only changes something inside the guest.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// containerd's collector waits 2 s for the statistics of one shim.
-const STATS_DEADLINE: Duration = Duration::from_secs(2);
-
-/// Before the guest is asked once more to remove a container: an exec of it may be on its way.
-const REMOVE_PAUSE: Duration = Duration::from_millis(100);
-
-/// How long the other notices of a machine's death may take to tell the better reason.
-const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
-
-/// QEMU's own orderly end, before it is killed.
-pub(super) const QUIT_DEADLINE: Duration = Duration::from_millis(300);
-
-/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for
-/// now.
-const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
-
 /// A guest with an agent that answers.
 pub struct RunningGuest {
-    pub(super) vm: Vm,
+    pub(super) machine: Machine,
     pub(super) agent: Agent,
     pub(super) transport: Transport,
     pub(super) features: Features,
@@ -74,8 +51,6 @@ pub struct RunningGuest {
     pub(super) size: Size,
     /// Where its processes are on the host.
     pub(super) place: Arc<HostCgroup>,
-    pub(super) file_servers: [Virtiofsd; 2],
-    pub(super) vsock_daemon: Option<VsockDaemon>,
     /// The user id of its processes, which nobody else gets while they live.
     pub(super) _uid: Option<UidLease>,
 }
@@ -106,7 +81,7 @@ impl std::fmt::Debug for RunningGuest {
 #[async_trait]
 impl GuestCalls for RunningGuest {
     fn pid(&self) -> u32 {
-        self.vm.identity().pid.cast_unsigned()
+        self.machine.qemu().pid.cast_unsigned()
     }
 
     fn features(&self) -> &Features {
@@ -129,7 +104,7 @@ impl GuestCalls for RunningGuest {
             None
         };
         self.agent
-            .create_container(request, CREATE_DEADLINE)
+            .create_container(request, CONTAINER_CREATE)
             .await?;
         Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, &process, io)))
     }
@@ -143,12 +118,12 @@ impl GuestCalls for RunningGuest {
             loop {
                 let left = by
                     .saturating_duration_since(Instant::now())
-                    .max(REMOVE_PAUSE);
+                    .max(CONTAINER_REMOVE_AGAIN);
                 match self.agent.remove_container(&request, left).await {
                     Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
-                    Err(error) if Instant::now() + REMOVE_PAUSE < by => {
+                    Err(error) if Instant::now() + CONTAINER_REMOVE_AGAIN < by => {
                         tracing::debug!(%error, id, "the guest is asked again to remove it");
-                        sleep(REMOVE_PAUSE).await;
+                        sleep(CONTAINER_REMOVE_AGAIN).await;
                     }
                     result => return result,
                 }
@@ -166,11 +141,11 @@ impl GuestCalls for RunningGuest {
             number,
             read_only: ro,
         };
-        Ok(self.vm.attach(Device::Block(disk)).await?)
+        Ok(self.machine.attach(Device::Block(disk)).await?)
     }
 
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
-        Ok(self.vm.detach(id, deadline).await?)
+        Ok(self.machine.detach(id, deadline).await?)
     }
 
     async fn start_container(&self, id: &str) -> Result<()> {
@@ -178,7 +153,7 @@ impl GuestCalls for RunningGuest {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        self.agent.start_container(&request, START_DEADLINE).await
+        self.agent.start_container(&request, PROCESS_START).await
     }
 
     fn preconnect(&self, process: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
@@ -208,7 +183,7 @@ impl GuestCalls for RunningGuest {
             process: Some(guest_spec::process(spec)).into(),
             ..Default::default()
         };
-        let started = self.agent.exec_process(&request, START_DEADLINE).await;
+        let started = self.agent.exec_process(&request, PROCESS_START).await;
         if started
             .as_ref()
             .is_err_and(|error| error.code == Code::DEADLINE_EXCEEDED)
@@ -216,7 +191,7 @@ impl GuestCalls for RunningGuest {
             // It may run all the same by now, and nobody would know.
             let sigkill = libc::SIGKILL.cast_unsigned();
             let _ = self
-                .signal(process, sigkill, SignalScope::Process, CALL_DEADLINE)
+                .signal(process, sigkill, SignalScope::Process, AGENT_CALL)
                 .await;
         }
         started?;
@@ -262,7 +237,7 @@ impl GuestCalls for RunningGuest {
             column: columns,
             ..Default::default()
         };
-        match self.agent.tty_win_resize(&request, CALL_DEADLINE).await {
+        match self.agent.tty_win_resize(&request, AGENT_CALL).await {
             // There is no terminal, or nobody before it any more.
             Err(error) if matches!(error.code, Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
             other => other,
@@ -277,14 +252,14 @@ impl GuestCalls for RunningGuest {
                     container_id,
                     ..Default::default()
                 };
-                self.agent.pause_container(&request, CALL_DEADLINE).await
+                self.agent.pause_container(&request, AGENT_CALL).await
             }
             Freezer::Thawed => {
                 let request = ResumeContainerRequest {
                     container_id,
                     ..Default::default()
                 };
-                self.agent.resume_container(&request, CALL_DEADLINE).await
+                self.agent.resume_container(&request, AGENT_CALL).await
             }
         }
     }
@@ -294,7 +269,7 @@ impl GuestCalls for RunningGuest {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        self.agent.stats(&request, STATS_DEADLINE).await
+        self.agent.stats(&request, STATS).await
     }
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<()> {
@@ -303,12 +278,15 @@ impl GuestCalls for RunningGuest {
             resources: Some(guest_spec::resources(resources)).into(),
             ..Default::default()
         };
-        self.agent.update_container(&request, CALL_DEADLINE).await
+        self.agent.update_container(&request, AGENT_CALL).await
     }
 
     async fn add_links(&self, ledger: &Ledger) -> Result<()> {
         self.nics.wire(1, ledger).await?;
-        let cards = self.nics.plug(&self.vm).await?;
+        let mut cards = Vec::new();
+        for card in self.nics.cards().await? {
+            cards.push(self.machine.attach(Device::Net(card)).await?);
+        }
         self.nics.set_up(&self.agent, &cards).await
     }
 
@@ -343,33 +321,13 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn stop(&self) {
-        if let Err(error) = self.vm.stop(QUIT_DEADLINE).await {
-            tracing::warn!(%error, "QEMU did not stop in order");
-        }
-        let daemon = async {
-            match &self.vsock_daemon {
-                Some(daemon) => daemon.stop(QUIT_DEADLINE).await,
-                None => Ok(()),
-            }
-        };
-        let [volumes, roots] = self
-            .file_servers
-            .each_ref()
-            .map(|server| server.stop(QUIT_DEADLINE));
-        let (volumes, roots, daemon) = tokio::join!(volumes, roots, daemon);
-        for error in [volumes, roots, daemon].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, "a helper did not stop in order");
-        }
+        self.machine.stop().await;
     }
 }
 
 impl RunningGuest {
     async fn end(&self) -> String {
-        let mut death = pin!(death(
-            &self.vm,
-            &self.file_servers,
-            self.vsock_daemon.as_ref()
-        ));
+        let mut death = pin!(self.machine.died());
         let fault = tokio::select! {
             why = &mut death => return why,
             fault = self.agent.failed() => fault,
@@ -378,7 +336,7 @@ impl RunningGuest {
             Fault::Garbled(why) => why,
             // Usually because the machine has ended, and QEMU's own death is the better reason to
             // give.
-            Fault::Lost(why) => timeout(AGENT_LOST_GRACE, death).await.unwrap_or(why),
+            Fault::Lost(why) => timeout(AGENT_LAST_WORDS, death).await.unwrap_or(why),
         }
     }
 
@@ -394,25 +352,16 @@ impl RunningGuest {
                 })
                 .await;
         }
-        place::set_oom_score(&self.processes(), to.oom_score_adj);
+        place::set_oom_score(&self.machine.identities(), to.oom_score_adj);
         resized.map(drop)
-    }
-
-    fn processes(&self) -> Vec<Identity> {
-        let helpers = self.file_servers.iter().map(|server| server.identity());
-        [self.vm.identity()]
-            .into_iter()
-            .chain(helpers)
-            .chain(self.vsock_daemon.iter().map(|one| one.identity()))
-            .collect()
     }
 
     /// Returns the MiB of memory that the guest has.
     async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
         if to.memory_mib != size.memory_mib {
             let got = self
-                .vm
-                .resize_memory(to.memory_mib, RESIZE_DEADLINE)
+                .machine
+                .resize_memory(to.memory_mib, MACHINE_RESIZE)
                 .await?;
             if got < to.memory_mib {
                 tracing::warn!(
@@ -425,42 +374,16 @@ impl RunningGuest {
             self.size.has_mib.store(got, Ordering::Relaxed);
         }
         if to.vcpus != size.vcpus {
-            let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
+            let got = self.machine.resize_vcpus(to.vcpus, MACHINE_RESIZE).await?;
             let request = OnlineCPUMemRequest {
                 nb_cpus: got.saturating_sub(size.vcpus),
                 ..Default::default()
             };
             size.vcpus = got;
             if request.nb_cpus > 0 {
-                self.agent.online_cpu_mem(&request, RESIZE_DEADLINE).await?;
+                self.agent.online_cpu_mem(&request, MACHINE_RESIZE).await?;
             }
         }
         Ok(self.size.has_mib.load(Ordering::Relaxed))
-    }
-}
-
-/// Waits for the end of the first part without which there is no guest, and says why it ended.
-pub(super) async fn death(
-    vm: &Vm,
-    [volumes, roots]: &[Virtiofsd; 2],
-    daemon: Option<&VsockDaemon>,
-) -> String {
-    let daemon = async {
-        match daemon {
-            Some(daemon) => daemon.exited().await,
-            None => std::future::pending().await,
-        }
-    };
-    let why = tokio::select! {
-        death = vm.died() => return death.to_string(),
-        why = volumes.exited() => why,
-        why = roots.exited() => why,
-        why = daemon => why,
-    };
-    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the
-    // reason.
-    match timeout(QUIT_DEADLINE, vm.died()).await {
-        Ok(death) => death.to_string(),
-        Err(_) => why,
     }
 }

@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::args::{Arguments, Properties};
 use crate::cache::FileKey;
+use crate::deadlines::{CAPABILITIES, CAPABILITIES_LAST_WORDS, CAPABILITIES_QUIT};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn, stdout_of};
 use crate::qmp::Qmp;
@@ -21,9 +21,6 @@ use crate::qmp::commands::{
 
 /// A firmware that does no more than our guests need, by the name that QEMU finds it by.
 pub(super) const QBOOT: &str = "qboot.rom";
-
-/// How long a binary may take to say what it is.
-const ASK_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What this runtime wants to know of a QEMU binary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,13 +106,13 @@ pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
     if let Some(known) = key.load(cache_dir, "qemu") {
         return Ok(known);
     }
-    let found = match tokio::time::timeout(ASK_DEADLINE, ask(qemu)).await {
+    let found = match tokio::time::timeout(CAPABILITIES, ask(qemu)).await {
         Ok(found) => found?,
         Err(_) => {
             let doing = format!("{} to say what it can do (is it QEMU?)", qemu.display());
             return Err(Error::Deadline {
                 doing,
-                timeout: ASK_DEADLINE,
+                timeout: CAPABILITIES,
             });
         }
     };
@@ -139,19 +136,17 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     match interview(qemu, ours).await {
         // One that ended says more by its status and its last words than by the end of its monitor.
         Err(Error::Closed { reason }) => {
-            match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
-                Ok(exit) => Err(child.process().died(exit)),
-                Err(_) => Err(Error::Closed {
-                    reason: format!("{reason} ({})", qemu.display()),
-                }),
-            }
+            let closed = Error::Closed {
+                reason: format!("{reason} ({})", qemu.display()),
+            };
+            Err(child.explain(closed, CAPABILITIES_LAST_WORDS).await)
         }
         told => told,
     }
 }
 
 async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
-    let (qmp, version) = Qmp::open(monitor, ASK_DEADLINE).await?;
+    let (qmp, version) = Qmp::open(monitor, CAPABILITIES).await?;
     let unfit = |what: &str| {
         Err(Error::Unsupported(format!(
             "{} (QEMU {version}) has no {what}",
@@ -179,7 +174,7 @@ async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
         .collect();
     let commands = qmp.execute(&QueryCommands {}).await?;
     let options = qmp.execute(&QueryCommandLineOptions {}).await?;
-    let data_dirs = stdout_of(qemu, &["-L", "help"], ASK_DEADLINE).await?;
+    let data_dirs = stdout_of(qemu, &["-L", "help"], CAPABILITIES).await?;
     let found = Capabilities {
         kvm: has(&qmp, "kvm-accel").await?,
         tcg: has(&qmp, "tcg-accel").await?,
@@ -198,9 +193,7 @@ async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
         version,
     };
     // The answers are here; how it ends does not matter, and it dies with its handle.
-    let _ = qmp
-        .execute_within(&Quit {}, Duration::from_millis(100))
-        .await;
+    let _ = qmp.execute_within(&Quit {}, CAPABILITIES_QUIT).await;
     Ok(found)
 }
 

@@ -25,13 +25,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, wat
 use super::codec::{Decoder, Message, encode};
 use super::commands::{AddFd, Closefd, Command, Getfd, QmpCapabilities};
 use super::events::Event;
+use crate::deadlines::QMP_COMMAND;
 use crate::error::{Doing, Error, Result};
 
 /// QEMU stops reading when more commands than this wait (docs/interop/qmp-spec).
 const IN_FLIGHT: usize = 8;
-
-/// How long a command may take where the caller names no deadline.
-const QMP_COMMAND: Duration = Duration::from_secs(10);
 
 /// How many events a slow reader may be behind before it misses some, which it is told.
 pub(super) const EVENTS: usize = 64;
