@@ -10,12 +10,12 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use guest_protocol::{KEY_LINE, Key, Listener, Stream};
+use sys::lock;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::lock;
 use crate::log::log;
 
 /// By when a key must be shown. The host sends it with the connection.

@@ -6,9 +6,9 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use sys::check;
 use tokio::time::sleep;
 
-use crate::container::check;
 use crate::error::{Error, Result, What};
 
 const ONLINE_TRIES: usize = 100;

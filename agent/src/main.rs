@@ -31,7 +31,7 @@ mod uds;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use guest_protocol::{AGENT_PORT, FORWARD_PORT, Listener, STDIO_PORT, Transport};
@@ -187,9 +187,4 @@ fn incoming(arrivals: Arrivals) -> ttrpc::r#async::transport::Listener {
             Some((accepted, arrivals))
         },
     ))
-}
-
-/// Locks; a panic elsewhere does not make the data worse than it is.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use sys::lock;
 use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use crate::container::Container;
-use crate::lock;
 use crate::log::log;
 
 /// Events that nobody fetches; older ones are dropped.

@@ -16,11 +16,11 @@ use guest_protocol::protocols::agent::{
 use guest_protocol::protocols::oci;
 use guest_protocol::stdio::Header;
 use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use sys::lock;
 
 use crate::cgroup::{Cgroup, devices};
 use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
 use crate::error::{Error, Result, What};
-use crate::lock;
 use crate::log::log;
 use crate::oom;
 use crate::privileged;

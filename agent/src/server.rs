@@ -454,7 +454,7 @@ impl AgentService for Agent {
         };
         // SAFETY: the time lives over the call; no time zone.
         let result = unsafe { libc::settimeofday(&raw const time, std::ptr::null()) };
-        crate::container::check(result.into()).what(|| "set the clock".into())?;
+        sys::check(result.into()).what(|| "set the clock".into())?;
         Ok(Empty::new())
     }
 }

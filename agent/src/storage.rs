@@ -12,6 +12,7 @@ use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, Volum
 use guest_protocol::{Transport, UDS_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
+use sys::mount::Extent;
 use tokio::time::{Instant, sleep};
 
 use crate::container::Options;
@@ -187,9 +188,9 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
     let mut flags = options.flags;
     let tried = || format!("mount {source} ({fstype}) on {mount_point}");
     match options.bind {
-        Some(recursive) => {
+        Some(extent) => {
             flags |= MsFlags::MS_BIND;
-            flags.set(MsFlags::MS_REC, recursive);
+            flags.set(MsFlags::MS_REC, extent == Extent::Tree);
             if !Path::new(source).is_dir() {
                 return file_target(mount_point).and_then(|()| {
                     mount(

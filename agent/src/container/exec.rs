@@ -3,9 +3,11 @@
 use std::convert::Infallible;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use nix::sched::{CloneFlags, setns};
+
 use super::child::{self, Stdio};
 use super::plan::ProcessPlan;
-use super::spawn::{Handle, Step, Tried, check};
+use super::spawn::{Handle, Step, Tried};
 
 /// Joins the container of the process behind `target` and becomes the program. The pid namespace is
 /// the agent's business: it counts for children only, so it was set before this process was made.
@@ -20,14 +22,14 @@ pub fn run(
     crate::gate::forget();
     child::detach()?;
     child::set_oom_score(plan.oom_score_adj)?;
-    let mut flags =
-        libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWCGROUP
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS;
     if user_namespace {
-        flags |= libc::CLONE_NEWUSER;
+        flags |= CloneFlags::CLONE_NEWUSER;
     }
-    // SAFETY: an open descriptor and a plain number.
-    check(unsafe { libc::setns(target.as_raw_fd(), flags) }.into())
-        .tried("join the container's namespaces")?;
+    setns(target, flags).tried("join the container's namespaces")?;
     if user_namespace {
         child::become_root()?;
     }

@@ -3,12 +3,15 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use sys::mount::{Extent, attach, clone_tree_at};
 
 use super::child::{self, Stdio};
 use super::plan::Plan;
 use super::rootfs;
-use super::spawn::{Handle, Step, Tried, check};
+use super::spawn::{Handle, Step, Tried};
 
 /// What the agent opened for the child.
 pub struct Inherited {
@@ -39,15 +42,12 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
         child::become_root()?;
     }
     for (fd, flag, name) in &inherited.join {
-        // SAFETY: an open descriptor and a plain number.
-        check(unsafe { libc::setns(fd.as_raw_fd(), *flag) }.into())
+        setns(fd, CloneFlags::from_bits_retain(*flag))
             .tried(format_args!("join {name} namespace"))?;
     }
     if !plan.join.iter().any(|join| join.kind == "cgroup") {
         // Not with clone3: the child would see the agent's cgroup as its root.
-        // SAFETY: a plain number.
-        check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
-            .tried("unshare the cgroup namespace")?;
+        unshare(CloneFlags::CLONE_NEWCGROUP).tried("unshare the cgroup namespace")?;
     }
     if let Some(name) = &plan.hostname {
         nix::unistd::sethostname(name).tried(format_args!("set hostname {name}"))?;
@@ -96,6 +96,6 @@ fn bind_console(terminal: &str) -> Step<()> {
     let terminal = CString::new(terminal)
         .map_err(std::io::Error::from)
         .tried("name of the terminal")?;
-    let tree = rootfs::clone_tree(&terminal, false, 0).tried("bind /dev/console")?;
-    rootfs::attach(tree.as_fd(), place.as_fd()).tried("bind /dev/console")
+    let tree = clone_tree_at(&terminal, Extent::Mount).tried("bind /dev/console")?;
+    attach(&tree, &place).tried("bind /dev/console")
 }

@@ -13,19 +13,21 @@ mod spawn;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use guest_protocol::protocols::oci;
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+use sys::lock;
 use tokio::time::timeout;
 
 use self::plan::{Plan, ProcessPlan};
 use self::spawn::{Child, Report};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result, What};
-use crate::lock;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{self, Claimed, Io};
@@ -34,7 +36,6 @@ pub use child::Stdio;
 pub use mount_options::Options;
 pub use pod_init::PodInit;
 pub use seccomp::{Cache as SeccompCache, Filter};
-pub use spawn::check;
 
 /// How long killed processes may take to go.
 const DEATH: Duration = Duration::from_secs(10);
@@ -393,17 +394,13 @@ impl Container {
 /// children only, so the agent itself does not move.
 fn in_pid_namespace<T>(namespace: &OwnedFd, make: impl FnOnce() -> Result<T>) -> Result<T> {
     let own = File::open("/proc/self/ns/pid").what(|| "open the agent's pid namespace".into())?;
-    let set = |fd: i32| {
-        // SAFETY: an open descriptor and a plain number.
-        check(unsafe { libc::setns(fd, libc::CLONE_NEWPID) }.into())
-    };
-    match set(namespace.as_raw_fd()) {
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+    match setns(namespace, CloneFlags::CLONE_NEWPID) {
+        Err(Errno::ESRCH) => {
             return Err(Error::Failed("the container is not running".into()));
         }
         result => result.what(|| "join the container's pid namespace".into())?,
     };
     let made = make();
-    set(own.as_raw_fd()).what(|| "return to the agent's pid namespace".into())?;
+    setns(&own, CloneFlags::CLONE_NEWPID).what(|| "return to the agent's pid namespace".into())?;
     made
 }

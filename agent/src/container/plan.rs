@@ -5,11 +5,12 @@
 
 use std::ffi::CString;
 use std::path::{Component, Path};
-use std::str::FromStr;
 use std::sync::Arc;
 
 use guest_protocol::protocols::oci::{self, LinuxCapabilities, LinuxIDMapping, Spec};
 use nix::mount::MsFlags;
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use sys::mount::Extent;
 
 use super::mount_options::{Options, propagation};
 use super::seccomp::Filter;
@@ -37,14 +38,25 @@ pub struct ProcessPlan {
     pub size: (u16, u16),
 }
 
-/// The five capability sets as bit masks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The five capability sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    pub bounding: u64,
-    pub effective: u64,
-    pub inheritable: u64,
-    pub permitted: u64,
-    pub ambient: u64,
+    pub bounding: CapabilitySet,
+    pub own: CapabilitySets,
+    pub ambient: CapabilitySet,
+}
+
+impl Capabilities {
+    /// No capability at all.
+    pub const NONE: Capabilities = Capabilities {
+        bounding: CapabilitySet::empty(),
+        own: CapabilitySets {
+            effective: CapabilitySet::empty(),
+            permitted: CapabilitySet::empty(),
+            inheritable: CapabilitySet::empty(),
+        },
+        ambient: CapabilitySet::empty(),
+    };
 }
 
 /// One mount of a container.
@@ -58,7 +70,7 @@ pub struct MountPlan {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MountKind {
-    Bind { recursive: bool },
+    Bind { extent: Extent },
     Cgroup,
     New { fstype: CString },
 }
@@ -233,24 +245,25 @@ impl Plan {
     }
 }
 
-/// Capability masks; names that no kernel knows are left out.
+/// Capability sets; names that no kernel knows are left out.
 pub fn capabilities(sets: &LinuxCapabilities) -> Capabilities {
     let mask = |names: &[String]| {
-        names
-            .iter()
-            .fold(0, |mask, name| match caps::Capability::from_str(name) {
-                Ok(capability) => mask | capability.bitmask(),
-                Err(_) => {
-                    log!("unknown capability {name:?} left out");
-                    mask
-                }
-            })
+        let mut mask = CapabilitySet::empty();
+        for name in names {
+            match name.strip_prefix("CAP_").and_then(CapabilitySet::from_name) {
+                Some(capability) => mask |= capability,
+                None => log!("unknown capability {name:?} left out"),
+            }
+        }
+        mask
     };
     Capabilities {
         bounding: mask(&sets.Bounding),
-        effective: mask(&sets.Effective),
-        inheritable: mask(&sets.Inheritable),
-        permitted: mask(&sets.Permitted),
+        own: CapabilitySets {
+            effective: mask(&sets.Effective),
+            permitted: mask(&sets.Permitted),
+            inheritable: mask(&sets.Inheritable),
+        },
         ambient: mask(&sets.Ambient),
     }
 }
@@ -347,8 +360,10 @@ fn mount(mount: &oci::Mount) -> Result<MountPlan> {
     }
     let options = Options::parse(&mount.options);
     let kind = match (mount.type_.as_str(), options.bind) {
-        (_, Some(recursive)) => MountKind::Bind { recursive },
-        ("bind", None) => MountKind::Bind { recursive: false },
+        (_, Some(extent)) => MountKind::Bind { extent },
+        ("bind", None) => MountKind::Bind {
+            extent: Extent::Mount,
+        },
         ("cgroup" | "cgroup2", None) => MountKind::Cgroup,
         ("", None) => {
             return Err(Error::Invalid(format!(
@@ -607,7 +622,10 @@ mod tests {
             Bounding: vec!["CAP_CHOWN".into(), "CAP_FLY".into(), "CAP_KILL".into()],
             ..Default::default()
         };
-        assert_eq!(capabilities(&sets).bounding, 1 | 1 << 5);
+        assert_eq!(
+            capabilities(&sets).bounding,
+            CapabilitySet::CHOWN | CapabilitySet::KILL
+        );
         let limit = |name: &str| oci::POSIXRlimit {
             Type: name.into(),
             Hard: 2,

@@ -4,13 +4,14 @@
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+use rustix::process::PidfdGetfdFlags;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::timeout;
@@ -22,10 +23,6 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Longest report of a child, in bytes.
 const MAX_REPORT: u64 = 4096;
-
-// linux/sched.h; libc has the second one in too narrow a type.
-const CLONE_PIDFD: u64 = 0x1000;
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// The agent's side of a new process.
 #[derive(Debug)]
@@ -73,15 +70,6 @@ impl<T, E: Into<io::Error>> Tried<T> for std::result::Result<T, E> {
     }
 }
 
-/// The result of a raw system call.
-pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
 /// Starts a process that runs `body` with a copy of the agent's memory, and never comes back from
 /// it.
 ///
@@ -105,23 +93,10 @@ pub fn spawn(
     let (report, child_report) = pipe2(OFlag::O_CLOEXEC).what(|| "create a pipe".into())?;
     let (child_go, go) = pipe2(OFlag::O_CLOEXEC).what(|| "create a pipe".into())?;
     let report = Receiver::from_owned_fd(report).what(|| "watch a pipe".into())?;
-    let mut pidfd: RawFd = -1;
-    // SAFETY: clone_args is plain data, for which zero is valid.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::from(flags.cast_unsigned()) | CLONE_PIDFD | CLONE_INTO_CGROUP;
-    arguments.pidfd = (&raw mut pidfd).addr() as u64;
-    arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
-    // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of this stack. The
-    // agent has one thread, so no lock in the copy is held by anybody else.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut arguments,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    if pid == 0 {
+    // SAFETY: the agent has one thread, so no lock in the copy is held by anybody else.
+    let Some(started) =
+        unsafe { sys::process::fork(flags, Some(cgroup)) }.what(|| "clone a process".into())?
+    else {
         let mut handle = Handle {
             report: child_report.into(),
             go: child_go.into(),
@@ -134,13 +109,10 @@ pub fn spawn(
         }
         // SAFETY: _exit ends the process without any handler.
         unsafe { libc::_exit(127) }
-    }
-    check(pid).what(|| "clone a process".into())?;
-    // SAFETY: clone3 succeeded, so it has stored a descriptor that is ours.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    };
     Ok(Child {
-        pid: libc::pid_t::try_from(pid).unwrap_or(-1),
-        pidfd,
+        pid: started.pid,
+        pidfd: started.pidfd,
         report,
         go: go.into(),
     })
@@ -196,11 +168,8 @@ impl Child {
     /// # Errors
     /// The failed system call.
     pub fn take_fd(&self, number: RawFd) -> Result<OwnedFd> {
-        // SAFETY: pidfd_getfd takes plain numbers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
-        let fd = check(fd).what(|| "take the terminal from the new process".into())?;
-        // SAFETY: the kernel just made this descriptor for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap_or(-1)) })
+        rustix::process::pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())
+            .what(|| "take the terminal from the new process".into())
     }
 }
 

@@ -8,9 +8,7 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::Interfaces;
 use guest_protocol::protocols::types::{IPAddress, Interface};
 
-use super::{
-    PUT, family, ip_of, mac_text, octets, open, parse_ip, parse_length, parse_mac, protocol_family,
-};
+use super::{PUT, family, ip_of, octets, open, parse_ip, parse_length, parse_mac, protocol_family};
 use crate::error::{Error, Result, What};
 use crate::log::log;
 use crate::netlink::{Message, Netlink, attributes, number32};
@@ -146,7 +144,7 @@ pub fn list() -> Result<Interfaces> {
             .map(|entry| entry.1.clone())
             .collect(),
         mtu: link.mtu.into(),
-        hwAddr: mac_text(&link.mac),
+        hwAddr: sys::mac_text(&link.mac),
         type_: link.kind,
         raw_flags: link.flags & IFF_NOARP,
         ..Default::default()

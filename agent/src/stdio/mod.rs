@@ -14,13 +14,13 @@ use guest_protocol::Stream;
 use guest_protocol::stdio::Channel;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
+use sys::lock;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::AbortHandle;
 
 use crate::container::Stdio;
 use crate::error::{Error, Result, What};
-use crate::lock;
 
 pub use listener::serve;
 pub use parking::{Claimed, Parking};
@@ -241,7 +241,7 @@ impl Io {
                 &raw const size,
             )
         };
-        crate::container::check(result.into())
+        sys::check(result.into())
             .what(|| "resize the terminal".into())
             .map(|_| ())
     }

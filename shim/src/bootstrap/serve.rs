@@ -8,6 +8,7 @@ use std::io::Write;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
@@ -21,11 +22,11 @@ use super::start::{LISTENER_FD, READY_FD};
 use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
-use crate::guest::boot::start as start_guest;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::mounts;
 use crate::logging;
+use crate::sandbox::host_calls::ThisHost;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Request, SandboxHandle};
 use crate::service::{self, SandboxService, TaskService};
@@ -60,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
             ledger
         }
         Err(error) => {
-            let _ = ready.write_all(error.message.as_bytes());
+            let _ = ready.write_all(error.to_string().as_bytes());
             let _ = ledger::undo_own(&identity.state_dir());
             return Err(error);
         }
@@ -127,8 +128,7 @@ async fn serve(
 ) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::start(&address, &args.namespace);
-    let (owner, handle, requests) =
-        SandboxOwner::new(identity, ledger, events, Box::new(start_guest));
+    let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events, Arc::new(ThisHost));
     let (ended_sender, mut ended) = watch::channel(false);
     let task = TaskService::new(handle.clone(), ended_sender.clone());
     let sandbox = SandboxService::new(handle.clone(), ended_sender);

@@ -149,7 +149,7 @@ pub async fn in_guest(
     match container.make(guest, create).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
-            if error.code == Code::DEADLINE_EXCEEDED {
+            if error.code() == Code::DEADLINE_EXCEEDED {
                 // The agent may be at it still.
                 let by = Instant::now() + REMOVE_DEADLINE;
                 if let Err(error) = guest.remove_container(&create.id, by).await {

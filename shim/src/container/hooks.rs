@@ -178,7 +178,7 @@ mod tests {
             .run(HookPhase::Create, 1)
             .await
             .unwrap_err()
-            .message;
+            .to_string();
         assert!(
             error.contains("/bin/sh") && error.contains("3") && error.ends_with("no network"),
             "{error}"
@@ -192,7 +192,7 @@ mod tests {
             .run(HookPhase::Create, 1)
             .await
             .unwrap_err()
-            .message;
+            .to_string();
         assert!(error.contains("/no/such/hook"), "{error}");
     }
 
@@ -203,6 +203,6 @@ mod tests {
             .run(HookPhase::Create, 1)
             .await
             .unwrap_err();
-        assert_eq!(error.code, ttrpc::Code::DEADLINE_EXCEEDED);
+        assert_eq!(error.code(), ttrpc::Code::DEADLINE_EXCEEDED);
     }
 }

@@ -174,7 +174,7 @@ impl Agent {
                     return Some(UNKNOWN_STATUS);
                 }
                 // Nobody would ever hear of the process again.
-                self.fail(Fault::Lost(error.message));
+                self.fail(Fault::Lost(error.to_string()));
                 None
             }
         }

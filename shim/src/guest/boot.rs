@@ -8,7 +8,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use futures::future::BoxFuture;
 use guest_protocol::protocols::agent::{CreateSandboxRequest, Storage};
 use guest_protocol::{
     AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, Listener, READY_PARAMETER,
@@ -24,7 +23,6 @@ use crate::config::{Config, ConfinementLevel, find_file, find_program};
 use crate::deadlines::AGENT_CALL;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
-use crate::guest::calls::GuestCalls;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
@@ -77,22 +75,11 @@ pub fn served(name: &str) -> String {
     format!("{name}.served")
 }
 
-/// [`launch`], as the sandbox's owner begins it.
-pub fn start(
-    config: BootConfig,
-    ledger: Arc<Ledger>,
-) -> BoxFuture<'static, Result<Arc<dyn GuestCalls>>> {
-    Box::pin(async move {
-        let guest = launch(&config, &ledger).await?;
-        Ok(Arc::new(guest) as Arc<dyn GuestCalls>)
-    })
-}
-
 /// Brings the guest up, with one more try if it does not answer in time.
 ///
 /// # Errors
 /// One line; nothing that was started is left.
-async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> {
+pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> {
     let config = &plan.config;
     let qemu = find_program(&config.qemu, "qemu")?;
     let virtiofsd = find_program(&config.virtiofsd, "virtiofsd")?;

@@ -18,6 +18,8 @@ use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{Listener, Stream, UDS_MAGIC};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -69,7 +71,7 @@ impl Users {
             gid: user.gid(),
             groups,
         };
-        let mut users = lock(&self.0);
+        let mut users = sys::lock(&self.0);
         if !users.contains(&user) {
             users.push(user);
         }
@@ -79,7 +81,7 @@ impl Users {
     /// become anybody, others stay who they are. Where it says something else, they are the first
     /// process.
     fn believe(&self, uid: u32, gid: u32) -> Option<User> {
-        let users = lock(&self.0);
+        let users = sys::lock(&self.0);
         let known = |gid: Option<u32>| {
             users
                 .iter()
@@ -144,27 +146,20 @@ impl Sockets {
             path: path.to_owned(),
             users: users.clone(),
         };
-        lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
+        sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
         Ok(())
     }
 
     /// No more connections by this name; those that are there end.
     pub fn remove(&self, name: &str) {
-        lock(&self.0).remove(name);
+        sys::lock(&self.0).remove(name);
     }
 
     fn get(&self, name: &str) -> Option<(PinnedSocket, watch::Receiver<()>)> {
-        lock(&self.0)
+        sys::lock(&self.0)
             .get(name)
             .map(|(place, over)| (place.clone(), over.subscribe()))
     }
-}
-
-/// Nobody panics halfway through a change.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// The host's sockets of a running guest, served as long as this lives.
@@ -320,16 +315,16 @@ fn become_user(user: &User) -> io::Result<()> {
     if *uid == NO_ID || *gid == NO_ID {
         return Err(io::Error::other("an id that is none"));
     }
-    // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only
-    // reads there.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    let groups: Vec<Gid> = groups
+        .iter()
+        .copied()
+        .map(Gid::from_raw_unchecked)
+        .collect();
+    set_thread_groups(&groups)?;
     // The effective ids alone: with the real or saved one a local user of that id could signal this
     // thread, and with it the process.
-    let same = libc::c_long::from(-1);
-    // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, same, *gid, same) })?;
-    // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, same, *uid, same) })?;
+    set_thread_res_gid(None, Gid::from_raw(*gid), None)?;
+    set_thread_res_uid(None, Uid::from_raw(*uid), None)?;
     Ok(())
 }
 

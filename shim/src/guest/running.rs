@@ -120,7 +120,7 @@ impl GuestCalls for RunningGuest {
                     .saturating_duration_since(Instant::now())
                     .max(CONTAINER_REMOVE_AGAIN);
                 match self.agent.remove_container(&request, left).await {
-                    Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
+                    Err(error) if error.code() == Code::NOT_FOUND => return Ok(()),
                     Err(error) if Instant::now() + CONTAINER_REMOVE_AGAIN < by => {
                         tracing::debug!(%error, id, "the guest is asked again to remove it");
                         sleep(CONTAINER_REMOVE_AGAIN).await;
@@ -186,7 +186,7 @@ impl GuestCalls for RunningGuest {
         let started = self.agent.exec_process(&request, PROCESS_START).await;
         if started
             .as_ref()
-            .is_err_and(|error| error.code == Code::DEADLINE_EXCEEDED)
+            .is_err_and(|error| error.code() == Code::DEADLINE_EXCEEDED)
         {
             // It may run all the same by now, and nobody would know.
             let sigkill = libc::SIGKILL.cast_unsigned();
@@ -239,7 +239,7 @@ impl GuestCalls for RunningGuest {
         };
         match self.agent.tty_win_resize(&request, AGENT_CALL).await {
             // There is no terminal, or nobody before it any more.
-            Err(error) if matches!(error.code, Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
+            Err(error) if matches!(error.code(), Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
             other => other,
         }
     }

@@ -29,13 +29,13 @@ use crate::container::shared_volumes::SharedVolumes;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::from_guest::Bucket;
-use crate::guest::boot::{BootConfig, ROOTFS, SHARE, served};
+use crate::guest::boot::BootConfig;
 use crate::guest::calls::GuestCalls;
 use crate::guest::machine_size::{MachineSize, ResourceLimits, WantedSize};
-use crate::host::dir::Dir;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::Ledger;
-use crate::host::mounts;
+use crate::refusal::Refusal;
+use crate::sandbox::host_calls::HostCalls;
 use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Outcome, Reply, Request, Requests, SandboxHandle};
 use crate::sandbox::runtime::Runtimes;
@@ -60,10 +60,6 @@ const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 
 pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<dyn GuestCalls>>>>;
 
-/// How a guest is brought up.
-pub type Launch =
-    Box<dyn Fn(BootConfig, Arc<Ledger>) -> BoxFuture<'static, Result<Arc<dyn GuestCalls>>> + Send>;
-
 /// The owner.
 pub struct SandboxOwner {
     /// What may happen.
@@ -87,7 +83,8 @@ pub struct SandboxOwner {
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
     handle: SandboxHandle,
-    launch: Launch,
+    /// What it has of the host.
+    pub(super) host: Arc<dyn HostCalls>,
     /// What the sandbox's end waits for.
     work: JoinSet<Outcome>,
     /// What it does not wait for.
@@ -100,7 +97,7 @@ impl SandboxOwner {
         identity: SandboxIdentity,
         ledger: Ledger,
         events: Publisher,
-        launch: Launch,
+        host: Arc<dyn HostCalls>,
     ) -> (SandboxOwner, SandboxHandle, Requests) {
         let (handle, requests) = SandboxHandle::new();
         let owner = SandboxOwner {
@@ -125,7 +122,7 @@ impl SandboxOwner {
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
-            launch,
+            host,
             work: JoinSet::new(),
             clocks: JoinSet::new(),
         };
@@ -213,7 +210,9 @@ impl SandboxOwner {
                 self.kill(process, signal, scope, reply);
             }
             Request::Wait { process, reply } => self.wait(&process, reply),
-            Request::Pids { container, reply } => reply.send(self.state.pids(&container)),
+            Request::Pids { container, reply } => {
+                reply.send(self.state.pids(&container).map_err(Error::from))
+            }
             Request::SetFreezer {
                 container,
                 to,
@@ -371,15 +370,13 @@ impl SandboxOwner {
                     Outcome::Done
                 });
             }
-            Err(error) => reply.send(Err(error)),
+            Err(error) => reply.refuse(error),
         }
     }
 
-    pub(super) fn living_guest(&self) -> Result<Arc<dyn GuestCalls>> {
+    pub(super) fn living_guest(&self) -> Result<Arc<dyn GuestCalls>, Refusal> {
         self.state.alive()?;
-        self.guest
-            .clone()
-            .ok_or_else(|| Error::unavailable("the sandbox has no virtual machine yet"))
+        self.guest.clone().ok_or(Refusal::NoMachineYet)
     }
 
     /// The guest, which begins to come up with the first call.
@@ -406,14 +403,14 @@ impl SandboxOwner {
             shm_bytes: self.pod.shm.as_ref().map(|shm| shm.bytes),
             netns: sandbox_spec.netns,
         };
-        let launched = (self.launch)(boot, self.ledger.clone());
+        let (host, ledger) = (self.host.clone(), self.ledger.clone());
         let mut ending = self.ending.subscribe();
         let launching = async move {
             tokio::select! {
-                launched = launched => launched,
+                launched = host.launch(boot, ledger) => launched,
                 // What was started goes with the launch.
                 _ = ending.wait_for(|ending| *ending) => {
-                    Err(Error::unavailable("the sandbox has ended"))
+                    Err(Refusal::SandboxEnded.into())
                 }
             }
         };
@@ -431,15 +428,7 @@ impl SandboxOwner {
         if let Some(shares) = &self.shares {
             return Ok(shares.clone());
         }
-        let state = Dir::open(self.ledger.dir())?;
-        let make = |name: &str| {
-            // An attempt before this one may have got half-way.
-            state
-                .unmount(name)
-                .and_then(|()| state.unmount(&served(name)))?;
-            mounts::make_served(&state, name, &served(name))
-        };
-        let shares = Arc::new(SharedVolumes::new(make(SHARE)?, make(ROOTFS)?));
+        let shares = Arc::new(self.host.share(&self.ledger)?);
         self.shares = Some(shares.clone());
         Ok(shares)
     }
@@ -490,4 +479,8 @@ fn host_name() -> Option<String> {
 
 #[cfg(test)]
 #[path = "owner_tests.rs"]
-mod tests;
+pub(super) mod tests;
+
+#[cfg(test)]
+#[path = "owner_orders.rs"]
+mod orders;

@@ -18,6 +18,7 @@ use crate::from_guest::Stats;
 use crate::guest::calls::{Ended, Freezer, GuestCalls};
 use crate::guest::machine_size::ResourceLimits;
 use crate::model::{Exit, ProcessId, SignalScope};
+use crate::refusal::Refusal;
 use crate::sandbox::state::{Process, Status};
 use crate::stdio::Pumps;
 
@@ -50,6 +51,11 @@ impl<T> Reply<T> {
     pub fn new() -> (Reply<T>, oneshot::Receiver<Result<T>>) {
         let (sender, receiver) = oneshot::channel();
         (Reply(sender), receiver)
+    }
+
+    /// Answers with an error.
+    pub fn refuse(self, error: impl Into<Error>) {
+        self.send(Err(error.into()));
     }
 
     /// Answers. A client that has gone away needs no answer.
@@ -293,7 +299,7 @@ impl SandboxHandle {
         self.tell(request(reply));
         answer
             .await
-            .unwrap_or_else(|_| Err(Error::unavailable("the sandbox has ended")))
+            .unwrap_or_else(|_| Err(Refusal::SandboxEnded.into()))
     }
 
     /// Hands the owner something that nobody waits for.

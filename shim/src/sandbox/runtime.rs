@@ -111,6 +111,12 @@ impl Runtimes {
         gone.flat_map(|(_, kept)| kept.waiters).collect()
     }
 
+    /// Whether nothing is kept.
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.containers.is_empty() && self.processes.is_empty()
+    }
+
     /// Gives up everything: what the host holds for containers.
     pub fn clear(&mut self) -> Vec<Container> {
         self.processes.clear();

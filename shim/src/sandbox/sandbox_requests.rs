@@ -14,10 +14,8 @@ use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
-use ttrpc::Code;
 
 use crate::config::Config;
-use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
 use crate::guest::calls::GuestCalls;
@@ -25,6 +23,7 @@ use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
 use crate::model::{ProcessId, Stdio};
+use crate::protos::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::pod::{Pod, SandboxSpec, Shm};
 use crate::sandbox::request::{Outcome, Reply, SandboxStatus};
@@ -72,7 +71,7 @@ impl SandboxOwner {
                     reply,
                 }
             }),
-            Err(error) => reply.send(Err(error)),
+            Err(error) => reply.refuse(error),
         }
     }
 
@@ -144,7 +143,7 @@ impl SandboxOwner {
             pid: self.state.task(id)?.init.pid,
             status,
             created_at: self.created_at,
-            machine: alive.map_or_else(|error| error.message, |()| "runs".to_owned()),
+            machine: alive.map_or_else(|refusal| refusal.to_string(), |()| "runs".to_owned()),
         })
     }
 
@@ -154,10 +153,7 @@ impl SandboxOwner {
     /// `NOT_FOUND`; `UNAVAILABLE` once the machine has ended.
     pub(super) fn ping_sandbox(&self, id: &str) -> Result<()> {
         let alive = self.state.task(id).and_then(|_| self.state.alive());
-        alive.map_err(|error| Error {
-            code: Code::UNAVAILABLE,
-            ..error
-        })
+        alive.map_err(|refusal| Error::unavailable(refusal.to_string()))
     }
 
     /// `SandboxMetrics`: what all containers together use.
@@ -359,7 +355,7 @@ mod tests {
         assert!(
             refuse_host_namespaces(&config)
                 .unwrap_err()
-                .message
+                .to_string()
                 .contains("hostIPC")
         );
     }

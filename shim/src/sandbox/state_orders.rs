@@ -7,26 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
 use super::*;
+use crate::sandbox::random::Random;
 
 const ORDERS: u64 = 100_000;
 const STEPS: u64 = 24;
-
-/// xorshift: a seed gives the same order again.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % end as u64).unwrap()
-    }
-
-    fn pick<T: Clone>(&mut self, from: &BTreeSet<T>) -> Option<T> {
-        let index = self.below(from.len().max(1));
-        from.iter().nth(index).cloned()
-    }
-}
 
 /// What has been told of one container since its create.
 #[derive(Default)]
@@ -229,7 +213,7 @@ impl World {
 #[test]
 fn events_are_as_containerd_expects_in_every_order() {
     for seed in 1..=ORDERS {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut random = Random::new(seed);
         let mut world = World {
             state: State::default(),
             creating: BTreeSet::new(),

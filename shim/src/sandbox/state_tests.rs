@@ -47,7 +47,7 @@ fn running_with_exec() -> State {
 }
 
 fn code<T: std::fmt::Debug>(result: Result<T>) -> Code {
-    result.unwrap_err().code
+    result.unwrap_err().code()
 }
 
 fn order(exits: &[(ProcessId, Exit)]) -> Vec<(&str, u32)> {
@@ -237,7 +237,7 @@ fn the_death_of_the_machine_is_the_death_of_all() {
     state.delete(&init()).unwrap();
     let refused = state.create("new", "/b", Stdio::default()).unwrap_err();
     assert_eq!(
-        refused.message,
+        refused.to_string(),
         "the sandbox's virtual machine has ended: QEMU was killed"
     );
     assert!(state.vm_died("again", SystemTime::now()).is_empty());

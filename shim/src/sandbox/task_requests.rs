@@ -13,12 +13,13 @@ use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use tokio::time::Instant;
 
 use crate::container::hooks::HookPhase;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::from_guest::Stats;
 use crate::guest::calls::{Freezer, GuestCalls};
 use crate::guest::ending::DeleteBy;
 use crate::guest::machine_size::ResourceLimits;
 use crate::model::{Exit, ProcessId, Stdio};
+use crate::refusal::Refusal;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Outcome, ProcessState, Reply};
 use crate::sandbox::runtime::PendingExec;
@@ -28,14 +29,14 @@ impl SandboxOwner {
     /// `Start`.
     pub(super) fn start(&mut self, process: ProcessId, reply: Reply<u32>) {
         let Some(guest) = self.guest.clone() else {
-            let creating = || Error::precondition(format!("{process} is still being created"));
-            let error = self.state.process(&process).err().unwrap_or_else(creating);
-            return reply.send(Err(error));
+            let creating = || Refusal::BeingCreated(process.clone());
+            let refusal = self.state.process(&process).err().unwrap_or_else(creating);
+            return reply.refuse(refusal);
         };
         let started = self.state.start(&process);
         let io = match started.and_then(|()| Ok(self.state.process(&process)?.io.clone())) {
             Ok(io) => io,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         // An exec whose start fails can be started again.
         let kept = self.runtimes.process(&process);
@@ -88,12 +89,12 @@ impl SandboxOwner {
             Err(error) => {
                 let exits = self.state.start_failed(&process);
                 self.announce(exits);
-                return reply.send(Err(error));
+                return reply.refuse(error);
             }
         };
         let (pid, early) = match self.state.started(&process) {
             Ok(started) => started,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         let kept = self.runtimes.process(&process);
         let size = kept.terminal_size.take();
@@ -115,7 +116,7 @@ impl SandboxOwner {
         if process.is_init() {
             self.run_poststart_hooks(&process.container);
             if !self.is_unannounced(&process.container) {
-                self.events.publish(&TaskStart {
+                self.events.publish(TaskStart {
                     container_id,
                     pid,
                     ..Default::default()
@@ -123,7 +124,7 @@ impl SandboxOwner {
             }
         } else {
             let exec_id = process.exec_id().to_owned();
-            self.events.publish(&TaskExecStarted {
+            self.events.publish(TaskExecStarted {
                 container_id,
                 exec_id,
                 pid,
@@ -151,7 +152,7 @@ impl SandboxOwner {
             request.terminal,
         );
         if let Err(error) = self.state.exec(&process, io.clone()) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         let guest = self.guest.as_ref();
         let preconnected = guest.and_then(|guest| guest.preconnect(&process, &io));
@@ -159,7 +160,7 @@ impl SandboxOwner {
             container.runs_as(spec.user());
         }
         self.runtimes.process(&process).exec = Some(PendingExec { spec, preconnected });
-        self.events.publish(&TaskExecAdded {
+        self.events.publish(TaskExecAdded {
             container_id: request.id,
             exec_id: request.exec_id,
             ..Default::default()
@@ -174,7 +175,7 @@ impl SandboxOwner {
         let (pid, exit) =
             match deleting.and_then(|exit| Ok((self.state.process(&process)?.pid, exit))) {
                 Ok(deleting) => deleting,
-                Err(error) => return reply.send(Err(error)),
+                Err(error) => return reply.refuse(error),
             };
         let exit = exit.unwrap_or(Exit {
             pid,
@@ -223,12 +224,12 @@ impl SandboxOwner {
     pub(super) fn deleted(&mut self, process: &ProcessId, exit: Exit, result: Result<()>) {
         if let Err(error) = result {
             // Nobody would hear of its processes any more, and they would keep what they have.
-            self.vm_died(&error.message);
+            self.vm_died(&error.to_string());
         }
         self.forget(process);
         if process.is_init() {
             self.give_back();
-            self.events.publish(&TaskDelete {
+            self.events.publish(TaskDelete {
                 container_id: process.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,
@@ -288,7 +289,7 @@ impl SandboxOwner {
         match self.state.task(id) {
             Ok(task) => Ok(task.init.pid),
             Err(_) if id == self.identity.id => Ok(0),
-            Err(error) => Err(error),
+            Err(refusal) => Err(refusal.into()),
         }
     }
 
@@ -297,7 +298,7 @@ impl SandboxOwner {
         let may = self.state.may_pause(&container, to == Freezer::Frozen);
         let guest = match may.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         self.begin(async move {
             let result = guest.set_freezer(&container, to).await;
@@ -313,12 +314,12 @@ impl SandboxOwner {
     pub(super) fn freezer_set(&mut self, container_id: String, to: Freezer) {
         self.state.set_paused(&container_id, to == Freezer::Frozen);
         if to == Freezer::Frozen {
-            self.events.publish(&TaskPaused {
+            self.events.publish(TaskPaused {
                 container_id,
                 ..Default::default()
             });
         } else {
-            self.events.publish(&TaskResumed {
+            self.events.publish(TaskResumed {
                 container_id,
                 ..Default::default()
             });
@@ -336,7 +337,7 @@ impl SandboxOwner {
         let found = self.state.process(&process);
         let has_terminal = match found.map(|found| found.io.terminal) {
             Ok(has_terminal) => has_terminal,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         if !has_terminal {
             return reply.send(Ok(()));
@@ -376,15 +377,13 @@ impl SandboxOwner {
         let task = self.state.task(&container).map(drop);
         let guest = match task.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         let is_pod = self.state.is_pod_sandbox(&container);
         let old = self.limits_of(&container);
         let Some(old) = old else {
             // The sandbox's own container, under an agent that cannot do without one.
-            return reply.send(Err(Error::precondition(format!(
-                "{container} is a pod's sandbox: change the limits of its containers instead"
-            ))));
+            return reply.refuse(Refusal::SandboxHasNoLimits(container));
         };
         let number = self.count_update(&container);
         self.set_limits(&container, old.updated(&resources));
@@ -462,7 +461,7 @@ impl SandboxOwner {
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
     pub(super) fn stats(&mut self, container: String, reply: Reply<Stats>) {
         if let Err(error) = self.state.task(&container) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         if self.state.is_pod_sandbox(&container) {
             // What the machine itself uses is in the pod's cgroup on the host.

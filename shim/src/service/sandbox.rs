@@ -105,7 +105,7 @@ impl Sandbox for SandboxService {
         };
         match self.sandbox.ask(kill).await {
             // Stopped already, or never there: what is wanted is so.
-            Err(error) if error.code != ttrpc::Code::NOT_FOUND => Err(error.into()),
+            Err(error) if error.code() != ttrpc::Code::NOT_FOUND => Err(error.into()),
             _ => Ok(StopSandboxResponse::default()),
         }
     }

@@ -20,6 +20,7 @@ use tokio::io::AsyncWrite;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep};
 
+use super::log_file::LogFile;
 use super::logger::Logger;
 use crate::error::{Error, IoContext, Result};
 use crate::model::Stdio;
@@ -48,8 +49,8 @@ pub enum Output {
     Fifo(Fifo),
     /// The pipe to a logger.
     Pipe(pipe::Sender),
-    /// A regular file. Writing to it blocks as any log file does.
-    File(File),
+    /// A regular file.
+    Log(LogFile),
 }
 
 /// An output fifo with a reader of the shim's own.
@@ -60,11 +61,16 @@ pub struct Fifo {
 }
 
 impl Output {
-    /// Waits until the client has opened its end, if the process was so quick that this is not
-    /// sure: what is in a fifo that nobody has open is lost, and who opens it then waits for ever.
-    /// A client that does not come in the time that one may take is none.
-    pub async fn wait_for_readers(&mut self) {
-        let Output::Fifo(fifo) = self else { return };
+    /// Waits until a log file is written, and until a fifo's client has opened its end, if the
+    /// process was so quick that this is not sure: what is in a fifo that nobody has open is lost,
+    /// and who opens it then waits for ever. A client that does not come in the time that one may
+    /// take is none.
+    pub async fn finish(&mut self) {
+        let fifo = match self {
+            Output::Fifo(fifo) => fifo,
+            Output::Log(log) => return log.finish().await,
+            Output::Pipe(_) => return,
+        };
         fifo.reader = None;
         while fifo.opened.elapsed() < CLIENT_DEADLINE && !has_reader(&fifo.sender) {
             sleep(CLIENT_PAUSE).await;
@@ -116,11 +122,9 @@ impl HostIo {
                 }
             }
             Some("file") => {
-                let file = open_file(uri)?;
-                host.stderr = Some(Output::File(
-                    file.try_clone().doing(|| format!("open {uri}"))?,
-                ));
-                host.stdout = Some(Output::File(file));
+                let [stdout, stderr] = LogFile::open(uri).await?;
+                host.stdout = Some(Output::Log(stdout));
+                host.stderr = Some(Output::Log(stderr));
             }
             Some("binary") => {
                 let (logger, stdout, stderr) = Logger::start(uri, namespace, id).await?;
@@ -176,22 +180,6 @@ fn open_output(uri: &str) -> Result<Output> {
     }))
 }
 
-fn open_file(uri: &str) -> Result<File> {
-    let path = uri
-        .strip_prefix("file://")
-        .or_else(|| uri.strip_prefix("file:"))
-        .unwrap_or(uri);
-    let doing = || format!("open the log file {path}");
-    if let Some(parent) = Path::new(path).parent() {
-        std::fs::create_dir_all(parent).doing(doing)?;
-    }
-    File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .doing(doing)
-}
-
 impl AsyncWrite for Output {
     fn poll_write(
         self: Pin<&mut Self>,
@@ -201,7 +189,10 @@ impl AsyncWrite for Output {
         match self.get_mut() {
             Output::Fifo(fifo) => Pin::new(&mut fifo.sender).poll_write(cx, buf),
             Output::Pipe(sender) => Pin::new(sender).poll_write(cx, buf),
-            Output::File(file) => Poll::Ready(io::Write::write(file, buf)),
+            Output::Log(log) => match &mut log.pipe {
+                Some(pipe) => Pin::new(pipe).poll_write(cx, buf),
+                None => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            },
         }
     }
 
@@ -273,7 +264,7 @@ mod tests {
             std::thread::sleep(CLIENT_PAUSE * 10);
             std::fs::read_to_string(path).unwrap()
         });
-        output.wait_for_readers().await;
+        output.finish().await;
         drop(output);
         assert_eq!(client.join().unwrap(), "hello");
     }
@@ -292,7 +283,7 @@ mod tests {
             .unwrap();
         tokio::time::pause();
         tokio::time::advance(CLIENT_DEADLINE).await;
-        tokio::time::timeout(CLIENT_PAUSE, output.wait_for_readers())
+        tokio::time::timeout(CLIENT_PAUSE, output.finish())
             .await
             .unwrap();
     }
@@ -335,18 +326,11 @@ mod tests {
                 ..Stdio::default()
             };
             let mut host = HostIo::open(&io, "default", "web").await.unwrap();
-            host.stdout
-                .as_mut()
-                .unwrap()
-                .write_all(b"out ")
-                .await
-                .unwrap();
-            host.stderr
-                .as_mut()
-                .unwrap()
-                .write_all(b"err ")
-                .await
-                .unwrap();
+            for (output, text) in [(&mut host.stdout, "out "), (&mut host.stderr, "err ")] {
+                let output = output.as_mut().unwrap();
+                output.write_all(text.as_bytes()).await.unwrap();
+                output.finish().await;
+            }
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), "out err out err ");
     }
@@ -366,6 +350,6 @@ mod tests {
             ..Stdio::default()
         };
         let error = HostIo::open(&io, "default", "web").await.err().unwrap();
-        assert!(error.message.contains("\"gopher\""), "{error}");
+        assert!(error.to_string().contains("\"gopher\""), "{error}");
     }
 }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
+use sys::process::{pidfd_open, pidfd_send_signal};
 
-use super::{is_gone, pidfd_kill, pidfd_open};
 use crate::error::{Doing, Error, Result};
 
 /// A process, told apart from a later one with the same number.
@@ -64,7 +64,7 @@ impl Identity {
         if !self.is_alive() {
             return Ok(());
         }
-        match pidfd_kill(&pidfd) {
+        match pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL) {
             Err(error) if !is_gone(&error) => return Err(error).doing(doing),
             _ => {}
         }
@@ -101,4 +101,8 @@ fn read_stat(pid: i32) -> io::Result<(char, u64)> {
     state
         .zip(start)
         .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ESRCH))
 }
