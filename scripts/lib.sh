@@ -29,6 +29,14 @@ die() {
 
 have() { command -v "$1" >/dev/null; }
 
+# rust-toolchain.toml names one release. Where rustup has it not and cannot get it, what the
+# user's default is has to do.
+if have rustup && [ -z "${RUSTUP_TOOLCHAIN:-}" ] && ! (cd "$root" && cargo --version) >/dev/null 2>&1; then
+    RUSTUP_TOOLCHAIN=$(cd / && rustup default 2>/dev/null | cut -d' ' -f1)
+    export RUSTUP_TOOLCHAIN
+    say "rustup cannot get the Rust of rust-toolchain.toml: taking $RUSTUP_TOOLCHAIN"
+fi
+
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"

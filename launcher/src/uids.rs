@@ -1,10 +1,9 @@
 //! A user id for each sandbox, from a range that is nobody else's.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+use sys::byte_lock::ByteLocks;
 
 /// The ids from `first` on, `count` of them; users and groups alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,9 +19,8 @@ pub struct UidRange {
 pub struct UidLease {
     /// User and group id.
     pub uid: u32,
-    /// A lock on the byte of this id (fcntl(2), open file description locks); it ends with the
-    /// descriptor.
-    _lock: File,
+    /// Holds the lock of this number.
+    _locks: ByteLocks,
 }
 
 impl UidRange {
@@ -31,20 +29,13 @@ impl UidRange {
     /// # Errors
     /// The file cannot be opened, or all ids are taken.
     pub fn lease(self, file: &Path) -> io::Result<UidLease> {
-        let lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(file)?;
+        let locks = ByteLocks::open(file)?;
         // Where to begin to look: a number that was used lately is the least likely one.
         let begin = std::process::id() % self.count.max(1);
         for offset in 0..self.count {
             let uid = self.first + (begin + offset) % self.count;
-            if try_lock(&lock, uid)? {
-                return Ok(UidLease { uid, _lock: lock });
+            if locks.try_take(uid.into())? {
+                return Ok(UidLease { uid, _locks: locks });
             }
         }
         let last = self.first + self.count.saturating_sub(1);
@@ -52,23 +43,6 @@ impl UidRange {
             "every user id from {} to {last} has a sandbox",
             self.first
         )))
-    }
-}
-
-fn try_lock(file: &File, byte: u32) -> io::Result<bool> {
-    // SAFETY: all zero is a valid flock.
-    let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    range.l_type = libc::F_WRLCK as libc::c_short;
-    range.l_whence = libc::SEEK_SET as libc::c_short;
-    range.l_start = byte.into();
-    range.l_len = 1;
-    // SAFETY: fcntl(2) reads a local flock.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
-        0 => Ok(true),
-        _ => match io::Error::last_os_error() {
-            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-            error => Err(error),
-        },
     }
 }
 

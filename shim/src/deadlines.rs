@@ -70,6 +70,9 @@ pub const DELETE_AT_LEAST: Duration = Duration::from_secs(3);
 /// The host takes off a container's mounts; a storage that hangs keeps them longer.
 pub const MOUNTS_RELEASE: Duration = Duration::from_secs(2);
 
+/// Between two looks at the host's clock: so long may the guest's be behind.
+pub const CLOCK_LOOK_AGAIN: Duration = Duration::from_secs(60);
+
 /// The agent sends its line for a socket of the host, and the server there takes the connection.
 pub const HOST_SOCKET: Duration = Duration::from_secs(10);
 

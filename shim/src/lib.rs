@@ -1,9 +1,32 @@
 //! `containerd-shim-cofferdam-v2`: what containerd runs for `io.containerd.cofferdam.v2`. A library
 //! only so that fuzz targets reach what reads other people's bytes.
 //!
-//! Owns the command line and nothing else: `start` leaves a server behind and prints its address,
-//! `delete` cleans up after a server that is gone, `-info` and `-v` answer questions, `serve` is
-//! the server itself.
+//! One program, run in four ways:
+//!
+//! ```text
+//! containerd ─▶ start ──spawns──▶ serve ◀──ttrpc── containerd (create, exec, wait, kill, …)
+//!                 │ prints the         │
+//!                 │ server's address   └─▶ QEMU, virtiofsd, vhost-device-vsock
+//! containerd ─▶ delete: undoes what a server that is gone has left
+//! anybody    ─▶ -info, -v: questions
+//! ```
+//!
+//! The folders, each of which uses those below it and none above:
+//!
+//! ```text
+//! bootstrap   start, delete, and the process of the server
+//! service     containerd's calls, turned into requests
+//! sandbox     the owner of all state; what may happen when; requests and their outcomes
+//! container   a spec's container: root file system, volumes, devices, hooks
+//! guest       the running guest: boot, agent, size, cards, sockets of the host
+//! from_guest  what the guest may say │ stdio  one process's streams
+//! network     a pod's links          │ host   directories, mounts, cgroups, the ledger
+//! config, events, metrics, relay, logging · model, refusal, error
+//! ```
+//!
+//! To follow a request, begin in `service/task.rs`, which names it; `sandbox/owner.rs` lists all
+//! requests and outcomes in two `match`es; what takes time is begun there and reports back as an
+//! outcome. `args` owns the command line and nothing else.
 
 mod args;
 mod bootstrap;

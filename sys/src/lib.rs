@@ -2,6 +2,7 @@
 //! of which [`process::fork`] alone must have some. What rustix or nix makes safe is called there.
 
 pub mod bpf;
+pub mod byte_lock;
 pub mod mount;
 pub mod process;
 

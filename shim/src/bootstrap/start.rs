@@ -11,10 +11,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::group::group_id;
@@ -23,6 +21,7 @@ use crate::args::Args;
 use crate::error::{Error, IoContext, Result};
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger;
+use crate::host::sandbox_lock::SandboxLock;
 
 /// Descriptor on which the server inherits its listening socket.
 pub const LISTENER_FD: i32 = 3;
@@ -32,12 +31,6 @@ pub const READY_FD: i32 = 4;
 
 /// Name of the file in a bundle that says where its server is.
 pub const ADDRESS: &str = "address";
-
-/// How long other starts may have the lock: each may have to undo what a dead server left.
-const LOCK_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Between two attempts to get it.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long a new server may take to its first word.
 const SERVER_DEADLINE: Duration = Duration::from_secs(5);
@@ -113,8 +106,7 @@ fn make_dir(dir: &Path) -> Result<()> {
 /// of many starts of one group exactly one binds and none removes a socket that another is about to
 /// listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
-    let root = File::open(STATE_ROOT).doing(|| format!("open {STATE_ROOT}"))?;
-    let _lock = lock(root)?;
+    let _lock = SandboxLock::take(state_dir)?;
     // What a former server of the same id left; what cannot be undone is in nobody's way here.
     let _ = ledger::undo_abandoned(state_dir);
     let doing = || format!("listen on {}", socket.display());
@@ -132,27 +124,6 @@ fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
     };
     std::fs::set_permissions(socket, Permissions::from_mode(0o600)).doing(doing)?;
     Ok(Some(listener))
-}
-
-fn lock(mut root: File) -> Result<Flock<File>> {
-    let end = Instant::now() + LOCK_DEADLINE;
-    loop {
-        match Flock::lock(root, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((unlocked, Errno::EWOULDBLOCK)) if Instant::now() < end => root = unlocked,
-            Err((_, Errno::EWOULDBLOCK)) => {
-                return Err(Error::deadline(format!(
-                    "another start has had the lock of {STATE_ROOT} for {LOCK_DEADLINE:?}"
-                )));
-            }
-            Err((_, errno)) => {
-                return Err(Error::internal(format!(
-                    "cannot lock {STATE_ROOT}: {errno}"
-                )));
-            }
-        }
-        std::thread::sleep(LOCK_PAUSE);
-    }
 }
 
 /// Starts the server in a session of its own and waits for its first word.

@@ -2,6 +2,17 @@
 //!
 //! Later sources win key by key: the defaults, the file, its drop-ins, the runtime options in
 //! containerd's own configuration, and the annotations that those before them allow.
+//!
+//! ```text
+//! defaults ─▶ config.toml ─▶ config.toml.d/*.toml ─▶ runtime options ─▶ annotations ─▶ Config
+//!             └────────── layers: one table, unknown keys refused ────┘  └ allowed ones only
+//! ```
+//!
+//! The first four are the operator's and are trusted. Annotations are a tenant's: each key that
+//! they may set is allowed by name, and no file or program is named by one. A value that is wrong is
+//! refused with its key, its file and its line, before anything is made; it never falls back to a
+//! default. The configuration of a sandbox is read once, with the request that begins it: a file
+//! that changes later is for later sandboxes.
 
 mod annotations;
 mod layers;

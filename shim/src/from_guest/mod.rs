@@ -6,6 +6,17 @@
 //! containers of this sandbox. What cannot be understood is no answer: it ends the machine, with a
 //! reason.
 //!
+//! ```text
+//! agent ─▶ frames (size, number of answers) ─▶ ttrpc ─▶ Agent::judged ─▶ Ok: a value with a range
+//!                                                           │           └▶ Error::Agent: its words
+//!                                                           ▼
+//!                                       Fault: garbled or lost ─▶ the machine ends
+//! ```
+//!
+//! A value that is out of its range is not repaired by whoever uses it: it is made harmless here,
+//! once. An answer that is an error is the agent's opinion, with its code, and ends nothing; who
+//! asked decides. Events come at a rate (`oom`), because a guest can make them for nothing.
+//!
 //! Sizes are bounded below that already: no answer is larger than [`guest_protocol::MAX_FRAME`], and
 //! there is one for each question.
 

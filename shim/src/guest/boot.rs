@@ -14,6 +14,7 @@ use guest_protocol::{
     ROOTFS_TAG, SHARE_TAG, Stream, Transport, UDS_PORT,
 };
 use launcher::UidLease;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmm::boot::{self, Share};
 use vmm::deadlines::MACHINE_LAST_WORDS;
@@ -23,6 +24,7 @@ use crate::config::{Config, ConfinementLevel, find_file, find_program};
 use crate::deadlines::AGENT_CALL;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
+use crate::guest::clock;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
@@ -242,10 +244,11 @@ impl Attempt<'_> {
         let wired = nics.wire(plan.sizing.vcpus, ledger);
         let (spawned, ()) = tokio::try_join!(boot::spawn(config, record), wired)?;
         let (built, cards) = spawned.attach(nics.cards().await?).await?;
+        nics.plugged(cards).await;
         let machine = built.run().await?;
         let (stream, transport) = reach(&machine, &transport, &ready).await?;
         let agent = Agent::new(AgentClient::new(stream));
-        nics.set_up(&agent, &cards).await?;
+        nics.set_up(&agent).await?;
         let features = create_sandbox(&agent, plan).await?;
         let host_sockets = if features.uds {
             let doing = || "listen for the guest's connections to unix sockets".to_owned();
@@ -265,6 +268,8 @@ impl Attempt<'_> {
             raw_stdio = features.raw_stdio,
             "guest agent"
         );
+        let mut keeps_time = JoinSet::new();
+        keeps_time.spawn(clock::follow(agent.clone()));
         Ok(RunningGuest {
             machine,
             agent,
@@ -272,6 +277,7 @@ impl Attempt<'_> {
             features,
             host_sockets,
             _forwarder: forwarder,
+            _clock: keeps_time,
             nics: nics.clone(),
             size: Size::new(plan.sizing),
             place: self.place.clone(),

@@ -125,6 +125,9 @@ pub trait GuestCalls: Debug + Send + Sync {
     /// Tells of each container that runs out of memory, until the agent is gone.
     async fn watch_oom(&self, tell: &(dyn Fn(String) + Send + Sync));
 
+    /// Whether the agent answers.
+    async fn ping(&self) -> Result<()>;
+
     /// Waits until the machine, a helper that it cannot live without, or an agent that makes sense
     /// is gone. The machine may still run.
     async fn died(&self) -> Ended;

@@ -38,6 +38,7 @@
 
 pub mod boot;
 pub mod calls;
+mod clock;
 pub mod ending;
 pub mod guest_spec;
 pub mod host_sockets;

@@ -11,7 +11,7 @@ use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
 use tokio::sync::Mutex;
-use vmm::{Attached, Net};
+use vmm::{Attached, Device, Machine, Net};
 
 use crate::config::NetnsRules;
 use crate::deadlines::AGENT_CALL;
@@ -34,6 +34,28 @@ struct State {
     network: Network,
     /// Links with a tap, that the guest does not know.
     wired: Vec<Endpoint>,
+    /// Where the guest finds the cards of the first of them, which are plugged in.
+    plugged: Vec<String>,
+}
+
+impl State {
+    /// Those that are not plugged in.
+    fn cards(&self) -> Result<Vec<Net>> {
+        let missing = self.wired.iter().skip(self.plugged.len());
+        let card = |endpoint: &Endpoint| {
+            let fds = endpoint
+                .clone_fds()
+                .doing(|| format!("open the queues of {} again", endpoint.name))?;
+            Ok(Net {
+                name: endpoint.name.clone(),
+                taps: fds.taps,
+                vhost: fds.vhosts,
+                mac: endpoint.mac,
+                mtu: u16::try_from(endpoint.mtu).ok(),
+            })
+        };
+        missing.map(card).collect()
+    }
 }
 
 impl Nics {
@@ -53,6 +75,7 @@ impl Nics {
         let state = State {
             network: Network::new(netns)?,
             wired: Vec::new(),
+            plugged: Vec::new(),
         };
         Ok(Nics {
             netns: Arc::new(fd),
@@ -87,41 +110,49 @@ impl Nics {
         Ok(())
     }
 
-    /// A card for each of them, to be plugged into the machine.
+    /// A card for each of them, for a machine that boots: what an earlier attempt had plugged in is
+    /// gone with its machine.
     ///
     /// # Errors
     /// No more descriptors.
     pub async fn cards(&self) -> Result<Vec<Net>> {
-        let state = self.state.lock().await;
-        let mut cards = Vec::new();
-        for endpoint in &state.wired {
-            let fds = endpoint
-                .clone_fds()
-                .doing(|| format!("open the queues of {} again", endpoint.name))?;
-            cards.push(Net {
-                name: endpoint.name.clone(),
-                taps: fds.taps,
-                vhost: fds.vhosts,
-                mac: endpoint.mac,
-                mtu: u16::try_from(endpoint.mtu).ok(),
-            });
-        }
-        Ok(cards)
+        let mut state = self.state.lock().await;
+        state.plugged.clear();
+        state.cards()
     }
 
-    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `cards`
-    /// are those of [`Nics::cards`], as they were attached. From now on the taps live in QEMU alone
-    /// and go with it.
+    /// Notes that these of [`Nics::cards`] are plugged in.
+    pub async fn plugged(&self, cards: Vec<Attached>) {
+        let paths = cards.into_iter().map(|card| card.pci_path);
+        self.state.lock().await.plugged.extend(paths);
+    }
+
+    /// Plugs them into a machine that runs. One that is refused leaves those before it plugged in,
+    /// and the next call goes on from there.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub async fn plug(&self, machine: &Machine) -> Result<()> {
+        let mut state = self.state.lock().await;
+        for card in state.cards()? {
+            let attached = machine.attach(Device::Net(card)).await?;
+            state.plugged.push(attached.pci_path);
+        }
+        Ok(())
+    }
+
+    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours.
+    /// From now on the taps live in QEMU alone and go with it.
     ///
     /// # Errors
     /// The agent's own words.
-    pub async fn set_up(&self, agent: &Agent, cards: &[Attached]) -> Result<()> {
+    pub async fn set_up(&self, agent: &Agent) -> Result<()> {
         let mut state = self.state.lock().await;
         if state.wired.is_empty() {
             return Ok(());
         }
-        for (endpoint, card) in state.wired.iter().zip(cards) {
-            let interface = Some(endpoint.interface(&card.pci_path)).into();
+        for (endpoint, path) in state.wired.iter().zip(&state.plugged) {
+            let interface = Some(endpoint.interface(path)).into();
             let request = UpdateInterfaceRequest {
                 interface,
                 ..Default::default()
@@ -156,6 +187,7 @@ impl Nics {
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();
+        state.plugged.clear();
         Ok(())
     }
 }

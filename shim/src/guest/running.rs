@@ -16,7 +16,8 @@ use guest_protocol::protocols::agent::{
 use guest_protocol::{ALL_PROCESSES, Transport};
 use launcher::UidLease;
 use oci_spec::runtime::{LinuxResources, Process};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
 use vmm::{Attached, Block, Device, Machine};
@@ -47,6 +48,8 @@ pub struct RunningGuest {
     pub(super) features: Features,
     pub(super) host_sockets: Option<HostSockets>,
     pub(super) _forwarder: Option<Forwarder>,
+    /// Keeps the guest's time of day; ends with this.
+    pub(super) _clock: JoinSet<()>,
     pub(super) nics: Arc<Nics>,
     pub(super) size: Size,
     /// Where its processes are on the host.
@@ -61,6 +64,9 @@ pub(super) struct Size {
     asked: Mutex<MachineSize>,
     /// MiB of memory that the guest has, which may be more than it should.
     has_mib: AtomicU64,
+    /// How many wait for their turn: a guest that is slow to give memory back gets no more time
+    /// for it then.
+    waiting: watch::Sender<u32>,
 }
 
 impl Size {
@@ -68,7 +74,35 @@ impl Size {
         Size {
             asked: Mutex::new(size),
             has_mib: AtomicU64::new(size.memory_mib),
+            waiting: watch::channel(0).0,
         }
+    }
+
+    async fn turn(&self) -> MutexGuard<'_, MachineSize> {
+        let _waiting = Waiting::new(&self.waiting);
+        self.asked.lock().await
+    }
+
+    async fn somebody_waits(&self) {
+        let mut waiting = self.waiting.subscribe();
+        // `self` holds the sender.
+        let _ = waiting.wait_for(|waiting| *waiting > 0).await;
+    }
+}
+
+/// One that waits for its turn, until it has it or gives up.
+struct Waiting<'a>(&'a watch::Sender<u32>);
+
+impl Waiting<'_> {
+    fn new(waiting: &watch::Sender<u32>) -> Waiting<'_> {
+        waiting.send_modify(|waiting| *waiting += 1);
+        Waiting(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|waiting| *waiting -= 1);
     }
 }
 
@@ -283,27 +317,28 @@ impl GuestCalls for RunningGuest {
 
     async fn add_links(&self, ledger: &Ledger) -> Result<()> {
         self.nics.wire(1, ledger).await?;
-        let mut cards = Vec::new();
-        for card in self.nics.cards().await? {
-            cards.push(self.machine.attach(Device::Net(card)).await?);
-        }
-        self.nics.set_up(&self.agent, &cards).await
+        self.nics.plug(&self.machine).await?;
+        self.nics.set_up(&self.agent).await
     }
 
     async fn grow(&self, wanted: &WantedSize) -> Result<()> {
-        let asked = self.size.asked.lock().await;
+        let asked = self.size.turn().await;
         let to = asked.max(wanted.get());
         self.resize(asked, to).await
     }
 
     async fn fit(&self, wanted: &WantedSize) -> Result<()> {
-        let asked = self.size.asked.lock().await;
+        let asked = self.size.turn().await;
         let to = wanted.get();
         self.resize(asked, to).await
     }
 
     async fn watch_oom(&self, tell: &(dyn Fn(String) + Send + Sync)) {
         watch_oom(&self.agent, tell).await;
+    }
+
+    async fn ping(&self) -> Result<()> {
+        self.agent.ping(AGENT_CALL).await
     }
 
     async fn died(&self) -> Ended {
@@ -359,10 +394,14 @@ impl RunningGuest {
     /// Returns the MiB of memory that the guest has.
     async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
         if to.memory_mib != size.memory_mib {
-            let got = self
-                .machine
-                .resize_memory(to.memory_mib, MACHINE_RESIZE)
-                .await?;
+            let shrinks = to.memory_mib < size.memory_mib;
+            let got = tokio::select! {
+                got = self.machine.resize_memory(to.memory_mib, MACHINE_RESIZE) => got?,
+                // The guest goes on giving back, and may have all of it still.
+                () = self.size.somebody_waits(), if shrinks => {
+                    self.size.has_mib.load(Ordering::Relaxed)
+                }
+            };
             if got < to.memory_mib {
                 tracing::warn!(
                     got,

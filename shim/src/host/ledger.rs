@@ -15,13 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
 
 use crate::error::{Error, IoContext, Result};
 use crate::host::cgroup;
 use crate::host::dir::Dir;
+use crate::host::sandbox_lock::SandboxLock;
 use crate::network::Redirect;
 
 const NAME: &str = "ledger";
@@ -165,16 +165,15 @@ pub fn undo_own(dir: &Path) -> Result<()> {
 /// left whose own `delete` was killed (containerd gives it 5 s) or never ran.
 pub fn sweep(root: &Path, deadline: Duration) {
     let end = Instant::now() + deadline;
-    // The lock of `start`: what is read here must not become a new server's before it is undone.
-    // Whoever has it is quick; the next sweep comes.
-    let Ok(Ok(_lock)) =
-        File::open(root).map(|root| Flock::lock(root, FlockArg::LockExclusiveNonblock))
-    else {
-        return;
-    };
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
-        if Instant::now() < end {
-            let _ = undo_abandoned(&entry.path()); // the next sweep tries again
+        let dir = entry.path();
+        if Instant::now() >= end || !dir.join(NAME).exists() {
+            continue;
+        }
+        // What is read here must not become a new server's before it is undone. A sandbox that
+        // somebody else has is in good hands; what fails, the next sweep tries again.
+        if let Ok(Some(_lock)) = SandboxLock::try_take(&dir) {
+            let _ = undo_abandoned(&dir);
         }
     }
 }

@@ -4,6 +4,28 @@
 //! link, traffic control sends everything that comes in on the one out by the other, and the guest
 //! gets the link's addresses. So whatever CNI's plugins do on the host's side of the link keeps
 //! working.
+//!
+//! ```text
+//!        the pod's network namespace                          QEMU          guest
+//!  veth ── eth0 ──tc ingress: redirect──▶ tap ═══descriptor═══ NIC ───── eth0, same MAC,
+//!             ◀──tc ingress: redirect──── tap                              addresses, routes
+//!
+//!  loopback: sk_lookup program ──▶ listener of the shim ══vsock══ agent ─▶ the guest's loopback
+//! ```
+//!
+//! * `netns` opens or makes the namespace. The shim is never in it: what has to be done there is
+//!   done by a thread that enters it and ends.
+//! * `scan` finds links, addresses, routes and neighbours by netlink; `tap` makes the taps, `tc` the
+//!   redirects, `routes` turns the rest into the agent's terms.
+//! * `rules` refuses a namespace whose packet filter would have bound the pod's processes: packets
+//!   of the guest pass below it (docs/security.md), unless the configuration lets that be.
+//! * `forward` and `sk_lookup` answer on the namespace's loopback for servers in the guest, which is
+//!   how containerd forwards ports.
+//! * `undo` takes redirects off a link whose namespace outlives the sandbox; each is in the ledger
+//!   before it is set. Taps end with their descriptors.
+//!
+//! Links are looked for when the machine is made and again when the sandbox starts, because docker
+//! and nerdctl make theirs in between; each step concerns only what is new.
 
 mod forward;
 mod netns;

@@ -50,6 +50,7 @@ pub enum Call {
     AddLinks,
     Grow,
     Fit,
+    Ping,
 }
 
 struct Pending {
@@ -300,6 +301,10 @@ impl GuestCalls for GuestDouble {
 
     async fn watch_oom(&self, _: &(dyn Fn(String) + Send + Sync)) {
         self.script.ended().await;
+    }
+
+    async fn ping(&self) -> Result<()> {
+        self.ask(Call::Ping).await
     }
 
     async fn died(&self) -> Ended {

@@ -42,7 +42,7 @@ impl SandboxOwner {
     /// `Wait`.
     pub(super) fn wait(&mut self, process: &ProcessId, reply: Reply<Exit>) {
         match self.state.exit(process) {
-            Ok(None) => self.runtimes.process(process).waiters.push(reply),
+            Ok(None) => self.runtimes.process(process).wait(reply),
             Ok(Some(exit)) => reply.send(Ok(exit)),
             Err(error) => reply.refuse(error),
         }

@@ -245,7 +245,7 @@ impl SandboxOwner {
                 self.create_sandbox(&request.value, config.value, reply);
             }
             Request::SandboxStatus { sandbox, reply } => reply.send(self.sandbox_status(&sandbox)),
-            Request::PingSandbox { sandbox, reply } => reply.send(self.ping_sandbox(&sandbox)),
+            Request::PingSandbox { sandbox, reply } => self.ping_sandbox(&sandbox, reply),
             Request::SandboxStats { reply } => self.sandbox_stats(reply),
             Request::OutOfMemory { container } => self.out_of_memory(&container),
         }

@@ -53,6 +53,11 @@ impl<T> Reply<T> {
         (Reply(sender), receiver)
     }
 
+    /// Whether the client still waits.
+    pub fn is_awaited(&self) -> bool {
+        !self.0.is_closed()
+    }
+
     /// Answers with an error.
     pub fn refuse(self, error: impl Into<Error>) {
         self.send(Err(error.into()));

@@ -53,6 +53,14 @@ pub struct ProcessRuntime {
     pub waiters: Vec<Reply<Exit>>,
 }
 
+impl ProcessRuntime {
+    /// One more who waits for the end, in the place of those who have given up.
+    pub fn wait(&mut self, waiter: Reply<Exit>) {
+        self.waiters.retain(Reply::is_awaited);
+        self.waiters.push(waiter);
+    }
+}
+
 /// Of all containers of a sandbox.
 #[derive(Debug, Default)]
 pub struct Runtimes {

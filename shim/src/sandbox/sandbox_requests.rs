@@ -147,13 +147,18 @@ impl SandboxOwner {
         })
     }
 
-    /// `PingSandbox`.
-    ///
-    /// # Errors
-    /// `NOT_FOUND`; `UNAVAILABLE` once the machine has ended.
-    pub(super) fn ping_sandbox(&self, id: &str) -> Result<()> {
-        let alive = self.state.task(id).and_then(|_| self.state.alive());
-        alive.map_err(|refusal| Error::unavailable(refusal.to_string()))
+    /// `PingSandbox`: whether the guest answers. All failures are `UNAVAILABLE`.
+    pub(super) fn ping_sandbox(&mut self, id: &str, reply: Reply<()>) {
+        let guest = self.state.task(id).and_then(|_| self.living_guest());
+        let guest = match guest {
+            Ok(guest) => guest,
+            Err(refusal) => return reply.refuse(Error::unavailable(refusal.to_string())),
+        };
+        self.begin(async move {
+            let answer = guest.ping().await;
+            reply.send(answer.map_err(|error| Error::unavailable(error.to_string())));
+            Outcome::Done
+        });
     }
 
     /// `SandboxMetrics`: what all containers together use.

@@ -1,4 +1,28 @@
-//! The ttrpc services: requests in containerd's terms become calls of the sandbox's owner.
+//! The ttrpc services: containerd's calls become requests to the sandbox's owner.
+//!
+//! ```text
+//! containerd ─▶ ttrpc ─▶ guard ─▶ task, sandbox ─▶ options, spec of an exec: read and checked
+//!                          │            │
+//!      a panic is one      │            ▼
+//!      answer, INTERNAL ◀──┘      SandboxHandle::ask(Request) ─▶ owner
+//! ```
+//!
+//! Two APIs ask the same owner: the task API (`task`), which every containerd speaks, and the
+//! sandbox API (`sandbox`), by which containerd 2 makes a pod's sandbox without a task. Both answer
+//! in two generations of types (v2 and v3 of the task API have one wire format under two names).
+//!
+//! What is here only translates. Whether something may be is decided by the pure state, what is
+//! done about it by the owner; so a handler is a few lines, and none of them keeps anything. Two
+//! things are done here because they need no state: the configuration is read with the request that
+//! may begin a sandbox (`options`: what containerd's own configuration says for this runtime), and
+//! an exec's process is parsed, so that what is wrong is refused before the owner hears of it.
+//!
+//! Codes are part of the contract (`error` decides them): containerd takes `NOT_FOUND` for "gone
+//! already" and goes on, `UNIMPLEMENTED` for "try another way", and shows users the text. A method
+//! that this runtime does not have says what it is and why in its answer.
+//!
+//! A client may give up on any call. Its request goes on, as with runc: a create that nobody waits
+//! for is made, and deleted by containerd like any other.
 
 mod guard;
 mod options;

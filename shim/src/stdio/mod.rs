@@ -1,9 +1,29 @@
-//! Input and output of one process: containerd's end (fifos, files, a logger) joined to the
-//! guest's.
+//! Input and output of one process: containerd's end joined to the guest's.
+//!
+//! ```text
+//! client            host::HostIo              Pumps                guest::GuestIo          guest
+//! fifo      ─▶ Receiver ──────────────▶ copy_input ──▶ stream of vsock, or WriteStdin ─▶ stdin
+//! fifo      ◀─ Fifo  ◀─┐
+//! binary:// ◀─ Logger ◀┼─ finish ◀──── copy_output ◀── stream of vsock, or ReadStdout ◀─ stdout
+//! file://   ◀─ LogFile ◀┘
+//! ```
 //!
 //! Output is copied by a task for each stream that ends when the guest's stream ends, so a reader
 //! that has stopped holds up its own stream and nothing else, and the exit of a process never waits
-//! for it.
+//! for it. Delete does, for as long as somebody reads, and no longer than its own deadline.
+//!
+//! * `host` opens what a request names. A fifo is opened without waiting for its client, and kept
+//!   open for one that goes away and comes back: that is containerd's restart. A logger is a
+//!   program of the client's that reads two pipes; a log file is written by threads of its own,
+//!   because a disk may hang.
+//! * `guest` is a stream of vsock for each channel where the agent takes them, dialled before the
+//!   process exists, so that nothing it writes is lost; else calls that poll, for a stock
+//!   kata-agent.
+//! * What is in the fifo when `CloseIO` comes is still delivered: the shim only gives up its own
+//!   writer, and the end is seen behind the last byte.
+//!
+//! Buffers are bounded: 64 KiB a stream here, and what vsock has credit for. A slow reader slows
+//! the process down, as a pipe does; a log that cannot be written loses text and ends no process.
 
 mod guest;
 mod host;
