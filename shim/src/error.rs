@@ -55,12 +55,7 @@ impl Error {
             Error::Refused(refusal) => refusal.code(),
             Error::Found { code, .. } | Error::Agent { code, .. } => *code,
             Error::Io { .. } => Code::INTERNAL,
-            Error::Vmm(error) => match **error {
-                vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
-                vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
-                vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
-                vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
-            },
+            Error::Vmm(error) => vmm_code(error),
             Error::While { source, .. } => source.code(),
         }
     }
@@ -166,6 +161,17 @@ impl From<Error> for ttrpc::Error {
             message = format!("{message}: {class}");
         }
         ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
+    }
+}
+
+/// The code of an error of QEMU's.
+fn vmm_code(error: &vmm::Error) -> Code {
+    match error {
+        vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+        vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
+        vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
+        vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
+        vmm::Error::Device { source, .. } => vmm_code(source),
     }
 }
 

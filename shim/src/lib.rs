@@ -32,6 +32,7 @@ mod args;
 mod bootstrap;
 mod config;
 mod container;
+mod deadlines;
 mod error;
 mod events;
 mod from_guest;

@@ -8,17 +8,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use launcher::{Entry, Filter, Jail, User, libraries};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::FileKey;
+use crate::deadlines::LIBRARIES_LISTED;
 use crate::error::{Doing, Error, Result};
 use crate::process::stdout_of;
-
-/// How long the dynamic loader may take to list a program's libraries.
-const LIST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Descriptors that QEMU and vhost-device-vsock may have open; the latter has one for each
 /// connection.
@@ -218,7 +215,7 @@ async fn list(binary: &Path) -> Result<Vec<PathBuf>> {
             binary.display()
         )));
     };
-    let printed = stdout_of(&loader, &["--list", text], LIST_DEADLINE).await?;
+    let printed = stdout_of(&loader, &["--list", text], LIBRARIES_LISTED).await?;
     let mut files = libraries::listed(&printed).doing(doing)?;
     files.push(loader);
     files.push(libraries::INDEX.into());

@@ -47,6 +47,14 @@ pub enum Error {
         /// How it ended and its last words.
         why: String,
     },
+    /// A device that the user knows by a name could not be attached.
+    #[error("{device}: {source}")]
+    Device {
+        /// Reads like "NIC eth0".
+        device: String,
+        /// Why not.
+        source: Box<Error>,
+    },
     /// The host, the binary or the request cannot do this.
     #[error("{0}")]
     Unsupported(String),

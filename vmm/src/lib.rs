@@ -1,29 +1,68 @@
-//! QEMU, and nothing but QEMU: what this runtime asks of one (start, attach a device, run, watch,
-//! stop), with argv and QMP hidden behind it, and the two vhost-user helpers that stand beside it.
+//! QEMU, and nothing but QEMU: what this runtime asks of one, with argv, QMP and the helpers beside
+//! it hidden behind verbs.
 //!
-//! What it never does: it knows nothing of containerd, containers or the guest agent, and it keeps
-//! nothing on disk but a cache of what a binary can do.
+//! ```text
+//!   boot::spawn ---> Spawned ---attach(cards)---> Built ---run---> Machine
+//!     QEMU, virtiofsd x 2,   devices, NICs          CPUs run     attach, detach, resize,
+//!     vhost-device-vsock                                         died, stop
 //!
-//! Every child dies with the thread that spawned it (`PR_SET_PDEATHSIG`): spawn from a thread that
-//! lives as long as the virtual machine should, and inside a tokio runtime.
+//!   boot, machine     the phases, and the machine that runs: QEMU and its helpers as one thing
+//!   vm, devices       one QEMU by itself: ports, devices, sizes, death
+//!   qmp, qemu         how it is spoken to; what it can do, and its command line
+//!   helpers           the vhost-user back ends
+//!   process, confine  children of any kind, and the jail that the crate `launcher` puts them in
+//!   deadlines, cache  how long everything waits; what is known of a program between runs
+//! ```
+//!
+//! What a change must not break:
+//!
+//! * **A drop kills.** Each phase owns its processes, so a boot that fails or is cancelled leaves
+//!   none. Every child also dies with the thread that spawned it (`PR_SET_PDEATHSIG`): spawn from a
+//!   thread that lives as long as the machine should, inside a tokio runtime.
+//! * **A process is told of before it is used**, by the callback of [`boot::spawn`], so that
+//!   whoever keeps a ledger has it even if the next line never runs.
+//! * **One way for every device**: QMP commands that end in a `device_add` into a free root port,
+//!   before the CPUs run and after, undone in reverse order if one fails.
+//! * **An error says what the dead one said.** QEMU reports a closed socket; its helper's last line
+//!   has the reason, and QEMU's own last line has the reason of a closed monitor.
+//! * **Every wait has a deadline** ([`deadlines`]), and whoever is waited for may be killed.
+//!
+//! It knows nothing of containerd, containers or the guest agent, and it keeps nothing on disk but
+//! a cache of what a binary can do.
 
+pub mod boot;
 mod cache;
 mod confine;
 mod console;
+pub mod deadlines;
 mod devices;
 mod error;
-pub mod helpers;
+mod helpers;
+mod machine;
 pub mod process;
 mod qemu;
+#[cfg(not(fuzzing))]
+mod qmp;
+#[cfg(fuzzing)]
 pub mod qmp;
 mod vm;
 
 pub use confine::Confinement;
 pub use devices::block::Block;
 pub use devices::net::Net;
-pub use devices::virtiofs::VirtioFs;
-pub use devices::vsock::{self, KernelVsock, VsockDevice};
+pub use devices::vsock::{self, KernelVsock};
 pub use devices::{Attached, Device};
 pub use error::{Error, Result};
-pub use qemu::{MachineConfig, accel, capabilities};
-pub use vm::{Death, Starting, Vm};
+pub use helpers::FsCache;
+pub use machine::Machine;
+pub use qemu::accel::Accelerator;
+pub use qemu::{MachineConfig, capabilities};
+
+/// The parts of a machine one by one, for this crate's own tests. Everybody else boots a whole one.
+#[doc(hidden)]
+pub mod parts {
+    pub use crate::devices::virtiofs::VirtioFs;
+    pub use crate::devices::vsock::VsockDevice;
+    pub use crate::helpers::{Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+    pub use crate::vm::{Death, Starting, Vm};
+}

@@ -1,4 +1,5 @@
-//! A virtual machine, by the verbs the runtime calls: spawn, connect, attach, run, watch, stop.
+//! One QEMU by itself: its start, its monitor, the devices behind its root ports, its sizes and its
+//! death. [`crate::boot`] and [`crate::machine`] make a machine of it and the helpers.
 
 mod resize;
 
@@ -19,28 +20,19 @@ use tokio::time::{Instant, timeout_at};
 use self::resize::Limits;
 use crate::confine::{INITRAMFS, KERNEL};
 use crate::console::{self, Console};
+use crate::deadlines::{QEMU_KILL, QEMU_LAST_WORDS, UNPLUG_LOOK_AGAIN};
 use crate::devices::{self, Attached, Device, Plug, Undo};
 use crate::error::{Doing, Error, Result};
-use crate::process::{Child, Exit, Identity, Process, Spawn, last_words};
+use crate::process::{Child, Exit, Process, Spawn, last_words};
 use crate::qemu::{FIRST_PORT_SLOT, Inherited, MachineConfig, arguments, port_bus};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{Cont, DeviceDel, QueryVirtioStatus, Quit};
 
-/// How long the last event may take to be read after QEMU has died, or QEMU to die after its
-/// monitor has closed.
-const LAST_WORDS: Duration = Duration::from_millis(500);
-
-/// How long the kernel may take to end a process after SIGKILL; longer means that it hangs in a
-/// driver.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Between two looks whether a device is still there.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
-
 /// A QEMU process that nobody has spoken to yet. Dropping it kills it.
 #[derive(Debug)]
 pub struct Starting {
-    child: Child,
+    /// QEMU: known before anything can go wrong with it.
+    pub process: Child,
     console: Option<Console>,
     socket: UnixStream,
     ports: u8,
@@ -51,7 +43,8 @@ pub struct Starting {
 /// A QEMU process with an open monitor. Dropping it kills it.
 #[derive(Debug)]
 pub struct Vm {
-    child: Child,
+    /// QEMU, whose end [`Vm::died`] explains.
+    pub process: Child,
     _console: Option<Console>,
     qmp: Qmp,
     virtio_status: bool,
@@ -124,7 +117,7 @@ impl Vm {
             initramfs,
         };
         let arguments = arguments(config, &inherited)?;
-        let child = Child::spawn(Spawn {
+        let process = Child::spawn(Spawn {
             fds: [Some(OwnedFd::from(theirs)), console]
                 .into_iter()
                 .flatten()
@@ -145,7 +138,7 @@ impl Vm {
             vcpus_can_go: config.accel.kvm,
         };
         Ok(Starting {
-            child,
+            process,
             socket: ours,
             ports: config.root_ports,
             virtio_status,
@@ -154,17 +147,24 @@ impl Vm {
         })
     }
 
-    /// Who QEMU is.
-    pub fn identity(&self) -> Identity {
-        self.child.identity()
-    }
-
     /// Adds a device, before the CPUs run or after. Several may be added side by side. If it fails,
     /// nothing of it stays.
     ///
     /// # Errors
     /// No free root port, a helper that is gone, QEMU's own.
     pub async fn attach(&self, device: Device) -> Result<Attached> {
+        let name = device.name();
+        let attached = self.attach_nameless(device).await;
+        attached.map_err(|error| match name {
+            Some(device) => Error::Device {
+                device,
+                source: Box::new(error),
+            },
+            None => error,
+        })
+    }
+
+    async fn attach_nameless(&self, device: Device) -> Result<Attached> {
         let (id, port) = {
             let mut devices = self.devices();
             let Some(port) = devices.free.pop() else {
@@ -234,7 +234,7 @@ impl Vm {
         }
         let until = Instant::now() + timeout;
         let refused = loop {
-            match timeout_at(until.min(Instant::now() + LOOK_AGAIN), events.recv()).await {
+            match timeout_at(until.min(Instant::now() + UNPLUG_LOOK_AGAIN), events.recv()).await {
                 Ok(Ok(event)) if event.is_about("DEVICE_DELETED", id) => return Ok(()),
                 Ok(Ok(event)) if event.is_about("DEVICE_UNPLUG_GUEST_ERROR", id) => break true,
                 Ok(Ok(_)) => {}
@@ -305,9 +305,9 @@ impl Vm {
             .await
             .map(|death| death.clone());
         seen.ok().flatten().unwrap_or_else(|| Death {
-            pid: self.identity().pid,
+            pid: self.process.identity().pid,
             exit: Exit::Unknown,
-            stderr: self.child.stderr_tail(),
+            stderr: self.process.stderr_tail(),
             event: None,
         })
     }
@@ -322,22 +322,17 @@ impl Vm {
             pass(Point::QemuQuitting);
             // With an answer, an error or none: only its end counts.
             let _ = self.qmp.execute_within(&Quit {}, timeout).await;
-            self.child.exited().await
+            self.process.exited().await
         };
         if tokio::time::timeout(timeout, asked).await.is_err() {
             tracing::warn!(
-                pid = self.identity().pid,
+                pid = self.process.identity().pid,
                 ?timeout,
                 "QEMU did not quit in time and is killed"
             );
-            self.child.kill_and_wait(KILL_DEADLINE).await?;
+            self.process.kill_and_wait(QEMU_KILL).await?;
         }
         Ok(self.died().await)
-    }
-
-    /// SIGKILL.
-    pub fn kill(&self) {
-        self.child.kill();
     }
 
     fn devices(&self) -> MutexGuard<'_, Devices> {
@@ -347,7 +342,7 @@ impl Vm {
     /// A closed monitor is mostly QEMU's death, which explains more.
     async fn explained(&self, error: Error) -> Error {
         match error {
-            Error::Closed { .. } => explained(error, self.child.process()).await,
+            Error::Closed { .. } => self.process.explain(error, QEMU_LAST_WORDS).await,
             other => other,
         }
     }
@@ -361,11 +356,6 @@ impl Devices {
 }
 
 impl Starting {
-    /// Who QEMU is: known before anything can go wrong with it.
-    pub fn identity(&self) -> Identity {
-        self.child.identity()
-    }
-
     /// Opens the monitor. When this returns, QEMU has made its machine.
     ///
     /// # Errors
@@ -374,12 +364,12 @@ impl Starting {
         reach(Point::QemuNoGreeting).doing(|| "open QEMU's monitor".into())?;
         let (qmp, version) = match Qmp::open(self.socket, timeout).await {
             Ok(open) => open,
-            Err(error) => return Err(explained(error, self.child.process()).await),
+            Err(error) => return Err(self.process.explain(error, QEMU_LAST_WORDS).await),
         };
-        tracing::debug!(version, pid = self.child.identity().pid, "QEMU is up");
+        tracing::debug!(version, pid = self.process.identity().pid, "QEMU is up");
         let (sender, death) = watch::channel(None);
         tokio::spawn(watch_over(
-            self.child.process().clone(),
+            self.process.watched(),
             qmp.closing(),
             qmp.last_word(),
             sender,
@@ -390,14 +380,14 @@ impl Starting {
             ..Devices::default()
         });
         let Starting {
-            child,
+            process,
             virtio_status,
             limits,
             console,
             ..
         } = self;
         Ok(Vm {
-            child,
+            process,
             _console: console,
             qmp,
             virtio_status,
@@ -417,8 +407,7 @@ async fn jail(config: &MachineConfig) -> Result<Option<launcher::Jail>> {
     };
     let mut boot: Vec<_> = config
         .capabilities
-        .data_dirs
-        .iter()
+        .data_dirs()
         .cloned()
         .map(launcher::Entry::ReadOnly)
         .collect();
@@ -451,10 +440,10 @@ async fn watch_over(
     let exit = tokio::select! {
         exit = process.exited() => {
             // The event that says why may still be on its way.
-            let _ = tokio::time::timeout(LAST_WORDS, closing).await;
+            let _ = tokio::time::timeout(QEMU_LAST_WORDS, closing).await;
             exit
         }
-        reason = &mut closing => match tokio::time::timeout(LAST_WORDS, process.exited()).await {
+        reason = &mut closing => match tokio::time::timeout(QEMU_LAST_WORDS, process.exited()).await {
             Ok(exit) => exit,
             Err(_) => {
                 tracing::warn!(reason, "QEMU's monitor is gone and QEMU is not: it is killed");
@@ -471,12 +460,4 @@ async fn watch_over(
         event,
     };
     sender.send_replace(Some(death));
-}
-
-/// The better of two errors: how the process ended, if it did.
-async fn explained(error: Error, process: &Process) -> Error {
-    match tokio::time::timeout(LAST_WORDS, process.exited()).await {
-        Ok(exit) => process.died(exit),
-        Err(_) => error,
-    }
 }

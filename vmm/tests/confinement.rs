@@ -17,9 +17,9 @@ use std::process::ExitCode;
 
 use common::{Lab, SOON, cache_dir};
 use libtest_mimic::{Arguments, Failed, Trial};
-use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
+use vmm::parts::{Virtiofsd, VirtiofsdConfig, Vm, VsockDaemon, VsockDaemonConfig};
 use vmm::process::{Child, Spawn};
-use vmm::{MachineConfig, Vm};
+use vmm::{FsCache, MachineConfig};
 
 /// Arguments by which QEMU, virtiofsd and vhost-device-vsock are started, and one for the control.
 const PLACES: [&str; 4] = [
@@ -335,7 +335,7 @@ fn in_qemus_place() -> Result<(), Failed> {
             .map(drop)
             .unwrap_err()
             .to_string();
-        nothing_succeeded(&said, &[])
+        nothing_succeeded(&said.to_string(), &[])
     })
 }
 
@@ -354,11 +354,11 @@ fn in_virtiofsds_place(cache: FsCache) -> Result<(), Failed> {
             confinement: lab.config.confinement.clone(),
         };
         let (virtiofsd, _connection) = Virtiofsd::spawn(&config).await.unwrap();
-        let said = tokio::time::timeout(SOON, virtiofsd.exited())
+        let said = tokio::time::timeout(SOON, virtiofsd.process.ended())
             .await
             .unwrap();
         assert!(!Path::new("/shared").exists(), "the jail's, not the host's");
-        nothing_succeeded(&said, &[])
+        nothing_succeeded(&said.to_string(), &[])
     })
 }
 
@@ -376,7 +376,9 @@ fn in_vsock_daemons_place() -> Result<(), Failed> {
             confinement: lab.config.confinement.clone(),
         };
         let daemon = VsockDaemon::spawn(&config).await.unwrap();
-        let said = tokio::time::timeout(SOON, daemon.exited()).await.unwrap();
-        nothing_succeeded(&said, &[])
+        let said = tokio::time::timeout(SOON, daemon.process.ended())
+            .await
+            .unwrap();
+        nothing_succeeded(&said.to_string(), &[])
     })
 }

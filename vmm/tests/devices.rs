@@ -17,8 +17,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, cache_dir, installed, names, program};
-use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::{Block, Device, VirtioFs, Vm, VsockDevice};
+use vmm::deadlines::HELPER_LAST_WORDS;
+use vmm::parts::{
+    VirtioFs, Virtiofsd, VirtiofsdConfig, Vm, VsockDaemon, VsockDaemonConfig, VsockDevice,
+};
+use vmm::{Block, Device, FsCache};
 
 async fn virtiofsd(lab: &Lab, binary: &Path, shared: &Path) -> (Virtiofsd, VirtioFs) {
     let config = VirtiofsdConfig {
@@ -62,8 +65,6 @@ fn block(path: &Path) -> Device {
         number: None,
         path: path.into(),
         read_only: false,
-        direct: false,
-        serial: Some("disk-1".into()),
     })
 }
 
@@ -130,12 +131,12 @@ async fn a_guest_finds_what_was_attached_before_it_ran() {
     assert_eq!(vm.driver_ok("nothing").await.is_err(), can_tell);
     vm.stop(SOON).await.unwrap();
     // It ends with its connection: a helper never outlives its machine.
-    let why = tokio::time::timeout(SOON, virtiofsd.exited())
+    let why = tokio::time::timeout(SOON, virtiofsd.process.ended())
         .await
         .expect("virtiofsd should end with QEMU");
-    assert!(why.contains("exited with status 0"), "{why}");
-    daemon.stop(SOON).await.unwrap();
-    assert!(!daemon.identity().is_alive());
+    assert!(why.to_string().ends_with(" exited with status 0"), "{why}");
+    daemon.process.kill_and_wait(SOON).await.unwrap();
+    assert!(!daemon.process.identity().is_alive());
 }
 
 #[tokio::test]
@@ -169,7 +170,7 @@ async fn the_c_virtiofsd_is_refused() {
 
 #[tokio::test]
 async fn disks_come_and_go_while_the_guest_runs() {
-    let script = "while :; do for d in /sys/block/vd*; do [ -e $d ] && cat $d/serial && readlink -f $d | sed s/^/at:/; done; echo round; usleep 20000; done";
+    let script = "while :; do for d in /sys/block/vd*; do [ -e $d ] && echo size:$(cat $d/size) && readlink -f $d | sed s/^/at:/; done; echo round; usleep 20000; done";
     let lab = Lab::new(script).await;
     let mut image = tempfile::NamedTempFile::new().unwrap();
     image.write_all(&[7; 1 << 20]).unwrap();
@@ -183,7 +184,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
     lab.prints("round").await;
     for _ in 0..2 {
         let disk = vm.attach(block(image.path())).await.unwrap();
-        lab.prints("disk-1").await;
+        lab.prints("size:2048").await;
         let slot = disk.pci_path.strip_suffix("/00").unwrap();
         lab.prints(&format!("at:/sys/devices/pci0000:00/0000:00:{slot}.0/"))
             .await;
@@ -330,7 +331,7 @@ async fn a_virtiofsd_that_cannot_serve_says_why() {
         .await
         .unwrap();
     let error = vm.attach(Device::VirtioFs(fs)).await.unwrap_err();
-    let error = virtiofsd.explain(error).await.to_string();
+    let error = virtiofsd.process.explain(error, SOON).await.to_string();
     assert!(
         error.contains("exited with status 126: launcher: cannot take /no/such/directory: "),
         "{error}"
@@ -340,7 +341,8 @@ async fn a_virtiofsd_that_cannot_serve_says_why() {
     let (lives, _connection) = self::virtiofsd(&lab, &binary, shared.path()).await;
     assert_eq!(
         lives
-            .explain(vmm::Error::Unsupported("no".into()))
+            .process
+            .explain(vmm::Error::Unsupported("no".into()), HELPER_LAST_WORDS)
             .await
             .to_string(),
         "no"
@@ -365,14 +367,14 @@ async fn a_stopped_virtiofsd_is_gone_as_a_whole() {
             .await
             .unwrap();
         vm.attach(Device::VirtioFs(fs)).await.unwrap();
-        let serving = virtiofsd.identity();
+        let serving = virtiofsd.process.identity();
         assert!(serving.is_alive());
         if stop_qemu_first {
             vm.stop(SOON).await.unwrap();
         }
         virtiofsd.stop(SOON).await.unwrap();
         virtiofsd.stop(SOON).await.unwrap();
-        assert!(!serving.is_alive() && !virtiofsd.identity().is_alive());
+        assert!(!serving.is_alive() && !virtiofsd.process.identity().is_alive());
         assert!(!names(lab.dir.path()).contains(&"fs.sock".to_owned()));
     }
 }

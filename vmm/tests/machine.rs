@@ -14,17 +14,18 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, program};
+use vmm::MachineConfig;
+use vmm::parts::Vm;
 use vmm::process::Exit;
-use vmm::{MachineConfig, Vm};
 
 #[tokio::test]
 async fn a_machine_starts_and_quits_and_may_be_stopped_twice() {
     let lab = Lab::new("").await;
     let starting = Vm::spawn(&lab.config).await.unwrap();
-    let identity = starting.identity();
+    let identity = starting.process.identity();
     assert!(identity.is_alive());
     let vm = starting.connect(SOON).await.unwrap();
-    assert_eq!(vm.identity(), identity);
+    assert_eq!(vm.process.identity(), identity);
     let death = vm.stop(SOON).await.unwrap();
     assert_eq!(
         (death.exit, death.event.as_deref()),
@@ -45,7 +46,7 @@ async fn a_machine_that_hangs_is_killed() {
         .await
         .unwrap();
     // SAFETY: signals a process that this test started and that nobody has reaped.
-    unsafe { libc::kill(vm.identity().pid, libc::SIGSTOP) };
+    unsafe { libc::kill(vm.process.identity().pid, libc::SIGSTOP) };
     let began = Instant::now();
     let death = vm.stop(Duration::from_millis(100)).await.unwrap();
     assert_eq!(death.exit, Exit::Signal(9));
@@ -61,11 +62,11 @@ async fn a_killed_machine_is_noticed_by_all_and_by_every_command() {
         .connect(SOON)
         .await
         .unwrap();
-    vm.identity().kill_and_wait(SOON).unwrap();
+    vm.process.identity().kill_and_wait(SOON).unwrap();
     let began = Instant::now();
     let (first, second, error) = tokio::join!(vm.died(), vm.died(), vm.cont());
     assert_eq!(first, second);
-    let pid = vm.identity().pid;
+    let pid = vm.process.identity().pid;
     assert_eq!(
         first.to_string(),
         format!("QEMU (process {pid}) was killed by signal 9 (SIGKILL)")
@@ -184,7 +185,7 @@ async fn one_that_never_answers_is_given_up_and_killed() {
         ..lab.config.clone()
     };
     let starting = Vm::spawn(&config).await.unwrap();
-    let identity = starting.identity();
+    let identity = starting.process.identity();
     let error = starting
         .connect(Duration::from_millis(100))
         .await

@@ -18,7 +18,8 @@ use std::sync::Arc;
 
 use common::{Lab, SOON};
 use nix::sched::{CloneFlags, setns, unshare};
-use vmm::{Device, MachineConfig, Net, Vm};
+use vmm::parts::Vm;
+use vmm::{Device, MachineConfig, Net};
 
 // linux/if_tun.h: _IOW('T', 202, int).
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
@@ -97,6 +98,7 @@ fn queue(name: &str, flags: i32) -> OwnedFd {
 
 fn card(taps: Vec<OwnedFd>, last: u8, mtu: Option<u16>) -> Device {
     Device::Net(Net {
+        name: format!("eth{last}"),
         taps,
         vhost: Vec::new(),
         mac: [2, 0, 0, 0, 0xab, last],
@@ -173,7 +175,7 @@ async fn a_card_that_cannot_be_is_refused_and_leaves_no_descriptor() {
         .await
         .unwrap();
     let held = || {
-        std::fs::read_dir(format!("/proc/{}/fd", vm.identity().pid))
+        std::fs::read_dir(format!("/proc/{}/fd", vm.process.identity().pid))
             .unwrap()
             .count()
     };
@@ -218,13 +220,17 @@ async fn a_card_that_cannot_be_is_refused_and_leaves_no_descriptor() {
             ),
         ] {
             let net = Net {
+                name: "eth0".into(),
                 taps,
                 vhost,
                 mac: [2, 0, 0, 0, 0, 1],
                 mtu: None,
             };
             let error = vm.attach(Device::Net(net)).await.unwrap_err().to_string();
-            assert!(error.contains(wanted), "{wanted}: {error}");
+            assert!(
+                error.starts_with("NIC eth0: ") && error.contains(wanted),
+                "{wanted}: {error}"
+            );
         }
     }
     assert_eq!(held(), before);
@@ -253,7 +259,10 @@ async fn qemu_runs_in_the_network_namespace_it_was_given() {
         .await
         .unwrap();
     let of = |path: String| std::fs::metadata(path).unwrap().ino();
-    assert_eq!(of(format!("/proc/{}/ns/net", vm.identity().pid)), inode);
+    assert_eq!(
+        of(format!("/proc/{}/ns/net", vm.process.identity().pid)),
+        inode
+    );
     assert_ne!(
         of("/proc/thread-self/ns/net".into()),
         inode,

@@ -17,8 +17,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{Lab, SOON, cache_dir, installed};
-use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::{Device, VirtioFs, Vm, VsockDevice};
+use vmm::parts::{
+    VirtioFs, Virtiofsd, VirtiofsdConfig, Vm, VsockDaemon, VsockDaemonConfig, VsockDevice,
+};
+use vmm::{Device, FsCache};
 
 /// A guest that sets each CPU online once when it comes, and tells how many it has and how much
 /// memory.
@@ -176,8 +178,6 @@ async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
         number: None,
         path: image.path().into(),
         read_only: false,
-        direct: false,
-        serial: None,
     };
     full.attach(Device::Block(disk)).await.unwrap();
     let error = full.resize_memory(512, SOON).await.unwrap_err().to_string();
@@ -326,6 +326,6 @@ async fn the_agent_is_reached_after_memory_was_added_and_taken_away() {
             }
         }
     }
-    assert!(daemon.identity().is_alive());
+    assert!(daemon.process.identity().is_alive());
     vm.stop(SOON).await.unwrap();
 }

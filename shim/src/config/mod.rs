@@ -25,6 +25,7 @@ use launcher::UidRange;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml::Value;
+use vmm::Accelerator;
 
 use crate::error::Result;
 use annotations::SETTABLE;
@@ -38,19 +39,6 @@ const UIDS: u32 = 65_536;
 
 /// Where an administrator's configuration is.
 const DEFAULT_PATH: &str = "/etc/cofferdam/cofferdam.toml";
-
-/// Which accelerator runs the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Accelerator {
-    /// KVM where it serves a stock guest, else emulation.
-    #[default]
-    Auto,
-    /// KVM or an error.
-    Kvm,
-    /// Emulation.
-    Tcg,
-}
 
 /// How the guest is reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]

@@ -20,9 +20,9 @@ use crate::container::role::PidNamespace;
 use crate::container::rootfs::{self, Disk};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, OfPod, Volumes};
+use crate::deadlines::MOUNTS_RELEASE;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::calls::GuestCalls;
-use crate::guest::ending::RELEASE_DEADLINE;
 use crate::guest::guest_spec::{self, GuestView};
 use crate::guest::host_sockets::{HostSockets, Users};
 use crate::host::dir::Entry;
@@ -348,7 +348,7 @@ pub async fn release(containers: Vec<Container>) {
         pass(Point::Unmounting);
         drop(containers);
     });
-    if timeout(RELEASE_DEADLINE, released).await.is_err() {
+    if timeout(MOUNTS_RELEASE, released).await.is_err() {
         tracing::warn!(
             "a storage on the host hangs: a container's mounts stay until it lets go of them"
         );

@@ -1,5 +1,5 @@
-//! How a sandbox's virtual machine comes up: helpers and QEMU side by side, devices, power on, the
-//! agent's answer.
+//! How a sandbox's guest comes up: what its machine is made of and shares with the host, power on,
+//! the agent's answer. In which order QEMU, the helpers and the devices come is [`vmm::boot`]'s.
 //!
 //! Every process is in the ledger before it is used, and all of them are killed when the future
 //! that builds them is dropped or fails, so there is nothing to roll back by hand. QEMU and the
@@ -7,21 +7,22 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use guest_protocol::protocols::agent::{CreateSandboxRequest, Storage};
 use guest_protocol::{
-    AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG,
-    SHARE_TAG, UDS_PORT,
+    AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, Listener, READY_PARAMETER,
+    ROOTFS_TAG, SHARE_TAG, Stream, Transport, UDS_PORT,
 };
 use launcher::UidLease;
 use sys::point::{Point, reach};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::{Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
+use vmm::boot::{self, Share};
+use vmm::deadlines::MACHINE_LAST_WORDS;
+use vmm::{Confinement, FsCache, Machine, MachineConfig};
 
-use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
+use crate::config::{Config, ConfinementLevel, find_file, find_program};
+use crate::deadlines::AGENT_CALL;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
 use crate::guest::clock;
@@ -29,31 +30,21 @@ use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
 use crate::guest::place::HostCgroup;
-use crate::guest::reach_agent;
-use crate::guest::running::{QUIT_DEADLINE, RunningGuest, Size, death};
+use crate::guest::reach_agent::{self, Address};
+use crate::guest::running::{RunningGuest, Size};
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
 
-/// A helper or QEMU's monitor is there within this time, or not at all.
-const START_DEADLINE: Duration = Duration::from_secs(10);
+/// How often a boot is tried, if the agent does not answer within `boot_timeout_seconds`.
+pub const ATTEMPTS: u32 = 2;
 
-/// A running agent answers a plain call within this time.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
-const ROOT_PORTS: u8 = 9;
+/// Devices that may come beside those of every machine: network cards, disks, and memory.
+const PORTS: u8 = 6;
 
 /// The same for a pod, whose containers may each have a disk for their root file system, and which
 /// may grow.
-const POD_ROOT_PORTS: u8 = 13;
-
-/// Queue size of a virtio-fs device.
-const FS_QUEUE_SIZE: u16 = 1024;
-
-/// Context id of a guest behind a user space vsock device: each has a device, and so a number
-/// space, of its own.
-const HYBRID_CID: u32 = 3;
+const POD_PORTS: u8 = 10;
 
 /// What a launch needs to know.
 pub struct BootConfig {
@@ -102,12 +93,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
         .doing(|| format!("make directory {}", cache_dir.display()))?;
     let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
     reach(Point::NetnsOpened).doing(|| "use the network namespace".into())?;
-    let accel = match config.accelerator {
-        Accelerator::Auto => vmm::accel::Accel::Auto,
-        Accelerator::Kvm => vmm::accel::Accel::Kvm,
-        Accelerator::Tcg => vmm::accel::Accel::Tcg,
-    };
-    let accel = accel.resolve()?;
+    let accel = config.accelerator.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
     // No limit of CPU time before there is a container: what boots is ours.
     let size = MachineSize {
@@ -116,44 +102,40 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     };
     let place = HostCgroup::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
-    let mut machine = MachineConfig {
+    let machine = MachineConfig {
         capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,
         qemu,
         accel,
         name: plan.id.clone(),
         kernel: config.kernel.clone(),
         initramfs: Some(config.initramfs.clone()),
-        kernel_params: Vec::new(),
+        kernel_params: config.kernel_params.clone(),
         memory_mib: plan.sizing.memory_mib,
         max_memory_mib: host_memory_mib().max(plan.sizing.memory_mib),
         vcpus: plan.sizing.vcpus,
         max_vcpus: host_cpus().max(plan.sizing.vcpus),
         root_ports: if plan.shm_bytes.is_some() {
-            POD_ROOT_PORTS
+            POD_PORTS
         } else {
-            ROOT_PORTS
+            PORTS
         },
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs: place.procs(),
         netns: Some(nics.netns()),
         oom_score_adj: Some(plan.sizing.oom_score_adj),
         confinement,
-        cache_dir: cache_dir.clone(),
+        cache_dir,
     };
-    let file_servers =
-        [(SHARE, FsCache::Auto), (ROOTFS, FsCache::Always)].map(|(name, cache)| VirtiofsdConfig {
-            binary: virtiofsd.clone(),
-            cache_dir: cache_dir.clone(),
-            socket: ledger.dir().join(format!("{name}.sock")),
-            shared_dir: ledger.dir().join(served(name)),
-            cache,
-            cgroup_procs: machine.cgroup_procs.clone(),
-            oom_score_adj: machine.oom_score_adj,
-            confinement: machine.confinement.clone(),
-        });
-    for attempt in 1..=2 {
-        let boot = boot(plan, &mut machine, &file_servers, &nics, &place, ledger);
-        match timeout(config.boot_deadline(), boot).await {
+    let attempt = Attempt {
+        plan,
+        machine,
+        virtiofsd,
+        nics,
+        place,
+        ledger,
+    };
+    for number in 1..=ATTEMPTS {
+        match timeout(config.boot_deadline(), attempt.boot()).await {
             Ok(result) => {
                 return result.map(|guest| RunningGuest {
                     _uid: lease,
@@ -161,8 +143,8 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
                 });
             }
             Err(_) => {
-                let console = last_lines(machine.console.as_deref());
-                tracing::warn!(attempt, deadline = ?config.boot_deadline(), console,
+                let console = last_lines(attempt.machine.console.as_deref());
+                tracing::warn!(attempt = number, deadline = ?config.boot_deadline(), console,
                     "the guest did not answer");
             }
         }
@@ -230,155 +212,129 @@ fn last_lines(console: Option<&Path>) -> String {
         .join(" | ")
 }
 
-async fn boot(
-    plan: &BootConfig,
-    machine: &mut MachineConfig,
-    [volumes, roots]: &[VirtiofsdConfig; 2],
-    nics: &Arc<Nics>,
-    place: &Arc<HostCgroup>,
-    ledger: &Ledger,
-) -> Result<RunningGuest> {
-    let config = &plan.config;
-    let dir = ledger.dir();
-    let reach_agent::Address {
-        transport,
-        ready,
-        port,
-        kernel,
-    } = reach_agent::address(config.vsock, dir)?;
-    reach(Point::VsockAddressTaken).doing(|| "listen for the guest's ready notice".into())?;
-    machine.kernel_params = config.kernel_params.clone();
-    machine
-        .kernel_params
-        .push(format!("{READY_PARAMETER}={port}"));
-    machine.kernel_params.push(format!("{KEY_PARAMETER}=1"));
-    if config.debug {
-        machine.kernel_params.push("agent.log=debug".to_owned());
-    }
-    let starting = Vm::spawn(machine).await?;
-    ledger.record(&Resource::Process(starting.identity()))?;
-    let daemon = match &kernel {
-        Some(_) => None,
-        None => {
-            let daemon = VsockDaemon::spawn(&VsockDaemonConfig {
-                binary: find_program(&config.vhost_device_vsock, "vhost_device_vsock")?,
-                cache_dir: machine.cache_dir.clone(),
-                dir: dir.join(reach_agent::SOCKETS),
-                name: reach_agent::SOCKET_NAME.to_owned(),
-                guest_cid: HYBRID_CID,
-                cgroup_procs: machine.cgroup_procs.clone(),
-                oom_score_adj: machine.oom_score_adj,
-                confinement: machine.confinement.clone(),
-            })
-            .await?;
-            ledger.record(&Resource::Process(daemon.identity()))?;
-            Some(daemon)
-        }
-    };
-    let serve = async |config, tag: &str| {
-        let (server, connection) = Virtiofsd::spawn(config).await?;
-        ledger.record(&Resource::Process(server.identity()))?;
-        let device = VirtioFs {
-            tag: tag.to_owned(),
-            connection,
-            queue_size: FS_QUEUE_SIZE,
+/// What each attempt to boot begins with.
+struct Attempt<'a> {
+    plan: &'a BootConfig,
+    machine: MachineConfig,
+    virtiofsd: PathBuf,
+    nics: Arc<Nics>,
+    place: Arc<HostCgroup>,
+    ledger: &'a Ledger,
+}
+
+impl Attempt<'_> {
+    async fn boot(&self) -> Result<RunningGuest> {
+        let Attempt {
+            plan, nics, ledger, ..
+        } = self;
+        let Address {
+            transport,
+            ready,
+            port,
+            vsock,
+        } = reach_agent::address(&plan.config, ledger.dir())?;
+        reach(Point::VsockAddressTaken).doing(|| "listen for the guest's ready notice".into())?;
+        let config = boot::Config {
+            machine: self.machine(port),
+            virtiofsd: self.virtiofsd.clone(),
+            shares: [
+                self.share(SHARE, SHARE_TAG, FsCache::Auto),
+                self.share(ROOTFS, ROOTFS_TAG, FsCache::Always),
+            ],
+            vsock,
         };
-        Ok::<_, Error>((server, Device::VirtioFs(device)))
-    };
-    let vsock = async {
-        match (kernel, &daemon) {
-            (Some(kernel), _) => Ok(VsockDevice::Kernel(kernel)),
-            (None, Some(daemon)) => Ok(VsockDevice::User {
-                connection: daemon.connect(START_DEADLINE).await?,
-            }),
-            (None, None) => Err(Error::internal("no vsock device")),
+        let record = |process| ledger.record(&Resource::Process(process));
+        let wired = nics.wire(plan.sizing.vcpus, ledger);
+        let (spawned, ()) = tokio::try_join!(boot::spawn(config, record), wired)?;
+        let (built, cards) = spawned.attach(nics.cards().await?).await?;
+        nics.plugged(cards).await;
+        for process in built.file_server_children() {
+            record(process)?;
         }
-    };
-    let monitor = async { Ok::<_, Error>(starting.connect(START_DEADLINE).await?) };
-    let wired = nics.wire(plan.sizing.vcpus, ledger);
-    let (volumes, roots) = (serve(volumes, SHARE_TAG), serve(roots, ROOTFS_TAG));
-    let ((volumes, volumes_device), (roots, roots_device), vsock, vm, ()) =
-        tokio::try_join!(volumes, roots, vsock, monitor, wired)?;
-    let file_servers = [volumes, roots];
-    let devices = tokio::join!(
-        vm.attach(Device::Vsock(vsock)),
-        vm.attach(volumes_device),
-        vm.attach(roots_device),
-        nics.plug(&vm)
-    );
-    let (vsock, volumes, roots, cards) = devices;
-    // QEMU only says that it refuses a device; why, its helper knows.
-    for (attached, server) in [volumes, roots].into_iter().zip(&file_servers) {
-        if let Err(error) = attached {
-            return Err(server.explain(error).await.into());
+        let machine = built.run().await?;
+        let (stream, transport) = agent_of(&machine, &transport, &ready).await?;
+        let agent = Agent::new(AgentClient::new(stream));
+        nics.set_up(&agent).await?;
+        let features = create_sandbox(&agent, plan).await?;
+        let host_sockets = if features.uds {
+            let doing = || "listen for the guest's connections to unix sockets".to_owned();
+            let listener = reach_agent::listen(&transport, UDS_PORT).doing(doing)?;
+            let port = listener.port(UDS_PORT).doing(doing)?;
+            Some(HostSockets::serve(listener, port))
+        } else {
+            None
+        };
+        let forwarder = if features.port_forward && plan.netns.is_some() {
+            nics.forward(&transport).await
+        } else {
+            None
+        };
+        reach(Point::RelaysMade).doing(|| "relay the guest's connections".into())?;
+        tracing::info!(
+            version = features.version,
+            raw_stdio = features.raw_stdio,
+            "guest agent"
+        );
+        let mut keeps_time = JoinSet::new();
+        keeps_time.spawn(clock::follow(agent.clone()));
+        Ok(RunningGuest {
+            machine,
+            agent,
+            transport,
+            features,
+            host_sockets,
+            _forwarder: forwarder,
+            _clock: keeps_time,
+            nics: nics.clone(),
+            size: Size::new(plan.sizing),
+            place: self.place.clone(),
+            _uid: None,
+        })
+    }
+
+    /// The machine whose agent dials this port when it is ready.
+    fn machine(&self, ready_port: u32) -> MachineConfig {
+        let mut machine = self.machine.clone();
+        let params = &mut machine.kernel_params;
+        params.push(format!("{READY_PARAMETER}={ready_port}"));
+        params.push(format!("{KEY_PARAMETER}=1"));
+        if self.plan.config.debug {
+            params.push("agent.log=debug".to_owned());
+        }
+        machine
+    }
+
+    /// A directory in the sandbox's own.
+    fn share(&self, name: &str, tag: &str, cache: FsCache) -> Share {
+        let dir = self.ledger.dir();
+        Share {
+            tag: tag.to_owned(),
+            dir: dir.join(served(name)),
+            socket: dir.join(format!("{name}.sock")),
+            cache,
         }
     }
-    let vsock = match (vsock, &daemon) {
-        (Ok(vsock), _) => vsock,
-        (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
-        (Err(error), None) => return Err(error.into()),
-    };
-    // One that is stopped or hangs does not end with its parent.
-    for child in file_servers.iter().flat_map(Virtiofsd::children) {
-        ledger.record(&Resource::Process(child))?;
-    }
-    cards?;
-    vm.cont().await?;
-    let died = death(&vm, &file_servers, daemon.as_ref());
+}
+
+/// Reaches the agent, unless the machine ends.
+async fn agent_of(
+    machine: &Machine,
+    transport: &Transport,
+    ready: &Listener,
+) -> Result<(Stream, Transport)> {
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
     let reached = tokio::select! {
-        reached = reach_agent::agent(&transport, &ready, &vm, &vsock.id) => reached,
-        why = died => return Err(ended(why)),
+        reached = reach_agent::agent(transport, ready, machine) => reached,
+        why = machine.died() => return Err(ended(why)),
     };
-    let (stream, transport) = match reached {
-        Ok(reached) => reached,
+    match reached {
+        Ok(reached) => Ok(reached),
         // Whatever broke, an end of the machine is the better reason.
-        Err(error) => {
-            match timeout(QUIT_DEADLINE, death(&vm, &file_servers, daemon.as_ref())).await {
-                Ok(why) => return Err(ended(why)),
-                Err(_) => return Err(error),
-            }
-        }
-    };
-    let agent = Agent::new(AgentClient::new(stream));
-    nics.set_up(&agent).await?;
-    let features = create_sandbox(&agent, plan).await?;
-    let host_sockets = if features.uds {
-        let doing = || "listen for the guest's connections to unix sockets".to_owned();
-        let listener = reach_agent::listen(&transport, UDS_PORT).doing(doing)?;
-        let port = listener.port(UDS_PORT).doing(doing)?;
-        Some(HostSockets::serve(listener, port))
-    } else {
-        None
-    };
-    let forwarder = if features.port_forward && plan.netns.is_some() {
-        nics.forward(&transport).await
-    } else {
-        None
-    };
-    reach(Point::RelaysMade).doing(|| "relay the guest's connections".into())?;
-    tracing::info!(
-        version = features.version,
-        raw_stdio = features.raw_stdio,
-        "guest agent"
-    );
-    let mut keeps_time = JoinSet::new();
-    keeps_time.spawn(clock::follow(agent.clone()));
-    Ok(RunningGuest {
-        vm,
-        agent,
-        transport,
-        features,
-        host_sockets,
-        _forwarder: forwarder,
-        _clock: keeps_time,
-        nics: nics.clone(),
-        size: Size::new(plan.sizing),
-        place: place.clone(),
-        file_servers,
-        vsock_daemon: daemon,
-        _uid: None,
-    })
+        Err(error) => match timeout(MACHINE_LAST_WORDS, machine.died()).await {
+            Ok(why) => Err(ended(why)),
+            Err(_) => Err(error),
+        },
+    }
 }
 
 async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
@@ -410,8 +366,8 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
     };
     reach(Point::SandboxCreating).doing(|| "ask the guest agent for the sandbox".into())?;
     let (created, features) = tokio::join!(
-        agent.create_sandbox(&sandbox, CALL_DEADLINE),
-        agent.features(CALL_DEADLINE)
+        agent.create_sandbox(&sandbox, AGENT_CALL),
+        agent.features(AGENT_CALL)
     );
     created.map_err(|error| error.context("the guest agent cannot set up the sandbox"))?;
     features.map_err(|error| error.context("the guest agent does not say what it can do"))

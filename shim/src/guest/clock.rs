@@ -7,24 +7,19 @@ use guest_protocol::protocols::agent::SetGuestDateTimeRequest;
 use nix::time::{ClockId, clock_gettime};
 use tokio::time::sleep;
 
+use crate::deadlines::{AGENT_CALL, CLOCK_LOOK_AGAIN};
 use crate::error::Result;
 use crate::from_guest::Agent;
-
-/// How long the guest may be behind.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// A step of the host's clock that is worth a step of the guest's. What NTP does without steps is
 /// less in a minute.
 const STEP: Duration = Duration::from_millis(500);
 
-/// A plain call to the agent.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
 /// Sets the guest's clock after each step of the host's. Runs until it is dropped.
 pub async fn follow(agent: Agent) {
     let mut steps = Steps(since_start_of_clock());
     loop {
-        sleep(LOOK_AGAIN).await;
+        sleep(CLOCK_LOOK_AGAIN).await;
         let now = since_start_of_clock();
         if !steps.has_stepped(now) {
             continue;
@@ -61,7 +56,7 @@ async fn set(agent: &Agent) -> Result<()> {
         ..Default::default()
     };
     tracing::info!("the host's clock was set, or the host slept: the guest's clock is set too");
-    agent.set_guest_date_time(&request, CALL_DEADLINE).await
+    agent.set_guest_date_time(&request, AGENT_CALL).await
 }
 
 #[cfg(test)]

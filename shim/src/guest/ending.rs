@@ -10,7 +10,7 @@
 //! | the exit of the init | 10 s | the machine is ended |
 //! | output read | the delete's end less 2 s, 10.9 s after an exit at 9.9 s ([`DeleteBy::drained`]) | it is lost |
 //! | removed in the guest, disks unplugged | 12 s, or 3 s after the delete began ([`DeleteBy::removed`]) | the machine is ended |
-//! | the host's mounts taken off | 2 s later ([`RELEASE_DEADLINE`]) | they go when the kernel lets them |
+//! | the host's mounts taken off | 2 s later ([`MOUNTS_RELEASE`](crate::deadlines::MOUNTS_RELEASE)) | they go when the kernel lets them |
 //!
 //! A task that ended by itself has the same steps without the first two: 10 s for its output, 12 s
 //! in all. The host's poststop hooks, if a client gave it any, come after that and have their own
@@ -22,25 +22,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use ttrpc::Code;
 
+use crate::deadlines::{DELETE, DELETE_AT_LEAST, DELETE_IN_GUEST, SIGNAL_ANSWER};
 use crate::error::Result;
-
-/// How long a delete's output and the guest may take, in all.
-pub const DELETE_DEADLINE: Duration = Duration::from_secs(12);
-
-/// The part of that which output leaves to the guest.
-const REMOVE_SHARE: Duration = Duration::from_secs(2);
-
-/// How little a delete has, however late it began after a SIGKILL.
-const LEAST: Duration = Duration::from_secs(3);
-
-/// How long the host may take to take off a container's mounts; a storage that hangs keeps them
-/// longer.
-pub const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long the agent may take to say that a signal is sent: well below the time in which a SIGKILL
 /// has to work.
 pub fn signal_deadline(kill_timeout: Duration) -> Duration {
-    Duration::from_secs(5).min(kill_timeout / 2)
+    SIGNAL_ANSWER.min(kill_timeout / 2)
 }
 
 /// By when which part of a delete is over.
@@ -55,12 +43,12 @@ pub struct DeleteBy {
 impl DeleteBy {
     /// Of a delete that begins now, of a container that got its first SIGKILL at `killed`.
     pub fn from(now: Instant, killed: Option<Instant>) -> DeleteBy {
-        let end = now + DELETE_DEADLINE;
+        let end = now + DELETE;
         let removed = killed.map_or(end, |killed| {
-            (killed + DELETE_DEADLINE).clamp(now + LEAST, end)
+            (killed + DELETE).clamp(now + DELETE_AT_LEAST, end)
         });
         DeleteBy {
-            drained: removed - REMOVE_SHARE,
+            drained: removed - DELETE_IN_GUEST,
             removed,
         }
     }
@@ -91,6 +79,7 @@ pub fn overdue(container: &str, kill_timeout: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::deadlines::MOUNTS_RELEASE;
     use crate::error::Error;
 
     #[tokio::test(start_paused = true)]
@@ -102,15 +91,15 @@ mod tests {
             let begun = killed + Duration::from_millis(100) * tenths;
             let by = DeleteBy::from(begun, Some(killed));
             assert!(
-                by.removed + RELEASE_DEADLINE <= killed + Duration::from_secs(16),
+                by.removed + MOUNTS_RELEASE <= killed + Duration::from_secs(16),
                 "begun after {tenths}/10 s"
             );
             assert!(begun < by.drained && by.drained < by.removed);
         }
         let last = DeleteBy::from(killed + timeout, Some(killed));
-        assert!(last.removed + RELEASE_DEADLINE <= killed + Duration::from_secs(15));
+        assert!(last.removed + MOUNTS_RELEASE <= killed + Duration::from_secs(15));
         let by_itself = DeleteBy::from(killed, None);
-        assert!(by_itself.removed + RELEASE_DEADLINE < killed + Duration::from_secs(15));
+        assert!(by_itself.removed + MOUNTS_RELEASE < killed + Duration::from_secs(15));
         assert_eq!(DeleteBy::from(killed, Some(killed)), by_itself);
     }
 

@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{Listener, Stream, UDS_MAGIC};
@@ -25,14 +25,9 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_LOOK_AGAIN};
 use crate::error::{IoContext, Result};
 use crate::relay;
-
-/// How long the agent may take to send its line, and the host's server to take the connection.
-const DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long to wait for room in a server's backlog: the kernel has no notice for it.
-const BACKLOG_PAUSE: Duration = Duration::from_millis(10);
 
 /// Longest line in bytes, the newline included.
 const MAX_LINE: usize = 600;
@@ -201,10 +196,10 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
     let late = |what: &str| {
         io::Error::new(
             io::ErrorKind::TimedOut,
-            format!("{what} within {DEADLINE:?}"),
+            format!("{what} within {HOST_SOCKET:?}"),
         )
     };
-    let wanted = timeout(DEADLINE, read_line(&mut guest))
+    let wanted = timeout(HOST_SOCKET, read_line(&mut guest))
         .await
         .map_err(|_| late("the agent sent no line"))??;
     let Wanted { name, uid, gid } = wanted;
@@ -301,10 +296,12 @@ fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<std::os::unix::ne
         SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    let end = Instant::now() + DEADLINE;
+    let end = Instant::now() + HOST_SOCKET;
     loop {
         match connect(fd.as_raw_fd(), &address) {
-            Err(Errno::EAGAIN) if Instant::now() < end => std::thread::sleep(BACKLOG_PAUSE),
+            Err(Errno::EAGAIN) if Instant::now() < end => {
+                std::thread::sleep(HOST_SOCKET_LOOK_AGAIN)
+            }
             Err(error) => return Err(io::Error::from(error)),
             Ok(()) => return Ok(fd.into()),
         }
@@ -375,7 +372,7 @@ mod tests {
         async fn is_closed(&self, line: &[u8]) -> bool {
             let mut answer = Vec::new();
             let mut stream = self.dial(line).await;
-            let end = timeout(2 * DEADLINE, stream.read_to_end(&mut answer))
+            let end = timeout(2 * HOST_SOCKET, stream.read_to_end(&mut answer))
                 .await
                 .unwrap();
             answer.is_empty()
@@ -406,7 +403,10 @@ mod tests {
         let _guest = host
             .dial(format!("cofferdam-uds/2 s {uid} {gid}\n").as_bytes())
             .await;
-        let (stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
+        let (stream, _) = timeout(HOST_SOCKET, server.accept())
+            .await
+            .unwrap()
+            .unwrap();
         let peer = stream.peer_cred().unwrap();
         (peer.uid(), peer.gid())
     }
@@ -485,15 +485,18 @@ mod tests {
         let server = UnixListener::bind(&path).unwrap();
         host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
         let mut guest = host.dial(b"cofferdam-uds/2 s 0 0\n").await;
-        let (mut stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
-        assert_eq!(guest.read_u8().await.unwrap(), ACCEPTED);
-        host.sockets.remove("s");
-        let mut rest = Vec::new();
-        timeout(DEADLINE, stream.read_to_end(&mut rest))
+        let (mut stream, _) = timeout(HOST_SOCKET, server.accept())
             .await
             .unwrap()
             .unwrap();
-        timeout(DEADLINE, guest.read_to_end(&mut rest))
+        assert_eq!(guest.read_u8().await.unwrap(), ACCEPTED);
+        host.sockets.remove("s");
+        let mut rest = Vec::new();
+        timeout(HOST_SOCKET, stream.read_to_end(&mut rest))
+            .await
+            .unwrap()
+            .unwrap();
+        timeout(HOST_SOCKET, guest.read_to_end(&mut rest))
             .await
             .unwrap()
             .unwrap();
@@ -590,7 +593,7 @@ mod tests {
             waiting.push(host.dial(b"cofferdam-uds/2 vol-1 0 0\n").await);
         }
         for _ in 0..4 {
-            let (stream, _) = timeout(Duration::from_secs(5), server.accept())
+            let (stream, _) = timeout(std::time::Duration::from_secs(5), server.accept())
                 .await
                 .unwrap()
                 .unwrap();

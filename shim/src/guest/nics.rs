@@ -5,7 +5,6 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use guest_protocol::Transport;
 use guest_protocol::protocols::agent::{
@@ -13,16 +12,14 @@ use guest_protocol::protocols::agent::{
 };
 use sys::point::{Point, reach};
 use tokio::sync::Mutex;
-use vmm::{Device, Net, Vm};
+use vmm::{Attached, Device, Machine, Net};
 
 use crate::config::NetnsRules;
-use crate::error::{Error, IoContext, Result};
+use crate::deadlines::AGENT_CALL;
+use crate::error::{IoContext, Result};
 use crate::from_guest::Agent;
 use crate::host::ledger::{Ledger, Resource};
 use crate::network::{Endpoint, Forwarder, Netns, Network};
-
-/// How long the agent may take for one of its network calls: a card may have to appear first.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The cards. All steps may be taken again: each concerns only what is new since.
 #[derive(Debug)]
@@ -40,6 +37,26 @@ struct State {
     wired: Vec<Endpoint>,
     /// Where the guest finds the cards of the first of them, which are plugged in.
     plugged: Vec<String>,
+}
+
+impl State {
+    /// Those that are not plugged in.
+    fn cards(&self) -> Result<Vec<Net>> {
+        let missing = self.wired.iter().skip(self.plugged.len());
+        let card = |endpoint: &Endpoint| {
+            let fds = endpoint
+                .clone_fds()
+                .doing(|| format!("open the queues of {} again", endpoint.name))?;
+            Ok(Net {
+                name: endpoint.name.clone(),
+                taps: fds.taps,
+                vhost: fds.vhosts,
+                mac: endpoint.mac,
+                mtu: u16::try_from(endpoint.mtu).ok(),
+            })
+        };
+        missing.map(card).collect()
+    }
 }
 
 impl Nics {
@@ -94,27 +111,32 @@ impl Nics {
         Ok(())
     }
 
-    /// Plugs a card in for each of them. One that is refused leaves those before it plugged in,
+    /// A card for each of them, for a machine that boots: what an earlier attempt had plugged in is
+    /// gone with its machine.
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub async fn cards(&self) -> Result<Vec<Net>> {
+        let mut state = self.state.lock().await;
+        state.plugged.clear();
+        state.cards()
+    }
+
+    /// Notes that these of [`Nics::cards`] are plugged in.
+    pub async fn plugged(&self, cards: Vec<Attached>) {
+        let paths = cards.into_iter().map(|card| card.pci_path);
+        self.state.lock().await.plugged.extend(paths);
+    }
+
+    /// Plugs them into a machine that runs. One that is refused leaves those before it plugged in,
     /// and the next call goes on from there.
     ///
     /// # Errors
     /// QEMU's own.
-    pub async fn plug(&self, vm: &Vm) -> Result<()> {
+    pub async fn plug(&self, machine: &Machine) -> Result<()> {
         let mut state = self.state.lock().await;
-        while let Some(endpoint) = state.wired.get(state.plugged.len()) {
-            let fds = endpoint
-                .clone_fds()
-                .doing(|| format!("open the queues of {} again", endpoint.name))?;
-            let mtu = u16::try_from(endpoint.mtu).ok();
-            let card = Net {
-                taps: fds.taps,
-                vhost: fds.vhosts,
-                mac: endpoint.mac,
-                mtu,
-            };
-            let attached = vm.attach(Device::Net(card)).await;
-            let attached = attached
-                .map_err(|error| Error::from(error).context(format!("NIC {}", endpoint.name)))?;
+        for card in state.cards()? {
+            let attached = machine.attach(Device::Net(card)).await?;
             state.plugged.push(attached.pci_path);
         }
         Ok(())
@@ -137,7 +159,7 @@ impl Nics {
                 ..Default::default()
             };
             reach(Point::InterfaceSetting).doing(|| format!("set up {}", endpoint.name))?;
-            let done = agent.update_interface(&request, CALL_DEADLINE).await;
+            let done = agent.update_interface(&request, AGENT_CALL).await;
             done.map_err(|error| {
                 error.context(format!("the guest cannot set up {}", endpoint.name))
             })?;
@@ -151,7 +173,7 @@ impl Nics {
                 routes: Some(routes).into(),
                 ..Default::default()
             };
-            let done = agent.update_routes(&request, CALL_DEADLINE).await;
+            let done = agent.update_routes(&request, AGENT_CALL).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
         let neighbours = ARPNeighbors {
@@ -163,7 +185,7 @@ impl Nics {
                 neighbors: Some(neighbours).into(),
                 ..Default::default()
             };
-            let done = agent.add_arp_neighbors(&request, CALL_DEADLINE).await;
+            let done = agent.add_arp_neighbors(&request, AGENT_CALL).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();

@@ -3,21 +3,17 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use sys::point::{Point, reach};
 use tokio::time::timeout;
 use vmm::process::Identity;
 
+use crate::deadlines::CGROUP_LIMITS;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::machine_size::MachineSize;
 use crate::host::cgroup::systemd::{self, Name, Scope};
 use crate::host::cgroup::{self, limits};
 use crate::host::ledger::{Ledger, Resource};
-
-/// The kernel may have to take memory back before a limit holds; where the limit is systemd's to
-/// set, it has as long.
-const SET_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How many generations below what we started: a launcher's child, virtiofsd's, and one to spare.
 const GENERATIONS: usize = 4;
@@ -156,7 +152,7 @@ impl HostCgroup {
         });
         let late =
             |_| Error::deadline("the limits of the sandbox's cgroup were not set within 10 s");
-        timeout(SET_DEADLINE, work)
+        timeout(CGROUP_LIMITS, work)
             .await
             .map_err(late)?
             .map_err(|error| Error::internal(error.to_string()))?

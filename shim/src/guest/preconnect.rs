@@ -1,19 +1,16 @@
 //! The streams of an exec that is announced: they are connected while its client gets around to
 //! starting it, which hides the time that takes.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use guest_protocol::Transport;
 use tokio::task::JoinHandle;
 
+use crate::deadlines::STREAMS_HELD;
 use crate::error::Result;
 use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
 use crate::stdio::GuestIo;
-
-/// An agent gives up streams that nobody claims after 30 s; those of a client that takes nearly as
-/// long are made again.
-const HELD_BY_AGENT: Duration = Duration::from_secs(20);
 
 /// Streams that are being connected, or are. A drop closes them.
 pub struct PreconnectedStdio {
@@ -45,7 +42,7 @@ impl PreconnectedStdio {
 
     /// The streams, if the agent still holds them for the process.
     pub(super) async fn take(mut self) -> Option<GuestIo> {
-        if self.begun.elapsed() > HELD_BY_AGENT {
+        if self.begun.elapsed() > STREAMS_HELD {
             return None;
         }
         (&mut self.streams).await.ok()?.ok()

@@ -4,41 +4,26 @@
 use std::fs::{DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
-use std::time::Duration;
 
 use guest_protocol::{AGENT_PORT, Key, Listener, READY_PORT, Transport};
 use sys::point::{Point, reach};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
-use vmm::Vm;
+use vmm::Machine;
+use vmm::boot::Vsock;
 
-use crate::config::VsockDevice as VsockChoice;
+use crate::config::{Config, VsockDevice, find_program};
+use crate::deadlines::{
+    AGENT_CALL, AGENT_DIAL, AGENT_DIAL_AGAIN, AGENT_NOTICE_AFTER_DRIVER, AGENT_NOTICE_AFTER_START,
+    AGENT_REDIAL,
+};
 use crate::error::{Error, IoContext, Result};
 
-/// A running agent answers a plain call within this time.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// One attempt to reach an agent that does not say when it is ready.
-const DIAL_DEADLINE: Duration = Duration::from_secs(1);
-
-/// Before an agent that is there is dialled again.
-const REDIAL_PAUSE: Duration = Duration::from_millis(5);
-
-/// Between two attempts.
-const DIAL_INTERVAL: Duration = Duration::from_millis(50);
-
-/// An agent that has not said that it is ready this long after the guest got its vsock driver never
-/// will.
-const NOTICE_GRACE: Duration = Duration::from_secs(1);
-
-/// The same, counted from the machine's start, where QEMU cannot tell when the guest got its driver.
-const BOOT_GRACE: Duration = Duration::from_secs(10);
-
 /// Directory of vhost-device-vsock's sockets below the state directory.
-pub const SOCKETS: &str = "vsock";
+const SOCKETS: &str = "vsock";
 
 /// Name of the host's side there.
-pub const SOCKET_NAME: &str = "vm";
+const SOCKET_NAME: &str = "vm";
 
 /// Where a guest will be, before there is one.
 pub struct Address {
@@ -48,19 +33,19 @@ pub struct Address {
     pub ready: Listener,
     /// The port that the guest dials for that.
     pub port: u32,
-    /// The host kernel's vsock device, if it is the way.
-    pub kernel: Option<vmm::vsock::KernelVsock>,
+    /// The machine's end of it.
+    pub vsock: Vsock,
 }
 
 /// Chooses the way, and listens on it.
 ///
 /// # Errors
 /// The device that is insisted on is not there; a socket that cannot be made.
-pub fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
-    let kernel = match choice {
-        VsockChoice::VhostUser => None,
-        VsockChoice::Vhost => Some(vmm::vsock::open_kernel()?),
-        VsockChoice::Auto => match vmm::vsock::open_kernel() {
+pub fn address(config: &Config, dir: &Path) -> Result<Address> {
+    let kernel = match config.vsock {
+        VsockDevice::VhostUser => None,
+        VsockDevice::Vhost => Some(vmm::vsock::open_kernel()?),
+        VsockDevice::Auto => match vmm::vsock::open_kernel() {
             Ok(kernel) => Some(kernel),
             Err(error) => {
                 tracing::info!(%error, "no kernel vsock, vhost-device-vsock instead");
@@ -68,17 +53,21 @@ pub fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
             }
         },
     };
-    let transport = match &kernel {
-        Some(kernel) => Transport::Vsock { cid: kernel.cid },
-        None => Transport::Hybrid {
-            path: dir.join(SOCKETS).join(SOCKET_NAME),
-        },
+    let (transport, vsock) = match kernel {
+        Some(kernel) => (Transport::Vsock { cid: kernel.cid }, Vsock::Kernel(kernel)),
+        None => {
+            let binary = find_program(&config.vhost_device_vsock, "vhost_device_vsock")?;
+            let dir = dir.join(SOCKETS);
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+            made.doing(|| format!("make directory {}", dir.display()))?;
+            let path = dir.join(SOCKET_NAME);
+            let name = SOCKET_NAME.to_owned();
+            (
+                Transport::Hybrid { path },
+                Vsock::Daemon { binary, dir, name },
+            )
+        }
     };
-    if kernel.is_none() {
-        let dir = dir.join(SOCKETS);
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.doing(|| format!("make directory {}", dir.display()))?;
-    }
     let doing = || "listen for the guest's ready notice".to_owned();
     let ready = listen(&transport, READY_PORT).doing(doing)?;
     let port = ready.port(READY_PORT).doing(doing)?;
@@ -86,7 +75,7 @@ pub fn address(choice: VsockChoice, dir: &Path) -> Result<Address> {
         transport,
         ready,
         port,
-        kernel,
+        vsock,
     })
 }
 
@@ -114,8 +103,7 @@ pub fn listen(transport: &Transport, port: u32) -> std::io::Result<Listener> {
 pub async fn agent(
     transport: &Transport,
     ready: &Listener,
-    vm: &Vm,
-    vsock: &str,
+    machine: &Machine,
 ) -> Result<(guest_protocol::Stream, Transport)> {
     let doing = || "reach the guest agent".to_owned();
     tokio::select! {
@@ -128,18 +116,18 @@ pub async fn agent(
                 notice.read_exact(&mut [0; 6]).await?;
                 notice.write_all(key.line()).await
             };
-            timeout(CALL_DEADLINE, exchange)
+            timeout(AGENT_CALL, exchange)
                 .await
                 .map_err(|_| Error::deadline("the guest's ready notice is incomplete"))?
                 .doing(doing)?;
             let transport = Transport::Keyed { way: Box::new(transport.clone()), key };
             // vhost-device-vsock now and then drops a first connection.
-            let end = Instant::now() + CALL_DEADLINE;
+            let end = Instant::now() + AGENT_CALL;
             loop {
-                match transport.dial(AGENT_PORT, CALL_DEADLINE).await {
+                match transport.dial(AGENT_PORT, AGENT_CALL).await {
                     Err(error) if Instant::now() < end => {
                         tracing::debug!(%error, "dialling the agent again");
-                        sleep(REDIAL_PAUSE).await;
+                        sleep(AGENT_REDIAL).await;
                     }
                     result => {
                         reach(Point::AgentDialled).doing(doing)?;
@@ -148,7 +136,7 @@ pub async fn agent(
                 }
             }
         }
-        stream = dial_silent_agent(transport, vm, vsock) => {
+        stream = dial_silent_agent(transport, machine) => {
             if matches!(transport, Transport::Vsock { .. }) {
                 tracing::warn!("this guest agent takes no key: every local user can talk to it over vsock");
             }
@@ -159,21 +147,20 @@ pub async fn agent(
 
 async fn dial_silent_agent(
     transport: &Transport,
-    vm: &Vm,
-    vsock: &str,
+    machine: &Machine,
 ) -> Result<guest_protocol::Stream> {
     let grace = loop {
-        match vm.driver_ok(vsock).await? {
-            Some(true) => break NOTICE_GRACE,
-            Some(false) => sleep(DIAL_INTERVAL).await,
-            None => break BOOT_GRACE,
+        match machine.has_vsock_driver().await? {
+            Some(true) => break AGENT_NOTICE_AFTER_DRIVER,
+            Some(false) => sleep(AGENT_DIAL_AGAIN).await,
+            None => break AGENT_NOTICE_AFTER_START,
         }
     };
     sleep(grace).await;
     loop {
-        if let Ok(stream) = transport.dial(AGENT_PORT, DIAL_DEADLINE).await {
+        if let Ok(stream) = transport.dial(AGENT_PORT, AGENT_DIAL).await {
             return Ok(stream);
         }
-        sleep(DIAL_INTERVAL).await;
+        sleep(AGENT_DIAL_AGAIN).await;
     }
 }

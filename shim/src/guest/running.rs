@@ -21,10 +21,12 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
-use vmm::helpers::{Virtiofsd, VsockDaemon};
-use vmm::process::Identity;
-use vmm::{Attached, Block, Device, Vm};
+use vmm::{Attached, Block, Device, Machine};
 
+use crate::deadlines::{
+    AGENT_CALL, AGENT_LAST_WORDS, CONTAINER_CREATE, CONTAINER_REMOVE_AGAIN, MACHINE_RESIZE,
+    PROCESS_START, STATS,
+};
 use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
 use crate::guest::calls::{Ended, Freezer, GuestCalls};
@@ -39,34 +41,9 @@ use crate::model::{ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
 use crate::stdio::GuestIo;
 
-/// How long the guest may take to make a container.
-const CREATE_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Starting a process: it includes the guest's reading of the program from the image.
-const START_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Everything that only changes something inside the guest.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// containerd's collector waits 2 s for the statistics of one shim.
-const STATS_DEADLINE: Duration = Duration::from_secs(2);
-
-/// Before the guest is asked once more to remove a container: an exec of it may be on its way.
-const REMOVE_PAUSE: Duration = Duration::from_millis(100);
-
-/// How long the other notices of a machine's death may take to tell the better reason.
-const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
-
-/// QEMU's own orderly end, before it is killed.
-pub(super) const QUIT_DEADLINE: Duration = Duration::from_millis(300);
-
-/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for
-/// now.
-const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
-
 /// A guest with an agent that answers.
 pub struct RunningGuest {
-    pub(super) vm: Vm,
+    pub(super) machine: Machine,
     pub(super) agent: Agent,
     pub(super) transport: Transport,
     pub(super) features: Features,
@@ -78,8 +55,6 @@ pub struct RunningGuest {
     pub(super) size: Size,
     /// Where its processes are on the host.
     pub(super) place: Arc<HostCgroup>,
-    pub(super) file_servers: [Virtiofsd; 2],
-    pub(super) vsock_daemon: Option<VsockDaemon>,
     /// The user id of its processes, which nobody else gets while they live.
     pub(super) _uid: Option<UidLease>,
 }
@@ -141,7 +116,7 @@ impl std::fmt::Debug for RunningGuest {
 #[async_trait]
 impl GuestCalls for RunningGuest {
     fn pid(&self) -> u32 {
-        self.vm.identity().pid.cast_unsigned()
+        self.machine.qemu().pid.cast_unsigned()
     }
 
     fn features(&self) -> &Features {
@@ -166,7 +141,7 @@ impl GuestCalls for RunningGuest {
         reach(Point::StdioDialled).doing(|| format!("use the stdio of {process}"))?;
         reach(Point::ContainerCreating).doing(|| format!("ask the guest for {process}"))?;
         self.agent
-            .create_container(request, CREATE_DEADLINE)
+            .create_container(request, CONTAINER_CREATE)
             .await?;
         Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, &process, io)))
     }
@@ -180,7 +155,7 @@ impl GuestCalls for RunningGuest {
             loop {
                 let left = by
                     .saturating_duration_since(Instant::now())
-                    .max(REMOVE_PAUSE);
+                    .max(CONTAINER_REMOVE_AGAIN);
                 let asked = reach(Point::ContainerRemoving)
                     .doing(|| format!("ask the guest to remove {id}"));
                 let asking = async {
@@ -189,9 +164,9 @@ impl GuestCalls for RunningGuest {
                 };
                 match asking.await {
                     Err(error) if error.code() == Code::NOT_FOUND => return Ok(()),
-                    Err(error) if Instant::now() + REMOVE_PAUSE < by => {
+                    Err(error) if Instant::now() + CONTAINER_REMOVE_AGAIN < by => {
                         tracing::debug!(%error, id, "the guest is asked again to remove it");
-                        sleep(REMOVE_PAUSE).await;
+                        sleep(CONTAINER_REMOVE_AGAIN).await;
                     }
                     result => return result,
                 }
@@ -208,14 +183,12 @@ impl GuestCalls for RunningGuest {
             path: path.to_owned(),
             number,
             read_only: ro,
-            direct: false,
-            serial: None,
         };
-        Ok(self.vm.attach(Device::Block(disk)).await?)
+        Ok(self.machine.attach(Device::Block(disk)).await?)
     }
 
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
-        Ok(self.vm.detach(id, deadline).await?)
+        Ok(self.machine.detach(id, deadline).await?)
     }
 
     async fn start_container(&self, id: &str) -> Result<()> {
@@ -224,7 +197,7 @@ impl GuestCalls for RunningGuest {
             ..Default::default()
         };
         reach(Point::ContainerStarting).doing(|| format!("ask the guest to start {id}"))?;
-        self.agent.start_container(&request, START_DEADLINE).await
+        self.agent.start_container(&request, PROCESS_START).await
     }
 
     fn preconnect(&self, process: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
@@ -255,7 +228,7 @@ impl GuestCalls for RunningGuest {
             ..Default::default()
         };
         reach(Point::ExecStarting).doing(|| format!("ask the guest to start {process}"))?;
-        let started = self.agent.exec_process(&request, START_DEADLINE).await;
+        let started = self.agent.exec_process(&request, PROCESS_START).await;
         if started
             .as_ref()
             .is_err_and(|error| error.code() == Code::DEADLINE_EXCEEDED)
@@ -263,7 +236,7 @@ impl GuestCalls for RunningGuest {
             // It may run all the same by now, and nobody would know.
             let sigkill = libc::SIGKILL.cast_unsigned();
             let _ = self
-                .signal(process, sigkill, SignalScope::Process, CALL_DEADLINE)
+                .signal(process, sigkill, SignalScope::Process, AGENT_CALL)
                 .await;
         }
         started?;
@@ -310,7 +283,7 @@ impl GuestCalls for RunningGuest {
             column: columns,
             ..Default::default()
         };
-        match self.agent.tty_win_resize(&request, CALL_DEADLINE).await {
+        match self.agent.tty_win_resize(&request, AGENT_CALL).await {
             // There is no terminal, or nobody before it any more.
             Err(error) if matches!(error.code(), Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
             other => other,
@@ -325,14 +298,14 @@ impl GuestCalls for RunningGuest {
                     container_id,
                     ..Default::default()
                 };
-                self.agent.pause_container(&request, CALL_DEADLINE).await
+                self.agent.pause_container(&request, AGENT_CALL).await
             }
             Freezer::Thawed => {
                 let request = ResumeContainerRequest {
                     container_id,
                     ..Default::default()
                 };
-                self.agent.resume_container(&request, CALL_DEADLINE).await
+                self.agent.resume_container(&request, AGENT_CALL).await
             }
         }
     }
@@ -342,7 +315,7 @@ impl GuestCalls for RunningGuest {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        self.agent.stats(&request, STATS_DEADLINE).await
+        self.agent.stats(&request, STATS).await
     }
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<()> {
@@ -351,12 +324,12 @@ impl GuestCalls for RunningGuest {
             resources: Some(guest_spec::resources(resources)).into(),
             ..Default::default()
         };
-        self.agent.update_container(&request, CALL_DEADLINE).await
+        self.agent.update_container(&request, AGENT_CALL).await
     }
 
     async fn add_links(&self, ledger: &Ledger) -> Result<()> {
         self.nics.wire(1, ledger).await?;
-        self.nics.plug(&self.vm).await?;
+        self.nics.plug(&self.machine).await?;
         self.nics.set_up(&self.agent).await
     }
 
@@ -377,7 +350,7 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn ping(&self) -> Result<()> {
-        self.agent.ping(CALL_DEADLINE).await
+        self.agent.ping(AGENT_CALL).await
     }
 
     async fn died(&self) -> Ended {
@@ -395,33 +368,13 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn stop(&self) {
-        if let Err(error) = self.vm.stop(QUIT_DEADLINE).await {
-            tracing::warn!(%error, "QEMU did not stop in order");
-        }
-        let daemon = async {
-            match &self.vsock_daemon {
-                Some(daemon) => daemon.stop(QUIT_DEADLINE).await,
-                None => Ok(()),
-            }
-        };
-        let [volumes, roots] = self
-            .file_servers
-            .each_ref()
-            .map(|server| server.stop(QUIT_DEADLINE));
-        let (volumes, roots, daemon) = tokio::join!(volumes, roots, daemon);
-        for error in [volumes, roots, daemon].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, "a helper did not stop in order");
-        }
+        self.machine.stop().await;
     }
 }
 
 impl RunningGuest {
     async fn end(&self) -> String {
-        let mut death = pin!(death(
-            &self.vm,
-            &self.file_servers,
-            self.vsock_daemon.as_ref()
-        ));
+        let mut death = pin!(self.machine.died());
         let fault = tokio::select! {
             why = &mut death => return why,
             fault = self.agent.failed() => fault,
@@ -430,7 +383,7 @@ impl RunningGuest {
             Fault::Garbled(why) => why,
             // Usually because the machine has ended, and QEMU's own death is the better reason to
             // give.
-            Fault::Lost(why) => timeout(AGENT_LOST_GRACE, death).await.unwrap_or(why),
+            Fault::Lost(why) => timeout(AGENT_LAST_WORDS, death).await.unwrap_or(why),
         }
     }
 
@@ -446,17 +399,8 @@ impl RunningGuest {
                 })
                 .await;
         }
-        place::set_oom_score(&self.processes(), to.oom_score_adj);
+        place::set_oom_score(&self.machine.identities(), to.oom_score_adj);
         resized.map(drop)
-    }
-
-    fn processes(&self) -> Vec<Identity> {
-        let helpers = self.file_servers.iter().map(|server| server.identity());
-        [self.vm.identity()]
-            .into_iter()
-            .chain(helpers)
-            .chain(self.vsock_daemon.iter().map(|one| one.identity()))
-            .collect()
     }
 
     /// Returns the MiB of memory that the guest has.
@@ -464,7 +408,7 @@ impl RunningGuest {
         if to.memory_mib != size.memory_mib {
             let shrinks = to.memory_mib < size.memory_mib;
             let got = tokio::select! {
-                got = self.vm.resize_memory(to.memory_mib, RESIZE_DEADLINE) => got?,
+                got = self.machine.resize_memory(to.memory_mib, MACHINE_RESIZE) => got?,
                 // The guest goes on giving back, and may have all of it still.
                 () = self.size.somebody_waits(), if shrinks => {
                     self.size.has_mib.load(Ordering::Relaxed)
@@ -481,42 +425,16 @@ impl RunningGuest {
             self.size.has_mib.store(got, Ordering::Relaxed);
         }
         if to.vcpus != size.vcpus {
-            let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
+            let got = self.machine.resize_vcpus(to.vcpus, MACHINE_RESIZE).await?;
             let request = OnlineCPUMemRequest {
                 nb_cpus: got.saturating_sub(size.vcpus),
                 ..Default::default()
             };
             size.vcpus = got;
             if request.nb_cpus > 0 {
-                self.agent.online_cpu_mem(&request, RESIZE_DEADLINE).await?;
+                self.agent.online_cpu_mem(&request, MACHINE_RESIZE).await?;
             }
         }
         Ok(self.size.has_mib.load(Ordering::Relaxed))
-    }
-}
-
-/// Waits for the end of the first part without which there is no guest, and says why it ended.
-pub(super) async fn death(
-    vm: &Vm,
-    [volumes, roots]: &[Virtiofsd; 2],
-    daemon: Option<&VsockDaemon>,
-) -> String {
-    let daemon = async {
-        match daemon {
-            Some(daemon) => daemon.exited().await,
-            None => std::future::pending().await,
-        }
-    };
-    let why = tokio::select! {
-        death = vm.died() => return death.to_string(),
-        why = volumes.exited() => why,
-        why = roots.exited() => why,
-        why = daemon => why,
-    };
-    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the
-    // reason.
-    match timeout(QUIT_DEADLINE, vm.died()).await {
-        Ok(death) => death.to_string(),
-        Err(_) => why,
     }
 }

@@ -11,7 +11,6 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{FORWARD_MAGIC, FORWARD_PORT, Stream, Transport};
@@ -21,10 +20,8 @@ use tokio::time::timeout;
 
 use super::netns::Netns;
 use super::sk_lookup::{self, Ports};
+use crate::deadlines::FORWARD_DIAL;
 use crate::relay::{Relay, serve};
-
-/// How long the agent may take to connect to the port in the guest.
-const DIAL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Forwards as long as it lives.
 #[derive(Debug)]
@@ -152,7 +149,7 @@ async fn join(
         let dial = move || {
             taken
                 .netns
-                .run(|| std::net::TcpStream::connect_timeout(&wanted, DIAL_DEADLINE))
+                .run(|| std::net::TcpStream::connect_timeout(&wanted, FORWARD_DIAL))
         };
         let listener = tokio::task::spawn_blocking(dial)
             .await
@@ -169,7 +166,7 @@ async fn join(
             format!("the guest did not answer for port {port}"),
         )
     };
-    let mut guest = timeout(DIAL_DEADLINE, dial(transport, port))
+    let mut guest = timeout(FORWARD_DIAL, dial(transport, port))
         .await
         .map_err(|_| refused())??;
     connection.set_nodelay(true)?;
@@ -177,7 +174,7 @@ async fn join(
 }
 
 async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
-    let mut guest = transport.dial(FORWARD_PORT, DIAL_DEADLINE).await?;
+    let mut guest = transport.dial(FORWARD_PORT, FORWARD_DIAL).await?;
     guest
         .write_all(format!("{FORWARD_MAGIC} {port}\n").as_bytes())
         .await?;
@@ -194,6 +191,7 @@ async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
 #[cfg(test)]
 mod tests {
     use std::net::{IpAddr, SocketAddr};
+    use std::time::Duration;
 
     use tempfile::TempDir;
     use tokio::io::{AsyncBufReadExt, BufReader};

@@ -43,7 +43,6 @@ use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 use guest_protocol::protocols::types;
 use rtnetlink::{Handle, LinkUnspec};
@@ -57,11 +56,8 @@ pub use scan::Address;
 use scan::Link;
 pub use undo::Redirect;
 
+use crate::deadlines::NETLINK;
 use crate::error::{Error, IoContext, Result};
-
-/// How long the kernel may take to answer. It waits for other namespaces' changes: one lock is for
-/// all of them.
-const DEADLINE: Duration = Duration::from_secs(10);
 
 /// `IFF_NOARP`, the one link flag that the agent takes.
 const NO_ARP: u32 = 0x80;
@@ -339,14 +335,14 @@ async fn rtnl<T>(
     doing: &str,
     request: impl Future<Output = Result<T, rtnetlink::Error>>,
 ) -> Result<T> {
-    match timeout(DEADLINE, request).await {
+    match timeout(NETLINK, request).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(rtnetlink::Error::NetlinkError(error))) => {
             Err(error.to_io()).doing(|| doing.to_owned())
         }
         Ok(Err(error)) => Err(Error::internal(format!("cannot {doing}: {error}"))),
         Err(_) => Err(Error::deadline(format!(
-            "cannot {doing}: the kernel did not answer within {DEADLINE:?}"
+            "cannot {doing}: the kernel did not answer within {NETLINK:?}"
         ))),
     }
 }

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sys::point::{Point, reach};
 
 use super::{Plug, Undo};
@@ -20,10 +20,6 @@ pub struct Block {
     pub number: Option<u64>,
     /// The guest cannot write.
     pub read_only: bool,
-    /// Past the host's page cache; the file system below must know O_DIRECT.
-    pub direct: bool,
-    /// What the guest sees as its serial number, at most 20 bytes.
-    pub serial: Option<String>,
 }
 
 impl Block {
@@ -60,18 +56,14 @@ impl Block {
             json!({"driver": driver, "filename": format!("/dev/fdset/{set}"), "aio": "threads"});
         let node_arguments = json!({"driver": "raw", "node-name": node,
             "read-only": self.read_only, "file": file,
-            "discard": "unmap", "cache": {"direct": self.direct}});
+            "discard": "unmap"});
         let Value::Object(node_arguments) = node_arguments else {
             return Ok(());
         };
         plug.qmp.execute(&BlockdevAdd(node_arguments)).await?;
         plug.undo.push(Undo::RemoveBlockNode(node.clone()));
         reach(Point::DiskHalfPlugged).doing(|| format!("add the disk {shown}"))?;
-        let mut properties = Map::from_iter([("drive".to_owned(), json!(node))]);
-        if let Some(serial) = self.serial {
-            properties.insert("serial".into(), json!(serial));
-        }
-        plug.device_add("virtio-blk-pci", Value::Object(properties))
+        plug.device_add("virtio-blk-pci", json!({"drive": node}))
             .await
     }
 }

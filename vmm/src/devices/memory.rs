@@ -1,6 +1,6 @@
 //! Memory that comes and goes while the guest runs (virtio-mem): one device, made at the first
-//! growth, whose size the guest follows block by block. [`crate::Vm::resize_memory`] is the only
-//! one to make it.
+//! growth, whose size the guest follows block by block. [`crate::Machine::resize_memory`] is the
+//! only one to make it.
 
 use serde_json::{Map, json};
 

@@ -28,14 +28,14 @@ pub enum Device {
     Block(block::Block),
     /// A network card.
     Net(net::Net),
-    /// Memory; made by [`crate::Vm::resize_memory`].
+    /// Memory; made by [`crate::Machine::resize_memory`].
     Memory(memory::Memory),
 }
 
 /// An attached device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
-    /// Its id, unique in this virtual machine.
+    /// What [`crate::Machine::detach`] takes; unique in this virtual machine.
     pub id: String,
     /// Where the guest finds it: slot of the root port and of the device behind it, hexadecimal:
     /// `04/00`.
@@ -51,6 +51,14 @@ impl Device {
             Device::Block(_) => "blk",
             Device::Net(_) => "net",
             Device::Memory(_) => memory::KIND,
+        }
+    }
+
+    /// What a user calls it, if that says more than the error does.
+    pub(crate) fn name(&self) -> Option<String> {
+        match self {
+            Device::Net(net) => Some(format!("NIC {}", net.name)),
+            _ => None,
         }
     }
 

@@ -16,6 +16,8 @@ const TUNGETIFF: libc::Ioctl = 0x8004_54d2;
 /// A network card.
 #[derive(Debug)]
 pub struct Net {
+    /// Name of the link that it stands for: what an error calls it.
+    pub name: String,
     /// The open queues of one tap device, made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and with
     /// IFF_MULTI_QUEUE if there are several.
     pub taps: Vec<OwnedFd>,

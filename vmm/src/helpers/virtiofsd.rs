@@ -5,24 +5,19 @@
 //! for, and no path to find it by: whoever comes later finds no socket.
 
 use std::ffi::OsString;
-use std::ops::Deref;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use sys::point::{Point, pass, reach};
 
-use super::Helper;
+use sys::point::{Point, pass, reach};
+use tokio::time::timeout;
+
 use crate::cache::FileKey;
 use crate::confine::{Confinement, SHARED};
+use crate::deadlines::{VIRTIOFSD_GOODBYE, VIRTIOFSD_VERSION};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Identity, Spawn, stdout_of};
-
-/// How long a binary may take to say its version.
-const VERSION_DEADLINE: Duration = Duration::from_secs(5);
-
-/// How long it may take to notice that QEMU is gone.
-const GOODBYE: Duration = Duration::from_millis(200);
 
 /// How long a guest may believe what it has read of a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,20 +62,14 @@ impl VirtiofsdConfig {
 
 /// A running virtiofsd. Dropping it kills it.
 #[derive(Debug)]
-pub struct Virtiofsd(Helper);
-
-impl Deref for Virtiofsd {
-    type Target = Helper;
-
-    fn deref(&self) -> &Helper {
-        &self.0
-    }
+pub struct Virtiofsd {
+    /// Its outer process; the one that serves is a child of that, in a pid namespace.
+    pub process: Child,
 }
 
 impl Virtiofsd {
-    /// Starts it, and returns with it the connection for [`crate::VirtioFs`]. That it serves is
-    /// seen when the device is attached, which waits for it; if that fails, [`Helper::explain`]
-    /// knows more.
+    /// Starts it, and returns with it the connection for the device. That it serves is seen when
+    /// the device is attached, which waits for it; if that fails, its last words say more.
     ///
     /// # Errors
     /// The binary is missing or no virtiofsd, or the socket cannot be made.
@@ -101,7 +90,7 @@ impl Virtiofsd {
         };
         let (listener, connection) = connected(&config.socket)?;
         let arguments = arguments(config, &listener);
-        let child = Child::spawn(Spawn {
+        let process = Child::spawn(Spawn {
             fds: vec![OwnedFd::from(listener)],
             cgroup_procs: config.cgroup_procs.clone(),
             oom_score_adj: config.oom_score_adj,
@@ -109,12 +98,12 @@ impl Virtiofsd {
             ..Spawn::new(&config.binary, arguments)
         })?;
         reach(Point::VirtiofsdForked).doing(|| format!("start {}", config.binary.display()))?;
-        Ok((Virtiofsd(Helper { child }), connection.into()))
+        Ok((Virtiofsd { process }, connection.into()))
     }
 
     /// The processes that it has forked: without our confinement, the one that serves.
     pub fn children(&self) -> Vec<Identity> {
-        let pid = self.identity().pid;
+        let pid = self.process.identity().pid;
         let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let list = list.unwrap_or_default();
         let pids = list.split_ascii_whitespace();
@@ -126,10 +115,10 @@ impl Virtiofsd {
     /// if it does not, it is killed. May be called again.
     ///
     /// # Errors
-    /// The kernel does not let it die in time.
-    pub async fn stop(&self, timeout: Duration) -> Result<()> {
+    /// The kernel does not let it die within this time after SIGKILL.
+    pub async fn stop(&self, within: Duration) -> Result<()> {
         pass(Point::HelpersEnding);
-        if tokio::time::timeout(GOODBYE.min(timeout), self.exited())
+        if timeout(VIRTIOFSD_GOODBYE, self.process.exited())
             .await
             .is_err()
         {
@@ -138,9 +127,9 @@ impl Virtiofsd {
             for child in self.children() {
                 let _ = child.kill_and_wait(Duration::ZERO);
             }
-            let _ = tokio::time::timeout(GOODBYE, self.exited()).await;
+            let _ = timeout(VIRTIOFSD_GOODBYE, self.process.exited()).await;
         }
-        self.0.stop(timeout).await
+        self.process.kill_and_wait(within).await.map(drop)
     }
 }
 
@@ -201,7 +190,7 @@ async fn check_version(binary: &Path, cache_dir: &Path) -> Result<()> {
     if key.load::<String>(cache_dir, "virtiofsd").is_some() {
         return Ok(());
     }
-    let said = stdout_of(binary, &["--version"], VERSION_DEADLINE).await?;
+    let said = stdout_of(binary, &["--version"], VIRTIOFSD_VERSION).await?;
     let said = said.lines().next().unwrap_or_default();
     let mut words = said.split_ascii_whitespace();
     match (words.next(), words.next()) {

@@ -3,7 +3,6 @@
 
 use std::fs::{self, Permissions};
 use std::io;
-use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
@@ -13,13 +12,10 @@ use std::time::Duration;
 use sys::point::{Point, reach};
 use tokio::time::Instant;
 
-use super::Helper;
 use crate::confine::{Confinement, SOCKETS};
+use crate::deadlines::VSOCK_DAEMON_LOOK_AGAIN;
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn};
-
-/// Between two looks for the socket. A look costs 10 µs.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Where the daemon takes QEMU's connection, in its directory.
 const SOCKET: &str = "device";
@@ -50,16 +46,9 @@ pub struct VsockDaemonConfig {
 /// A running vhost-device-vsock. Dropping it kills it.
 #[derive(Debug)]
 pub struct VsockDaemon {
-    helper: Helper,
+    /// The process, which ends with its connection to QEMU.
+    pub process: Child,
     dir: PathBuf,
-}
-
-impl Deref for VsockDaemon {
-    type Target = Helper;
-
-    fn deref(&self) -> &Helper {
-        &self.helper
-    }
 }
 
 impl VsockDaemon {
@@ -89,7 +78,7 @@ impl VsockDaemon {
             dir.join(&config.name).into(),
         ];
         let cgroup_procs = config.cgroup_procs.clone();
-        let child = Child::spawn(Spawn {
+        let process = Child::spawn(Spawn {
             cgroup_procs,
             oom_score_adj: config.oom_score_adj,
             jail,
@@ -97,15 +86,14 @@ impl VsockDaemon {
         })?;
         reach(Point::VsockDaemonForked).doing(|| format!("start {}", config.binary.display()))?;
         Ok(VsockDaemon {
-            helper: Helper { child },
+            process,
             dir: config.dir.clone(),
         })
     }
 
-    /// Waits until it takes a connection, and returns that for [`crate::VsockDevice::User`]. It
-    /// serves one at a time: call this once, before the guest runs. From then on the directory is
-    /// root's again: a daemon that is taken over later can neither replace a socket nor fill the
-    /// file system.
+    /// Waits until it takes a connection, and returns that for the device. It serves one at a time:
+    /// call this once, before the guest runs. From then on the directory is root's again: a daemon
+    /// that is taken over later can neither replace a socket nor fill the file system.
     ///
     /// # Errors
     /// It ended, or the deadline passed.
@@ -131,7 +119,7 @@ impl VsockDaemon {
                 }
                 Err(_) => {}
             }
-            if let Some(death) = self.helper.death() {
+            if let Some(death) = self.process.death() {
                 return Err(death);
             }
             if Instant::now() >= until {
@@ -140,7 +128,7 @@ impl VsockDaemon {
                     timeout,
                 });
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(VSOCK_DAEMON_LOOK_AGAIN).await;
         }
     }
 }

@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use serde::Deserialize;
 
 use crate::error::{Error, Result};
 
@@ -12,9 +13,10 @@ const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
 const KVM_CREATE_VM: libc::Ioctl = 0xAE01;
 const KVM_API_VERSION: i32 = 12;
 
-/// What is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Accel {
+/// What is wanted, by the words of a configuration: `auto`, `kvm`, `tcg`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
     /// KVM where it serves a stock guest, else emulation.
     #[default]
     Auto,
@@ -33,29 +35,29 @@ pub struct Resolved {
     pub reason: String,
 }
 
-impl Accel {
+impl Accelerator {
     /// Decides, by looking at the host. Takes well under a millisecond.
     ///
     /// # Errors
     /// KVM is insisted on and cannot be had: the line says why.
     pub fn resolve(self) -> Result<Resolved> {
         let kvm = match self {
-            Accel::Tcg => {
+            Accelerator::Tcg => {
                 return Ok(Resolved {
                     kvm: false,
                     reason: "emulation, as configured".into(),
                 });
             }
             // An administrator who insists may know better than the flags of the CPU.
-            Accel::Kvm => try_kvm(),
-            Accel::Auto => serves_stock_guests().and_then(|()| try_kvm()),
+            Accelerator::Kvm => try_kvm(),
+            Accelerator::Auto => serves_stock_guests().and_then(|()| try_kvm()),
         };
         match kvm {
             Ok(()) => Ok(Resolved {
                 kvm: true,
                 reason: "KVM".into(),
             }),
-            Err(why) if self == Accel::Auto => Ok(Resolved {
+            Err(why) if self == Accelerator::Auto => Ok(Resolved {
                 kvm: false,
                 reason: format!("emulation: {why}"),
             }),
@@ -128,18 +130,18 @@ mod tests {
     #[test]
     fn every_wish_ends_in_a_reason() {
         assert_eq!(
-            Accel::Tcg.resolve().unwrap(),
+            Accelerator::Tcg.resolve().unwrap(),
             Resolved {
                 kvm: false,
                 reason: "emulation, as configured".into()
             }
         );
-        let auto = Accel::Auto.resolve().unwrap();
+        let auto = Accelerator::Auto.resolve().unwrap();
         assert!(
             auto.kvm || auto.reason.starts_with("emulation: "),
             "{auto:?}"
         );
-        if let Err(error) = Accel::Kvm.resolve() {
+        if let Err(error) = Accelerator::Kvm.resolve() {
             assert!(
                 error.to_string().starts_with("KVM cannot be used: "),
                 "{error}"

@@ -6,13 +6,13 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sys::point::{Point, reach};
 
 use super::args::{Arguments, Properties};
 use crate::cache::FileKey;
+use crate::deadlines::{CAPABILITIES, CAPABILITIES_LAST_WORDS, CAPABILITIES_QUIT};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn, stdout_of};
 use crate::qmp::Qmp;
@@ -22,9 +22,6 @@ use crate::qmp::commands::{
 
 /// A firmware that does no more than our guests need, by the name that QEMU finds it by.
 pub(super) const QBOOT: &str = "qboot.rom";
-
-/// How long a binary may take to say what it is.
-const ASK_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What this runtime wants to know of a QEMU binary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,16 +36,13 @@ pub struct Capabilities {
     pub vhost_vsock: bool,
     /// `vhost-user-vsock-pci` is there.
     pub vhost_user_vsock: bool,
-    /// `vhost-user-fs-pci` is there.
-    pub vhost_user_fs: bool,
     /// `-sandbox` (a seccomp filter) is there.
     pub sandbox: bool,
     /// `x-query-virtio-status` is there.
     pub(crate) virtio_status: bool,
-    /// The small firmware qboot is in its data directories.
-    pub qboot: bool,
-    /// Directories of firmware and the like, as far as they are there.
-    pub data_dirs: Vec<PathBuf>,
+    /// Where it looks for firmware and the like, whether those directories are there or not. Their
+    /// contents are other packages' files, which come and go without the binary.
+    pub(super) data_dirs: Vec<PathBuf>,
     /// Settings of the q35 machine.
     pub(crate) machine_options: BTreeSet<String>,
 }
@@ -63,13 +57,22 @@ impl Capabilities {
             tcg: true,
             vhost_vsock: true,
             vhost_user_vsock: true,
-            vhost_user_fs: true,
             sandbox: true,
-            qboot: true,
             data_dirs: Vec::new(),
             virtio_status: true,
             machine_options: ["usb", "sata"].map(String::from).into(),
         }
+    }
+
+    /// Directories of firmware and the like, as far as they are there.
+    pub(crate) fn data_dirs(&self) -> impl Iterator<Item = &PathBuf> {
+        self.data_dirs.iter().filter(|dir| dir.is_dir())
+    }
+
+    /// Whether the small firmware qboot is there: looked for at every start, because it may be
+    /// installed or removed while the binary stays the same.
+    pub(crate) fn has_qboot(&self) -> bool {
+        self.data_dirs.iter().any(|dir| dir.join(QBOOT).is_file())
     }
 
     /// Whether it can tell if a guest's driver is up. From 10.2 on the question ends QEMU, for
@@ -85,11 +88,12 @@ impl Capabilities {
 }
 
 /// What our machine is made of: without one of these a binary is of no use.
-const NEEDED: [&str; 5] = [
+const NEEDED: [&str; 6] = [
     "pcie-root-port",
     "virtio-rng-pci",
     "virtio-balloon-pci",
     "virtio-blk-pci",
+    "vhost-user-fs-pci",
     "memory-backend-memfd",
 ];
 
@@ -103,13 +107,13 @@ pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
     if let Some(known) = key.load(cache_dir, "qemu") {
         return Ok(known);
     }
-    let found = match tokio::time::timeout(ASK_DEADLINE, ask(qemu)).await {
+    let found = match tokio::time::timeout(CAPABILITIES, ask(qemu)).await {
         Ok(found) => found?,
         Err(_) => {
             let doing = format!("{} to say what it can do (is it QEMU?)", qemu.display());
             return Err(Error::Deadline {
                 doing,
-                timeout: ASK_DEADLINE,
+                timeout: CAPABILITIES,
             });
         }
     };
@@ -134,19 +138,17 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     match interview(qemu, ours).await {
         // One that ended says more by its status and its last words than by the end of its monitor.
         Err(Error::Closed { reason }) => {
-            match tokio::time::timeout(Duration::from_secs(1), child.exited()).await {
-                Ok(exit) => Err(child.process().died(exit)),
-                Err(_) => Err(Error::Closed {
-                    reason: format!("{reason} ({})", qemu.display()),
-                }),
-            }
+            let closed = Error::Closed {
+                reason: format!("{reason} ({})", qemu.display()),
+            };
+            Err(child.explain(closed, CAPABILITIES_LAST_WORDS).await)
         }
         told => told,
     }
 }
 
 async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
-    let (qmp, version) = Qmp::open(monitor, ASK_DEADLINE).await?;
+    let (qmp, version) = Qmp::open(monitor, CAPABILITIES).await?;
     let unfit = |what: &str| {
         Err(Error::Unsupported(format!(
             "{} (QEMU {version}) has no {what}",
@@ -174,32 +176,26 @@ async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
         .collect();
     let commands = qmp.execute(&QueryCommands {}).await?;
     let options = qmp.execute(&QueryCommandLineOptions {}).await?;
-    let data_dirs = stdout_of(qemu, &["-L", "help"], ASK_DEADLINE).await?;
+    let data_dirs = stdout_of(qemu, &["-L", "help"], CAPABILITIES).await?;
     let found = Capabilities {
         kvm: has(&qmp, "kvm-accel").await?,
         tcg: has(&qmp, "tcg-accel").await?,
         vhost_vsock: has(&qmp, "vhost-vsock-pci").await?,
         vhost_user_vsock: has(&qmp, "vhost-user-vsock-pci").await?,
-        vhost_user_fs: has(&qmp, "vhost-user-fs-pci").await?,
         sandbox: options.iter().any(|option| option.option == "sandbox"),
         virtio_status: commands
             .iter()
             .any(|command| command.name == "x-query-virtio-status"),
-        qboot: data_dirs
-            .lines()
-            .any(|dir| Path::new(dir).join(QBOOT).is_file()),
         data_dirs: data_dirs
             .lines()
             .map(plain)
-            .filter(|dir| dir.is_absolute() && dir.is_dir())
+            .filter(|dir| dir.is_absolute())
             .collect(),
         machine_options,
         version,
     };
     // The answers are here; how it ends does not matter, and it dies with its handle.
-    let _ = qmp
-        .execute_within(&Quit {}, Duration::from_millis(100))
-        .await;
+    let _ = qmp.execute_within(&Quit {}, CAPABILITIES_QUIT).await;
     Ok(found)
 }
 
@@ -250,6 +246,23 @@ pub(super) fn monitor(arguments: &mut Arguments, socket: RawFd) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_firmware_that_comes_or_goes_is_noticed_though_qemu_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let later = dir.path().join("qboot");
+        let qemu = Capabilities {
+            data_dirs: vec![dir.path().into(), later.clone()],
+            ..Capabilities::full()
+        };
+        let dirs = || qemu.data_dirs().count();
+        assert_eq!((qemu.has_qboot(), dirs()), (false, 1));
+        std::fs::create_dir(&later).unwrap();
+        std::fs::write(later.join(QBOOT), "firmware").unwrap();
+        assert_eq!((qemu.has_qboot(), dirs()), (true, 2));
+        std::fs::remove_dir_all(&later).unwrap();
+        assert_eq!((qemu.has_qboot(), dirs()), (false, 1));
+    }
 
     #[test]
     fn a_question_that_ends_qemu_is_not_asked() {

@@ -34,29 +34,30 @@ pub struct MachineConfig {
     pub qemu: PathBuf,
     /// What that binary can do ([`super::capabilities::query`]).
     pub capabilities: Capabilities,
-    /// The accelerator ([`super::accel::Accel::resolve`]).
+    /// The accelerator ([`super::accel::Accelerator::resolve`]).
     pub accel: Resolved,
     /// Shows in the process list.
     pub name: String,
     /// An uncompressed kernel with a PVH entry (a bzImage works, slower).
     pub kernel: PathBuf,
-    /// Its initramfs.
+    /// Without one the kernel has to find its root by itself.
     pub initramfs: Option<PathBuf>,
     /// Added at the end of the kernel's command line.
     pub kernel_params: Vec<String>,
     /// MiB of guest memory.
     pub memory_mib: u64,
-    /// The most that it can be given later ([`crate::Vm::resize_memory`]); if it is more, the first
-    /// growth takes a port.
+    /// The most that it can be given later ([`crate::Machine::resize_memory`]); if it is more, the
+    /// first growth takes a port.
     pub max_memory_mib: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
-    /// The most that there can be later ([`crate::Vm::resize_vcpus`]), up to 240.
+    /// The most that there can be later ([`crate::Machine::resize_vcpus`]), up to 240.
     pub max_vcpus: u32,
-    /// How many devices can be attached, 1 to 27. Each costs 5 to 10 ms of an emulated boot.
+    /// How many devices can be attached, 1 to 27 with those of [`crate::boot`]. Each costs 5 to
+    /// 10 ms of an emulated boot.
     pub root_ports: u8,
-    /// For debugging: the end of what the guest's console (hvc0) shows is kept in this file
-    /// ([`crate::console`]).
+    /// For debugging: the end of what the guest's console (hvc0) shows is kept in this file, and in
+    /// one with the suffix `log.old`, 64 KiB each.
     pub console: Option<PathBuf>,
     /// `cgroup.procs` files that QEMU enters before it runs.
     pub cgroup_procs: Vec<PathBuf>,
@@ -204,7 +205,7 @@ fn machine(arguments: &mut Arguments, config: &MachineConfig) {
         // `rep movsb` is emulated byte by byte: without these flags the guest moves words.
         arguments.list("-cpu", Properties::new("max").off("erms").off("fsrm"));
         // 0.15 s less than SeaBIOS. Not yet tested under KVM, where there is little to win.
-        if config.capabilities.qboot {
+        if config.capabilities.has_qboot() {
             arguments.plain("-bios", QBOOT);
         }
     }

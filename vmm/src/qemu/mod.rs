@@ -1,6 +1,6 @@
 //! The QEMU binary: what it can do, which accelerator it gets, and the command line of our machine.
 
-pub mod accel;
+pub(crate) mod accel;
 mod args;
 pub mod capabilities;
 mod machine;

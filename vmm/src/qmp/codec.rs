@@ -10,8 +10,9 @@ use serde_json::{Map, Value};
 use super::Event;
 
 /// The longest line that is taken. `query-qmp-schema` answers with 200 KB; nothing in use comes
-/// near this.
-const MAX_LINE: usize = 16 << 20;
+/// near this. A QEMU that was taken over can make us keep [`super::connection::EVENTS`] such lines
+/// while an unplug listens.
+const MAX_LINE: usize = 1 << 20;
 
 /// What QEMU says.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,8 +36,8 @@ pub enum Message {
 /// What QEMU said is not QMP. There is no way back into step after this: close the connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// More than 16 MiB without an end of line.
-    #[error("a line of more than 16 MiB")]
+    /// More than 1 MiB without an end of line.
+    #[error("a line of more than 1 MiB")]
     TooLong,
     /// Not JSON, or not one of the messages that QMP knows.
     #[error("not QMP: {0:?}")]

@@ -25,16 +25,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, wat
 use super::codec::{Decoder, Message, encode};
 use super::commands::{AddFd, Closefd, Command, Getfd, QmpCapabilities};
 use super::events::Event;
+use crate::deadlines::QMP_COMMAND;
 use crate::error::{Doing, Error, Result};
 
 /// QEMU stops reading when more commands than this wait (docs/interop/qmp-spec).
 const IN_FLIGHT: usize = 8;
 
-/// How long a command may take where the caller names no deadline.
-const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How many events a slow reader may be behind before it misses some.
-const EVENTS: usize = 256;
+/// How many events a slow reader may be behind before it misses some, which it is told.
+pub(super) const EVENTS: usize = 64;
 
 type Outcome = Result<Value, (String, String)>;
 
@@ -129,12 +127,12 @@ impl Qmp {
         Ok((qmp, version))
     }
 
-    /// Runs a command, with a deadline of ten seconds.
+    /// Runs a command within [`QMP_COMMAND`].
     ///
     /// # Errors
     /// As [`Qmp::execute_within`].
     pub async fn execute<C: Command>(&self, command: &C) -> Result<C::Reply> {
-        self.execute_within(command, COMMAND_DEADLINE).await
+        self.execute_within(command, QMP_COMMAND).await
     }
 
     /// Runs a command.
@@ -156,14 +154,14 @@ impl Qmp {
     /// As [`Qmp::execute_within`].
     pub async fn pass_fd(&self, name: &str, fd: OwnedFd) -> Result<()> {
         let doing = "passing a descriptor to QEMU";
-        within(COMMAND_DEADLINE, doing, async {
+        within(QMP_COMMAND, doing, async {
             let _alone = self.0.passing_fd.lock().await;
             self.send(
                 &Getfd {
                     fdname: name.into(),
                 },
                 Some(fd),
-                COMMAND_DEADLINE,
+                QMP_COMMAND,
             )
             .await
             .map(drop)
@@ -177,9 +175,9 @@ impl Qmp {
     /// As [`Qmp::execute_within`].
     pub async fn add_fd(&self, fd: OwnedFd) -> Result<u64> {
         let doing = "passing a descriptor to QEMU";
-        within(COMMAND_DEADLINE, doing, async {
+        within(QMP_COMMAND, doing, async {
             let _alone = self.0.passing_fd.lock().await;
-            self.send(&AddFd {}, Some(fd), COMMAND_DEADLINE)
+            self.send(&AddFd {}, Some(fd), QMP_COMMAND)
                 .await
                 .map(|set| set.fdset_id)
         })
@@ -198,17 +196,12 @@ impl Qmp {
         .map(drop)
     }
 
-    /// Events from now on. A reader that is more than 256 behind learns that it missed some.
+    /// Events from now on. A reader that is more than [`EVENTS`] behind learns that it missed some.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.0.watched.events.subscribe()
     }
 
-    /// Waits for the end of the connection, and says why it came.
-    pub async fn closed(&self) -> String {
-        self.closing().await
-    }
-
-    /// As [`Qmp::closed`], without holding the connection open.
+    /// Waits for the end of the connection, without holding it open, and says why it came.
     pub(crate) fn closing(&self) -> impl Future<Output = String> + Send + 'static {
         let mut closed = self.0.watched.closed.clone();
         async move {

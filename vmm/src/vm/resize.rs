@@ -8,17 +8,10 @@ use sys::point::{Point, reach};
 use tokio::time::{Instant, sleep};
 
 use super::Vm;
+use crate::deadlines::{MEMORY_LOOK_AGAIN, MEMORY_STEP};
 use crate::devices::{Device, memory};
 use crate::error::{Doing, Error, Result};
 use crate::qmp::commands::{DeviceAdd, HotpluggableCpu, QomGet, QomSet, QueryHotpluggableCpus};
-
-/// Between two looks at the size of the memory. QEMU tells it by events too, but not more than one
-/// a second.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
-
-/// How long a guest may take for its next step. One that cannot give back any more tries again only
-/// after a minute.
-const STALLED: Duration = Duration::from_secs(3);
 
 /// Ids of added CPUs are this and how many CPUs there were before.
 const CPU: &str = "/machine/peripheral/cpu";
@@ -173,7 +166,7 @@ impl Vm {
             if size.replace(now) != Some(now) {
                 moved = Instant::now();
             }
-            if Instant::now() >= until.min(moved + STALLED) {
+            if Instant::now() >= until.min(moved + MEMORY_STEP) {
                 tracing::warn!(
                     wanted,
                     size = now,
@@ -181,7 +174,7 @@ impl Vm {
                 );
                 return Ok(now);
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(MEMORY_LOOK_AGAIN).await;
         }
     }
 }

@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vmm::accel::Accel;
-use vmm::{Confinement, MachineConfig, capabilities};
+use vmm::{Accelerator, Confinement, MachineConfig, capabilities};
 
 /// More than anything here takes, on a busy machine too.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -57,7 +56,7 @@ impl Lab {
         let config = MachineConfig {
             capabilities: capabilities::query(&qemu, &cache_dir()).await.unwrap(),
             qemu,
-            accel: Accel::Auto.resolve().unwrap(),
+            accel: Accelerator::Auto.resolve().unwrap(),
             name: "lab".into(),
             kernel: installed("share/cofferdam/vmlinux"),
             initramfs: Some(initramfs),
