@@ -1,4 +1,4 @@
-//! How long the guest and its network are waited for, in one place. A wait that has another one
+//! How long anything is waited for, in one place. A wait that has another one
 //! inside gives up after it: the inner one knows better what is late. The test below holds them to
 //! that, and to what containerd and the kubelet wait for us.
 //!
@@ -86,6 +86,120 @@ pub const FORWARD_DIAL: Duration = Duration::from_secs(10);
 /// them.
 pub const NETLINK: Duration = Duration::from_secs(10);
 
+/// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
+/// for dead.
+pub const EXECS_AFTER_INIT: Duration = Duration::from_secs(2);
+
+/// The host mounts what a container has of it.
+pub const HOST_MOUNTS: Duration = Duration::from_secs(60);
+
+/// The last events of a sandbox. containerd may be away; `delete` makes up for what it misses.
+pub const EVENTS_FLUSH: Duration = Duration::from_millis(800);
+
+/// Work that is still running at the sandbox's end: hooks, calls to a guest that has ended.
+/// containerd's `delete` begins when `Shutdown` is answered.
+pub const WORK_AT_END: Duration = Duration::from_millis(800);
+
+/// A sandbox without a task waits for a request: containerd may have been killed between a task's
+/// `Delete` and `Shutdown`.
+pub const IDLE_SANDBOX: Duration = Duration::from_secs(60);
+
+/// A server waits for its first request, which containerd makes as soon as it knows the address:
+/// the `start` of this server may have been killed before it printed that.
+pub const FIRST_REQUEST: Duration = Duration::from_secs(15);
+
+/// Whoever has just got an answer may have another question.
+pub const IDLE_AFTER_ANSWER: Duration = Duration::from_secs(5);
+
+/// Between two words of the guest's about memory, once it has said many.
+pub const OOM_EVENT_EACH: Duration = Duration::from_millis(100);
+
+/// Before an agent that cannot tell who is out of memory is asked again.
+pub const OOM_ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// Before the next connection is accepted when the process is out of descriptors: each of its
+/// connections that ends gives two back.
+pub const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// One delivery of an event to containerd.
+pub const EVENT_DELIVERY: Duration = Duration::from_secs(5);
+
+/// A client opens its end of a fifo, after the shim. containerd opens its own in the background, so
+/// on a busy host a process may be gone before.
+pub const FIFO_CLIENT: Duration = Duration::from_secs(3);
+
+/// Between two looks for that client.
+pub const FIFO_CLIENT_LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// The disk opens a log file.
+pub const LOG_FILE_OPEN: Duration = Duration::from_secs(10);
+
+/// Output that nobody has taken for this long is given up when its process is deleted.
+pub const OUTPUT_UNREAD: Duration = Duration::from_secs(2);
+
+/// A logger is ready, as in containerd's own shim.
+pub const LOGGER_READY: Duration = Duration::from_secs(10);
+
+/// A logger ends after its input has ended, before it is killed.
+pub const LOGGER_END: Duration = Duration::from_secs(3);
+
+/// The agent accepts a stream of stdio.
+pub const STREAM_ACCEPT: Duration = Duration::from_secs(10);
+
+/// Before a stream that was refused is dialled again.
+pub const STREAM_REDIAL: Duration = Duration::from_millis(20);
+
+/// A server writes the first line of its ledger. One that has not by then was killed.
+pub const LEDGER_BEGIN: Duration = Duration::from_secs(60);
+
+/// A killed process is gone.
+pub const PROCESS_GONE: Duration = Duration::from_secs(2);
+
+/// Another `start` of the same sandbox, or a sweep that has come to it, lets go of the lock.
+pub const SANDBOX_LOCK: Duration = Duration::from_secs(10);
+
+/// Between two looks whether it has: the kernel tells nobody.
+pub const SANDBOX_LOCK_LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// systemd makes or changes a scope.
+pub const SCOPE_SET: Duration = Duration::from_secs(10);
+
+/// systemd takes a scope away.
+pub const SCOPE_UNDO: Duration = Duration::from_secs(2);
+
+/// The process that a scope was made for is gone.
+pub const SCOPE_PLACEHOLDER_GONE: Duration = Duration::from_secs(1);
+
+/// The kernel lets go of a cgroup whose processes are dead.
+pub const CGROUP_REMOVE: Duration = Duration::from_secs(1);
+
+/// The guest removes a container that it made too late.
+pub const LATE_CONTAINER_REMOVE: Duration = Duration::from_secs(10);
+
+/// The guest lets go of a disk.
+pub const DISK_DETACH: Duration = Duration::from_secs(5);
+
+/// How little it has for that when time is short.
+pub const DISK_DETACH_AT_LEAST: Duration = Duration::from_millis(500);
+
+/// A hook that names no time of its own.
+pub const HOOK: Duration = Duration::from_secs(30);
+
+/// A new server says its first word.
+pub const SERVER_READY: Duration = Duration::from_secs(5);
+
+/// A server ends in order. One that does not ends all the same; `delete` does the rest.
+pub const SERVER_END: Duration = Duration::from_secs(10);
+
+/// A living server finishes its own end before `delete` kills it.
+pub const SERVER_END_BEFORE_DELETE: Duration = Duration::from_secs(2);
+
+/// A server says that it is there.
+pub const SERVER_ANSWER: Duration = Duration::from_secs(1);
+
+/// What other sandboxes left is undone, beside one's own.
+pub const SWEEP: Duration = Duration::from_secs(1);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +208,9 @@ mod tests {
 
     /// The kubelet's `runtimeRequestTimeout`, for each call of the CRI.
     const KUBELET: Duration = Duration::from_secs(120);
+
+    /// containerd's `cleanupTimeout`, for one run of `delete`.
+    const CONTAINERD_DELETE: Duration = Duration::from_secs(5);
 
     #[test]
     fn what_waits_for_another_wait_gives_up_after_it() {
@@ -117,6 +234,22 @@ mod tests {
             (AGENT_DIAL_AGAIN, AGENT_DIAL),
             (AGENT_REDIAL, AGENT_CALL),
             (HOST_SOCKET_LOOK_AGAIN, HOST_SOCKET),
+            (HOST_MOUNTS, KUBELET),
+            (LATE_CONTAINER_REMOVE, KUBELET - CONTAINER_CREATE),
+            (DISK_DETACH_AT_LEAST, DISK_DETACH),
+            (DISK_DETACH, DELETE),
+            (OUTPUT_UNREAD, DELETE),
+            (EXECS_AFTER_INIT, kill),
+            (STREAM_REDIAL, STREAM_ACCEPT),
+            (FIFO_CLIENT_LOOK_AGAIN, FIFO_CLIENT),
+            (SANDBOX_LOCK_LOOK_AGAIN, SANDBOX_LOCK),
+            (SCOPE_PLACEHOLDER_GONE, SCOPE_UNDO),
+            (WORK_AT_END + EVENTS_FLUSH, SERVER_END_BEFORE_DELETE),
+            (SERVER_END_BEFORE_DELETE + SERVER_ANSWER, CONTAINERD_DELETE),
+            (SERVER_END_BEFORE_DELETE + SWEEP, CONTAINERD_DELETE),
+            (IDLE_AFTER_ANSWER, FIRST_REQUEST),
+            (FIRST_REQUEST, IDLE_SANDBOX),
+            (SERVER_READY, FIRST_REQUEST),
         ] {
             assert!(inner < outer, "{inner:?} within {outer:?}");
         }

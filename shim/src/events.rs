@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use ttrpc::Code;
 
+use crate::deadlines::EVENT_DELIVERY;
 use crate::error::Failure;
 
 /// What waits of each rank while containerd is away: events, and their bytes.
@@ -31,9 +32,6 @@ const MAX_BYTES: usize = 1 << 20;
 
 /// What an event takes beside its message.
 const OVERHEAD: usize = 256;
-
-/// How long one delivery may take.
-const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Pause between attempts, doubled up to the last value.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
@@ -281,7 +279,7 @@ async fn forward(
         None => client.insert(EventsClient::new(Client::connect(address).await?)),
     };
     client
-        .forward(ttrpc::context::with_duration(FORWARD_DEADLINE), request)
+        .forward(ttrpc::context::with_duration(EVENT_DELIVERY), request)
         .await
         .map(drop)
 }

@@ -3,19 +3,16 @@
 
 use std::future::Future;
 use std::io;
-use std::time::Duration;
 
 use guest_protocol::Listener;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 
+use crate::deadlines::ACCEPT_AGAIN;
+
 /// Connections at a time. The next wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 256;
-
-/// How long to wait when the process is out of descriptors: each of its connections that ends gives
-/// two back.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Something that connections come from.
 pub trait Accept: Send + Sync + 'static {
@@ -69,7 +66,7 @@ where
                     }
                     Err(error) => {
                         tracing::debug!(%error, "cannot accept a connection");
-                        sleep(PAUSE).await;
+                        sleep(ACCEPT_AGAIN).await;
                     }
                 },
                 Some(_) = connections.join_next() => {}

@@ -7,7 +7,7 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
 use containerd_shim_protos::shim_async::TaskClient;
@@ -19,20 +19,12 @@ use ttrpc::context;
 use super::group::group_id;
 use super::start::ADDRESS;
 use crate::args::Args;
+use crate::deadlines::{SERVER_ANSWER, SERVER_END_BEFORE_DELETE, SWEEP};
 use crate::error::{Error, IoContext, Result};
 use crate::host::exit_record;
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger;
 use crate::model::Exit;
-
-/// How long a living server may take to finish its own orderly end.
-const SERVER_DEADLINE: Duration = Duration::from_secs(2);
-
-/// How long it may take to say that it is there.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
-
-/// How long others' leftovers may take beside one's own.
-const SWEEP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Runs `delete` and prints a `DeleteResponse`.
 ///
@@ -48,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     let spared =
         || ledger::server_lives(&state_dir) && has_others(&args.bundle).is_some_and(answers);
     if group == args.id && !spared() {
-        ledger::undo(&state_dir, SERVER_DEADLINE)?;
+        ledger::undo(&state_dir, SERVER_END_BEFORE_DELETE)?;
     }
     if Path::new(&args.bundle).join("rootfs").is_dir() {
         // Mounts of a sandbox live in its own namespace; this is for one that an administrator made
@@ -61,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
     print(exit)?;
     pass(Point::DeleteSweeps);
     if group == args.id || !ledger::server_lives(&group_dir) {
-        ledger::sweep(Path::new(STATE_ROOT), SWEEP_DEADLINE);
+        ledger::sweep(Path::new(STATE_ROOT), SWEEP);
     }
     Ok(())
 }
@@ -96,7 +88,7 @@ fn answers(address: String) -> bool {
         .enable_all()
         .build();
     runtime.is_ok_and(|runtime| {
-        let answer = async { tokio::time::timeout(ANSWER_DEADLINE, asked).await };
+        let answer = async { tokio::time::timeout(SERVER_ANSWER, asked).await };
         matches!(runtime.block_on(answer), Ok(Some(())))
     })
 }

@@ -21,6 +21,7 @@ use vmm::process::Identity;
 
 use super::start::{LISTENER_FD, READY_FD};
 use crate::args::Args;
+use crate::deadlines::SERVER_END;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
 use crate::host::identity::SandboxIdentity;
@@ -31,9 +32,6 @@ use crate::sandbox::host_calls::ThisHost;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Request, SandboxHandle};
 use crate::service::{self, SandboxService, TaskService};
-
-/// A server that cannot end in order ends all the same; `delete` does the rest.
-const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Runs the server until its sandbox is shut down.
 ///
@@ -164,12 +162,8 @@ async fn serve(
     if let Some(socket) = &args.socket {
         remove(socket);
     }
-    if !over
-        && tokio::time::timeout(END_DEADLINE, &mut owner)
-            .await
-            .is_err()
-    {
-        tracing::error!("the sandbox did not end in order within {END_DEADLINE:?}");
+    if !over && tokio::time::timeout(SERVER_END, &mut owner).await.is_err() {
+        tracing::error!("the sandbox did not end in order within {SERVER_END:?}");
     }
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())

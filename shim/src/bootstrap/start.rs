@@ -11,7 +11,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -22,6 +21,7 @@ use vmm::process::Identity;
 use super::group::group_id;
 use super::reply::Request;
 use crate::args::Args;
+use crate::deadlines::SERVER_READY;
 use crate::error::{Error, IoContext, Result};
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger::{self, Ledger, Resource};
@@ -35,9 +35,6 @@ pub const READY_FD: i32 = 4;
 
 /// Name of the file in a bundle that says where its server is.
 pub const ADDRESS: &str = "address";
-
-/// How long a new server may take to its first word.
-const SERVER_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs `start`.
 ///
@@ -240,7 +237,7 @@ fn kill(server: Pid) {
 }
 
 fn readable(file: &File) -> bool {
-    let timeout = PollTimeout::try_from(SERVER_DEADLINE).unwrap_or(PollTimeout::MAX);
+    let timeout = PollTimeout::try_from(SERVER_READY).unwrap_or(PollTimeout::MAX);
     poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
 }
 

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
 use futures::future::join_all;
@@ -20,7 +19,7 @@ use crate::container::role::PidNamespace;
 use crate::container::rootfs::{self, Disk};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, OfPod, Volumes};
-use crate::deadlines::MOUNTS_RELEASE;
+use crate::deadlines::{DISK_DETACH, DISK_DETACH_AT_LEAST, LATE_CONTAINER_REMOVE, MOUNTS_RELEASE};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::calls::GuestCalls;
 use crate::guest::guest_spec::{self, GuestView};
@@ -28,13 +27,6 @@ use crate::guest::host_sockets::{HostSockets, Users};
 use crate::host::dir::Entry;
 use crate::model::Stdio;
 use crate::stdio::{GuestIo, HostIo, Pumps};
-
-/// How long it may take to remove one that it made too late.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long the guest may take to let go of a disk, and how little it has when time is short.
-const DETACH_DEADLINE: Duration = Duration::from_secs(5);
-const LEAST_TO_DETACH: Duration = Duration::from_millis(500);
 
 /// What a client wants to have made.
 pub struct CreateContainer {
@@ -154,14 +146,12 @@ pub async fn in_guest(
         Err(error) => {
             if error.code() == Code::DEADLINE_EXCEEDED {
                 // The agent may be at it still.
-                let by = Instant::now() + REMOVE_DEADLINE;
+                let by = Instant::now() + LATE_CONTAINER_REMOVE;
                 if let Err(error) = guest.remove_container(&create.id, by).await {
                     tracing::warn!(%error, "the guest keeps a container that came too late");
                 }
             }
-            container
-                .unplug(guest, Instant::now() + DETACH_DEADLINE)
-                .await;
+            container.unplug(guest, Instant::now() + DISK_DETACH).await;
             release(vec![container]).await;
             Err(error)
         }
@@ -330,7 +320,7 @@ impl Container {
         self.forget_sockets(guest);
         let time = by
             .saturating_duration_since(Instant::now())
-            .clamp(LEAST_TO_DETACH, DETACH_DEADLINE);
+            .clamp(DISK_DETACH_AT_LEAST, DISK_DETACH);
         let detached = self
             .plugged
             .drain(..)

@@ -15,11 +15,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::deadlines::HOOK;
 use crate::error::{Error, IoContext, Result};
 use crate::host::death_signal;
-
-/// How long a hook may take that names no time of its own.
-const DEADLINE: Duration = Duration::from_secs(30);
 
 /// When hooks run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +114,7 @@ async fn run_one(hook: &Hook, state: String) -> Result<()> {
     let deadline = hook
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok())
-        .map_or(DEADLINE, Duration::from_secs);
+        .map_or(HOOK, Duration::from_secs);
     let run = async {
         let mut child = command.spawn().doing(doing)?;
         reach(Point::HookRuns).doing(doing)?;

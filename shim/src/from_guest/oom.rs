@@ -6,16 +6,12 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::Agent;
+use crate::deadlines::{OOM_ASK_AGAIN, OOM_EVENT_EACH};
 use crate::error::Result;
 
 /// Events that are taken one after the other, and how long after that each of the next waits. A
 /// guest that names one without end costs ten questions a second.
 const BURST: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(100);
-
-/// Before an agent that gives none is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
-
 /// So much at once, and then no more than so much at a time.
 #[derive(Debug)]
 pub struct Bucket {
@@ -58,13 +54,13 @@ impl Bucket {
 /// Asks the agent for containers that ran out of memory until it fails, and tells each that it
 /// names: one may be of another sandbox, or none at all.
 pub async fn watch_oom(agent: &Agent, tell: &(dyn Fn(String) + Send + Sync)) {
-    let mut pace = Bucket::new(BURST, PAUSE);
+    let mut pace = Bucket::new(BURST, OOM_EVENT_EACH);
     loop {
         pace.next().await;
         let event: Result<Option<String>> = agent.oom_event().await;
         match event {
             Ok(Some(container)) => tell(container),
-            Ok(None) => sleep(ASK_AGAIN).await,
+            Ok(None) => sleep(OOM_ASK_AGAIN).await,
             Err(_) => return,
         }
     }

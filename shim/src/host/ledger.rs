@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use sys::point::{Point, reach};
 use vmm::process::Identity;
 
+use crate::deadlines::{LEDGER_BEGIN, PROCESS_GONE};
 use crate::error::{Error, IoContext, Result};
 use crate::host::cgroup;
 use crate::host::dir::Dir;
@@ -26,12 +27,6 @@ use crate::host::sandbox_lock::SandboxLock;
 use crate::network::Redirect;
 
 const NAME: &str = "ledger";
-
-/// How long a server may take to its first line.
-const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long a killed process may take to be gone.
-const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Something on the host that somebody has to undo.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,7 +203,7 @@ pub fn server_lives(dir: &Path) -> bool {
 fn is_old_beginning(dir: &Path, resources: &[Resource]) -> bool {
     let modified = std::fs::metadata(dir.join(NAME)).and_then(|ledger| ledger.modified());
     resources.is_empty()
-        && modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > BEGIN_DEADLINE))
+        && modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LEDGER_BEGIN))
 }
 
 /// Whether the server has come and gone. Its socket is asked too: in another pid namespace its
@@ -277,7 +272,7 @@ fn remove(dir: &Path) -> Result<()> {
 fn undo_one(resource: &Resource) -> Result<()> {
     match resource {
         Resource::Server(identity) | Resource::Process(identity) => {
-            identity.kill_and_wait(KILL_DEADLINE).map_err(Error::from)
+            identity.kill_and_wait(PROCESS_GONE).map_err(Error::from)
         }
         Resource::Cgroup { path } => {
             cgroup::remove(path).doing(|| format!("remove cgroup {}", path.display()))
@@ -413,7 +408,7 @@ mod tests {
         let began = File::options()
             .append(true)
             .open(root.path().join("began").join(NAME));
-        let long_ago = std::time::SystemTime::now() - BEGIN_DEADLINE * 2;
+        let long_ago = std::time::SystemTime::now() - LEDGER_BEGIN * 2;
         began.unwrap().set_modified(long_ago).unwrap();
         std::fs::create_dir(root.path().join("cache")).unwrap();
         sweep(root.path(), Duration::from_secs(1));

@@ -3,17 +3,12 @@
 //! hang holds up no other one.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sys::byte_lock::ByteLocks;
 
+use crate::deadlines::{SANDBOX_LOCK, SANDBOX_LOCK_LOOK_AGAIN};
 use crate::error::{Error, IoContext, Result};
-
-/// How long another `start` of the same sandbox, or a sweep that has come to it, may take.
-const DEADLINE: Duration = Duration::from_secs(10);
-
-/// The kernel tells nobody that such a lock is free.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The lock, until it is dropped or the process ends.
 #[derive(Debug)]
@@ -25,14 +20,14 @@ impl SandboxLock {
     /// # Errors
     /// `DEADLINE_EXCEEDED`: somebody else has it.
     pub fn take(state_dir: &Path) -> Result<SandboxLock> {
-        let end = Instant::now() + DEADLINE;
+        let end = Instant::now() + SANDBOX_LOCK;
         loop {
             match SandboxLock::try_take(state_dir)? {
                 Some(lock) => return Ok(lock),
-                None if Instant::now() < end => std::thread::sleep(LOOK_AGAIN),
+                None if Instant::now() < end => std::thread::sleep(SANDBOX_LOCK_LOOK_AGAIN),
                 None => {
                     return Err(Error::deadline(format!(
-                        "another start has had the lock of {} for {DEADLINE:?}",
+                        "another start has had the lock of {} for {SANDBOX_LOCK:?}",
                         state_dir.display()
                     )));
                 }

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use sys::point::{Point, pass};
 use tokio::time::Instant;
 use ttrpc::Code;
 
+use crate::deadlines::EXECS_AFTER_INIT;
 use crate::error::Result;
 use crate::from_guest::text;
 use crate::guest::calls::{Ended, GuestCalls};
@@ -18,10 +19,6 @@ use crate::model::{Exit, ProcessId, SignalScope};
 use crate::refusal::Refusal;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Outcome, Reply};
-
-/// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
-/// for dead.
-const HELD_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How much of the name of a container that is not there comes into the log.
 const STRANGERS_NAME: usize = 80;
@@ -202,7 +199,7 @@ impl SandboxOwner {
         self.announce(exits);
         if self.state.is_held(&process.container) {
             let container = process.container.clone();
-            self.after(HELD_DEADLINE, Outcome::ExecsOverdue { container });
+            self.after(EXECS_AFTER_INIT, Outcome::ExecsOverdue { container });
         }
     }
 

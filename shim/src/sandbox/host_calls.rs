@@ -2,22 +2,19 @@
 //! does it, the double of the owner's tests does what a test wants to happen.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::container::create::{CreateContainer, HostSide};
 use crate::container::shared_volumes::SharedVolumes;
+use crate::deadlines::HOST_MOUNTS;
 use crate::error::{Error, Result};
 use crate::guest::boot::{self, BootConfig, ROOTFS, SHARE, served};
 use crate::guest::calls::GuestCalls;
 use crate::host::dir::Dir;
 use crate::host::ledger::Ledger;
 use crate::host::mounts;
-
-/// How long the host may take to mount what a container has of it.
-const MOUNT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What a sandbox has of the host.
 #[async_trait]
@@ -79,10 +76,10 @@ impl HostCalls for ThisHost {
         let mounting = tokio::task::spawn_blocking(move || {
             HostSide::prepare(&create, &shares).map(|host| (create, host))
         });
-        match timeout(MOUNT_DEADLINE, mounting).await {
+        match timeout(HOST_MOUNTS, mounting).await {
             Ok(mounted) => mounted.map_err(|error| Error::internal(error.to_string()))?,
             Err(_) => Err(Error::deadline(format!(
-                "the mounts of {id} took longer than {MOUNT_DEADLINE:?}: a storage on the host \
+                "the mounts of {id} took longer than {HOST_MOUNTS:?}: a storage on the host \
                  hangs"
             ))),
         }

@@ -27,6 +27,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::config::Config;
 use crate::container::create;
 use crate::container::shared_volumes::SharedVolumes;
+use crate::deadlines::{EVENTS_FLUSH, FIRST_REQUEST, IDLE_AFTER_ANSWER, IDLE_SANDBOX, WORK_AT_END};
 use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
 use crate::from_guest::Bucket;
@@ -41,24 +42,6 @@ use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Outcome, Reply, Request, Requests, SandboxHandle};
 use crate::sandbox::runtime::Runtimes;
 use crate::sandbox::state::State;
-
-/// containerd may be away when the last events are made; `delete` makes up for what it misses.
-const FLUSH_DEADLINE: Duration = Duration::from_millis(800);
-
-/// How long work that is still running at the sandbox's end may take: hooks, calls to a guest that
-/// has ended. containerd's `delete` begins when `Shutdown` is answered, and gives the server 2 s.
-const WORK_DEADLINE: Duration = Duration::from_millis(800);
-
-/// How long a sandbox without a task waits for a request: containerd may have been killed between a
-/// task's `Delete` and `Shutdown`.
-const IDLE_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long it waits for the first one, which containerd makes as soon as it knows the address: the
-/// `start` of this server may have been killed before it printed that.
-const FIRST_DEADLINE: Duration = Duration::from_secs(15);
-
-/// Whoever has just got an answer may have another question.
-const LEAST_IDLE: Duration = Duration::from_secs(5);
 
 /// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
@@ -84,7 +67,7 @@ pub struct SandboxOwner {
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
     last_request: Instant,
-    /// [`FIRST_DEADLINE`], then [`IDLE_DEADLINE`].
+    /// [`FIRST_REQUEST`], then [`IDLE_SANDBOX`].
     idle_deadline: Duration,
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
@@ -126,7 +109,7 @@ impl SandboxOwner {
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
             last_request: Instant::now(),
-            idle_deadline: FIRST_DEADLINE,
+            idle_deadline: FIRST_REQUEST,
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
@@ -153,9 +136,9 @@ impl SandboxOwner {
         }
         create::release(containers).await;
         // Here too containerd gives time, and events matter more than what is late.
-        self.events.flush(FLUSH_DEADLINE).await;
+        self.events.flush(EVENTS_FLUSH).await;
         let finish = async { while self.work.join_next().await.is_some() {} };
-        if timeout(WORK_DEADLINE, finish).await.is_err() {
+        if timeout(WORK_AT_END, finish).await.is_err() {
             tracing::warn!(
                 "work of the sandbox is given up at its end: a hook, or a storage that hangs"
             );
@@ -171,7 +154,7 @@ impl SandboxOwner {
                 tracing::debug!(?request, "asked");
                 if !matches!(request, Request::OutOfMemory { .. }) {
                     self.last_request = Instant::now();
-                    self.idle_deadline = IDLE_DEADLINE;
+                    self.idle_deadline = IDLE_SANDBOX;
                 }
                 self.handle(request);
             }
@@ -343,7 +326,7 @@ impl SandboxOwner {
             let left = self
                 .idle_deadline
                 .saturating_sub(self.last_request.elapsed());
-            self.after(left.max(LEAST_IDLE), Outcome::Idle);
+            self.after(left.max(IDLE_AFTER_ANSWER), Outcome::Idle);
         }
     }
 

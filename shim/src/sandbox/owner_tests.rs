@@ -530,7 +530,7 @@ async fn the_end_of_a_sandbox_waits_for_the_work_that_it_began_but_not_for_ever(
 #[tokio::test(start_paused = true)]
 async fn a_sandbox_that_nobody_knows_ends_by_itself() {
     let mut lab = Lab::running().await;
-    lab.drive(IDLE_DEADLINE * 2).await;
+    lab.drive(IDLE_SANDBOX * 2).await;
     assert!(!lab.owner.ended, "it has a task");
     lab.owner.exited(&ProcessId::exec("web", "e"), 0);
     lab.owner.exited(&ProcessId::init("web"), 0);
@@ -539,9 +539,9 @@ async fn a_sandbox_that_nobody_knows_ends_by_itself() {
     });
     lab.drive(Duration::ZERO).await;
     lab.owner.forget(&ProcessId::init("web"));
-    lab.drive(IDLE_DEADLINE / 2).await;
+    lab.drive(IDLE_SANDBOX / 2).await;
     assert!(!lab.owner.ended);
-    lab.drive(IDLE_DEADLINE / 2).await;
+    lab.drive(IDLE_SANDBOX / 2).await;
     assert!(lab.owner.ended);
 }
 

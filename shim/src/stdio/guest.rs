@@ -3,7 +3,6 @@
 
 use std::io::ErrorKind;
 use std::pin::Pin;
-use std::time::Duration;
 
 use futures::future::try_join_all;
 use guest_protocol::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
@@ -13,15 +12,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream
 use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
+use crate::deadlines::{STREAM_ACCEPT, STREAM_REDIAL};
 use crate::error::{Error, Result};
 use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
-
-/// How long the agent may take to accept a stream.
-const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Before a stream that was refused is dialled again.
-const REDIAL_PAUSE: Duration = Duration::from_millis(20);
 
 /// Asked for at a time by a polling call, in bytes.
 const POLL_SIZE: u32 = 32 * 1024;
@@ -145,9 +139,9 @@ async fn dial(
     let connect = async {
         // The agent is there: a refusal is a queue that is full for the moment.
         let mut stream = loop {
-            match transport.dial(STDIO_PORT, ACCEPT_DEADLINE).await {
+            match transport.dial(STDIO_PORT, STREAM_ACCEPT).await {
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    sleep(REDIAL_PAUSE).await
+                    sleep(STREAM_REDIAL).await
                 }
                 result => break result?,
             }
@@ -158,13 +152,13 @@ async fn dial(
             other => Err(std::io::Error::other(format!("unexpected byte {other}"))),
         }
     };
-    match timeout(ACCEPT_DEADLINE, connect).await {
+    match timeout(STREAM_ACCEPT, connect).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(Error::unavailable(format!(
             "the guest agent does not take {channel:?} of {key}: {error}"
         ))),
         Err(_) => Err(Error::deadline(format!(
-            "the guest agent did not take {channel:?} of {key} in {ACCEPT_DEADLINE:?}"
+            "the guest agent did not take {channel:?} of {key} in {STREAM_ACCEPT:?}"
         ))),
     }
 }

@@ -13,7 +13,6 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::AsyncWrite;
@@ -22,13 +21,9 @@ use tokio::time::{Instant, sleep};
 
 use super::log_file::LogFile;
 use super::logger::Logger;
+use crate::deadlines::{FIFO_CLIENT, FIFO_CLIENT_LOOK_AGAIN};
 use crate::error::{Error, IoContext, Result};
 use crate::model::Stdio;
-
-/// How long after the shim a client may open its end of a fifo, and how often to look. containerd
-/// opens its own in the background, so on a busy host a process may be gone before.
-const CLIENT_DEADLINE: Duration = Duration::from_secs(3);
-const CLIENT_PAUSE: Duration = Duration::from_millis(5);
 
 /// The opened ends.
 #[derive(Default)]
@@ -72,8 +67,8 @@ impl Output {
             Output::Pipe(_) => return,
         };
         fifo.reader = None;
-        while fifo.opened.elapsed() < CLIENT_DEADLINE && !has_reader(&fifo.sender) {
-            sleep(CLIENT_PAUSE).await;
+        while fifo.opened.elapsed() < FIFO_CLIENT && !has_reader(&fifo.sender) {
+            sleep(FIFO_CLIENT_LOOK_AGAIN).await;
         }
     }
 }
@@ -261,7 +256,7 @@ mod tests {
         output.write_all(b"hello").await.unwrap();
         let path = io.stdout.clone().unwrap();
         let client = std::thread::spawn(move || {
-            std::thread::sleep(CLIENT_PAUSE * 10);
+            std::thread::sleep(FIFO_CLIENT_LOOK_AGAIN * 10);
             std::fs::read_to_string(path).unwrap()
         });
         output.finish().await;
@@ -282,8 +277,8 @@ mod tests {
             .stdout
             .unwrap();
         tokio::time::pause();
-        tokio::time::advance(CLIENT_DEADLINE).await;
-        tokio::time::timeout(CLIENT_PAUSE, output.finish())
+        tokio::time::advance(FIFO_CLIENT).await;
+        tokio::time::timeout(FIFO_CLIENT_LOOK_AGAIN, output.finish())
             .await
             .unwrap();
     }

@@ -6,7 +6,6 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -16,10 +15,8 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::BUFFER;
+use crate::deadlines::LOG_FILE_OPEN;
 use crate::error::{Error, IoContext, Result};
-
-/// How long the disk may take to open the file.
-const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A thread needs its buffer on the heap and little else.
 const STACK: usize = 64 * 1024;
@@ -59,12 +56,12 @@ impl LogFile {
             stdout_writer.run(file);
         };
         spawn(open_and_write).doing(doing)?;
-        match timeout(OPEN_DEADLINE, is_open).await {
+        match timeout(LOG_FILE_OPEN, is_open).await {
             Ok(Ok(opened)) => opened.doing(doing)?,
             Ok(Err(_)) => return Err(Error::internal(format!("the writer of {path} has failed"))),
             Err(_) => {
                 return Err(Error::deadline(format!(
-                    "the log file {path} did not open within {OPEN_DEADLINE:?}: its disk hangs"
+                    "the log file {path} did not open within {LOG_FILE_OPEN:?}: its disk hangs"
                 )));
             }
         }

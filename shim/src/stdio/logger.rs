@@ -5,7 +5,6 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -13,14 +12,9 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::time::timeout;
 
+use crate::deadlines::{LOGGER_END, LOGGER_READY};
 use crate::error::{Error, IoContext, Result};
 use crate::host::death_signal;
-
-/// How long a logger may take to be ready, as in containerd's own shim.
-const READY_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long a logger may take to end after its input has ended, before it is killed.
-const END_DEADLINE: Duration = Duration::from_secs(3);
 
 /// A running logger. It ends when its pipes do; one that does not is killed.
 pub struct Logger {
@@ -74,9 +68,9 @@ impl Logger {
         // The command holds the child's ends; with it gone, only the logger does.
         drop(command);
         let mut ready = Receiver::from_owned_fd(ready).doing(doing)?;
-        if timeout(READY_DEADLINE, ready.read(&mut [0])).await.is_err() {
+        if timeout(LOGGER_READY, ready.read(&mut [0])).await.is_err() {
             return Err(Error::deadline(format!(
-                "the logger {program} was not ready within {READY_DEADLINE:?}"
+                "the logger {program} was not ready within {LOGGER_READY:?}"
             )));
         }
         let sender =
@@ -95,7 +89,7 @@ impl Drop for Logger {
         if let Some(mut child) = self.child.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            runtime.spawn(async move { timeout(END_DEADLINE, child.wait()).await.is_ok() });
+            runtime.spawn(async move { timeout(LOGGER_END, child.wait()).await.is_ok() });
         }
     }
 }

@@ -30,22 +30,19 @@ mod host;
 mod log_file;
 mod logger;
 
-use std::time::Duration;
-
 use sys::point::{Point, pass};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use crate::deadlines::OUTPUT_UNREAD;
+
 pub use guest::GuestIo;
 pub use host::HostIo;
 
 /// Copied at a time, in bytes.
 const BUFFER: usize = 64 * 1024;
-
-/// Output that nobody has taken for this long is given up when its process is deleted.
-const DRAIN_IDLE: Duration = Duration::from_secs(2);
 
 /// The running copies of a process's input and output. Dropping it closes everything.
 pub struct Pumps {
@@ -104,7 +101,7 @@ impl Pumps {
         for output in &mut self.outputs {
             loop {
                 self.progress.mark_unchanged();
-                let idle = (Instant::now() + DRAIN_IDLE).min(end);
+                let idle = (Instant::now() + OUTPUT_UNREAD).min(end);
                 let waited = timeout_at(idle, &mut *output).await;
                 let stuck = Instant::now() >= end || !self.progress.has_changed().unwrap_or(false);
                 match waited {
@@ -202,8 +199,8 @@ mod tests {
         let pumps = pumps(tokio::spawn(copy_output(guest, to_reader, moved)), progress);
         process.write_all(b"more than fits").await.unwrap();
         let start = Instant::now();
-        pumps.drain(start + DRAIN_IDLE * 5).await;
-        assert!(start.elapsed() <= DRAIN_IDLE * 2);
+        pumps.drain(start + OUTPUT_UNREAD * 5).await;
+        assert!(start.elapsed() <= OUTPUT_UNREAD * 2);
     }
 
     #[tokio::test(start_paused = true)]
@@ -219,7 +216,7 @@ mod tests {
             reader.read_to_string(&mut text).await.unwrap();
             text
         });
-        pumps.drain(Instant::now() + DRAIN_IDLE).await;
+        pumps.drain(Instant::now() + OUTPUT_UNREAD).await;
         assert_eq!(read.await.unwrap(), "slow");
     }
 }

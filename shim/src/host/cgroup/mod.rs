@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use crate::deadlines::CGROUP_REMOVE;
 use crate::host::identity::STATE_ROOT;
 use crate::host::mount_table::{self, Mounted};
 
@@ -25,9 +26,6 @@ const V2_CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// The controllers that a cgroup's children have.
 const HANDED_DOWN: &str = "cgroup.subtree_control";
-
-/// How long the kernel may take to let go of a cgroup whose processes are dead.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Whether the host has the unified hierarchy only. containerd's metrics collector wants stats of
 /// the host's version.
@@ -134,7 +132,7 @@ fn hand_down_controllers(directory: &Path) {
 /// # Errors
 /// Processes that are still in it after a second.
 pub fn remove(directory: &Path) -> io::Result<()> {
-    let end = Instant::now() + REMOVE_DEADLINE;
+    let end = Instant::now() + CGROUP_REMOVE;
     loop {
         match fs::remove_dir(directory) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {

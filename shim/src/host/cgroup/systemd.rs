@@ -22,17 +22,9 @@ use vmm::process::Identity;
 
 use super::hierarchies;
 use super::limits::Limits;
+use crate::deadlines::{SCOPE_PLACEHOLDER_GONE, SCOPE_SET, SCOPE_UNDO};
 use crate::error::{Error, IoContext, Result};
 use crate::host::mount_table;
-
-/// How long systemd may take to make or change a scope.
-const SET_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long it may take to take one away. containerd gives `delete` 5 s for all.
-const UNDO_DEADLINE: Duration = Duration::from_secs(2);
-
-/// How long a placeholder may take to be gone.
-const END_DEADLINE: Duration = Duration::from_secs(1);
 
 /// systemd's own limit for the name of a unit.
 const MAX_NAME: usize = 255;
@@ -173,7 +165,7 @@ impl Scope {
         let placeholder = match Placeholder::start(&arguments) {
             // It may be a leftover: of a sandbox that ended a moment ago, or one that systemd
             // remembers as failed.
-            Err(refusal) if clear(&name.unit, SET_DEADLINE).unwrap_or(false) => {
+            Err(refusal) if clear(&name.unit, SCOPE_SET).unwrap_or(false) => {
                 tracing::info!(error = %refusal, unit = name.unit,
                     "a unit of this name was left over");
                 Placeholder::start(&arguments)
@@ -206,7 +198,7 @@ impl Scope {
             .args(["set-property", "--runtime", "--"])
             .arg(&self.unit)
             .args(limits.properties());
-        let result = call(&mut command, SET_DEADLINE);
+        let result = call(&mut command, SCOPE_SET);
         let result = result.and_then(|output| {
             if output.status.success() {
                 Ok(())
@@ -227,7 +219,7 @@ pub fn undo(unit: &str) -> Result<()> {
     if !runs() {
         return Ok(());
     }
-    match clear(unit, UNDO_DEADLINE).map_err(|error| error.context(format!("stop {unit}")))? {
+    match clear(unit, SCOPE_UNDO).map_err(|error| error.context(format!("stop {unit}")))? {
         true => Ok(()),
         false => Err(Error::internal(format!(
             "stop {unit}: there are processes in it"
@@ -251,7 +243,7 @@ fn clear(unit: &str, deadline: Duration) -> Result<bool> {
         return Ok(true);
     };
     while group.as_deref().is_some_and(is_populated) {
-        if begun.elapsed() > END_DEADLINE {
+        if begun.elapsed() > SCOPE_PLACEHOLDER_GONE {
             return Ok(false);
         }
         sleep(Duration::from_millis(5));
@@ -354,7 +346,7 @@ fn wait(
 
 fn end(child: &mut Child) {
     let _ = child.kill();
-    let _ = wait(child, END_DEADLINE);
+    let _ = wait(child, SCOPE_PLACEHOLDER_GONE);
 }
 
 /// What is in a pipe now: who else has its writing end may never close it.
@@ -414,7 +406,7 @@ impl Placeholder {
         };
         // If it is gone already, what it said is the better error.
         let _ = stdin.write_all(b"\n");
-        let until = Instant::now() + SET_DEADLINE;
+        let until = Instant::now() + SCOPE_SET;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let millis = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -424,7 +416,7 @@ impl Placeholder {
             ) {
                 Ok(0) if left.is_zero() => {
                     return Err(Error::deadline(format!(
-                        "systemd-run took longer than {SET_DEADLINE:?}"
+                        "systemd-run took longer than {SCOPE_SET:?}"
                     )));
                 }
                 Ok(0) | Err(Errno::EINTR) => {}
@@ -435,7 +427,7 @@ impl Placeholder {
         if stdout.read(&mut [0]).doing(doing)? == 1 {
             return Ok(());
         }
-        match wait(&mut self.child, END_DEADLINE).doing(doing)? {
+        match wait(&mut self.child, SCOPE_PLACEHOLDER_GONE).doing(doing)? {
             Some(status) => {
                 let stderr = self
                     .child
@@ -580,12 +572,12 @@ mod tests {
         // The other one keeps the pipes.
         let failed = shell(
             "echo first >&2; echo no such slice >&2; sleep 3 & exit 1",
-            SET_DEADLINE,
+            SCOPE_SET,
         )
         .unwrap();
         assert_eq!(refusal(&failed).to_string(), "no such slice");
         assert!(
-            refusal(&shell("exit 3", SET_DEADLINE).unwrap())
+            refusal(&shell("exit 3", SCOPE_SET).unwrap())
                 .to_string()
                 .contains("exit status: 3")
         );
