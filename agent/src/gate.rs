@@ -15,8 +15,8 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::lock;
 use crate::log::log;
+use crate::sys::lock;
 
 /// By when a key must be shown. The host sends it with the connection.
 const DEADLINE: Duration = Duration::from_secs(5);

@@ -1,37 +1,63 @@
-//! The guest agent: PID 1 of the virtual machine, which runs the sandbox's containers for the shim
-//! on the host.
+//! The guest agent: PID 1 of the virtual machine. The shim on the host tells it over vsock which
+//! containers to make; it makes them, runs them, and carries their input and output.
 //!
-//! One thread, on purpose: a process of a container begins as a copy of this one, and a copy of a
-//! threaded process may do next to nothing. The order below is the order of a boot.
+//! This file owns the command line and the order of a boot. The rest lies in folders. An import
+//! points down this list or within one folder, never up; a test at the end of this file keeps it
+//! so.
+//!
+//! ```text
+//!              the host: shim, containerd's calls
+//!                 │ ttrpc 1024   │ stdio 1028   │ port forwarding 1030
+//! server          one method for each call of the protocol; raw stdio streams
+//! sandbox         all state: which containers and storages there are
+//! storage         what the host asks to be mounted
+//! container       one container: spec, first process, execs, removal
+//! stdio           pipes and terminals of processes; streams that wait for theirs
+//! relay           connections carried between host and guest: TCP ports, unix sockets
+//! network         links, addresses, routes, neighbours, by netlink
+//! cgroup          limits, device rules, statistics, freezing, killing
+//! spawn           a new process: clone3, and what parent and child say to each other
+//! guest           the machine: boot, PCI, ready notice, collecting of exits, CPUs, clock
+//! gate            who may connect
+//! mount_options   mount options as text, for storage and container
+//! log · error · sys
+//! ```
+//!
+//! Rules that a change must not break:
+//!
+//! * **One thread.** A process of a container begins as a copy of this one, and in a copy of a
+//!   threaded process a lock may be held by nobody. `spawn` refuses if there is a second thread,
+//!   so there is no `spawn_blocking` here: a call that may block for long is made by a child
+//!   (`spawn`).
+//! * **Nothing of a container is trusted.** Paths inside a container are resolved with its root as
+//!   the boundary, and only by the container's own first process (`container/rootfs.rs`).
+//! * **An exit waits for nobody.** The exit status is reported when the process ends, whether or
+//!   not its output is read.
+//! * **The key is the agent's alone.** A copy of this process that a container could look into
+//!   forgets the key first (`gate::forget`).
+//! * **Early is expensive.** What happens before the ready notice is what a user waits for at each
+//!   start, under emulation above all; what only containers need comes after it.
 
-mod boot;
 mod cgroup;
 mod container;
 mod error;
-mod forward;
 mod gate;
 mod guest;
 mod log;
-mod netlink;
+mod mount_options;
 mod network;
-mod oom;
-mod pci;
-mod privileged;
-mod process;
-mod ready;
-mod reaper;
 mod relay;
 mod sandbox;
 mod server;
-mod stats;
+mod spawn;
 mod stdio;
 mod storage;
-mod uds;
+mod sys;
 
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use guest_protocol::{AGENT_PORT, FORWARD_PORT, Listener, STDIO_PORT, Transport};
@@ -40,6 +66,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use error::{Error, Result, What};
 use gate::Arrivals;
+use guest::{boot, ready, reaper};
 use log::log;
 
 const USAGE: &str =
@@ -132,7 +159,10 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
         reaper,
     );
     let over = Arc::new(Notify::new());
-    tokio::spawn(stdio::serve(Arrivals::of(stdio, keyed), sandbox.clone()));
+    tokio::spawn(server::stdio_streams::serve(
+        Arrivals::of(stdio, keyed),
+        sandbox.clone(),
+    ));
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(incoming(Arrivals::of(agent, keyed)))
         .register_service(server::services(sandbox, over.clone(), init));
@@ -146,7 +176,7 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     // The host asks for ports only once it knows what this agent can do, and the answer to that
     // comes after this.
     let forward = forward.map_or_else(|| vsock(FORWARD_PORT), Ok)?;
-    tokio::spawn(forward::serve(Arrivals::of(forward, keyed)));
+    tokio::spawn(relay::tcp::serve(Arrivals::of(forward, keyed)));
     log!("ready");
     over.notified().await;
     // The answer to the call that ended the sandbox must get out.
@@ -189,7 +219,68 @@ fn incoming(arrivals: Arrivals) -> ttrpc::r#async::transport::Listener {
     ))
 }
 
-/// Locks; a panic elsewhere does not make the data worse than it is.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    /// The modules in the order of the list above.
+    const ORDER: [&str; 15] = [
+        "server",
+        "sandbox",
+        "storage",
+        "container",
+        "stdio",
+        "relay",
+        "network",
+        "cgroup",
+        "spawn",
+        "guest",
+        "gate",
+        "mount_options",
+        "log",
+        "error",
+        "sys",
+    ];
+
+    fn files(dir: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        entries
+            .flat_map(|path| {
+                if path.is_dir() {
+                    files(&path)
+                } else {
+                    vec![path]
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn imports_point_down() {
+        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let place = |module: &str| ORDER.iter().position(|name| *name == module);
+        for file in files(&src) {
+            let inside = file.strip_prefix(&src).unwrap().with_extension("");
+            let top = inside.iter().next().unwrap().to_str().unwrap();
+            if top == "main" {
+                continue;
+            }
+            let own = place(top).unwrap_or_else(|| panic!("{top} is missing in ORDER"));
+            for used in fs::read_to_string(&file).unwrap().split("crate::").skip(1) {
+                let used = used
+                    .split(|c: char| !c.is_ascii_lowercase() && c != '_')
+                    .next();
+                let used = used.and_then(place);
+                assert!(
+                    used.is_none_or(|used| used >= own),
+                    "{} imports upwards: {:?}",
+                    inside.display(),
+                    used.map(|used| ORDER[used])
+                );
+            }
+        }
+    }
 }

@@ -14,11 +14,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use tokio::time::{Instant, sleep};
 
-use crate::container::Options;
 use crate::error::{Error, Result, What};
+use crate::guest::pci::{self, POLL};
 use crate::log::log;
-use crate::pci::{self, POLL};
-use crate::uds;
+use crate::mount_options::Options;
+use crate::relay::unix;
 
 /// Storage drivers, as GetGuestDetails lists them.
 pub const DRIVERS: [&str; 6] = [
@@ -50,7 +50,7 @@ pub enum Made {
     /// To be unmounted.
     Mount,
     /// To be dropped.
-    Socket(uds::Socket),
+    Socket(unix::Socket),
 }
 
 impl Storages {
@@ -146,7 +146,7 @@ pub async fn mount_storage(
         "local" => local(storage).map(|()| Made::Files),
         "ephemeral" => ephemeral(storage).map(|()| Made::Mount),
         "virtio-fs" => share(storage, device_deadline).await.map(|()| Made::Mount),
-        UDS_DRIVER => uds::listen(storage, host.clone()).map(Made::Socket),
+        UDS_DRIVER => unix::listen(storage, host.clone()).map(Made::Socket),
         "overlayfs" => overlay(storage).map(|()| Made::Mount),
         "blk" => {
             let device = if storage.source.starts_with("/dev/") {

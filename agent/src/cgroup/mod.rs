@@ -2,6 +2,7 @@
 
 pub mod devices;
 mod limits;
+pub mod stats;
 
 use std::fs::{self, File};
 use std::io;

@@ -12,11 +12,10 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use nix::sys::stat::Mode;
 
 use super::plan::{Capabilities, ProcessPlan};
-use super::spawn::{Failure, Step, Tried, check};
 use crate::error::errno_text;
-
-/// Standard input, output, error.
-pub type Stdio = [OwnedFd; 3];
+use crate::spawn::{Failure, Step, Tried};
+use crate::stdio::ChildStdio;
+use crate::sys::check;
 
 /// linux/close_range.h
 const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
@@ -86,7 +85,7 @@ pub fn set_umask(mask: libc::mode_t) {
 
 /// Puts the pipes where a program expects them. The user owns them, so that /dev/stdout can be
 /// opened again.
-pub fn take_stdio(stdio: &Stdio, uid: libc::uid_t) -> Step<()> {
+pub fn take_stdio(stdio: &ChildStdio, uid: libc::uid_t) -> Step<()> {
     // The three may be among the numbers they go to: lift them above first.
     let mut lifted: [RawFd; 3] = [-1; 3];
     for (lifted, fd) in lifted.iter_mut().zip(stdio) {

@@ -3,9 +3,11 @@
 use std::convert::Infallible;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::child::{self, Stdio};
+use super::child;
 use super::plan::ProcessPlan;
-use super::spawn::{Handle, Step, Tried, check};
+use crate::spawn::{Handle, Step, Tried};
+use crate::stdio::ChildStdio;
+use crate::sys::check;
 
 /// Joins the container of the process behind `target` and becomes the program. The pid namespace is
 /// the agent's business: it counts for children only, so it was set before this process was made.
@@ -13,7 +15,7 @@ pub fn run(
     plan: &ProcessPlan,
     target: BorrowedFd<'_>,
     user_namespace: bool,
-    stdio: Option<&Stdio>,
+    stdio: Option<&ChildStdio>,
     handle: &mut Handle,
 ) -> Step<Infallible> {
     // Containers of the pod may look into this process.

@@ -5,15 +5,17 @@ use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use super::child::{self, Stdio};
+use super::child;
 use super::plan::Plan;
 use super::rootfs;
-use super::spawn::{Handle, Step, Tried, check};
+use crate::spawn::{Handle, Step, Tried};
+use crate::stdio::ChildStdio;
+use crate::sys::check;
 
 /// What the agent opened for the child.
 pub struct Inherited {
     /// The three descriptors, or none with a terminal.
-    pub stdio: Option<Stdio>,
+    pub stdio: Option<ChildStdio>,
     /// Namespaces to join, with their flags and names.
     pub join: Vec<(OwnedFd, libc::c_int, &'static str)>,
 }

@@ -4,12 +4,13 @@ mod child;
 mod copy_up;
 mod exec;
 mod init;
-mod mount_options;
+pub mod oom;
 mod plan;
 mod pod_init;
+pub mod privileged;
+mod process;
 mod rootfs;
 mod seccomp;
-mod spawn;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -22,19 +23,17 @@ use guest_protocol::protocols::oci;
 use tokio::time::timeout;
 
 use self::plan::{Plan, ProcessPlan};
-use self::spawn::{Child, Report};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result, What};
-use crate::lock;
-use crate::process::Process;
-use crate::reaper::Reaper;
+use crate::guest::reaper::Reaper;
+use crate::spawn::{self, Child, Report};
 use crate::stdio::{self, Claimed, Io};
+use crate::sys::check;
+use crate::sys::lock;
 
-pub use child::Stdio;
-pub use mount_options::Options;
 pub use pod_init::PodInit;
+pub use process::Process;
 pub use seccomp::{Cache as SeccompCache, Filter};
-pub use spawn::check;
 
 /// How long killed processes may take to go.
 const DEATH: Duration = Duration::from_secs(10);

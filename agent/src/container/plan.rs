@@ -11,10 +11,10 @@ use std::sync::Arc;
 use guest_protocol::protocols::oci::{self, LinuxCapabilities, LinuxIDMapping, Spec};
 use nix::mount::MsFlags;
 
-use super::mount_options::{Options, propagation};
 use super::seccomp::Filter;
 use crate::error::{Error, Result};
 use crate::log::log;
+use crate::mount_options::{Options, propagation};
 
 /// How a process presents itself once it runs: everything that exec(2) and the calls before it
 /// need.

@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::child;
-use super::spawn::{self, Handle, Report, Step};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result, What};
+use crate::guest::reaper::Reaper;
 use crate::log::log;
-use crate::reaper::Reaper;
+use crate::spawn::{self, Handle, Report, Step};
 
 /// What `ps` shows; the name that users of pods know.
 const NAME: &std::ffi::CStr = c"pause";

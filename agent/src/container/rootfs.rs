@@ -17,9 +17,10 @@ use nix::sys::stat::{Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, chdir, fchdir, fchownat, pivot_root, symlinkat};
 
 use super::copy_up::copy_up;
-use super::mount_options::{Attributes, READ_ONLY};
 use super::plan::{DevicePlan, MountKind, MountPlan, Plan};
-use super::spawn::{Failure, Step, Tried, check};
+use crate::mount_options::{Attributes, READ_ONLY};
+use crate::spawn::{Failure, Step, Tried};
+use crate::sys::check;
 
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC.cast_unsigned();

@@ -8,13 +8,13 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::Interfaces;
 use guest_protocol::protocols::types::{IPAddress, Interface};
 
+use super::netlink::{Message, Netlink, attributes, number32};
 use super::{
     PUT, family, ip_of, mac_text, octets, open, parse_ip, parse_length, parse_mac, protocol_family,
 };
 use crate::error::{Error, Result, What};
+use crate::guest::pci;
 use crate::log::log;
-use crate::netlink::{Message, Netlink, attributes, number32};
-use crate::pci;
 
 /// Bytes of a `struct ifinfomsg`.
 const IFINFOMSG: usize = 16;

@@ -2,6 +2,7 @@
 //! neighbours.
 
 mod link;
+mod netlink;
 mod route;
 
 use std::net::IpAddr;
@@ -9,8 +10,8 @@ use std::net::IpAddr;
 use guest_protocol::protocols::agent::ARPNeighbors;
 use guest_protocol::protocols::types::IPFamily;
 
+use self::netlink::{Message, Netlink};
 use crate::error::{Error, Result, What};
-use crate::netlink::{Message, Netlink};
 
 pub use link::{list as list_interfaces, update as update_interface};
 pub use route::{list as list_routes, update as update_routes};

@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use guest_protocol::protocols::agent::Routes;
 use guest_protocol::protocols::types::{IPFamily, Route};
 
+use super::netlink::{Message, Netlink, attribute, attributes, number32};
 use super::{PUT, family, ip_of, link, octets, open, parse_ip, parse_length};
 use crate::error::{Error, Result, What};
-use crate::netlink::{Message, Netlink, attribute, attributes, number32};
 
 /// Bytes of a `struct rtmsg`.
 const RTMSG: usize = 12;

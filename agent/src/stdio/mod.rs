@@ -1,7 +1,6 @@
 //! Standard input and output of processes: pipes or a terminal on one side, raw streams or the
 //! polling calls on the other. The exit of a process never waits for anything here.
 
-mod listener;
 mod parking;
 
 use std::fs::File;
@@ -18,11 +17,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::AbortHandle;
 
-use crate::container::Stdio;
 use crate::error::{Error, Result, What};
-use crate::lock;
+use crate::sys::lock;
 
-pub use listener::serve;
 pub use parking::{Claimed, Parking};
 
 /// How much a pump moves at once, in bytes: what a pipe holds.
@@ -30,6 +27,9 @@ const CHUNK: usize = 64 << 10;
 
 /// How long streams may still drain after their container was removed.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// A process's standard input, output and error, as the child gets them.
+pub type ChildStdio = [OwnedFd; 3];
 
 /// The agent's end of a pipe or terminal.
 #[derive(Debug)]
@@ -90,7 +90,7 @@ pub struct Io {
 ///
 /// # Errors
 /// The failed system call.
-pub fn pipes(claimed: &Claimed) -> Result<(Stdio, Io)> {
+pub fn pipes(claimed: &Claimed) -> Result<(ChildStdio, Io)> {
     let io = Io::default();
     let channel = |channel: Channel, slot: &Slot| -> io::Result<OwnedFd> {
         if claimed.any() && claimed.get(channel).is_none() {
@@ -241,7 +241,7 @@ impl Io {
                 &raw const size,
             )
         };
-        crate::container::check(result.into())
+        crate::sys::check(result.into())
             .what(|| "resize the terminal".into())
             .map(|_| ())
     }

@@ -14,9 +14,9 @@ use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use super::{HANDSHAKE, both_ways, serve};
 use crate::error::{Error, Result, What};
 use crate::gate::Arrivals;
-use crate::relay::{HANDSHAKE, both_ways, serve};
 
 /// A listening socket. It ends, with its connections and its file, when it is dropped.
 #[derive(Debug)]

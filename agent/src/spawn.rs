@@ -16,6 +16,7 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::time::timeout;
 
 use crate::error::{Error, Result, What, errno_text};
+use crate::sys::check;
 
 /// How long a child may take from clone to its report, or from go to exec.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -70,15 +71,6 @@ pub trait Tried<T> {
 impl<T, E: Into<io::Error>> Tried<T> for std::result::Result<T, E> {
     fn tried(self, what: impl Display) -> Step<T> {
         self.map_err(|error| Failure(format!("{what}: {}", errno_text(&error.into()))))
-    }
-}
-
-/// The result of a raw system call.
-pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
     }
 }
 

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
-use crate::container::check;
 use crate::error::{Error, Result, What};
 use crate::stdio::Io;
+use crate::sys::check;
 
 /// A process of a container.
 #[derive(Debug)]

@@ -10,9 +10,9 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::container::Container;
-use crate::lock;
+use super::Container;
 use crate::log::log;
+use crate::sys::lock;
 
 /// Events that nobody fetches; older ones are dropped.
 const LIMIT: usize = 100;

@@ -8,7 +8,7 @@ use guest_protocol::protocols::agent::{
     MemoryStats, PidsStats, ThrottlingData,
 };
 
-use crate::cgroup::{Cgroup, flat};
+use super::{Cgroup, flat};
 
 /// Reads everything once. Files that are not there count as zero.
 pub fn read(cgroup: &Cgroup) -> CgroupStats {

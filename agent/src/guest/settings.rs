@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use crate::container::check;
 use crate::error::{Error, Result, What};
+use crate::sys::check;
 
 const ONLINE_TRIES: usize = 100;
 const ONLINE_PAUSE: Duration = Duration::from_millis(50);

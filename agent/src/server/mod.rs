@@ -1,6 +1,8 @@
 //! The agent's services on the wire: each call becomes one call of the sandbox, each error a
 //! status.
 
+pub mod stdio_streams;
+
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
@@ -22,11 +24,11 @@ use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::cgroup::stats;
 use crate::error::{Error, Result, What};
-use crate::guest;
+use crate::guest::settings;
 use crate::network;
 use crate::sandbox::Sandbox;
-use crate::stats;
 use crate::storage::{DRIVERS, volume_usage};
 
 /// Version of the protocol, which Kata's agent calls its API version.
@@ -431,7 +433,8 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: api::OnlineCPUMemRequest,
     ) -> Reply<Empty> {
-        finish_empty(async move { guest::online(request.nb_cpus, !request.cpu_only).await }).await
+        finish_empty(async move { settings::online(request.nb_cpus, !request.cpu_only).await })
+            .await
     }
 
     async fn reseed_random_dev(
@@ -439,7 +442,7 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: api::ReseedRandomDevRequest,
     ) -> Reply<Empty> {
-        guest::reseed(&request.data)?;
+        settings::reseed(&request.data)?;
         Ok(Empty::new())
     }
 
@@ -454,7 +457,7 @@ impl AgentService for Agent {
         };
         // SAFETY: the time lives over the call; no time zone.
         let result = unsafe { libc::settimeofday(&raw const time, std::ptr::null()) };
-        crate::container::check(result.into()).what(|| "set the clock".into())?;
+        crate::sys::check(result.into()).what(|| "set the clock".into())?;
         Ok(Empty::new())
     }
 }

@@ -1,6 +1,9 @@
 //! Connections that are carried through the guest: the line that opens one, and the bytes both
 //! ways.
 
+pub mod tcp;
+pub mod unix;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;

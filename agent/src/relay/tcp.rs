@@ -9,8 +9,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::{HANDSHAKE, both_ways, read_line, serve as serve_all, until_end_of};
 use crate::gate::Arrivals;
-use crate::relay::{HANDSHAKE, both_ways, read_line, serve as serve_all, until_end_of};
 
 /// Longest request in bytes: the magic word, a space and a port.
 const MAX_LINE: usize = FORWARD_MAGIC.len() + 1 + 5;

@@ -18,16 +18,15 @@ use guest_protocol::stdio::Header;
 use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
 
 use crate::cgroup::{Cgroup, devices};
-use crate::container::{Container, Parts, PodInit, SeccompCache, Started};
+use crate::container::{
+    Container, Parts, PodInit, Process, SeccompCache, Started, oom, privileged,
+};
 use crate::error::{Error, Result, What};
-use crate::lock;
+use crate::guest::reaper::Reaper;
 use crate::log::log;
-use crate::oom;
-use crate::privileged;
-use crate::process::Process;
-use crate::reaper::Reaper;
 use crate::stdio::{Claimed, Parking};
 use crate::storage::{Made, Storages, block_device, mount_storage};
+use crate::sys::lock;
 
 /// The one sandbox of this guest.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::error::{Result, What};
-use crate::lock;
+use crate::sys::lock;
 
 /// Who waits for which child.
 #[derive(Clone, Debug, Default)]
