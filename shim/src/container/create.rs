@@ -11,7 +11,9 @@ use futures::future::join_all;
 use guest_protocol::protocols::agent::{
     CreateContainerRequest, Device, RemoveContainerRequest, Storage,
 };
-use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
+use guest_protocol::{
+    GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, UDS_PORT_OPTION, deadlines,
+};
 use oci_spec::runtime::Spec;
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
@@ -29,12 +31,6 @@ use crate::guest::host_sockets::Users;
 use crate::host::dir::Entry;
 use crate::model::{ProcessId, Stdio};
 use crate::stdio::{GuestIo, HostIo, Pumps};
-
-/// How long the guest may take to make a container.
-const CREATE_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long it may take to remove one that it made too late.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Before the guest is asked once more to remove one: an exec of it may be on its way.
 const REMOVE_PAUSE: Duration = Duration::from_millis(100);
@@ -159,7 +155,7 @@ pub async fn in_guest(
         Err(error) => {
             if error.code == Code::DEADLINE_EXCEEDED {
                 // The agent may be at it still.
-                let by = Instant::now() + REMOVE_DEADLINE;
+                let by = Instant::now() + deadlines::REMOVE_CONTAINER;
                 if let Err(error) = remove_in_guest(guest, &create.id, by).await {
                     tracing::warn!(%error, "the guest keeps a container that came too late");
                 }
@@ -198,7 +194,7 @@ impl Container {
             let port = guest
                 .sockets_port
                 .ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
-            storage.driver_options = vec![format!("port={port}")];
+            storage.driver_options = vec![format!("{UDS_PORT_OPTION}{port}")];
         }
         let maps = create
             .spec
@@ -259,7 +255,7 @@ impl Container {
         };
         let created = guest
             .agent
-            .create_container(&request, CREATE_DEADLINE)
+            .create_container(&request, deadlines::CREATE_CONTAINER)
             .await;
         created.map_err(|error| error.context("cannot create the container"))?;
         Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &create.io)))

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use guest_protocol::ALL_PROCESSES;
 use guest_protocol::protocols::agent::{
     ExecProcessRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest,
     StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
     WaitProcessRequest,
 };
+use guest_protocol::{ALL_PROCESSES, deadlines};
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::task::JoinHandle;
 use ttrpc::Code;
@@ -19,9 +19,6 @@ use crate::guest::boot::Guest;
 use crate::guest::guest_spec;
 use crate::model::{ProcessId, Stdio};
 use crate::stdio::{GuestIo, HostIo, Pumps};
-
-/// Starting a process: it includes the guest's reading of the program from the image.
-const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// An agent gives up streams that nobody claims after 30 s; those of a client that takes nearly as
 /// long are made again.
@@ -42,7 +39,10 @@ pub async fn start_init(guest: &Guest, id: &str) -> Result<()> {
         container_id: id.to_owned(),
         ..Default::default()
     };
-    guest.agent.start_container(&request, START_DEADLINE).await
+    guest
+        .agent
+        .start_container(&request, deadlines::START_PROCESS)
+        .await
 }
 
 /// The streams of an exec that is announced, being connected while its client gets around to
@@ -121,7 +121,10 @@ pub async fn start_exec(
         process: Some(guest_spec::process(&process)).into(),
         ..Default::default()
     };
-    let started = guest.agent.exec_process(&request, START_DEADLINE).await;
+    let started = guest
+        .agent
+        .exec_process(&request, deadlines::START_PROCESS)
+        .await;
     if started
         .as_ref()
         .is_err_and(|error| error.code == Code::DEADLINE_EXCEEDED)
@@ -207,13 +210,19 @@ pub async fn set_paused(guest: &Guest, id: &str, paused: bool) -> Result<()> {
             container_id: id,
             ..Default::default()
         };
-        guest.agent.pause_container(&request, CALL_DEADLINE).await
+        guest
+            .agent
+            .pause_container(&request, deadlines::CHANGE_CONTAINER)
+            .await
     } else {
         let request = ResumeContainerRequest {
             container_id: id,
             ..Default::default()
         };
-        guest.agent.resume_container(&request, CALL_DEADLINE).await
+        guest
+            .agent
+            .resume_container(&request, deadlines::CHANGE_CONTAINER)
+            .await
     }
 }
 
@@ -239,5 +248,8 @@ pub async fn update(guest: &Guest, id: &str, resources: &LinuxResources) -> Resu
         resources: Some(guest_spec::resources(resources)).into(),
         ..Default::default()
     };
-    guest.agent.update_container(&request, CALL_DEADLINE).await
+    guest
+        .agent
+        .update_container(&request, deadlines::CHANGE_CONTAINER)
+        .await
 }

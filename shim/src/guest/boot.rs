@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use guest_protocol::deadlines::{CREATE_SANDBOX, ONLINE_CPU_MEM};
 use guest_protocol::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
 use guest_protocol::{
     AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG,
@@ -242,7 +243,7 @@ impl Guest {
             };
             size.vcpus = got;
             if request.nb_cpus > 0 {
-                self.agent.online_cpu_mem(&request, RESIZE_DEADLINE).await?;
+                self.agent.online_cpu_mem(&request, ONLINE_CPU_MEM).await?;
             }
         }
         Ok(self.has_mib.load(Ordering::Relaxed))
@@ -652,7 +653,7 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
         ..Default::default()
     };
     let (created, features) = tokio::join!(
-        agent.create_sandbox(&sandbox, CALL_DEADLINE),
+        agent.create_sandbox(&sandbox, CREATE_SANDBOX),
         agent.features(CALL_DEADLINE)
     );
     created.map_err(|error| error.context("the guest agent cannot set up the sandbox"))?;

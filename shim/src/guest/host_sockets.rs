@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use guest_protocol::deadlines::HOST_SOCKET_CONNECTED;
 use guest_protocol::stdio::ACCEPTED;
-use guest_protocol::{Listener, Stream, UDS_MAGIC};
+use guest_protocol::{HostSocketRequest, Listener, Stream, read_line};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -26,14 +27,11 @@ use tokio::time::timeout;
 use crate::error::{IoContext, Result};
 use crate::relay;
 
-/// How long the agent may take to send its line, and the host's server to take the connection.
-const DEADLINE: Duration = Duration::from_secs(10);
+/// How long the agent may take to send its line.
+const LINE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long to wait for room in a server's backlog: the kernel has no notice for it.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(10);
-
-/// Longest line in bytes, the newline included.
-const MAX_LINE: usize = 600;
 
 /// Bytes of a name that the guest cannot guess.
 const NAME_BYTES: usize = 16;
@@ -188,13 +186,13 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
     let late = |what: &str| {
         io::Error::new(
             io::ErrorKind::TimedOut,
-            format!("{what} within {DEADLINE:?}"),
+            format!("{what} within {LINE_DEADLINE:?}"),
         )
     };
-    let wanted = timeout(DEADLINE, read_line(&mut guest))
+    let wanted = timeout(LINE_DEADLINE, read_line(&mut guest))
         .await
         .map_err(|_| late("the agent sent no line"))??;
-    let Wanted { name, uid, gid } = wanted;
+    let HostSocketRequest { name, uid, gid } = wanted;
     let (place, mut over) = sockets.get(&name).ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::NotFound,
@@ -211,39 +209,6 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
         copied = copy_bidirectional(&mut guest, &mut host) => copied.map(drop),
         _ = over.changed() => Ok(()),
     }
-}
-
-/// The agent's line: which socket, and who connected in the guest.
-pub(crate) struct Wanted {
-    name: String,
-    uid: u32,
-    gid: u32,
-}
-
-/// Reads the line byte by byte: what follows it is the connection's.
-pub(crate) async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<Wanted> {
-    let mut line = Vec::new();
-    loop {
-        match guest.read_u8().await? {
-            b'\n' => break,
-            _ if line.len() + 1 >= MAX_LINE => {
-                return Err(io::Error::other("the line is too long"));
-            }
-            byte => line.push(byte),
-        }
-    }
-    let line = String::from_utf8_lossy(&line);
-    let words: Vec<&str> = line.split(' ').collect();
-    let id = |text: &str| text.parse().ok().filter(|id| *id != NO_ID);
-    match words.as_slice() {
-        [UDS_MAGIC, name, uid, gid] => id(uid).zip(id(gid)).map(|(uid, gid)| Wanted {
-            name: (*name).to_owned(),
-            uid,
-            gid,
-        }),
-        _ => None,
-    }
-    .ok_or_else(|| io::Error::other(format!("the line {line:?} is not understood")))
 }
 
 /// Connects on a thread of its own, which is `user` from then on: the server and the permissions of
@@ -288,7 +253,7 @@ fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<std::os::unix::ne
         SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    let end = Instant::now() + DEADLINE;
+    let end = Instant::now() + HOST_SOCKET_CONNECTED;
     loop {
         match connect(fd.as_raw_fd(), &address) {
             Err(Errno::EAGAIN) if Instant::now() < end => std::thread::sleep(BACKLOG_PAUSE),
@@ -320,8 +285,9 @@ fn become_user(user: &User) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use guest_protocol::{Transport, UDS_PORT};
+    use guest_protocol::{Line, Transport, UDS_PORT};
     use tempfile::TempDir;
+    use tokio::io::AsyncReadExt;
     use tokio::net::UnixListener;
 
     use super::*;
@@ -363,7 +329,7 @@ mod tests {
         async fn is_closed(&self, line: &[u8]) -> bool {
             let mut answer = Vec::new();
             let mut stream = self.dial(line).await;
-            let end = timeout(2 * DEADLINE, stream.read_to_end(&mut answer))
+            let end = timeout(2 * LINE_DEADLINE, stream.read_to_end(&mut answer))
                 .await
                 .unwrap();
             answer.is_empty()
@@ -394,7 +360,10 @@ mod tests {
         let _guest = host
             .dial(format!("cofferdam-uds/2 s {uid} {gid}\n").as_bytes())
             .await;
-        let (stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
+        let (stream, _) = timeout(LINE_DEADLINE, server.accept())
+            .await
+            .unwrap()
+            .unwrap();
         let peer = stream.peer_cred().unwrap();
         (peer.uid(), peer.gid())
     }
@@ -473,15 +442,18 @@ mod tests {
         let server = UnixListener::bind(&path).unwrap();
         host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
         let mut guest = host.dial(b"cofferdam-uds/2 s 0 0\n").await;
-        let (mut stream, _) = timeout(DEADLINE, server.accept()).await.unwrap().unwrap();
-        assert_eq!(guest.read_u8().await.unwrap(), ACCEPTED);
-        host.sockets.remove("s");
-        let mut rest = Vec::new();
-        timeout(DEADLINE, stream.read_to_end(&mut rest))
+        let (mut stream, _) = timeout(LINE_DEADLINE, server.accept())
             .await
             .unwrap()
             .unwrap();
-        timeout(DEADLINE, guest.read_to_end(&mut rest))
+        assert_eq!(guest.read_u8().await.unwrap(), ACCEPTED);
+        host.sockets.remove("s");
+        let mut rest = Vec::new();
+        timeout(LINE_DEADLINE, stream.read_to_end(&mut rest))
+            .await
+            .unwrap()
+            .unwrap();
+        timeout(LINE_DEADLINE, guest.read_to_end(&mut rest))
             .await
             .unwrap()
             .unwrap();
@@ -554,7 +526,7 @@ mod tests {
             b"cofferdam-uds/2 vol-1 -1 0\n".to_vec(),
             b"cofferdam-uds/2 nobodys 0 0\n".to_vec(),
             b"\n".to_vec(),
-            vec![b'x'; MAX_LINE],
+            vec![b'x'; HostSocketRequest::MAX_BYTES],
         ] {
             assert!(
                 host.is_closed(&line).await,

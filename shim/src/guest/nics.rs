@@ -5,9 +5,9 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use guest_protocol::Transport;
+use guest_protocol::deadlines::UPDATE_NETWORK;
 use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
@@ -19,9 +19,6 @@ use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Agent;
 use crate::host::ledger::{Ledger, Resource};
 use crate::network::{Endpoint, Forwarder, Netns, Network};
-
-/// How long the agent may take for one of its network calls: a card may have to appear first.
-const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The cards. All steps may be taken again: each concerns only what is new since.
 #[derive(Debug)]
@@ -132,7 +129,7 @@ impl Nics {
                 interface,
                 ..Default::default()
             };
-            let done = agent.update_interface(&request, CALL_DEADLINE).await;
+            let done = agent.update_interface(&request, UPDATE_NETWORK).await;
             done.map_err(|error| {
                 error.context(format!("the guest cannot set up {}", endpoint.name))
             })?;
@@ -146,7 +143,7 @@ impl Nics {
                 routes: Some(routes).into(),
                 ..Default::default()
             };
-            let done = agent.update_routes(&request, CALL_DEADLINE).await;
+            let done = agent.update_routes(&request, UPDATE_NETWORK).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
         let neighbours = ARPNeighbors {
@@ -158,7 +155,7 @@ impl Nics {
                 neighbors: Some(neighbours).into(),
                 ..Default::default()
             };
-            let done = agent.add_arp_neighbors(&request, CALL_DEADLINE).await;
+            let done = agent.add_arp_neighbors(&request, UPDATE_NETWORK).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();

@@ -13,8 +13,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use guest_protocol::deadlines::FORWARD_ACCEPTED;
 use guest_protocol::stdio::ACCEPTED;
-use guest_protocol::{FORWARD_MAGIC, FORWARD_PORT, Stream, Transport};
+use guest_protocol::{FORWARD_PORT, ForwardRequest, Stream, Transport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -23,8 +24,8 @@ use super::netns::Netns;
 use super::sk_lookup::{self, Ports};
 use crate::relay::{Relay, serve};
 
-/// How long the agent may take to connect to the port in the guest.
-const DIAL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a listener in the pod's namespace may take to accept.
+const LISTENER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Forwards as long as it lives.
 #[derive(Debug)]
@@ -152,7 +153,7 @@ async fn join(
         let dial = move || {
             taken
                 .netns
-                .run(|| std::net::TcpStream::connect_timeout(&wanted, DIAL_DEADLINE))
+                .run(|| std::net::TcpStream::connect_timeout(&wanted, LISTENER_DEADLINE))
         };
         let listener = tokio::task::spawn_blocking(dial)
             .await
@@ -169,7 +170,7 @@ async fn join(
             format!("the guest did not answer for port {port}"),
         )
     };
-    let mut guest = timeout(DIAL_DEADLINE, dial(transport, port))
+    let mut guest = timeout(FORWARD_ACCEPTED, dial(transport, port))
         .await
         .map_err(|_| refused())??;
     connection.set_nodelay(true)?;
@@ -177,9 +178,9 @@ async fn join(
 }
 
 async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
-    let mut guest = transport.dial(FORWARD_PORT, DIAL_DEADLINE).await?;
+    let mut guest = transport.dial(FORWARD_PORT, FORWARD_ACCEPTED).await?;
     guest
-        .write_all(format!("{FORWARD_MAGIC} {port}\n").as_bytes())
+        .write_all(ForwardRequest { port }.to_string().as_bytes())
         .await?;
     match guest.read_u8().await {
         Ok(ACCEPTED) => Ok(guest),

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use futures::future::try_join_all;
+use guest_protocol::deadlines::STDIO_ACCEPTED;
 use guest_protocol::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
 use guest_protocol::stdio::{ACCEPTED, Channel, Header};
 use guest_protocol::{STDIO_PORT, Transport};
@@ -16,9 +17,6 @@ use super::BUFFER;
 use crate::error::{Error, Result};
 use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
-
-/// How long the agent may take to accept a stream.
-const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Before a stream that was refused is dialled again.
 const REDIAL_PAUSE: Duration = Duration::from_millis(20);
@@ -129,7 +127,7 @@ async fn dial(
     let connect = async {
         // The agent is there: a refusal is a queue that is full for the moment.
         let mut stream = loop {
-            match transport.dial(STDIO_PORT, ACCEPT_DEADLINE).await {
+            match transport.dial(STDIO_PORT, STDIO_ACCEPTED).await {
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                     sleep(REDIAL_PAUSE).await
                 }
@@ -142,13 +140,13 @@ async fn dial(
             other => Err(std::io::Error::other(format!("unexpected byte {other}"))),
         }
     };
-    match timeout(ACCEPT_DEADLINE, connect).await {
+    match timeout(STDIO_ACCEPTED, connect).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(Error::unavailable(format!(
             "the guest agent does not take {channel:?} of {key}: {error}"
         ))),
         Err(_) => Err(Error::deadline(format!(
-            "the guest agent did not take {channel:?} of {key} in {ACCEPT_DEADLINE:?}"
+            "the guest agent did not take {channel:?} of {key} in {STDIO_ACCEPTED:?}"
         ))),
     }
 }
