@@ -1,4 +1,5 @@
-//! Mount options as text → what the kernel wants.
+//! Mount options as text, and what they are to the kernel: flags of mount(2), attributes of
+//! mount_setattr(2), and data of the file system.
 
 use nix::mount::MsFlags;
 
@@ -66,6 +67,15 @@ struct Change {
     set: bool,
 }
 
+/// How far a change or a copy of a mount reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The one mount.
+    Mount,
+    /// The mount and all below it.
+    Tree,
+}
+
 /// The options of one mount, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -76,8 +86,8 @@ pub struct Options {
     pub attributes: Attributes,
     /// The options with an `r` in front: for a whole tree.
     pub recursive: Attributes,
-    /// `bind` (false) or `rbind` (true).
-    pub bind: Option<bool>,
+    /// `bind` or `rbind`.
+    pub bind: Option<Scope>,
     /// Propagation changes, in order.
     pub propagation: Vec<MsFlags>,
     /// Copy what the image has at the place into the new tmpfs.
@@ -87,7 +97,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Sorts options by whom they are for. What nobody knows is for the file system.
+    /// Sorts options by what they change. Unknown ones are the file system's own.
     pub fn parse<S: AsRef<str>>(options: &[S]) -> Options {
         let mut out = Options {
             flags: MsFlags::empty(),
@@ -114,8 +124,8 @@ impl Options {
                 continue;
             }
             match option {
-                "bind" => out.bind = Some(out.bind.unwrap_or(false)),
-                "rbind" => out.bind = Some(true),
+                "bind" => out.bind = Some(out.bind.unwrap_or(Scope::Mount)),
+                "rbind" => out.bind = Some(Scope::Tree),
                 "tmpcopyup" => out.copy_up = true,
                 // Nothing to do, or not to be done here.
                 "" | "defaults" | "remount" | "loud" | "nofail" => {}
@@ -196,7 +206,7 @@ mod tests {
     #[test]
     fn a_bind_changes_only_what_is_named() {
         let options = Options::parse(&["rbind", "rprivate", "ro"]);
-        assert_eq!(options.bind, Some(true));
+        assert_eq!(options.bind, Some(Scope::Tree));
         assert_eq!(options.attributes, READ_ONLY);
         assert_eq!(options.propagation, [MsFlags::MS_REC | MsFlags::MS_PRIVATE]);
         assert!(options.data.is_empty() && options.recursive.is_empty());

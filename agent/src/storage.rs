@@ -14,21 +14,38 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, Result, What};
-use crate::guest::pci::{self, POLL};
+use crate::deadlines::DEVICE_HOTPLUG_PAUSE;
+use crate::error::{Context, Error, Result};
+use crate::guest::pci;
 use crate::log::log;
-use crate::mount_options::Options;
+use crate::mount_options::{Options, Scope};
 use crate::relay::unix;
 
-/// Storage drivers, as GetGuestDetails lists them.
-pub const DRIVERS: [&str; 6] = [
-    "blk",
-    UDS_DRIVER,
-    "ephemeral",
-    "local",
-    "overlayfs",
-    "virtio-fs",
+/// How a storage is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    Block,
+    HostSocket,
+    Ephemeral,
+    Local,
+    Overlay,
+    VirtioFs,
+}
+
+/// Storage drivers by their names on the wire.
+const DRIVERS: [(&str, Driver); 6] = [
+    ("blk", Driver::Block),
+    (UDS_DRIVER, Driver::HostSocket),
+    ("ephemeral", Driver::Ephemeral),
+    ("local", Driver::Local),
+    ("overlayfs", Driver::Overlay),
+    ("virtio-fs", Driver::VirtioFs),
 ];
+
+/// The names of the storage drivers, as GetGuestDetails lists them.
+pub fn driver_names() -> Vec<String> {
+    DRIVERS.map(|(name, _)| name.to_owned()).into()
+}
 
 /// Mounted storages.
 #[derive(Debug, Default)]
@@ -37,20 +54,19 @@ pub struct Storages(HashMap<String, Entry>);
 #[derive(Debug)]
 struct Entry {
     users: usize,
-    made: Made,
+    cleanup: Cleanup,
     /// Stays until the sandbox goes.
     shared: bool,
 }
 
-/// What a storage needs when it goes.
+/// What is to be done when a storage has no user any more.
 #[derive(Debug)]
-pub enum Made {
-    /// Nothing: files that stay.
-    Files,
-    /// To be unmounted.
-    Mount,
-    /// To be dropped.
-    Socket(unix::Socket),
+pub enum Cleanup {
+    /// Its files stay.
+    Nothing,
+    Unmount,
+    /// Its drop ends the socket.
+    CloseSocket(unix::Socket),
 }
 
 impl Storages {
@@ -66,12 +82,12 @@ impl Storages {
     }
 
     /// Notes a storage that [`mount_storage`] has made, for its first user.
-    pub fn add(&mut self, storage: &Storage, made: Made) {
+    pub fn add(&mut self, storage: &Storage, cleanup: Cleanup) {
         self.0.insert(
             storage.mount_point.clone(),
             Entry {
                 users: 1,
-                made,
+                cleanup,
                 shared: storage.shared,
             },
         );
@@ -87,7 +103,7 @@ impl Storages {
             && !entry.shared
             && let Some(entry) = self.0.remove(mount_point)
         {
-            undo(mount_point, entry.made);
+            clean_up(mount_point, entry.cleanup);
         }
     }
 
@@ -97,20 +113,20 @@ impl Storages {
         let mut all: Vec<(String, Entry)> = self.0.drain().collect();
         all.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
         for (path, entry) in all {
-            undo(&path, entry.made);
+            clean_up(&path, entry.cleanup);
         }
     }
 }
 
-fn undo(mount_point: &str, made: Made) {
-    match made {
-        Made::Files => {}
-        Made::Mount => {
+fn clean_up(mount_point: &str, cleanup: Cleanup) {
+    match cleanup {
+        Cleanup::Nothing => {}
+        Cleanup::Unmount => {
             if let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
                 log!("unmount {mount_point}: {error}");
             }
         }
-        Made::Socket(socket) => drop(socket),
+        Cleanup::CloseSocket(socket) => drop(socket),
     }
 }
 
@@ -123,7 +139,7 @@ pub async fn mount_storage(
     storage: &Storage,
     device_deadline: Duration,
     host: &Transport,
-) -> Result<Made> {
+) -> Result<Cleanup> {
     let Storage {
         driver,
         mount_point,
@@ -142,23 +158,28 @@ pub async fn mount_storage(
             "fs_group of storage {mount_point} is not supported"
         )));
     }
-    match driver.as_str() {
-        "local" => local(storage).map(|()| Made::Files),
-        "ephemeral" => ephemeral(storage).map(|()| Made::Mount),
-        "virtio-fs" => share(storage, device_deadline).await.map(|()| Made::Mount),
-        UDS_DRIVER => unix::listen(storage, host.clone()).map(Made::Socket),
-        "overlayfs" => overlay(storage).map(|()| Made::Mount),
-        "blk" => {
+    let known = DRIVERS.iter().find(|(name, _)| name == driver);
+    let (_, driver) = known.ok_or_else(|| {
+        Error::Invalid(format!(
+            "unknown storage driver {driver:?} for {mount_point}"
+        ))
+    })?;
+    match driver {
+        Driver::Local => local(storage).map(|()| Cleanup::Nothing),
+        Driver::Ephemeral => ephemeral(storage).map(|()| Cleanup::Unmount),
+        Driver::VirtioFs => share(storage, device_deadline)
+            .await
+            .map(|()| Cleanup::Unmount),
+        Driver::HostSocket => unix::listen(storage, host.clone()).map(Cleanup::CloseSocket),
+        Driver::Overlay => overlay(storage).map(|()| Cleanup::Unmount),
+        Driver::Block => {
             let device = if storage.source.starts_with("/dev/") {
                 storage.source.clone()
             } else {
                 block_device(&storage.source, device_deadline).await?
             };
-            plain_mount(storage, &device, &storage.options).map(|()| Made::Mount)
+            plain_mount(storage, &device, &storage.options).map(|()| Cleanup::Unmount)
         }
-        other => Err(Error::Invalid(format!(
-            "unknown storage driver {other:?} for {mount_point}"
-        ))),
     }
 }
 
@@ -170,7 +191,7 @@ async fn share(storage: &Storage, deadline: Duration) -> Result<()> {
             Err(Error::Io { source, .. })
                 if source.raw_os_error() == Some(libc::EINVAL) && Instant::now() < end =>
             {
-                sleep(POLL).await;
+                sleep(DEVICE_HOTPLUG_PAUSE).await;
             }
             result => return result,
         }
@@ -185,11 +206,11 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
     } = storage;
     let options = Options::parse(options);
     let mut flags = options.flags;
-    let tried = || format!("mount {source} ({fstype}) on {mount_point}");
+    let attempt = || format!("mount {source} ({fstype}) on {mount_point}");
     match options.bind {
-        Some(recursive) => {
+        Some(scope) => {
             flags |= MsFlags::MS_BIND;
-            flags.set(MsFlags::MS_REC, recursive);
+            flags.set(MsFlags::MS_REC, scope == Scope::Tree);
             if !Path::new(source).is_dir() {
                 return file_target(mount_point).and_then(|()| {
                     mount(
@@ -199,7 +220,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
                         flags,
                         None::<&str>,
                     )
-                    .what(tried)
+                    .context(attempt)
                 });
             }
         }
@@ -210,7 +231,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
         }
         None => {}
     }
-    fs::create_dir_all(mount_point).what(|| format!("create {mount_point}"))?;
+    fs::create_dir_all(mount_point).context(|| format!("create {mount_point}"))?;
     let data = Some(options.data.as_str()).filter(|data| !data.is_empty());
     mount(
         Some(source),
@@ -219,7 +240,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
         flags,
         data,
     )
-    .what(tried)
+    .context(attempt)
 }
 
 fn file_target(path: &str) -> Result<()> {
@@ -232,14 +253,14 @@ fn file_target(path: &str) -> Result<()> {
                 .truncate(false)
                 .open(path)
         })
-        .what(|| format!("create {path}"))
+        .context(|| format!("create {path}"))
         .map(|_| ())
 }
 
 fn local(storage: &Storage) -> Result<()> {
     let path = &storage.mount_point;
     let (mode, group, _) = permissions(&storage.options)?;
-    fs::create_dir_all(path).what(|| format!("create {path}"))?;
+    fs::create_dir_all(path).context(|| format!("create {path}"))?;
     apply(path, mode, group)
 }
 
@@ -284,7 +305,7 @@ fn reserve_huge_pages(options: &[String]) -> Result<()> {
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(0);
     let wanted = present + size / page.max(1);
-    fs::write(&file, wanted.to_string()).what(|| format!("reserve huge pages in {file}"))?;
+    fs::write(&file, wanted.to_string()).context(|| format!("reserve huge pages in {file}"))?;
     let got: u64 = fs::read_to_string(&file)
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -333,7 +354,7 @@ fn apply(path: &str, mode: Option<u32>, group: Option<u32>) -> Result<()> {
         }
         Ok(())
     };
-    set().what(|| format!("set permissions of {path}"))
+    set().context(|| format!("set permissions of {path}"))
 }
 
 fn overlay(storage: &Storage) -> Result<()> {
@@ -344,7 +365,7 @@ fn overlay(storage: &Storage) -> Result<()> {
         .iter()
         .filter_map(|option| option.strip_prefix(CREATE))
     {
-        fs::create_dir_all(dir).what(|| format!("create {dir}"))?;
+        fs::create_dir_all(dir).context(|| format!("create {dir}"))?;
     }
     let mut options: Vec<String> = storage
         .options
@@ -357,7 +378,7 @@ fn overlay(storage: &Storage) -> Result<()> {
         let place = PathBuf::from(format!("{}.rw", storage.mount_point));
         for name in ["upper", "work"] {
             let dir = place.join(name);
-            fs::create_dir_all(&dir).what(|| format!("create {}", dir.display()))?;
+            fs::create_dir_all(&dir).context(|| format!("create {}", dir.display()))?;
             options.push(format!("{name}dir={}", dir.display()));
         }
     }
@@ -369,7 +390,7 @@ fn overlay(storage: &Storage) -> Result<()> {
 /// # Errors
 /// A path that does not exist.
 pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
-    let stat = statvfs(path).what(|| format!("stat file system of {path}"))?;
+    let stat = statvfs(path).context(|| format!("stat file system of {path}"))?;
     let usage = |total: u64, free: u64, available: u64, each: u64, unit: Unit| VolumeUsage {
         available: available.saturating_mul(each),
         total: total.saturating_mul(each),
@@ -409,7 +430,7 @@ pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> 
         // says ENXIO.
         fs::File::open(&node).is_ok().then_some(node)
     };
-    pci::wait(pci_path, "block device", deadline, node).await
+    pci::wait_for(pci_path, "block device", deadline, node).await
 }
 
 #[cfg(test)]
@@ -461,7 +482,7 @@ mod tests {
             ..Default::default()
         };
         assert!(!storages.reuse(&storage));
-        storages.add(&storage, Made::Files);
+        storages.add(&storage, Cleanup::Nothing);
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");
         assert!(storages.reuse(&storage));
@@ -478,7 +499,7 @@ mod tests {
             shared: true,
             ..Default::default()
         };
-        storages.add(&storage, Made::Files);
+        storages.add(&storage, Cleanup::Nothing);
         storages.release("/nowhere");
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");
@@ -490,7 +511,7 @@ mod tests {
                 shared: false,
                 ..storage.clone()
             },
-            Made::Files,
+            Cleanup::Nothing,
         );
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");

@@ -89,9 +89,3 @@ pub const ROOTFS_TAG: &str = "cofferdamRootfs";
 
 /// Where the guest mounts those root file systems.
 pub const GUEST_ROOTFS: &str = "/run/kata-containers/shared/rootfs";
-
-/// First word of the line that asks for a forwarded connection.
-pub const FORWARD_MAGIC: &str = "cofferdam-forward/1";
-
-/// First word of the line that asks for a connection to a unix socket of the host.
-pub const UDS_MAGIC: &str = "cofferdam-uds/2";

@@ -21,9 +21,6 @@ use crate::line::{BadLine, Line};
 /// Sent by the agent once it holds the stream.
 pub const ACCEPTED: u8 = b'+';
 
-/// Longest header in bytes, the newline included.
-pub const MAX_HEADER: usize = 600;
-
 const MAGIC: &str = "cofferdam-stdio/1";
 
 /// A stdio channel.

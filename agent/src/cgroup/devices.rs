@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use guest_protocol::protocols::oci::LinuxDeviceCgroup;
 
-use crate::error::{Error, Result, What};
+use crate::error::{Context, Error, Result};
 
 // linux/bpf.h
 const BPF_PROG_LOAD: libc::c_long = 5;
@@ -92,15 +92,15 @@ const DEFAULT: [Rule; 11] = [
 /// Puts the rules in force on a cgroup.
 ///
 /// # Errors
-/// A rule nobody can understand, or the kernel's refusal.
+/// A rule of unknown type or access, or the kernel's refusal.
 pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> Result<()> {
     let rules = effective(rules)?;
     // Without a single restriction there is nothing to check at each open.
     if rules.last() == Some(&EVERYTHING) {
         return Ok(());
     }
-    let program = load(&compile(&rules)).what(|| "load the device rules".into())?;
-    attach(cgroup, &program).what(|| "attach the device rules".into())
+    let program = load(&compile(&rules)).context(|| "load the device rules".into())?;
+    attach(cgroup, &program).context(|| "attach the device rules".into())
 }
 
 /// Whether the rules end in "everything": the container is privileged.

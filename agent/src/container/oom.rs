@@ -4,21 +4,18 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::Container;
+use crate::deadlines;
 use crate::log::log;
 use crate::sys::lock;
 
-/// Events that nobody fetches; older ones are dropped.
-const LIMIT: usize = 100;
-
-/// How long an exit waits for its OOM event to be fetched.
-const HANDOVER: Duration = Duration::from_millis(200);
+/// Events that nobody fetches: above this number the oldest is dropped.
+const MAX_EVENTS: usize = 100;
 
 /// Events that wait to be fetched.
 #[derive(Debug, Default)]
@@ -26,6 +23,7 @@ pub struct Queue {
     events: Mutex<VecDeque<String>>,
     added: Notify,
     taken: Notify,
+    /// Callers of [`Queue::next`].
     waiting: AtomicUsize,
 }
 
@@ -57,7 +55,7 @@ impl Queue {
     pub fn check(&self, container: &Container) {
         if container.new_oom_kills() {
             let mut events = lock(&self.events);
-            if events.len() == LIMIT {
+            if events.len() == MAX_EVENTS {
                 events.pop_front();
             }
             events.push_back(container.id().to_owned());
@@ -79,7 +77,7 @@ impl Queue {
                 taken.await;
             }
         };
-        let _ = timeout(HANDOVER, fetched).await;
+        let _ = timeout(deadlines::OOM_EVENT_FETCHED, fetched).await;
         // The caller was woken before those who wait for the exit; one turn lets its answer go out
         // first.
         tokio::task::yield_now().await;
@@ -112,7 +110,7 @@ mod tests {
     #[tokio::test]
     async fn a_caller_that_gives_up_is_not_counted() {
         let queue = Queue::default();
-        let _ = timeout(Duration::from_millis(1), queue.next()).await;
+        let _ = timeout(std::time::Duration::from_millis(1), queue.next()).await;
         assert_eq!(queue.waiting.load(Ordering::Relaxed), 0);
     }
 

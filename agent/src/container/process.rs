@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
-use crate::error::{Error, Result, What};
+use crate::error::{Context, Error, Result};
 use crate::stdio::Io;
 use crate::sys::check;
 
@@ -19,12 +19,11 @@ pub struct Process {
     pidfd: OwnedFd,
     exit: watch::Sender<Option<i32>>,
     io: Arc<Io>,
-    /// The exit has been reported to the host.
+    /// Whether the exit was reported to the host.
     reported: AtomicBool,
 }
 
 impl Process {
-    /// Takes over a process that was just made.
     pub fn new(pid: libc::pid_t, pidfd: OwnedFd, io: Io) -> Arc<Process> {
         Arc::new(Process {
             pid,
@@ -35,7 +34,7 @@ impl Process {
         })
     }
 
-    /// Its id in the guest.
+    /// In the agent's pid namespace.
     pub fn pid(&self) -> libc::pid_t {
         self.pid
     }
@@ -45,7 +44,6 @@ impl Process {
         &self.pidfd
     }
 
-    /// Its stdio.
     pub fn io(&self) -> &Arc<Io> {
         &self.io
     }
@@ -103,7 +101,7 @@ impl Process {
             Ok(_) => Ok(()),
             // It is just being collected: to the sender that is no failure.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-            Err(error) => Err::<(), io::Error>(error).what(|| format!("send signal {signal}")),
+            Err(error) => Err::<(), io::Error>(error).context(|| format!("send signal {signal}")),
         }
     }
 

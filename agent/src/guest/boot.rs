@@ -12,8 +12,19 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use crate::error::{Error, Result, What};
+use crate::deadlines::DEVICE_HOTPLUG;
+use crate::error::{Context, Error, Result};
+use crate::gate::Admission;
 use crate::log::{self, log};
+
+/// As what the agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// PID 1 of a virtual machine.
+    Init,
+    /// An ordinary root process, for tests and development.
+    Process,
+}
 
 /// Where the cgroup v2 tree is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -21,10 +32,10 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// What the kernel command line asks of the agent.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Parameters {
-    /// Host port that wants to hear when the agent is ready.
+    /// Host port to which the ready notice goes.
     pub ready_port: Option<u32>,
-    /// Whether the host answers the notice with a key that connections must show.
-    pub keyed: bool,
+    /// What connections to the agent need.
+    pub admission: Admission,
     /// `agent.log=debug`.
     pub debug: bool,
     /// How long a hot-plugged device may take to appear.
@@ -37,9 +48,9 @@ impl Parameters {
     pub fn parse(line: &str) -> Parameters {
         let mut parameters = Parameters {
             ready_port: None,
-            keyed: false,
+            admission: Admission::Anybody,
             debug: false,
-            hotplug_timeout: Duration::from_secs(3),
+            hotplug_timeout: DEVICE_HOTPLUG,
         };
         for (key, value) in line
             .split_whitespace()
@@ -47,7 +58,13 @@ impl Parameters {
         {
             match key {
                 guest_protocol::READY_PARAMETER => parameters.ready_port = value.parse().ok(),
-                guest_protocol::KEY_PARAMETER => parameters.keyed = value == "1",
+                guest_protocol::KEY_PARAMETER => {
+                    parameters.admission = if value == "1" {
+                        Admission::Key
+                    } else {
+                        Admission::Anybody
+                    };
+                }
                 "agent.log" => parameters.debug = matches!(value, "debug" | "trace"),
                 "agent.hotplug_timeout" => {
                     if let Ok(seconds) = value.parse() {
@@ -156,7 +173,7 @@ pub fn boot() -> Result<Parameters> {
     {
         let _ = fs::create_dir(target);
         mount(Some(*source), *target, Some(*fstype), *flags, Some(*data))
-            .what(|| format!("mount {fstype} on {target}"))?;
+            .context(|| format!("mount {fstype} on {target}"))?;
     }
     let parameters = Parameters::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     if parameters.debug
@@ -201,12 +218,12 @@ fn move_root() -> Result<()> {
         MsFlags::MS_BIND,
         None::<&str>,
     )
-    .what(|| "bind the root".into())?;
-    std::env::set_current_dir(STAGE).what(|| "enter the new root".into())?;
+    .context(|| "bind the root".into())?;
+    std::env::set_current_dir(STAGE).context(|| "enter the new root".into())?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
-        .what(|| "move the new root".into())?;
-    nix::unistd::chroot(".").what(|| "chroot to the new root".into())?;
-    std::env::set_current_dir("/").what(|| "enter /".into())
+        .context(|| "move the new root".into())?;
+    nix::unistd::chroot(".").context(|| "chroot to the new root".into())?;
+    std::env::set_current_dir("/").context(|| "enter /".into())
 }
 
 /// Lets children of `group` use every controller there is. One write each, so that a missing one
@@ -232,7 +249,7 @@ fn loopback_up() -> Result<()> {
         SockFlag::SOCK_CLOEXEC,
         None,
     )
-    .what(|| "open a socket for lo".into())?;
+    .context(|| "open a socket for lo".into())?;
     // SAFETY: ifreq is plain data, for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
@@ -243,7 +260,7 @@ fn loopback_up() -> Result<()> {
     // SAFETY: the request is a valid ifreq that lives over the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     if result < 0 {
-        Err(io::Error::last_os_error()).what(|| "bring lo up".into())
+        Err(io::Error::last_os_error()).context(|| "bring lo up".into())
     } else {
         Ok(())
     }
@@ -258,7 +275,7 @@ fn loopback_up() -> Result<()> {
 pub fn isolate() -> Result<String> {
     use nix::sched::{CloneFlags, unshare};
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC)
-        .what(|| "unshare mounts, hostname and IPC (root is needed)".into())?;
+        .context(|| "unshare mounts, hostname and IPC (root is needed)".into())?;
     mount(
         None::<&str>,
         "/",
@@ -266,7 +283,7 @@ pub fn isolate() -> Result<String> {
         MsFlags::MS_REC | MsFlags::MS_PRIVATE,
         None::<&str>,
     )
-    .what(|| "make mounts private".into())?;
+    .context(|| "make mounts private".into())?;
     mount(
         Some("run"),
         "/run",
@@ -274,7 +291,7 @@ pub fn isolate() -> Result<String> {
         NOSUID_NODEV,
         Some("mode=0755"),
     )
-    .what(|| "mount tmpfs on /run".into())?;
+    .context(|| "mount tmpfs on /run".into())?;
     mount(
         Some("cgroup2"),
         CGROUP_ROOT,
@@ -282,9 +299,9 @@ pub fn isolate() -> Result<String> {
         NOSUID_NOEXEC_NODEV,
         None::<&str>,
     )
-    .what(|| format!("mount cgroup2 on {CGROUP_ROOT}"))?;
+    .context(|| format!("mount cgroup2 on {CGROUP_ROOT}"))?;
     let group = format!("{CGROUP_ROOT}/cofferdam-agent-{}", std::process::id());
-    fs::create_dir(&group).what(|| format!("create cgroup {group}"))?;
+    fs::create_dir(&group).context(|| format!("create cgroup {group}"))?;
     enable_controllers(Path::new(&group));
     Ok(group)
 }
@@ -298,7 +315,7 @@ pub fn power_off() -> Error {
         Err(error) => error,
     };
     Error::Io {
-        what: "power off".into(),
+        context: "power off".into(),
         source: error.into(),
     }
 }
@@ -317,7 +334,7 @@ mod tests {
             parameters,
             Parameters {
                 ready_port: Some(1029),
-                keyed: true,
+                admission: Admission::Key,
                 debug: true,
                 hotplug_timeout: Duration::from_secs(7)
             }
@@ -325,9 +342,9 @@ mod tests {
         let parameters = Parameters::parse("agent.log=info cofferdam.ready_port=nonsense");
         let defaults = Parameters {
             ready_port: None,
-            keyed: false,
+            admission: Admission::Anybody,
             debug: false,
-            hotplug_timeout: Duration::from_secs(3),
+            hotplug_timeout: DEVICE_HOTPLUG,
         };
         assert_eq!(parameters, defaults);
     }

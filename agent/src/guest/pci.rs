@@ -6,10 +6,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use crate::deadlines::DEVICE_HOTPLUG_PAUSE;
 use crate::error::{Error, Result};
-
-/// How often sysfs is looked at for a device that has not come yet.
-pub const POLL: Duration = Duration::from_millis(5);
 
 const ROOT: &str = "/sys/devices/pci0000:00";
 
@@ -18,9 +16,9 @@ const ROOT: &str = "/sys/devices/pci0000:00";
 ///
 /// # Errors
 /// A path that is none, or a device that does not come before the deadline.
-pub async fn wait<T>(
+pub async fn wait_for<T>(
     pci_path: &str,
-    what: &str,
+    device_kind: &str,
     deadline: Duration,
     find: impl Fn(&Path) -> Option<T>,
 ) -> Result<T> {
@@ -32,10 +30,10 @@ pub async fn wait<T>(
         }
         if Instant::now() >= end {
             return Err(Error::Failed(format!(
-                "no {what} at PCI path {pci_path} within {deadline:?}"
+                "no {device_kind} at PCI path {pci_path} within {deadline:?}"
             )));
         }
-        sleep(POLL).await;
+        sleep(DEVICE_HOTPLUG_PAUSE).await;
     }
 }
 

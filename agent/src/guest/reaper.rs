@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-use crate::error::{Result, What};
+use crate::error::{Context, Result};
 use crate::sys::lock;
 
 /// Who waits for which child.
@@ -21,7 +21,7 @@ impl Reaper {
     /// If the signal handler cannot be set.
     pub fn start() -> Result<Reaper> {
         let reaper = Reaper::default();
-        let signals = signal(SignalKind::child()).what(|| "watch for exits".into())?;
+        let signals = signal(SignalKind::child()).context(|| "watch for exits".into())?;
         tokio::spawn(reaper.clone().run(signals));
         Ok(reaper)
     }

@@ -1,42 +1,47 @@
-//! The guest machine itself: CPUs, memory, random numbers.
+//! What the host sets of the running machine: CPUs and memory, random numbers, the clock.
 
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, Result, What};
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
 use crate::sys::check;
 
-const ONLINE_TRIES: usize = 100;
-const ONLINE_PAUSE: Duration = Duration::from_millis(50);
+/// What is to come online.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Online {
+    Cpus,
+    CpusAndMemory,
+}
 
-/// Brings `cpus` more CPUs online, as they appear, and then what there is of memory.
+/// Brings `cpus` more CPUs online, as they appear, and then all memory that is there.
 ///
 /// # Errors
-/// When fewer CPUs come within five seconds.
-pub async fn online(cpus: u32, memory: bool) -> Result<()> {
+/// Fewer CPUs that come in time.
+pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
     let mut missing = cpus;
-    for _ in 0..ONLINE_TRIES {
+    let by = Instant::now() + deadlines::CPUS_ONLINE;
+    loop {
         for file in offline("/sys/devices/system/cpu", "cpu", "online", "0") {
             if missing > 0 && fs::write(file, "1").is_ok() {
                 missing -= 1;
             }
         }
-        if missing == 0 {
+        if missing == 0 || Instant::now() >= by {
             break;
         }
-        sleep(ONLINE_PAUSE).await;
+        sleep(deadlines::CPUS_ONLINE_PAUSE).await;
     }
     if missing > 0 {
         return Err(Error::Failed(format!(
             "{missing} of {cpus} CPUs did not come online"
         )));
     }
-    if memory {
+    if wanted == Online::CpusAndMemory {
         for file in offline("/sys/devices/system/memory", "memory", "state", "offline") {
             let _ = fs::write(file, "online");
         }
@@ -73,8 +78,8 @@ pub fn reseed(data: &[u8]) -> Result<()> {
         return Err(Error::Invalid("no random data was sent".into()));
     }
     let device = "/dev/random";
-    fs::write(device, data).what(|| format!("write {device}"))?;
-    let file = fs::File::open(device).what(|| format!("open {device}"))?;
+    fs::write(device, data).context(|| format!("write {device}"))?;
+    let file = fs::File::open(device).context(|| format!("open {device}"))?;
     let bits = i32::try_from(data.len().saturating_mul(8)).unwrap_or(i32::MAX);
     let ioctls = || -> io::Result<()> {
         // SAFETY: ioctls of the random device with arguments of their types.
@@ -84,5 +89,26 @@ pub fn reseed(data: &[u8]) -> Result<()> {
         }
         Ok(())
     };
-    ioctls().what(|| "reseed the random numbers".into())
+    ioctls().context(|| "reseed the random numbers".into())
+}
+
+/// Sets the guest's clock (CLOCK_REALTIME) to a time since 1970. The monotonic clocks, and with them
+/// every deadline of the agent, stay as they are.
+///
+/// # Errors
+/// A time that is none, or that the kernel refuses: before 1970, or before the boot.
+pub fn set_clock(seconds: i64, microseconds: i64) -> Result<()> {
+    if seconds < 0 || !(0..1_000_000).contains(&microseconds) {
+        return Err(Error::Invalid(format!(
+            "{seconds} s and {microseconds} µs are not a time since 1970"
+        )));
+    }
+    let time = libc::timeval {
+        tv_sec: seconds,
+        tv_usec: microseconds,
+    };
+    // SAFETY: the time lives over the call; no time zone.
+    check(unsafe { libc::settimeofday(&raw const time, std::ptr::null()) }.into())
+        .context(|| format!("set the clock to {seconds} s since 1970"))
+        .map(|_| ())
 }

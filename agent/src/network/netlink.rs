@@ -11,6 +11,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
+use crate::deadlines::NETLINK_ANSWER;
+
 /// Bytes of a `struct nlmsghdr`.
 const HEADER: usize = 16;
 
@@ -19,9 +21,6 @@ const ATTRIBUTE: usize = 4;
 
 /// The kernel's largest part of a dump, in bytes.
 const BUFFER: usize = 32 << 10;
-
-/// The kernel answers before it returns from the request; this is for the day it does not.
-const DEADLINE_SECONDS: i64 = 5;
 
 /// One request.
 pub struct Message(Vec<u8>);
@@ -105,7 +104,8 @@ impl Netlink {
             SockFlag::SOCK_CLOEXEC,
             protocol,
         )?;
-        setsockopt(&fd, ReceiveTimeout, &TimeVal::seconds(DEADLINE_SECONDS))?;
+        let deadline = i64::try_from(NETLINK_ANSWER.as_millis()).unwrap_or(i64::MAX);
+        setsockopt(&fd, ReceiveTimeout, &TimeVal::milliseconds(deadline))?;
         Ok(Netlink(fd))
     }
 

@@ -8,14 +8,17 @@ use std::path::{Path, PathBuf};
 
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::stdio::ACCEPTED;
-use guest_protocol::{Listener, Stream, Transport, UDS_MAGIC};
+use guest_protocol::{
+    HostSocketRequest, Listener, Stream, Transport, UDS_PORT_OPTION, is_socket_name,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use super::{HANDSHAKE, both_ways, serve};
-use crate::error::{Error, Result, What};
+use super::{copy_both_ways, serve};
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
 use crate::gate::Arrivals;
 
 /// A listening socket. It ends, with its connections and its file, when it is dropped.
@@ -46,20 +49,22 @@ pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
     let port = storage
         .driver_options
         .iter()
-        .find_map(|option| option.strip_prefix("port=")?.parse::<u32>().ok());
+        .find_map(|option| option.strip_prefix(UDS_PORT_OPTION)?.parse::<u32>().ok());
     let port = port.ok_or_else(|| {
-        Error::Invalid(format!("storage {mount_point} has no driver option port="))
+        Error::Invalid(format!(
+            "storage {mount_point} has no driver option {UDS_PORT_OPTION}"
+        ))
     })?;
-    if source.is_empty() || source.contains(char::is_whitespace) {
+    if !is_socket_name(source) {
         return Err(Error::Invalid(format!(
             "{source:?} is no name for a socket of the host"
         )));
     }
     let path = PathBuf::from(mount_point);
     let listener = bind(&path, &Owner::parse(&storage.options)?)
-        .what(|| format!("listen on {mount_point}"))?;
-    // The path is empty because the file goes at once with the `Socket`, and the task a moment
-    // later: by then there may be another.
+        .context(|| format!("listen on {mount_point}"))?;
+    // The path is empty, so that the listener's drop removes no file: the drop of the `Socket` does,
+    // and by the time the task ends there may be another socket of this name.
     let listener = Listener::Unix {
         listener,
         path: PathBuf::new(),
@@ -124,17 +129,21 @@ async fn carry(client: Stream, host: Transport, port: u32, source: String) -> io
         ));
     };
     let peer = unix.peer_cred()?;
-    let line = format!("{UDS_MAGIC} {source} {} {}\n", peer.uid(), peer.gid());
-    let mut server = host.dial(port, HANDSHAKE).await?;
-    let agree = async {
-        server.write_all(line.as_bytes()).await?;
+    let request = HostSocketRequest {
+        name: source,
+        uid: peer.uid(),
+        gid: peer.gid(),
+    };
+    let mut server = host.dial(port, deadlines::HOST_DIAL).await?;
+    let ask = async {
+        server.write_all(request.to_string().as_bytes()).await?;
         server.read_u8().await
     };
-    if timeout(HANDSHAKE, agree).await?? != ACCEPTED {
+    if timeout(deadlines::HOST_SOCKET_ANSWER, ask).await?? != ACCEPTED {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the host answered with something unknown",
         ));
     }
-    both_ways(client, server).await
+    copy_both_ways(client, server).await
 }

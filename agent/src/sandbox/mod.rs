@@ -1,41 +1,91 @@
-//! The sandbox: which containers and storages there are. All state is behind one lock that is never
-//! held over a wait; there is one thread, so it is never contended.
+//! The sandbox: which containers and storages there are.
+//!
+//! ```text
+//!  server ──> Sandbox
+//!               ├─ state: Mutex<State>
+//!               │    ├─ containers    by id
+//!               │    ├─ busy          ids whose container is being made or removed
+//!               │    ├─ storages      mounts, counted by their users
+//!               │    ├─ parking       stdio streams that came before their process
+//!               │    ├─ seccomp       compiled profiles
+//!               │    └─ removed       paths of shares to be looked up again (removed_paths)
+//!               ├─ pod_init           PID 1 of the shared pid namespace, once it is needed
+//!               └─ oom                events that wait for GetOOMEvent
+//!
+//!  CreateContainer: reserve the id ─ mount storages ─ enter volumes ─ place devices
+//!                   ─ pid namespace ─ cgroup with limits ─ Container::create ─ watch OOM, exit
+//!  RemoveContainer: reserve the id ─ Container::remove ─ release storages ─ look paths up again
+//! ```
+//!
+//! Each process that is made has a task that waits for its exit and publishes it
+//! (`publish_exit_when_done`): first the kill of what the first process leaves behind, then the OOM
+//! event, then the exit.
+//!
+//! Rules that a change must not break:
+//!
+//! * All state is behind one lock, which is held over no await and no lookup in a share. A lookup,
+//!   like the unmount of a share, can wait for the host's file server, and the agent's one thread
+//!   waits with it; the host ends a guest that hangs so.
+//! * An id is reserved while its container is made or removed, so a request never sees half of one.
+//! * A creation that fails releases what it mounted and removes its cgroup.
+//! * A removal that fails leaves the container, and can be tried again.
+//! * Two containers that use one volume use one mount of it (`enter_volume`).
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+mod devices;
+mod removed_paths;
+
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use guest_protocol::protocols::agent::{
-    CreateContainerRequest, CreateSandboxRequest, Device, Storage,
-};
+use futures::future::join_all;
+use guest_protocol::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use guest_protocol::protocols::oci;
 use guest_protocol::stdio::Header;
-use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use guest_protocol::{GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use tokio::time::Instant;
 
-use crate::cgroup::{Cgroup, devices};
+use self::removed_paths::RemovedPaths;
+use crate::cgroup;
+use crate::cgroup::Cgroup;
 use crate::container::{
     Container, Parts, PodInit, Process, SeccompCache, Started, oom, privileged,
 };
-use crate::error::{Error, Result, What};
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
 use crate::guest::reaper::Reaper;
 use crate::log::log;
 use crate::stdio::{Claimed, Parking};
-use crate::storage::{Made, Storages, block_device, mount_storage};
+use crate::storage::{Cleanup, Storages, mount_storage};
 use crate::sys::lock;
+
+/// Which pid namespace a container asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PidNamespace {
+    Own,
+    /// That of the pod.
+    Pod,
+}
+
+/// What a process is in its container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Init,
+    Exec,
+}
 
 /// The one sandbox of this guest.
 #[derive(Debug)]
 pub struct Sandbox {
-    /// Where containers' cgroups go.
+    /// The cgroup below which those of containers are made.
     cgroups: PathBuf,
     /// How long a hot-plugged device may take to appear.
     pub hotplug_timeout: Duration,
-    /// The way to the host.
+    /// For what the guest reaches of its host.
     host: Transport,
     reaper: Reaper,
     /// OOM kills that nobody has fetched yet.
@@ -55,16 +105,15 @@ struct State {
     storages: Storages,
     seccomp: SeccompCache,
     parking: Parking,
-    /// Paths below the share that no container uses any more.
-    gone: BTreeSet<PathBuf>,
+    removed: RemovedPaths,
     /// The sandbox's own id: a container of this name is its pause container.
-    id: String,
+    id: Option<String>,
 }
 
-/// Keeps an id from being used twice at a time.
-struct Busy<'a>(&'a Sandbox, &'a str);
+/// A container id that no other request can use; given up by its drop.
+struct Reservation<'a>(&'a Sandbox, &'a str);
 
-impl Drop for Busy<'_> {
+impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         lock(&self.0.state).busy.remove(self.1);
     }
@@ -97,7 +146,7 @@ impl Sandbox {
         if std::mem::replace(&mut lock(&self.state).created, true) {
             return Err(Error::Failed("the sandbox exists already".into()));
         }
-        lock(&self.state).id.clone_from(&request.sandbox_id);
+        lock(&self.state).id = Some(request.sandbox_id.clone()).filter(|id| !id.is_empty());
         let made = self.set_up(request).await;
         if made.is_err() {
             let mut state = lock(&self.state);
@@ -116,16 +165,16 @@ impl Sandbox {
         }
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname)
-                .what(|| format!("set hostname {}", request.hostname))?;
+                .context(|| format!("set hostname {}", request.hostname))?;
         }
-        fs::create_dir_all(GUEST_SANDBOX).what(|| format!("create {GUEST_SANDBOX}"))?;
+        fs::create_dir_all(GUEST_SANDBOX).context(|| format!("create {GUEST_SANDBOX}"))?;
         for storage in &request.storages {
             self.mount(storage).await?;
         }
         if !request.dns.is_empty() {
             let lines: Vec<&str> = request.dns.iter().map(|line| line.trim()).collect();
             let file = format!("{GUEST_SANDBOX}/resolv.conf");
-            fs::write(&file, lines.join("\n") + "\n").what(|| format!("write {file}"))?;
+            fs::write(&file, lines.join("\n") + "\n").context(|| format!("write {file}"))?;
         }
         Ok(())
     }
@@ -139,33 +188,31 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Steps into a shared volume, which virtio-fs mounts when somebody does. Here and not first in
-    /// the container's own namespace: there each container would get a file system of its own, with
-    /// sockets, locks and mappings of its own.
+    /// Steps into a shared volume, because virtio-fs mounts the volume's file system at the first
+    /// lookup in it. That has to be in the agent's mount namespace: in a container's own, each
+    /// container would get a file system of its own, with sockets, locks and mappings of its own.
     fn enter_volume(&self, path: &str) -> Result<()> {
         let storage = Storage {
             mount_point: path.to_owned(),
             ..Default::default()
         };
-        let mut state = lock(&self.state);
-        if state.storages.reuse(&storage) {
+        if lock(&self.state).storages.reuse(&storage) {
             return Ok(());
         }
+        // These ask the host's file server: not under the lock.
         let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
-        let tried = || format!("open the shared volume {path}");
-        let inside = device(Path::new(path)).what(tried)?;
+        let attempt = || format!("open the shared volume {path}");
+        let inside = device(Path::new(path)).context(attempt)?;
         let outside = Path::new(path)
             .parent()
             .map_or(Ok(inside), device)
-            .what(tried)?;
-        state.storages.add(
-            &storage,
-            if inside == outside {
-                Made::Files
-            } else {
-                Made::Mount
-            },
-        );
+            .context(attempt)?;
+        let cleanup = if inside == outside {
+            Cleanup::Nothing
+        } else {
+            Cleanup::Unmount
+        };
+        lock(&self.state).storages.add(&storage, cleanup);
         Ok(())
     }
 
@@ -179,7 +226,7 @@ impl Sandbox {
     ) -> Result<()> {
         let id = std::mem::take(&mut request.container_id);
         check_id(&id)?;
-        let _busy = self.reserve(&id)?;
+        let _reservation = self.reserve(&id)?;
         self.revalidate_removed_paths();
         let mut mounted = Vec::with_capacity(request.storages.len());
         let made = self.make_container(&id, &mut request, &mut mounted).await;
@@ -214,14 +261,17 @@ impl Sandbox {
             self.enter_volume(&mount.source)?;
             mounted.push(mount.source.clone());
         }
-        let mut numbers = HashMap::new();
-        for device in &request.devices {
-            let (host, guest) = self.place_device(device, &mut spec).await?;
-            numbers.insert(host, guest);
-        }
-        translate_rules(&mut spec, &numbers);
+        devices::place(&request.devices, &mut spec, self.hotplug_timeout).await?;
         let pid_namespace = self
-            .pid_namespace(id, request.sandbox_pidns, &mut spec)
+            .pid_namespace(
+                id,
+                if request.sandbox_pidns {
+                    PidNamespace::Pod
+                } else {
+                    PidNamespace::Own
+                },
+                &mut spec,
+            )
             .await?;
         privileged::add_devices(&mut spec);
         let (claimed, seccomp) = {
@@ -230,7 +280,7 @@ impl Sandbox {
             let seccomp = profile
                 .map(|profile| state.seccomp.filter(profile))
                 .transpose()?;
-            (state.parking.claim(id, ""), seccomp)
+            (state.parking.claim(id, None), seccomp)
         };
         let cgroup = Cgroup::create(&self.cgroups, id)?;
         let parts = Parts {
@@ -242,14 +292,15 @@ impl Sandbox {
             claimed,
             reaper: &self.reaper,
         };
-        let created = match restrict(&cgroup, &spec) {
+        let created = match restrict(&cgroup, &spec).await {
             Ok(()) => Container::create(parts, cgroup).await,
             Err(error) => Err((error, cgroup)),
         };
         let (container, started) = match created {
             Ok(made) => made,
             Err((error, cgroup)) => {
-                if let Err(left) = cgroup.remove().await {
+                let by = Instant::now() + deadlines::FAILED_CREATE_CLEANUP;
+                if let Err(left) = cgroup.remove(by).await {
                     log!("{id}: {left}");
                 }
                 return Err(error);
@@ -261,7 +312,7 @@ impl Sandbox {
             .insert(id.to_owned(), container.clone());
         oom::watch(&self.oom, &container);
         self.clone()
-            .publish_exit_when_done(container, started, true);
+            .publish_exit_when_done(container, started, Role::Init);
         Ok(())
     }
 
@@ -270,7 +321,7 @@ impl Sandbox {
     async fn pid_namespace(
         &self,
         id: &str,
-        shared: bool,
+        wanted: PidNamespace,
         spec: &mut oci::Spec,
     ) -> Result<Option<OwnedFd>> {
         let entries = spec
@@ -290,15 +341,16 @@ impl Sandbox {
             }
             return Ok(Some(namespace));
         }
-        if !shared {
+        if wanted == PidNamespace::Own {
             return Ok(None);
         }
         let pause = {
             let state = lock(&self.state);
-            if state.id == id {
+            if state.id.as_deref() == Some(id) {
                 return Ok(None);
             }
-            state.containers.get(&state.id).cloned()
+            let pause = state.id.as_ref().and_then(|id| state.containers.get(id));
+            pause.cloned()
         };
         if let Some(pause) = pause {
             return pid_namespace_of(&pause).map(Some);
@@ -311,58 +363,21 @@ impl Sandbox {
             .as_ref()
             .map(|init| init.namespace().try_clone())
             .transpose();
-        copy.what(|| "copy a descriptor".into())
+        copy.context(|| "copy a descriptor".into())
     }
 
-    /// Resolves a device that the host has plugged in, and gives its numbers to the spec's entry
-    /// for it. Returns the numbers that it had there, which are the host's, and its own.
-    async fn place_device(
-        &self,
-        device: &Device,
-        spec: &mut oci::Spec,
-    ) -> Result<(Numbers, Numbers)> {
-        let node = match device.type_.as_str() {
-            "blk" => block_device(&device.id, self.hotplug_timeout).await?,
-            other => {
-                return Err(Error::Invalid(format!(
-                    "unknown device type {other:?} for {}",
-                    device.container_path
-                )));
-            }
-        };
-        let number = fs::metadata(&node).what(|| format!("stat {node}"))?.rdev();
-        let linux = spec.Linux.mut_or_insert_default();
-        let entry = linux
-            .Devices
-            .iter_mut()
-            .find(|entry| entry.Path == device.container_path)
-            .ok_or_else(|| {
-                Error::Invalid(format!(
-                    "device {} is missing in the spec's linux.devices",
-                    device.container_path
-                ))
-            })?;
-        let host = (entry.Major, entry.Minor);
-        let guest = (
-            i64::from(libc::major(number)),
-            i64::from(libc::minor(number)),
-        );
-        entry.Type = "b".into();
-        (entry.Major, entry.Minor) = guest;
-        Ok((host, guest))
-    }
-
-    /// Publishes the exit of a process once it happens, and what belongs to it first.
+    /// Publishes the exit of a process once it happens, and before that what caused it or follows
+    /// from it.
     fn publish_exit_when_done(
         self: Arc<Self>,
         container: Arc<Container>,
         started: Started,
-        init: bool,
+        role: Role,
     ) {
         tokio::spawn(async move {
             let Started { process, exit } = started;
             let status = exit.await.unwrap_or(255);
-            if init {
+            if role == Role::Init {
                 // Without a pid namespace of its own, others may have outlived it.
                 container.cgroup().kill();
             }
@@ -388,12 +403,12 @@ impl Sandbox {
                 "exec id {exec_id} is the container's own"
             )));
         }
-        let claimed: Claimed = lock(&self.state).parking.claim(container_id, exec_id);
+        let claimed: Claimed = lock(&self.state).parking.claim(container_id, Some(exec_id));
         let started = container
             .exec(exec_id, process, claimed, &self.reaper)
             .await?;
         self.clone()
-            .publish_exit_when_done(container, started, false);
+            .publish_exit_when_done(container, started, Role::Exec);
         Ok(())
     }
 
@@ -406,11 +421,11 @@ impl Sandbox {
         found.ok_or_else(|| Error::Invalid(format!("no container {id}")))
     }
 
-    /// A process by container and exec id.
+    /// A process by container and exec id; without an exec id the container's first one.
     ///
     /// # Errors
     /// `Invalid` for the container, `NotFound` for the exec.
-    pub fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>> {
+    pub fn process(&self, container_id: &str, exec_id: Option<&str>) -> Result<Arc<Process>> {
         self.container(container_id)?.process(exec_id)
     }
 
@@ -421,7 +436,7 @@ impl Sandbox {
     /// again.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
         let container = self.container(id)?;
-        let _busy = self.reserve_existing(id)?;
+        let _reservation = self.reserve_existing(id)?;
         container.remove().await?;
         let mut state = lock(&self.state);
         for mount_point in container.storages() {
@@ -434,44 +449,34 @@ impl Sandbox {
             .iter()
             .map(String::as_str)
             .chain([container.root()]);
-        state.gone.extend(
-            used.filter_map(|path| shared(Path::new(path)))
-                .map(PathBuf::from),
-        );
+        state.removed.extend(used);
         drop(state);
         self.revalidate_removed_paths();
         Ok(())
     }
 
-    /// The guest's kernel remembers what it has seen of a share, and for each file that it
-    /// remembers the host's file server holds a descriptor, until somebody looks again and finds
-    /// that it is gone. The host takes it away after this removal, so what is still there is looked
-    /// at next time.
+    /// Lets the guest's kernel forget what removed containers used, see [`RemovedPaths`].
     fn revalidate_removed_paths(&self) {
-        let mut gone = std::mem::take(&mut lock(&self.state).gone);
-        gone.retain(|path| is_shared_yet(path));
-        lock(&self.state).gone.append(&mut gone);
+        let mut removed = std::mem::take(&mut lock(&self.state).removed);
+        removed.revalidate();
+        lock(&self.state).removed.append(removed);
     }
 
     /// Ends everything.
     ///
     /// # Errors
-    /// The last container that could not be removed; the others are.
+    /// The first container that could not be removed; the others are.
     pub async fn destroy(&self) -> Result<()> {
         let ids: Vec<String> = lock(&self.state).containers.keys().cloned().collect();
-        let mut result = Ok(());
-        for id in ids {
-            if let Err(error) = self.remove_container(&id).await {
-                result = Err(error);
-            }
-        }
+        // Side by side, so that all of them take no longer than one.
+        let removed = join_all(ids.iter().map(|id| self.remove_container(id))).await;
         if let Some(init) = self.pod_init.lock().await.take() {
             init.stop().await;
         }
         let mut state = lock(&self.state);
         state.storages.clear();
         state.created = false;
-        result
+        removed.into_iter().collect()
     }
 
     /// Keeps a raw stream until its process is made.
@@ -484,41 +489,21 @@ impl Sandbox {
         lock(&self.state).parking.expire(header, ticket);
     }
 
-    fn reserve<'a>(&'a self, id: &'a str) -> Result<Busy<'a>> {
+    fn reserve<'a>(&'a self, id: &'a str) -> Result<Reservation<'a>> {
         let mut state = lock(&self.state);
         if state.containers.contains_key(id) || !state.busy.insert(id.to_owned()) {
             return Err(Error::Failed(format!("container {id} exists already")));
         }
-        Ok(Busy(self, id))
+        Ok(Reservation(self, id))
     }
 
-    fn reserve_existing<'a>(&'a self, id: &'a str) -> Result<Busy<'a>> {
+    fn reserve_existing<'a>(&'a self, id: &'a str) -> Result<Reservation<'a>> {
         if !lock(&self.state).busy.insert(id.to_owned()) {
             return Err(Error::Failed(format!(
                 "container {id} is being removed already"
             )));
         }
-        Ok(Busy(self, id))
-    }
-}
-
-/// What the host takes away when nobody uses `path` any more, if that is in a share.
-fn shared(path: &Path) -> Option<&Path> {
-    if path.starts_with(GUEST_ROOTFS) {
-        path.parent()
-    } else {
-        path.starts_with(GUEST_SHARE).then_some(path)
-    }
-}
-
-/// The kernel believes its memory of volumes for a second, and that of root file systems for ever:
-/// there it asks the host only before it makes a name. That is as far as this link comes, because
-/// `/` is another file system.
-fn is_shared_yet(path: &Path) -> bool {
-    if path.starts_with(GUEST_ROOTFS) {
-        fs::hard_link("/", path).is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
-    } else {
-        fs::symlink_metadata(path).is_ok()
+        Ok(Reservation(self, id))
     }
 }
 
@@ -529,32 +514,12 @@ fn pid_namespace_of(container: &Container) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Limits and device rules, before there is a process.
-/// Major and minor.
-type Numbers = (i64, i64);
-
-/// Gives the rules about disks of the host the numbers that those have here.
-fn translate_rules(spec: &mut oci::Spec, numbers: &HashMap<Numbers, Numbers>) {
-    let resources = spec
-        .Linux
-        .as_mut()
-        .and_then(|linux| linux.Resources.as_mut());
-    for rule in resources
-        .into_iter()
-        .flat_map(|resources| &mut resources.Devices)
-        .filter(|rule| rule.Type == "b")
-    {
-        if let Some(guest) = numbers.get(&(rule.Major, rule.Minor)) {
-            (rule.Major, rule.Minor) = *guest;
-        }
-    }
-}
-
-fn restrict(cgroup: &Cgroup, spec: &oci::Spec) -> Result<()> {
+/// Puts limits and device rules in force, before there is a process.
+async fn restrict(cgroup: &Cgroup, spec: &oci::Spec) -> Result<()> {
     let linux = spec.Linux.get_or_default();
     let resources = linux.Resources.get_or_default();
-    cgroup.limit(resources)?;
-    devices::restrict(cgroup.dir(), &resources.Devices)
+    cgroup.limit(resources).await?;
+    cgroup::devices::restrict(cgroup.dir(), &resources.Devices)
 }
 
 /// Ids become names of directories: the first character is a letter or digit, and there are no

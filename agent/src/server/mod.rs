@@ -1,5 +1,29 @@
-//! The agent's services on the wire: each call becomes one call of the sandbox, each error a
-//! status.
+//! What the host connects to: the ttrpc services, and raw stdio streams (`stdio_streams`).
+//!
+//! ```text
+//!  ttrpc ──> method of AgentService
+//!              1. wire forms become types: "" is None, "*" is everybody
+//!              2. one call of the sandbox, a container or the machine
+//!              3. an error becomes a status, by its kind (`error.rs`)
+//! ```
+//!
+//! The protocol is that of Kata Containers' agent, and its tools may call too; what we added is
+//! announced in [`FEATURES`].
+//!
+//! Rules that a change must not break:
+//!
+//! * Work that makes or ends something runs in a task of its own ([`finish`]): it goes on if the
+//!   caller gives up or its connection ends, because half a container helps nobody.
+//! * A wait inside a call is shorter than the host's deadline for the call (`deadlines.rs`). Only
+//!   `WaitProcess`, `ReadStdout`, `ReadStderr`, `WriteStdin` and `GetOOMEvent` wait for something
+//!   that may never come.
+//! * A method that is implemented is in [`METHODS`]; a test compares the two. Every other method
+//!   of the service is UNIMPLEMENTED, because the generated answer for it would be NOT_FOUND, which
+//!   the protocol has for processes.
+//! * A container that does not exist is INVALID_ARGUMENT, a process that does not exist is
+//!   NOT_FOUND, and what cannot be done to an existing one is UNAVAILABLE: the shim decides by it.
+//! * No policy lives here: what a signal means is the container's business, and which order things
+//!   end in is the sandbox's.
 
 pub mod stdio_streams;
 
@@ -25,11 +49,13 @@ use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::cgroup::stats;
-use crate::error::{Error, Result, What};
-use crate::guest::settings;
+use crate::container::{Process, Recipient};
+use crate::error::{Error, Result};
+use crate::guest::boot::Mode;
+use crate::guest::settings::{self, Online};
 use crate::network;
 use crate::sandbox::Sandbox;
-use crate::storage::{DRIVERS, volume_usage};
+use crate::storage::{driver_names, volume_usage};
 
 /// Version of the protocol, which Kata's agent calls its API version.
 const API_VERSION: &str = "0.0.1";
@@ -44,7 +70,7 @@ const FEATURES: [&str; 6] = [
     FEATURE_POD,
 ];
 
-/// What is answered; every other method of the service is UNIMPLEMENTED.
+/// The methods that the trait below implements.
 const METHODS: [&str; 28] = [
     "AddARPNeighbors",
     "CloseStdin",
@@ -76,16 +102,16 @@ const METHODS: [&str; 28] = [
     "WriteStdin",
 ];
 
-/// The services, for a ttrpc server. `over` is notified when the sandbox was destroyed.
+/// The services, for a ttrpc server. `shutdown_requested` is notified once the sandbox is destroyed.
 pub fn services(
     sandbox: Arc<Sandbox>,
     shutdown_requested: Arc<Notify>,
-    init: bool,
+    mode: Mode,
 ) -> HashMap<String, Service> {
     let agent = Arc::new(Agent {
         sandbox,
         shutdown_requested,
-        init,
+        mode,
     });
     let mut services = create_agent_service(agent.clone());
     for service in services.values_mut() {
@@ -101,13 +127,18 @@ pub fn services(
 struct Agent {
     sandbox: Arc<Sandbox>,
     shutdown_requested: Arc<Notify>,
-    /// PID 1.
-    init: bool,
+    mode: Mode,
 }
 
 type Reply<T> = ttrpc::Result<T>;
 
-/// Finishes the work even if the caller gives up or goes: half a container helps nobody.
+/// The exec that a request means: none is the container's first process, which the wire calls by an
+/// empty id or by the container's own.
+fn exec_id<'a>(container_id: &str, wire: &'a str) -> Option<&'a str> {
+    Some(wire).filter(|id| !id.is_empty() && *id != container_id)
+}
+
+/// Finishes the work even if the caller gives up or its connection ends.
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Reply<T> {
@@ -194,31 +225,14 @@ impl AgentService for Agent {
         request: api::SignalProcessRequest,
     ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        let mut signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
-        if request.exec_id == ALL_PROCESSES && signal != libc::SIGKILL {
-            container.cgroup().signal(signal)?;
-            return Ok(Empty::new());
-        }
-        let exec_id = if request.exec_id == ALL_PROCESSES {
-            ""
+        let recipient = if request.exec_id == ALL_PROCESSES {
+            Recipient::All
         } else {
-            &request.exec_id
+            Recipient::Process(exec_id(&request.container_id, &request.exec_id))
         };
-        let process = container.process(exec_id)?;
-        let is_init = Arc::ptr_eq(&process, container.init());
-        // The first process of a namespace ignores a SIGTERM that it has no handler for; who asks
-        // wants an end.
-        if is_init
-            && signal == libc::SIGTERM
-            && process.exited().is_none()
-            && !process.would_notice(signal)
-        {
-            signal = libc::SIGKILL;
-        }
-        process.signal(signal)?;
-        if exec_id.is_empty() && request.signal == libc::SIGKILL.cast_unsigned() {
-            container.cgroup().kill();
-        }
+        // A number that no signal has is refused by the kernel.
+        let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
+        container.signal(recipient, signal)?;
         Ok(Empty::new())
     }
 
@@ -228,9 +242,10 @@ impl AgentService for Agent {
         request: api::WaitProcessRequest,
     ) -> Reply<api::WaitProcessResponse> {
         let container = self.sandbox.container(&request.container_id)?;
-        let process = container.process(&request.exec_id)?;
+        let exec_id = exec_id(&request.container_id, &request.exec_id);
+        let process = container.process(exec_id)?;
         let status = process.wait().await;
-        container.report(&process, &request.exec_id)?;
+        container.mark_reported(exec_id, &process)?;
         Ok(api::WaitProcessResponse {
             status,
             ..Default::default()
@@ -243,10 +258,8 @@ impl AgentService for Agent {
         request: api::UpdateContainerRequest,
     ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        container
-            .cgroup()
-            .limit(request.resources.get_or_default())?;
-        Ok(Empty::new())
+        finish_empty(async move { container.update(request.resources.get_or_default()).await })
+            .await
     }
 
     async fn stats_container(
@@ -268,7 +281,7 @@ impl AgentService for Agent {
         request: api::PauseContainerRequest,
     ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        finish_empty(async move { container.pause(true).await }).await
+        finish_empty(async move { container.pause().await }).await
     }
 
     async fn resume_container(
@@ -277,7 +290,7 @@ impl AgentService for Agent {
         request: api::ResumeContainerRequest,
     ) -> Reply<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        finish_empty(async move { container.pause(false).await }).await
+        finish_empty(async move { container.resume().await }).await
     }
 
     async fn write_stdin(
@@ -285,9 +298,7 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: api::WriteStreamRequest,
     ) -> Reply<api::WriteStreamResponse> {
-        let process = self
-            .sandbox
-            .process(&request.container_id, &request.exec_id)?;
+        let process = self.process(&request.container_id, &request.exec_id)?;
         process.io().write(&request.data).await?;
         let len = u32::try_from(request.data.len()).unwrap_or(u32::MAX);
         Ok(api::WriteStreamResponse {
@@ -313,8 +324,7 @@ impl AgentService for Agent {
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, request: api::CloseStdinRequest) -> Reply<Empty> {
-        self.sandbox
-            .process(&request.container_id, &request.exec_id)?
+        self.process(&request.container_id, &request.exec_id)?
             .io()
             .close_stdin();
         Ok(Empty::new())
@@ -325,9 +335,7 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: api::TtyWinResizeRequest,
     ) -> Reply<Empty> {
-        let process = self
-            .sandbox
-            .process(&request.container_id, &request.exec_id)?;
+        let process = self.process(&request.container_id, &request.exec_id)?;
         process.io().resize(request.row, request.column)?;
         Ok(Empty::new())
     }
@@ -351,8 +359,8 @@ impl AgentService for Agent {
     ) -> Reply<api::GuestDetailsResponse> {
         let details = api::AgentDetails {
             version: env!("CARGO_PKG_VERSION").into(),
-            init_daemon: self.init,
-            storage_handlers: DRIVERS.map(str::to_owned).into(),
+            init_daemon: self.mode == Mode::Init,
+            storage_handlers: driver_names(),
             supports_seccomp: true,
             extra_features: FEATURES.map(str::to_owned).into(),
             ..Default::default()
@@ -433,8 +441,12 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: api::OnlineCPUMemRequest,
     ) -> Reply<Empty> {
-        finish_empty(async move { settings::online(request.nb_cpus, !request.cpu_only).await })
-            .await
+        let wanted = if request.cpu_only {
+            Online::Cpus
+        } else {
+            Online::CpusAndMemory
+        };
+        finish_empty(async move { settings::online(request.nb_cpus, wanted).await }).await
     }
 
     async fn reseed_random_dev(
@@ -451,25 +463,23 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: api::SetGuestDateTimeRequest,
     ) -> Reply<Empty> {
-        let time = libc::timeval {
-            tv_sec: request.Sec,
-            tv_usec: request.Usec,
-        };
-        // SAFETY: the time lives over the call; no time zone.
-        let result = unsafe { libc::settimeofday(&raw const time, std::ptr::null()) };
-        crate::sys::check(result.into()).what(|| "set the clock".into())?;
+        settings::set_clock(request.Sec, request.Usec)?;
         Ok(Empty::new())
     }
 }
 
 impl Agent {
+    fn process(&self, container_id: &str, wire_exec_id: &str) -> Result<Arc<Process>> {
+        self.sandbox
+            .process(container_id, exec_id(container_id, wire_exec_id))
+    }
+
     async fn read(
         &self,
         channel: Channel,
         request: api::ReadStreamRequest,
     ) -> Reply<api::ReadStreamResponse> {
-        let container = self.sandbox.container(&request.container_id)?;
-        let process = container.process(&request.exec_id)?;
+        let process = self.process(&request.container_id, &request.exec_id)?;
         let limit = usize::try_from(request.len).unwrap_or(usize::MAX);
         let data = process.io().read(channel, limit).await?;
         Ok(api::ReadStreamResponse {
@@ -503,5 +513,26 @@ impl Health for Agent {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_of_methods_is_that_of_the_trait() {
+        let source = include_str!("mod.rs");
+        let (_, body) = source.split_once("impl AgentService for Agent {").unwrap();
+        let (body, _) = body.split_once("\n}\n").unwrap();
+        let mut implemented: Vec<String> = body
+            .split("async fn ")
+            .skip(1)
+            .filter_map(|rest| Some(rest.split_once('(')?.0.replace('_', "")))
+            .collect();
+        implemented.sort();
+        let mut listed = METHODS.map(str::to_ascii_lowercase);
+        listed.sort();
+        assert_eq!(implemented, listed);
     }
 }

@@ -1,23 +1,19 @@
-//! Takes raw stdio streams from the host: header, then parked or attached.
+//! Takes raw stdio streams from the host: reads the header, then attaches the stream to its process,
+//! or parks it until the process is made.
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
-use guest_protocol::Stream;
-use guest_protocol::stdio::{ACCEPTED, Header, MAX_HEADER};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use guest_protocol::stdio::{ACCEPTED, Header};
+use guest_protocol::{Stream, read_line};
+use tokio::io::AsyncWriteExt;
 use tokio::time::{sleep, timeout};
 
+use super::exec_id;
+use crate::deadlines;
 use crate::gate::Arrivals;
 use crate::log::log;
 use crate::sandbox::Sandbox;
-
-/// By when a header must be complete.
-const HEADER_DEADLINE: Duration = Duration::from_secs(5);
-
-/// How long a stream waits for its process.
-const PARKED: Duration = Duration::from_secs(30);
 
 /// Accepts streams for ever.
 pub async fn serve(mut arrivals: Arrivals, sandbox: Arc<Sandbox>) {
@@ -34,44 +30,29 @@ pub async fn serve(mut arrivals: Arrivals, sandbox: Arc<Sandbox>) {
             Err(error) => {
                 log!("accept a stdio stream: {error}");
                 // Out of descriptors, for example: others must close some first.
-                sleep(Duration::from_millis(100)).await;
+                sleep(deadlines::ACCEPT_RETRY_PAUSE).await;
             }
         }
     }
 }
 
 async fn take(mut stream: Stream, sandbox: &Arc<Sandbox>) -> io::Result<()> {
-    let mut header = timeout(HEADER_DEADLINE, read_header(&mut stream)).await??;
-    // Both names of the init process are one.
+    let read = read_line::<Header>(&mut stream);
+    let mut header = timeout(deadlines::REQUEST_LINE, read).await??;
+    // Both names of the first process are one.
     if header.exec_id == header.container_id {
         header.exec_id.clear();
     }
+    let exec_id = exec_id(&header.container_id, &header.exec_id);
     stream.write_all(&[ACCEPTED]).await?;
-    if let Ok(process) = sandbox.process(&header.container_id, &header.exec_id) {
+    if let Ok(process) = sandbox.process(&header.container_id, exec_id) {
         process.io().attach(header.channel, stream);
         return Ok(());
     }
     let ticket = sandbox
         .park(header.clone(), stream)
         .ok_or_else(|| io::Error::other("too many stdio streams wait for their process"))?;
-    sleep(PARKED).await;
+    sleep(deadlines::STDIO_STREAM_UNCLAIMED).await;
     sandbox.expire(&header, ticket);
     Ok(())
-}
-
-/// Reads one line and nothing behind it: that belongs to the process.
-async fn read_header(stream: &mut Stream) -> io::Result<Header> {
-    let mut line = Vec::with_capacity(MAX_HEADER);
-    while line.last() != Some(&b'\n') {
-        if line.len() == MAX_HEADER {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the header has no end",
-            ));
-        }
-        line.push(stream.read_u8().await?);
-    }
-    String::from_utf8_lossy(&line)
-        .parse()
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }

@@ -44,17 +44,12 @@ pub fn copy_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
             SFlag::S_IFLNK => symlinkat(readlinkat(&from, name)?.as_os_str(), &to, name)?,
             _ => mknodat(&to, name, kind, mode, stat.st_rdev)?,
         }
-        own(to.as_fd(), name, &stat, kind != SFlag::S_IFLNK)?;
+        copy_owner(to.as_fd(), name, &stat)?;
     }
     Ok(())
 }
 
-fn own(
-    dir: BorrowedFd<'_>,
-    name: &std::ffi::CStr,
-    stat: &FileStat,
-    permissions: bool,
-) -> io::Result<()> {
+fn copy_owner(dir: BorrowedFd<'_>, name: &std::ffi::CStr, stat: &FileStat) -> io::Result<()> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     fchownat(
         dir,
@@ -63,7 +58,9 @@ fn own(
         Some(gid),
         AtFlags::AT_SYMLINK_NOFOLLOW,
     )?;
-    if permissions {
+    // A symlink has no permissions. A change of owner may have taken some away.
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFLNK {
         let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777);
         fchmodat(dir, name, mode, FchmodatFlags::FollowSymlink)?;
     }

@@ -1,25 +1,49 @@
-//! A new process: clone3(2) from the single-threaded agent, a pipe on which the child says how far
-//! it got, and one on which it is told to go on.
+//! A new process. Owns the clone, and what parent and child say to each other until the child has
+//! become a program.
+//!
+//! A child begins as a copy of the agent, in the cgroup and the namespaces where it is to live, and
+//! runs a function that ends in execve(2) or in _exit(2). Two pipes connect the two:
+//!
+//! ```text
+//!  agent: Child                                   child: Handle
+//!   next_report()  <── "R<fd>\n" ready, waits ──   report_ready(), wait_for_go()
+//!   take_fd(fd)    ─── pidfd_getfd ──────────────> (the terminal's master)
+//!   go()           ─── "g" ──────────────────────> goes on
+//!   next_report()  <── end of file: execve closed   exec
+//!                  <── "E<text>" failed ─────────   Err(Failure)
+//! ```
+//!
+//! Rules that a change must not break:
+//!
+//! * The agent has one thread. A copy of a threaded process may hold locks that nobody will ever
+//!   release, so [`spawn`] refuses if there is a second thread.
+//! * A child never returns into the agent's frames and runs no destructor of the agent's state,
+//!   which shares its epoll set with the agent: it ends by execve or `_exit`.
+//! * A child that waits holds copies of the agent's descriptors. It closes them first
+//!   ([`Handle::close_others`]), or streams of others never end.
+//! * Between clone and [`Reaper::watch`](crate::guest::reaper::Reaper::watch) nothing is awaited,
+//!   so that no exit is missed.
+//! * A child that a container of the pod could look into forgets the key first
+//!   ([`crate::gate::forget`]).
 
-use std::fmt::Display;
+pub mod step;
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
-use crate::error::{Error, Result, What, errno_text};
+use crate::error::{Context, Error, Result};
 use crate::sys::check;
 
-/// How long a child may take from clone to its report, or from go to exec.
-const DEADLINE: Duration = Duration::from_secs(60);
+use step::{Failure, Step};
 
 /// Longest report of a child, in bytes.
 const MAX_REPORT: u64 = 4096;
@@ -28,10 +52,34 @@ const MAX_REPORT: u64 = 4096;
 const CLONE_PIDFD: u64 = 0x1000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// Makes a system call that may block for long in a child, because it would block all of the agent.
+/// A call that is not over at `by` gets a SIGKILL, which ends it as soon as it can be interrupted.
+///
+/// # Errors
+/// The call's failure; a call that is not over in time.
+pub async fn in_child(by: Instant, call: impl FnOnce() -> Step<()>) -> Result<()> {
+    let mut child = spawn(0, None, |handle| {
+        handle.close_others(&[]);
+        crate::gate::forget();
+        call()?;
+        handle.report_ready(None);
+        // SAFETY: _exit ends the process without any handler.
+        unsafe { libc::_exit(0) }
+    })?;
+    let report = child.next_report(by).await;
+    if report.is_err() {
+        child.kill();
+    }
+    match report? {
+        Report::Ready(_) => Ok(()),
+        Report::Closed => Err(Error::Failed("the process for a system call died".into())),
+    }
+}
+
 /// The agent's side of a new process.
 #[derive(Debug)]
 pub struct Child {
-    /// Process id in the guest.
+    /// In the agent's pid namespace.
     pub pid: libc::pid_t,
     /// Refers to the process even after it was reaped.
     pub pidfd: OwnedFd,
@@ -42,11 +90,10 @@ pub struct Child {
 /// What a child has to say.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Report {
-    /// It waits to be told to go on; with a terminal, under this number it holds the terminal's
-    /// master.
+    /// It waits for [`Child::go`], and has the master of its terminal, if any, under this number.
     Ready(Option<RawFd>),
-    /// It runs its program, or died without a word.
-    Gone,
+    /// The pipe is closed: it runs its program, or died without a word.
+    Closed,
 }
 
 /// The child's side.
@@ -56,35 +103,18 @@ pub struct Handle {
     go: File,
 }
 
-/// A child's failure: what did not work.
-#[derive(Debug)]
-pub struct Failure(pub String);
-
-pub type Step<T> = std::result::Result<T, Failure>;
-
-/// Says what a child tried when a system call fails.
-pub trait Tried<T> {
-    /// Adds the words to an error.
-    fn tried(self, what: impl Display) -> Step<T>;
-}
-
-impl<T, E: Into<io::Error>> Tried<T> for std::result::Result<T, E> {
-    fn tried(self, what: impl Display) -> Step<T> {
-        self.map_err(|error| Failure(format!("{what}: {}", errno_text(&error.into()))))
-    }
-}
-
 /// Starts a process that runs `body` with a copy of the agent's memory, and never comes back from
 /// it.
 ///
-/// `flags` are `CLONE_NEW*`; `cgroup` is where the process lives from its first instruction.
+/// `flags` are `CLONE_NEW*`; `cgroup` is where the process lives from its first instruction, if not
+/// in the agent's own.
 ///
 /// # Errors
 /// A failed system call, or an agent that has more than one thread: the copy would have locks held
 /// by nobody.
 pub fn spawn(
     flags: libc::c_int,
-    cgroup: BorrowedFd<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
     body: impl FnOnce(&mut Handle) -> Step<std::convert::Infallible>,
 ) -> Result<Child> {
     // Every thread is a directory in there.
@@ -94,16 +124,19 @@ pub fn spawn(
             "the agent has {threads} threads and cannot fork"
         )));
     }
-    let (report, child_report) = pipe2(OFlag::O_CLOEXEC).what(|| "create a pipe".into())?;
-    let (child_go, go) = pipe2(OFlag::O_CLOEXEC).what(|| "create a pipe".into())?;
-    let report = Receiver::from_owned_fd(report).what(|| "watch a pipe".into())?;
+    let (report, child_report) = pipe2(OFlag::O_CLOEXEC).context(|| "create a pipe".into())?;
+    let (child_go, go) = pipe2(OFlag::O_CLOEXEC).context(|| "create a pipe".into())?;
+    let report = Receiver::from_owned_fd(report).context(|| "watch a pipe".into())?;
     let mut pidfd: RawFd = -1;
     // SAFETY: clone_args is plain data, for which zero is valid.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::from(flags.cast_unsigned()) | CLONE_PIDFD | CLONE_INTO_CGROUP;
+    arguments.flags = u64::from(flags.cast_unsigned()) | CLONE_PIDFD;
     arguments.pidfd = (&raw mut pidfd).addr() as u64;
     arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    }
     // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of this stack. The
     // agent has one thread, so no lock in the copy is held by anybody else.
     let pid = unsafe {
@@ -127,7 +160,7 @@ pub fn spawn(
         // SAFETY: _exit ends the process without any handler.
         unsafe { libc::_exit(127) }
     }
-    check(pid).what(|| "clone a process".into())?;
+    check(pid).context(|| "clone a process".into())?;
     // SAFETY: clone3 succeeded, so it has stored a descriptor that is ours.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     Ok(Child {
@@ -139,16 +172,16 @@ pub fn spawn(
 }
 
 impl Child {
-    /// Tells the child to go on. A child that is gone is noticed at its report.
+    /// Lets the child go on. If the child has died, its next report says so.
     pub fn go(&mut self) {
         let _ = self.go.write_all(b"g");
     }
 
-    /// Waits for the child's next words.
+    /// Waits for the child's next report until `by`.
     ///
     /// # Errors
-    /// The child's own failure, in its words; or a child that says nothing for a minute.
-    pub async fn report(&mut self) -> Result<Report> {
+    /// The child's own failure, in its words; a child that reports nothing in time.
+    pub async fn next_report(&mut self, by: Instant) -> Result<Report> {
         let mut text = Vec::new();
         let line = async {
             loop {
@@ -167,20 +200,30 @@ impl Child {
                 }
             }
         };
-        timeout(DEADLINE, line)
+        timeout_at(by, line)
             .await
-            .map_err(|_| {
-                Error::Failed(format!(
-                    "the new process did not get ready within {DEADLINE:?}"
-                ))
-            })?
-            .what(|| "read a process's report".into())?;
+            .map_err(|_| Error::Failed("the new process did not get ready in time".into()))?
+            .context(|| "read a process's report".into())?;
         let text = String::from_utf8_lossy(&text);
         match text.chars().next() {
             Some('E') => Err(Error::Failed(text[1..].to_owned())),
             Some(_) => Ok(Report::Ready(text[1..].parse().ok())),
-            None => Ok(Report::Gone),
+            None => Ok(Report::Closed),
         }
+    }
+
+    /// Kills the child, which is to be heard of no more.
+    pub fn kill(&self) {
+        // SAFETY: an open descriptor and plain numbers; no siginfo.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
     }
 
     /// Takes a copy of a descriptor that the child holds.
@@ -190,7 +233,7 @@ impl Child {
     pub fn take_fd(&self, number: RawFd) -> Result<OwnedFd> {
         // SAFETY: pidfd_getfd takes plain numbers.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
-        let fd = check(fd).what(|| "take the terminal from the new process".into())?;
+        let fd = check(fd).context(|| "take the terminal from the new process".into())?;
         // SAFETY: the kernel just made this descriptor for us.
         Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap_or(-1)) })
     }
@@ -215,23 +258,15 @@ impl Handle {
         close_range(first, RawFd::MAX);
     }
 
-    /// Says "ready" and waits to be told to go on.
-    ///
-    /// # Errors
-    /// Never returns if the agent is gone: nobody is left to report to.
-    pub fn ready(&mut self, terminal: Option<RawFd>) {
+    /// Reports that the child is ready, and under which number it holds a terminal's master.
+    pub fn report_ready(&mut self, terminal: Option<RawFd>) {
         let number = terminal.map(|fd| fd.to_string()).unwrap_or_default();
         let _ = self.report.write_all(format!("R{number}\n").as_bytes());
-        self.wait();
     }
 
-    /// Says "ready" and goes on by itself.
-    pub fn say_ready(&mut self) {
-        let _ = self.report.write_all(b"R\n");
-    }
-
-    /// Waits for one go.
-    pub fn wait(&mut self) {
+    /// Waits for one [`Child::go`]. Ends the child if the agent is gone: nobody is left to report
+    /// to.
+    pub fn wait_for_go(&mut self) {
         if self.go.read_exact(&mut [0]).is_err() {
             // SAFETY: _exit ends the process without any handler.
             unsafe { libc::_exit(127) }

@@ -5,10 +5,11 @@ use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use super::child;
-use super::plan::Plan;
+use super::super::plan::Plan;
 use super::rootfs;
-use crate::spawn::{Handle, Step, Tried};
+use crate::mount_options::Scope;
+use crate::spawn::Handle;
+use crate::spawn::step::{Step, StepContext};
 use crate::stdio::ChildStdio;
 use crate::sys::check;
 
@@ -32,47 +33,48 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
     handle.close_others(&keep);
     // Containers of the pod may look into this process.
     crate::gate::forget();
-    child::detach()?;
-    // Before it is somebody else: the file belongs to root.
-    child::set_oom_score(plan.process.oom_score_adj)?;
+    super::detach()?;
+    // While it is root, to whom the file belongs.
+    super::set_oom_score(plan.process.oom_score_adj)?;
     if plan.user_maps.is_some() {
-        // The agent writes the maps; without them this process is nobody.
-        handle.wait();
-        child::become_root()?;
+        // The agent writes the maps; until then this process has the overflow ids.
+        handle.wait_for_go();
+        super::become_root()?;
     }
     for (fd, flag, name) in &inherited.join {
         // SAFETY: an open descriptor and a plain number.
         check(unsafe { libc::setns(fd.as_raw_fd(), *flag) }.into())
-            .tried(format_args!("join {name} namespace"))?;
+            .context(format_args!("join {name} namespace"))?;
     }
     if !plan.join.iter().any(|join| join.kind == "cgroup") {
         // Not with clone3: the child would see the agent's cgroup as its root.
         // SAFETY: a plain number.
         check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
-            .tried("unshare the cgroup namespace")?;
+            .context("unshare the cgroup namespace")?;
     }
     if let Some(name) = &plan.hostname {
-        nix::unistd::sethostname(name).tried(format_args!("set hostname {name}"))?;
+        nix::unistd::sethostname(name).context(format_args!("set hostname {name}"))?;
     }
     rootfs::write_sysctls(&plan.sysctls)?;
-    child::set_umask(0);
+    super::set_umask(0);
     rootfs::build(plan)?;
-    child::set_umask(0o022);
+    super::set_umask(0o022);
     let stdio = match &inherited.stdio {
         Some(stdio) => {
-            child::take_stdio(stdio, plan.process.uid)?;
+            super::take_stdio(stdio, plan.process.uid)?;
             None
         }
         None => {
-            let console = child::open_console(&plan.process)?;
+            let console = super::open_console(&plan.process)?;
             bind_console(&console.name)?;
             Some(console.master)
         }
     };
-    let path = child::assume(&plan.process)?;
-    handle.ready(stdio.as_ref().map(AsRawFd::as_raw_fd));
+    let path = super::take_identity(&plan.process)?;
+    handle.report_ready(stdio.as_ref().map(AsRawFd::as_raw_fd));
+    handle.wait_for_go();
     drop(stdio);
-    child::exec(&plan.process, &path)
+    super::exec_program(&plan.process, &path)
 }
 
 impl Inherited {
@@ -87,17 +89,17 @@ impl Inherited {
 fn bind_console(terminal: &str) -> Step<()> {
     let console = "/dev/console";
     if fs::symlink_metadata(console).is_err() {
-        fs::write(console, "").tried("create /dev/console")?;
+        fs::write(console, "").context("create /dev/console")?;
     }
     let place = nix::fcntl::open(
         console,
         nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_CLOEXEC,
         nix::sys::stat::Mode::empty(),
     )
-    .tried("open /dev/console")?;
+    .context("open /dev/console")?;
     let terminal = CString::new(terminal)
         .map_err(std::io::Error::from)
-        .tried("name of the terminal")?;
-    let tree = rootfs::clone_tree(&terminal, false, 0).tried("bind /dev/console")?;
-    rootfs::attach(tree.as_fd(), place.as_fd()).tried("bind /dev/console")
+        .context("name of the terminal")?;
+    let tree = rootfs::clone_tree(&terminal, Scope::Mount, 0).context("bind /dev/console")?;
+    rootfs::attach(tree.as_fd(), place.as_fd()).context("bind /dev/console")
 }

@@ -16,10 +16,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, chdir, fchdir, fchownat, pivot_root, symlinkat};
 
+use super::super::plan::{DevicePlan, MountKind, MountPlan, Plan};
 use super::copy_up::copy_up;
-use super::plan::{DevicePlan, MountKind, MountPlan, Plan};
-use crate::mount_options::{Attributes, READ_ONLY};
-use crate::spawn::{Failure, Step, Tried};
+use crate::mount_options::{Attributes, READ_ONLY, Scope};
+use crate::spawn::step::{Failure, Step, StepContext};
 use crate::sys::check;
 
 const OPEN_TREE_CLONE: libc::c_uint = 1;
@@ -30,6 +30,21 @@ const AT_RECURSIVE: libc::c_uint = libc::AT_RECURSIVE.cast_unsigned();
 const AT_EMPTY_PATH: libc::c_uint = libc::AT_EMPTY_PATH.cast_unsigned();
 const MAX_SYMLINKS: usize = 40;
 
+/// What is mounted on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Directory,
+    /// Anything that is no directory.
+    File,
+}
+
+/// How device nodes come into a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nodes {
+    Make,
+    Bind,
+}
+
 /// Builds the container's file system in the calling process's own mount namespace and makes it the
 /// root.
 ///
@@ -37,19 +52,28 @@ const MAX_SYMLINKS: usize = 40;
 /// The step that failed, on which path.
 pub fn build(plan: &Plan) -> Step<()> {
     // Mounts that come later into the agent's namespace may arrive, none may leave.
-    change_propagation(c"/", MsFlags::MS_REC | MsFlags::MS_SLAVE).tried("make mounts private")?;
+    change_propagation(c"/", MsFlags::MS_REC | MsFlags::MS_SLAVE).context("make mounts private")?;
     let name = plan.root.to_string_lossy();
-    let root = clone_tree(&plan.root, true, libc::AT_SYMLINK_NOFOLLOW.cast_unsigned())
-        .tried(format_args!("root file system {name}"))?;
-    let place = open_nofollow(&plan.root).tried(format_args!("root file system {name}"))?;
-    attach(root.as_fd(), place.as_fd()).tried(format_args!("root file system {name}"))?;
+    let root = clone_tree(
+        &plan.root,
+        Scope::Tree,
+        libc::AT_SYMLINK_NOFOLLOW.cast_unsigned(),
+    )
+    .context(format_args!("root file system {name}"))?;
+    let place = open_nofollow(&plan.root).context(format_args!("root file system {name}"))?;
+    attach(root.as_fd(), place.as_fd()).context(format_args!("root file system {name}"))?;
     // A trusted null device, before the image's own /dev can stand in for it.
-    let null = clone_tree(c"/dev/null", false, 0).tried("clone /dev/null")?;
+    let null = clone_tree(c"/dev/null", Scope::Mount, 0).context("clone /dev/null")?;
     for one in &plan.mounts {
         mount_one(root.as_fd(), one)?;
     }
     if plan.make_dev {
-        make_dev(root.as_fd(), &plan.devices, plan.user_maps.is_some())?;
+        // A user namespace may not make nodes: the guest's own are bound.
+        let nodes = match plan.user_maps {
+            Some(_) => Nodes::Bind,
+            None => Nodes::Make,
+        };
+        make_dev(root.as_fd(), &plan.devices, nodes)?;
     }
     for one in plan
         .mounts
@@ -57,35 +81,36 @@ pub fn build(plan: &Plan) -> Step<()> {
         .filter(|one| one.options.read_only() && is_late_read_only(one))
     {
         let target = open_in(root.as_fd(), Path::new(&one.target), OFlag::empty())
-            .tried(format_args!("open mount {}", one.target))?;
-        set_attributes(target.as_fd(), &READ_ONLY, false)
-            .tried(format_args!("make {} read-only", one.target))?;
+            .context(format_args!("open mount {}", one.target))?;
+        set_attributes(target.as_fd(), &READ_ONLY, Scope::Mount)
+            .context(format_args!("make {} read-only", one.target))?;
     }
     switch(root.as_fd())?;
     make_cwd(plan)?;
     if let Some(flags) = plan.root_propagation {
-        change_propagation(c"/", flags).tried("set propagation of the root")?;
+        change_propagation(c"/", flags).context("set propagation of the root")?;
     }
-    let slash = open_nofollow(c"/").tried("open the root")?;
+    let slash = open_nofollow(c"/").context("open the root")?;
     for path in &plan.readonly {
-        make_readonly(slash.as_fd(), path).tried(format_args!("make {path} read-only"))?;
+        make_readonly(slash.as_fd(), path).context(format_args!("make {path} read-only"))?;
     }
     mask(slash.as_fd(), null, &plan.masked)?;
     if plan.root_readonly {
-        set_attributes(slash.as_fd(), &READ_ONLY, false).tried("make the root read-only")?;
+        set_attributes(slash.as_fd(), &READ_ONLY, Scope::Mount)
+            .context("make the root read-only")?;
     }
     Ok(())
 }
 
 /// The new root becomes `/` and the old one vanishes, as runc does it: both are `.` for a moment.
 fn switch(root: BorrowedFd<'_>) -> Step<()> {
-    let old = open_nofollow(c"/").tried("open the old root")?;
-    fchdir(root).tried("enter the new root")?;
-    pivot_root(c".", c".").tried("pivot_root")?;
-    fchdir(old).tried("enter the old root")?;
-    change_propagation(c".", MsFlags::MS_REC | MsFlags::MS_SLAVE).tried("detach the old root")?;
-    umount2(c".", MntFlags::MNT_DETACH).tried("unmount the old root")?;
-    chdir(c"/").tried("enter the new root")
+    let old = open_nofollow(c"/").context("open the old root")?;
+    fchdir(root).context("enter the new root")?;
+    pivot_root(c".", c".").context("pivot_root")?;
+    fchdir(old).context("enter the old root")?;
+    change_propagation(c".", MsFlags::MS_REC | MsFlags::MS_SLAVE).context("detach the old root")?;
+    umount2(c".", MntFlags::MNT_DETACH).context("unmount the old root")?;
+    chdir(c"/").context("enter the new root")
 }
 
 /// A working directory that the image lacks is made, as runc does it; later the root may be
@@ -95,7 +120,7 @@ fn make_cwd(plan: &Plan) -> Step<()> {
     if cwd.is_dir() {
         return Ok(());
     }
-    fs::create_dir_all(cwd).tried(format_args!("create working directory {}", cwd.display()))
+    fs::create_dir_all(cwd).context(format_args!("create working directory {}", cwd.display()))
 }
 
 /// A tmpfs that must be filled first becomes read-only last.
@@ -111,32 +136,32 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
         options,
     } = plan;
     let path = Path::new(target);
-    let tried = format!("mount {} on {target}", source.to_string_lossy());
+    let attempt = format!("mount {} on {target}", source.to_string_lossy());
     match kind {
-        MountKind::Bind { recursive } => {
-            let tree = clone_tree(source, *recursive, 0).tried(&tried)?;
-            let is_dir = is_dir(tree.as_fd()).tried(&tried)?;
-            let place = make(root, path, is_dir).tried(&tried)?;
-            set_attributes(tree.as_fd(), &options.attributes, false).tried(&tried)?;
-            set_attributes(tree.as_fd(), &options.recursive, true).tried(&tried)?;
-            attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
+        MountKind::Bind(scope) => {
+            let tree = clone_tree(source, *scope, 0).context(&attempt)?;
+            let kind = kind_of(tree.as_fd()).context(&attempt)?;
+            let place = make(root, path, kind).context(&attempt)?;
+            set_attributes(tree.as_fd(), &options.attributes, Scope::Mount).context(&attempt)?;
+            set_attributes(tree.as_fd(), &options.recursive, Scope::Tree).context(&attempt)?;
+            attach(tree.as_fd(), place.as_fd()).context(&attempt)?;
             for flags in &options.propagation {
-                propagate(tree.as_fd(), *flags).tried(&tried)?;
+                propagate(tree.as_fd(), *flags).context(&attempt)?;
             }
         }
         MountKind::Cgroup => {
-            let place = make(root, path, true).tried(&tried)?;
+            let place = make(root, path, Place::Directory).context(&attempt)?;
             // Not mount(2), which refuses what is there already: with a user namespace the guest's
             // /sys is bound, and the guest's cgroups with it.
-            let tree = new_detached(c"cgroup2", &[], options.attributes.set).tried(&tried)?;
-            attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
+            let tree = new_detached(c"cgroup2", &[], options.attributes.set).context(&attempt)?;
+            attach(tree.as_fd(), place.as_fd()).context(&attempt)?;
         }
         MountKind::New { fstype } => {
             // A symlink at the place of /proc or /sys would make checks of their files worthless.
             let kernel = matches!(fstype.to_bytes(), b"proc" | b"sysfs");
-            let place = make(root, path, true).tried(&tried)?;
+            let place = make(root, path, Place::Directory).context(&attempt)?;
             if kernel && !is_plain(root, path) {
-                return Err(Failure(format!("{tried}: the place is a symlink")));
+                return Err(Failure(format!("{attempt}: the place is a symlink")));
             }
             let mut flags = options.flags;
             if is_late_read_only(plan) {
@@ -148,21 +173,21 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
                     if error.raw_os_error() == Some(libc::EPERM)
                         && fstype.to_bytes() == b"sysfs" =>
                 {
-                    let tree = clone_tree(c"/sys", true, 0).tried(&tried)?;
-                    set_attributes(tree.as_fd(), &READ_ONLY, true).tried(&tried)?;
-                    attach(tree.as_fd(), place.as_fd()).tried(&tried)?;
+                    let tree = clone_tree(c"/sys", Scope::Tree, 0).context(&attempt)?;
+                    set_attributes(tree.as_fd(), &READ_ONLY, Scope::Tree).context(&attempt)?;
+                    attach(tree.as_fd(), place.as_fd()).context(&attempt)?;
                 }
-                result => result.tried(&tried)?,
+                result => result.context(&attempt)?,
             }
             // What was opened lies below the new mount now.
-            let mounted = open_in(root, path, OFlag::O_DIRECTORY).tried(&tried)?;
+            let mounted = open_in(root, path, OFlag::O_DIRECTORY).context(&attempt)?;
             if options.copy_up {
                 copy_up(place.as_fd(), mounted.as_fd())
-                    .tried(format_args!("copy {target} into its tmpfs"))?;
+                    .context(format_args!("copy {target} into its tmpfs"))?;
             }
-            set_attributes(mounted.as_fd(), &options.recursive, true).tried(&tried)?;
+            set_attributes(mounted.as_fd(), &options.recursive, Scope::Tree).context(&attempt)?;
             for flags in &options.propagation {
-                propagate(mounted.as_fd(), *flags).tried(&tried)?;
+                propagate(mounted.as_fd(), *flags).context(&attempt)?;
             }
         }
     }
@@ -170,11 +195,11 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
 }
 
 /// /dev as every image expects it: nodes, and the links to /proc and devpts.
-fn make_dev(root: BorrowedFd<'_>, devices: &[DevicePlan], bind: bool) -> Step<()> {
+fn make_dev(root: BorrowedFd<'_>, devices: &[DevicePlan], nodes: Nodes) -> Step<()> {
     for device in devices {
-        make_device(root, device, bind).tried(format_args!("create device {}", device.path))?;
+        make_device(root, device, nodes).context(format_args!("create device {}", device.path))?;
     }
-    let dev = make(root, Path::new("/dev"), true).tried("create /dev")?;
+    let dev = make(root, Path::new("/dev"), Place::Directory).context("create /dev")?;
     let links = [
         (c"/proc/self/fd", c"fd"),
         (c"/proc/self/fd/0", c"stdin"),
@@ -187,26 +212,25 @@ fn make_dev(root: BorrowedFd<'_>, devices: &[DevicePlan], bind: bool) -> Step<()
             Ok(()) | Err(nix::Error::EEXIST) => {}
             Err(error) => {
                 return Err(error)
-                    .tried(format_args!("create link /dev/{}", name.to_string_lossy()));
+                    .context(format_args!("create link /dev/{}", name.to_string_lossy()));
             }
         }
     }
     Ok(())
 }
 
-fn make_device(root: BorrowedFd<'_>, device: &DevicePlan, bind: bool) -> io::Result<()> {
+fn make_device(root: BorrowedFd<'_>, device: &DevicePlan, nodes: Nodes) -> io::Result<()> {
     let path = Path::new(&device.path);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     };
-    if bind {
-        // A user namespace may not make nodes: the guest's own are bound.
+    if nodes == Nodes::Bind {
         let source = CString::new(device.path.as_str())?;
-        let tree = clone_tree(&source, false, 0)?;
-        let place = make(root, path, false)?;
+        let tree = clone_tree(&source, Scope::Mount, 0)?;
+        let place = make(root, path, Place::File)?;
         return attach(tree.as_fd(), place.as_fd());
     }
-    let parent = make(root, parent, true)?;
+    let parent = make(root, parent, Place::Directory)?;
     let kind = SFlag::from_bits_truncate(device.mode & libc::S_IFMT);
     let mode = Mode::from_bits_truncate(device.mode & 0o7777);
     match mknodat(&parent, name, kind, mode, device.number) {
@@ -259,29 +283,29 @@ fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
     };
     let mut empty: Option<Cover> = None;
     for path in paths {
-        let tried = format!("mask {path}");
+        let attempt = format!("mask {path}");
         let place = match open_in(root, Path::new(path), OFlag::empty()) {
             Ok(place) => place,
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
                 continue;
             }
-            Err(error) => return Err(error).tried(&tried),
+            Err(error) => return Err(error).context(&attempt),
         };
-        let cover = if !is_dir(place.as_fd()).tried(&tried)? {
+        let cover = if kind_of(place.as_fd()).context(&attempt)? == Place::File {
             &mut null
         } else if let Some(empty) = &mut empty {
             empty
         } else {
             empty.insert({
                 let options = [(c"nr_blocks", c"1"), (c"nr_inodes", c"2")];
-                let tree = new_detached(c"tmpfs", &options, READ_ONLY.set).tried(&tried)?;
+                let tree = new_detached(c"tmpfs", &options, READ_ONLY.set).context(&attempt)?;
                 Cover {
                     tree,
                     attached: false,
                 }
             })
         };
-        cover.put(place.as_fd()).tried(&tried)?;
+        cover.put(place.as_fd()).context(&attempt)?;
     }
     Ok(())
 }
@@ -334,12 +358,12 @@ fn make_readonly(root: BorrowedFd<'_>, path: &str) -> io::Result<()> {
         )
     };
     let tree = owned(tree)?;
-    set_attributes(tree.as_fd(), &READ_ONLY, false)?;
+    set_attributes(tree.as_fd(), &READ_ONLY, Scope::Mount)?;
     attach(tree.as_fd(), place.as_fd())
 }
 
 /// Opens `path` inside `root` as a place (O_PATH); symlinks stay inside.
-pub fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | flags)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -363,17 +387,16 @@ fn is_plain(root: BorrowedFd<'_>, path: &Path) -> bool {
 }
 
 /// Opens `path` inside `root`, and makes it and the directories above it where they do not exist.
-pub fn make(root: BorrowedFd<'_>, path: &Path, dir: bool) -> io::Result<OwnedFd> {
-    let wanted = if dir {
-        OFlag::O_DIRECTORY
-    } else {
-        OFlag::empty()
+fn make(root: BorrowedFd<'_>, path: &Path, place: Place) -> io::Result<OwnedFd> {
+    let wanted = match place {
+        Place::Directory => OFlag::O_DIRECTORY,
+        Place::File => OFlag::empty(),
     };
     match open_in(root, path, wanted) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         result => return result,
     }
-    // What remains to be walked, the next part last; `at` is the resolved way so far.
+    // Context remains to be walked, the next part last; `at` is the resolved way so far.
     let parts = |path: &Path| -> Vec<PathBuf> {
         path.components()
             .rev()
@@ -410,7 +433,7 @@ pub fn make(root: BorrowedFd<'_>, path: &Path, dir: bool) -> io::Result<OwnedFd>
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let parent = open_in(root, &at, OFlag::O_DIRECTORY)?;
-                let made = if dir || !rest.is_empty() {
+                let made = if place == Place::Directory || !rest.is_empty() {
                     mkdirat(&parent, &part, Mode::from_bits_truncate(0o755))
                 } else {
                     mknodat(
@@ -437,8 +460,13 @@ fn open_nofollow(path: &CStr) -> io::Result<OwnedFd> {
     Ok(nix::fcntl::open(path, flags, Mode::empty())?)
 }
 
-fn is_dir(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR)
+fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Place> {
+    let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT;
+    Ok(if kind == SFlag::S_IFDIR {
+        Place::Directory
+    } else {
+        Place::File
+    })
 }
 
 fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
@@ -447,10 +475,16 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+fn recursion(scope: Scope) -> libc::c_uint {
+    match scope {
+        Scope::Mount => 0,
+        Scope::Tree => AT_RECURSIVE,
+    }
+}
+
 /// A detached copy of the mounts at `path`.
-pub fn clone_tree(path: &CStr, recursive: bool, flags: libc::c_uint) -> io::Result<OwnedFd> {
-    let flags =
-        flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | if recursive { AT_RECURSIVE } else { 0 };
+pub fn clone_tree(path: &CStr, scope: Scope, flags: libc::c_uint) -> io::Result<OwnedFd> {
+    let flags = flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursion(scope);
     // SAFETY: the path is a C string.
     owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
 }
@@ -477,15 +511,11 @@ pub fn attach(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<()> {
     check(result).map(|_| ())
 }
 
-fn set_attributes(
-    mount: BorrowedFd<'_>,
-    attributes: &Attributes,
-    recursive: bool,
-) -> io::Result<()> {
+fn set_attributes(mount: BorrowedFd<'_>, attributes: &Attributes, scope: Scope) -> io::Result<()> {
     if attributes.is_empty() {
         return Ok(());
     }
-    let flags = AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };
+    let flags = AT_EMPTY_PATH | recursion(scope);
     // SAFETY: the attributes have the layout of struct mount_attr, and their size is given.
     let result = unsafe {
         libc::syscall(
@@ -506,7 +536,12 @@ fn propagate(mount: BorrowedFd<'_>, flags: MsFlags) -> io::Result<()> {
         propagation: kind.bits(),
         ..Attributes::default()
     };
-    set_attributes(mount, &attributes, flags.contains(MsFlags::MS_REC))
+    let scope = if flags.contains(MsFlags::MS_REC) {
+        Scope::Tree
+    } else {
+        Scope::Mount
+    };
+    set_attributes(mount, &attributes, scope)
 }
 
 fn change_propagation(path: &CStr, flags: MsFlags) -> nix::Result<()> {
@@ -538,7 +573,7 @@ fn mount_new(
 pub fn write_sysctls(sysctls: &[(String, String)]) -> Step<()> {
     for (key, value) in sysctls {
         fs::write(Path::new("/proc/sys").join(key), value)
-            .tried(format_args!("sysctl {key} = {value}"))?;
+            .context(format_args!("sysctl {key} = {value}"))?;
     }
     Ok(())
 }

@@ -1,5 +1,35 @@
-//! The last steps of every process of a container, first or exec: terminal, limits, user,
-//! capabilities, seccomp, exec. Runs in the child.
+//! What runs in a child between clone and exec: the only code that enters a container.
+//!
+//! ```text
+//!  init (a container's first process)          exec (one that joins)
+//!    join namespaces, hostname, sysctls          setns to those of the first process
+//!    rootfs: mounts, devices, pivot_root         ·
+//!      └─ copy_up: a tmpfs begins with the image's files
+//!    ┌───────────────── this file, for both ─────────────────┐
+//!    detach              session, signals, not dumpable
+//!    take_stdio or open_console
+//!    take_identity       limits, user, working directory, the program's path
+//!    report "ready", wait to go on               with a terminal only
+//!    exec_program        no_new_privs, seccomp, capabilities, execve
+//! ```
+//!
+//! A step that fails ends the child with one line, which the user reads in the words of runc.
+//!
+//! Rules that a change must not break:
+//!
+//! * The child is a copy of the agent, so until exec it must be no open door: it is not dumpable,
+//!   has forgotten the key, and holds no descriptor of the agent's when it waits.
+//! * Paths of the image are resolved with the container's root as the boundary; before the new root
+//!   is entered, a path means one of the agent's.
+//! * The order of privileges: the bounding set before the user, the user before the working
+//!   directory (it may be the user's alone), seccomp as late as no_new_privs allows, capabilities
+//!   last.
+//! * Nothing here waits, but for the agent's go and for the image's file system.
+
+mod copy_up;
+pub mod exec;
+pub mod init;
+mod rootfs;
 
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsStr};
@@ -13,7 +43,7 @@ use nix::sys::stat::Mode;
 
 use super::plan::{Capabilities, ProcessPlan};
 use crate::error::errno_text;
-use crate::spawn::{Failure, Step, Tried};
+use crate::spawn::step::{Failure, Step, StepContext};
 use crate::stdio::ChildStdio;
 use crate::sys::check;
 
@@ -63,11 +93,11 @@ pub fn become_root() -> Step<()> {
     // SAFETY: plain numbers; an empty list of groups.
     unsafe {
         check(libc::syscall(libc::SYS_setgroups, 0, none))
-            .tried("set groups in the user namespace")?;
+            .context("set groups in the user namespace")?;
         check(libc::syscall(libc::SYS_setresgid, 0, 0, 0))
-            .tried("set group in the user namespace")?;
+            .context("set group in the user namespace")?;
         check(libc::syscall(libc::SYS_setresuid, 0, 0, 0))
-            .tried("set user in the user namespace")?;
+            .context("set user in the user namespace")?;
     }
     Ok(())
 }
@@ -75,7 +105,7 @@ pub fn become_root() -> Step<()> {
 /// Sets who is killed first when memory runs out; written through the agent's /proc.
 pub fn set_oom_score(score: i64) -> Step<()> {
     fs::write("/proc/self/oom_score_adj", score.to_string())
-        .tried(format_args!("set oom_score_adj {score}"))
+        .context(format_args!("set oom_score_adj {score}"))
 }
 
 /// Sets the mask of permissions for new files.
@@ -91,7 +121,7 @@ pub fn take_stdio(stdio: &ChildStdio, uid: libc::uid_t) -> Step<()> {
     for (lifted, fd) in lifted.iter_mut().zip(stdio) {
         // SAFETY: an open descriptor and plain numbers.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3) };
-        *lifted = i32::try_from(check(result.into()).tried("copy stdio")?).unwrap_or(-1);
+        *lifted = i32::try_from(check(result.into()).context("copy stdio")?).unwrap_or(-1);
     }
     for (number, fd) in (0..).zip(lifted) {
         if uid != 0 && !is_null(fd) {
@@ -99,12 +129,12 @@ pub fn take_stdio(stdio: &ChildStdio, uid: libc::uid_t) -> Step<()> {
             unsafe { libc::fchown(fd, uid, libc::gid_t::MAX) };
         }
         // SAFETY: open descriptors; the old one closes at exec.
-        check(unsafe { libc::dup2(fd, number) }.into()).tried("place stdio")?;
+        check(unsafe { libc::dup2(fd, number) }.into()).context("place stdio")?;
     }
     Ok(())
 }
 
-/// The null device is everybody's.
+/// Whether it is the null device, whose owner must stay.
 fn is_null(fd: RawFd) -> bool {
     // SAFETY: the stat buffer is plain data and lives over the call.
     unsafe {
@@ -121,7 +151,7 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
         .write(true)
         .custom_flags(libc::O_NOCTTY | libc::O_NOFOLLOW)
         .open("/dev/pts/ptmx")
-        .tried("open /dev/pts/ptmx (a terminal needs a devpts mount)")?
+        .context("open /dev/pts/ptmx (a terminal needs a devpts mount)")?
         .into();
     let fd = master.as_raw_fd();
     let mut number: libc::c_uint = 0;
@@ -129,9 +159,9 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
     // SAFETY: ioctls of a pty master with arguments of their types that live over the calls.
     let slave = unsafe {
         check(libc::ioctl(fd, libc::TIOCGPTN, &raw mut number).into())
-            .tried("number of the terminal")?;
+            .context("number of the terminal")?;
         check(libc::ioctl(fd, libc::TIOCSPTLCK, &raw const unlocked).into())
-            .tried("unlock the terminal")?;
+            .context("unlock the terminal")?;
         check(
             libc::ioctl(
                 fd,
@@ -140,15 +170,14 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
             )
             .into(),
         )
-        .tried("open the terminal")?
+        .context("open the terminal")?
     };
     // SAFETY: the kernel just made this descriptor for us.
     let slave = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(slave).unwrap_or(-1)) };
-    let (rows, columns) = plan.size;
-    if rows != 0 && columns != 0 {
+    if let Some(size) = plan.size {
         let size = libc::winsize {
-            ws_row: rows,
-            ws_col: columns,
+            ws_row: size.rows,
+            ws_col: size.columns,
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
@@ -159,9 +188,9 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
     unsafe {
         libc::fchown(slave.as_raw_fd(), plan.uid, libc::gid_t::MAX);
         for number in 0..3 {
-            check(libc::dup2(slave.as_raw_fd(), number).into()).tried("place the terminal")?;
+            check(libc::dup2(slave.as_raw_fd(), number).into()).context("place the terminal")?;
         }
-        check(libc::ioctl(0, libc::TIOCSCTTY, 0).into()).tried("take the terminal")?;
+        check(libc::ioctl(0, libc::TIOCSCTTY, 0).into()).context("take the terminal")?;
     }
     Ok(Console {
         master,
@@ -171,10 +200,10 @@ pub fn open_console(plan: &ProcessPlan) -> Step<Console> {
 
 /// Takes on limits, working directory, user and groups, and finds the program. What is left needs
 /// no file system.
-pub fn assume(plan: &ProcessPlan) -> Step<Program> {
+pub fn take_identity(plan: &ProcessPlan) -> Step<Program> {
     for (resource, limit) in &plan.rlimits {
         // SAFETY: the limit lives over the call.
-        check(unsafe { libc::setrlimit(*resource, std::ptr::from_ref(limit)) }.into()).tried(
+        check(unsafe { libc::setrlimit(*resource, std::ptr::from_ref(limit)) }.into()).context(
             format_args!(
                 "set rlimit {resource} to {} {}",
                 limit.rlim_cur, limit.rlim_max
@@ -187,7 +216,7 @@ pub fn assume(plan: &ProcessPlan) -> Step<Program> {
     drop_bounding(capabilities.bounding)?;
     set_user(plan)?;
     nix::unistd::chdir(plan.cwd.as_c_str())
-        .tried(format_args!("chdir to working directory {}", cwd.display()))?;
+        .context(format_args!("chdir to working directory {}", cwd.display()))?;
     // A directory from outside (through an inherited descriptor) has no path in here.
     if !std::env::current_dir().is_ok_and(|path| path.is_absolute()) {
         return Err(Failure(format!(
@@ -210,12 +239,12 @@ pub fn assume(plan: &ProcessPlan) -> Step<Program> {
 }
 
 /// Gives up the rest of the privileges and becomes the program.
-pub fn exec(plan: &ProcessPlan, program: &Program) -> Step<Infallible> {
+pub fn exec_program(plan: &ProcessPlan, program: &Program) -> Step<Infallible> {
     let capabilities = plan.capabilities.unwrap_or_default();
     if plan.no_new_privileges {
         // SAFETY: plain numbers.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
-            .tried("set no_new_privs")?;
+            .context("set no_new_privs")?;
         set_capabilities(&capabilities)?;
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which goes with the next step.
@@ -230,7 +259,7 @@ pub fn exec(plan: &ProcessPlan, program: &Program) -> Step<Infallible> {
     // SAFETY: the path and both arrays are C strings, the arrays end with null, and all live over
     // the call.
     unsafe { libc::execve(program.path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
-    Err(io::Error::last_os_error()).tried(format_args!("exec {}", program.path.to_string_lossy()))
+    Err(io::Error::last_os_error()).context(format_args!("exec {}", program.path.to_string_lossy()))
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
@@ -242,9 +271,9 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 }
 
 fn load_filter(plan: &ProcessPlan) -> Step<()> {
-    plan.seccomp
-        .as_ref()
-        .map_or(Ok(()), |filter| filter.load().tried("load seccomp profile"))
+    plan.seccomp.as_ref().map_or(Ok(()), |filter| {
+        filter.load().context("load seccomp profile")
+    })
 }
 
 /// The environment, with HOME from /etc/passwd where it is not set.
@@ -299,7 +328,7 @@ fn drop_bounding(keep: u64) -> Step<()> {
             if error.raw_os_error() == Some(libc::EINVAL) {
                 break;
             }
-            return Err(error).tried("drop capabilities from the bounding set");
+            return Err(error).context("drop capabilities from the bounding set");
         }
     }
     Ok(())
@@ -313,31 +342,33 @@ fn set_user(plan: &ProcessPlan) -> Step<()> {
     // SAFETY: plain numbers, and a list that lives over the call. Raw calls: glibc's wrappers
     // signal all threads.
     unsafe {
-        check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into()).tried("keep capabilities")?;
+        check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into())
+            .context("keep capabilities")?;
         check(libc::syscall(
             libc::SYS_setgroups,
             groups.len(),
             groups.as_ptr(),
         ))
-        .tried("set supplementary groups")?;
+        .context("set supplementary groups")?;
         check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))
-            .tried(format_args!("become group {gid}"))?;
+            .context(format_args!("become group {gid}"))?;
         check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))
-            .tried(format_args!("become user {uid}"))?;
-        check(libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0).into()).tried("keep capabilities")?;
+            .context(format_args!("become user {uid}"))?;
+        check(libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0).into())
+            .context("keep capabilities")?;
         // A change of user clears it anyway; a fork of root keeps it as it was set.
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
     }
     // The effective set went with root; seccomp and the working directory want it once more.
     let all = u64::MAX;
     if *uid != 0 {
-        capset(all, all, 0).tried("raise capabilities")?;
+        capset(all, all, 0).context("raise capabilities")?;
     }
     Ok(())
 }
 
 fn set_capabilities(sets: &Capabilities) -> Step<()> {
-    capset(sets.effective, sets.permitted, sets.inheritable).tried("set capabilities")?;
+    capset(sets.effective, sets.permitted, sets.inheritable).context("set capabilities")?;
     // SAFETY: plain numbers.
     unsafe {
         libc::prctl(
@@ -412,7 +443,7 @@ fn look_up(plan: &ProcessPlan, env: &[CString]) -> Step<CString> {
         return match runnable(name) {
             Ok(()) => Ok(name.clone()),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                Err(error).tried(format_args!("exec: {shown:?}"))
+                Err(error).context(format_args!("exec: {shown:?}"))
             }
             Err(error) => Err(Failure(format!(
                 "exec: {shown:?}: stat {shown}: {}",
