@@ -1,5 +1,5 @@
 //! Every time limit of the agent: deadlines, the pauses between attempts that a deadline bounds,
-//! and how long something is kept for somebody who may not come.
+//! and how long something is kept that may never be fetched.
 //!
 //! A wait inside a call of the host's ends before the host gives up on the call
 //! (`guest_protocol::deadlines`), so that the host hears what failed. The test below adds up what
@@ -56,7 +56,7 @@ pub const REQUEST_LINE: Duration = Duration::from_secs(5);
 /// How long one address of the loopback may take to accept a forwarded connection; there are two.
 pub const LOOPBACK_CONNECT: Duration = Duration::from_secs(4);
 
-/// How long the host may take to accept a connection to one of its unix sockets' port.
+/// How long the host may take to accept a connection to the vsock port for its unix sockets.
 pub const HOST_DIAL: Duration = Duration::from_secs(5);
 
 /// How long the host may take to connect to its unix socket and say so.
@@ -78,7 +78,7 @@ pub const PROCESS_SETUP: Duration = Duration::from_secs(45);
 /// How long PID 1 of a pod's shared pid namespace may take to be ready: a copy of the agent.
 pub const POD_INIT_SETUP: Duration = Duration::from_secs(5);
 
-/// How long a process may take to be gone once it was killed.
+/// How long PID 1 of a pod's shared pid namespace may take to exit once it was killed.
 pub const PROCESS_EXIT_AFTER_SIGKILL: Duration = Duration::from_secs(5);
 
 /// A container's whole removal: its processes' deaths, their collection, its cgroup.
@@ -96,7 +96,7 @@ pub const CGROUP_FREEZE: Duration = Duration::from_secs(8);
 /// How long the kernel may take to bring a container's memory below a new limit.
 pub const MEMORY_RECLAIM: Duration = Duration::from_secs(8);
 
-/// How long an exit waits for its OOM event to be fetched by a caller who is there to do so.
+/// How long an exit waits for its OOM event to be fetched, if a caller waits for events.
 pub const OOM_EVENT_FETCHED: Duration = Duration::from_millis(200);
 
 /// How long output may still be delivered after its container was removed.

@@ -63,31 +63,31 @@ pub enum Admission {
 
 /// Connections to one port.
 #[derive(Debug)]
-pub enum Arrivals {
+pub enum Incoming {
     /// Accepted as they come.
     Open(Listener),
     /// Those that have shown the key.
     Keyed(mpsc::Receiver<Stream>),
 }
 
-impl Arrivals {
-    pub fn of(listener: Listener, admission: Admission) -> Arrivals {
+impl Incoming {
+    pub fn of(listener: Listener, admission: Admission) -> Incoming {
         if admission == Admission::Anybody {
-            return Arrivals::Open(listener);
+            return Incoming::Open(listener);
         }
-        let (admitted, arrivals) = mpsc::channel(MAX_ADMITTED);
+        let (admitted, incoming) = mpsc::channel(MAX_ADMITTED);
         tokio::spawn(admit_all(listener, admitted));
-        Arrivals::Keyed(arrivals)
+        Incoming::Keyed(incoming)
     }
 
     /// The next connection.
     ///
     /// # Errors
-    /// The socket's own.
+    /// The error of accept(2).
     pub async fn accept(&mut self) -> io::Result<Stream> {
         match self {
-            Arrivals::Open(listener) => listener.accept().await,
-            Arrivals::Keyed(arrivals) => arrivals
+            Incoming::Open(listener) => listener.accept().await,
+            Incoming::Keyed(incoming) => incoming
                 .recv()
                 .await
                 .ok_or_else(|| io::Error::other("connections are not admitted any more")),
@@ -168,7 +168,7 @@ mod tests {
             listener: UnixListener::bind(&path).unwrap(),
             path: path.clone(),
         };
-        let mut arrivals = Arrivals::of(listener, Admission::Key);
+        let mut incoming = Incoming::of(listener, Admission::Key);
         let key = Key::random().unwrap();
         // Before there is a key: it waits for it.
         let mut early = UnixStream::connect(&path).await.unwrap();
@@ -176,7 +176,7 @@ mod tests {
         early.write_all(b"early").await.unwrap();
         set(key.clone());
         let mut text = [0; 5];
-        arrivals
+        incoming
             .accept()
             .await
             .unwrap()
@@ -197,7 +197,7 @@ mod tests {
             tokio::task::yield_now().await;
         }
         for _ in 0..burst.len() {
-            arrivals
+            incoming
                 .accept()
                 .await
                 .unwrap()
@@ -225,7 +225,7 @@ mod tests {
         let mut right = UnixStream::connect(&path).await.unwrap();
         right.write_all(key.line()).await.unwrap();
         right.write_all(b"right").await.unwrap();
-        arrivals
+        incoming
             .accept()
             .await
             .unwrap()

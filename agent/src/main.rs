@@ -66,7 +66,7 @@ use tokio::sync::Notify;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use error::{Context, Error, Result};
-use gate::Arrivals;
+use gate::Incoming;
 use guest::boot::{self, Mode};
 use guest::{ready, reaper};
 use log::log;
@@ -164,11 +164,11 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     );
     let shutdown_requested = Arc::new(Notify::new());
     tokio::spawn(server::stdio_streams::serve(
-        Arrivals::of(stdio, admission),
+        Incoming::of(stdio, admission),
         sandbox.clone(),
     ));
     let mut server = ttrpc::r#async::Server::new()
-        .add_listener(incoming(Arrivals::of(agent, admission)))
+        .add_listener(ttrpc_listener(Incoming::of(agent, admission)))
         .register_service(server::services(sandbox, shutdown_requested.clone(), mode));
     server
         .start()
@@ -180,7 +180,7 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     // The host asks for ports only once it knows what this agent can do, and the answer to that
     // comes after this.
     let forward = forward.map_or_else(|| vsock(FORWARD_PORT), Ok)?;
-    tokio::spawn(relay::tcp::serve(Arrivals::of(forward, admission)));
+    tokio::spawn(relay::tcp::serve(Incoming::of(forward, admission)));
     log!("ready");
     shutdown_requested.notified().await;
     // The answer to the call that ended the sandbox must get out.
@@ -209,16 +209,16 @@ fn vsock(port: u32) -> Result<Listener> {
 }
 
 /// The connections as ttrpc takes them.
-fn incoming(arrivals: Arrivals) -> ttrpc::r#async::transport::Listener {
+fn ttrpc_listener(incoming: Incoming) -> ttrpc::r#async::transport::Listener {
     ttrpc::r#async::transport::Listener::new(futures::stream::unfold(
-        arrivals,
-        async |mut arrivals| {
-            let accepted = arrivals.accept().await;
+        incoming,
+        async |mut incoming| {
+            let accepted = incoming.accept().await;
             if accepted.is_err() {
                 // Out of descriptors, for example: others must close some first.
                 tokio::time::sleep(deadlines::ACCEPT_RETRY_PAUSE).await;
             }
-            Some((accepted, arrivals))
+            Some((accepted, incoming))
         },
     ))
 }

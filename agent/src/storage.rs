@@ -1,4 +1,8 @@
 //! Storages: what the host asks to be mounted in the guest, counted by mount point.
+//!
+//! [`mount_storage`] makes one, by its driver. [`Storages`] counts the users of each; the last
+//! one's release undoes it, unless one of them has asked for a storage that stays as long as the
+//! sandbox.
 
 use std::collections::HashMap;
 use std::fs;
@@ -47,7 +51,7 @@ pub fn driver_names() -> Vec<String> {
     DRIVERS.map(|(name, _)| name.to_owned()).into()
 }
 
-/// Mounted storages.
+/// The storages that there are, by mount point.
 #[derive(Debug, Default)]
 pub struct Storages(HashMap<String, Entry>);
 
@@ -130,8 +134,8 @@ fn clean_up(mount_point: &str, cleanup: Cleanup) {
     }
 }
 
-/// Makes a storage. `host` is the way to what the guest reaches of its host. The answer says what
-/// is to be undone.
+/// Makes a storage. `host` leads to the unix sockets of the host. Returns what is to be done when
+/// the storage has no user any more.
 ///
 /// # Errors
 /// An unknown driver, a device that does not come in time, a failed mount.
@@ -422,7 +426,7 @@ pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
 /// The node of the virtio-blk device at a PCI path such as `02/01`, once it is there.
 ///
 /// # Errors
-/// A path that is none, or a device that does not come before the deadline.
+/// Text that is not a PCI path, or a device that does not come in time.
 pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> {
     let node = |device: &Path| {
         let node = format!("/dev/{}", pci::virtio_child(device, "block")?);

@@ -129,7 +129,7 @@ fn number(value: i64) -> Result<i32> {
         .map_err(|_| Error::Invalid(format!("device number {value} does not exist")))
 }
 
-/// −1 is a wildcard. So is major 0, which no device has and which is how absence travels; minor 0
+/// −1 is a wildcard. So is major 0, which no device has: on the wire an absent major is 0. Minor 0
 /// is a real minor.
 fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
     let kind = match rule.Type.as_str() {

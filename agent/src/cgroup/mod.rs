@@ -94,8 +94,8 @@ impl Cgroup {
     /// Applies the limits that are set; those not set (zero or absent) stay as they are.
     ///
     /// # Errors
-    /// A limit that the kernel refuses, by file and value; memory that the kernel cannot bring below
-    /// its new limit in time. The limit is in force then, as with runc.
+    /// A limit that the kernel refuses, by file and value; memory that the kernel cannot bring
+    /// below its new limit in time. The limit is in force then, as with runc.
     pub async fn limit(&self, resources: &LinuxResources) -> Result<()> {
         let read = |name: &str| fs::read_to_string(self.file(name)).unwrap_or_default();
         for setting in limits::settings(resources, read) {

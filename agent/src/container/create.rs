@@ -23,7 +23,7 @@ use crate::spawn::{self, Child, Report};
 use crate::stdio::{self, Claimed, Io};
 use crate::sys::check;
 
-/// What a container is made of.
+/// What a container is made of; its cgroup comes beside it.
 pub struct Parts<'a> {
     pub id: &'a str,
     pub spec: &'a oci::Spec,
@@ -49,7 +49,7 @@ impl Container {
     /// is left but the cgroup, which is the caller's to remove; that also ends the child.
     ///
     /// # Errors
-    /// A spec that cannot be; the step that failed in the child, in its words.
+    /// A spec that is refused; the step that failed in the child, in its words.
     pub async fn create(
         parts: Parts<'_>,
         cgroup: Cgroup,

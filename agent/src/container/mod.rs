@@ -23,10 +23,10 @@
 //!
 //! Rules that a change must not break:
 //!
-//! * The agent does not open a path inside a container. What a container's file system needs is done
-//!   by the child, in the container's mount namespace, with its root as the boundary.
-//! * The exit of a process is published even if nobody reads its output, and an OOM event before the
-//!   exit that it caused.
+//! * The agent does not open a path inside a container. What a container's file system needs is
+//!   done by the child, in the container's mount namespace, with its root as the boundary.
+//! * The exit of a process is published even if nobody reads its output, and an OOM event before
+//!   the exit that it caused.
 //! * A process that the host hears failed does not run: whoever gives up on a child kills it.
 //! * An exec id belongs to one process from the request on, so of two requests at a time one fails.
 //! * A removal that fails leaves the container, and can be tried again.
@@ -247,7 +247,7 @@ impl Container {
                     self.id
                 )));
             }
-            process.io().abandon();
+            process.io().close_after_removal();
         }
         Ok(())
     }

@@ -63,8 +63,8 @@ impl Queue {
         }
     }
 
-    /// Queues an event if there is one, and waits until it was fetched by a caller who is there to
-    /// do so.
+    /// Queues an event if there is one, and waits until it is fetched, if a caller waits for
+    /// events.
     pub async fn wait_until_fetched(&self, container: &Container) {
         self.check(container);
         let fetched = async {

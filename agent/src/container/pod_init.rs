@@ -16,7 +16,7 @@ use crate::log::log;
 use crate::spawn::step::Step;
 use crate::spawn::{self, Handle, Report};
 
-/// What `ps` shows; the name that users of pods know.
+/// What `ps` shows: the name that pause containers have.
 const NAME: &std::ffi::CStr = c"pause";
 
 /// The process and its namespace.

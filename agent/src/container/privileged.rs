@@ -9,7 +9,7 @@ use guest_protocol::protocols::oci::{LinuxDevice, Spec};
 
 use crate::cgroup::devices;
 
-/// File systems of their own, which a container has of its own too.
+/// Mount points in /dev: a container has file systems of its own there.
 const SKIPPED: [&str; 3] = ["pts", "shm", "mqueue"];
 
 /// Adds the guest's devices to a spec whose rules allow all of them.

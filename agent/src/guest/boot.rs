@@ -17,7 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::gate::Admission;
 use crate::log::{self, log};
 
-/// As what the agent runs.
+/// What the agent runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// PID 1 of a virtual machine.
@@ -43,8 +43,7 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Reads the parameters of a kernel command line; unknown and malformed ones are somebody
-    /// else's.
+    /// Reads the parameters of a kernel command line. Unknown and malformed ones are left alone.
     pub fn parse(line: &str) -> Parameters {
         let mut parameters = Parameters {
             ready_port: None,
@@ -199,7 +198,7 @@ pub fn finish_boot() {
     for (key, value) in SYSCTLS {
         let _ = fs::write(Path::new("/proc/sys").join(key), value);
     }
-    // Better than "(none)", which is no name; the sandbox's own comes with it.
+    // The kernel's "(none)" is not a valid name. CreateSandbox sets the sandbox's own.
     let _ = nix::unistd::sethostname("localhost");
     if let Err(error) = loopback_up() {
         log!("{error}");

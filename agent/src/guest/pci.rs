@@ -15,7 +15,7 @@ const ROOT: &str = "/sys/devices/pci0000:00";
 /// as `02/01`.
 ///
 /// # Errors
-/// A path that is none, or a device that does not come before the deadline.
+/// Text that is not a PCI path, or a device that does not come in time.
 pub async fn wait_for<T>(
     pci_path: &str,
     device_kind: &str,

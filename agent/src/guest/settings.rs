@@ -49,7 +49,7 @@ pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
     Ok(())
 }
 
-/// Control files of the numbered things in `dir` that say `off`.
+/// Control files of the numbered entries of `dir` that contain `off`.
 fn offline(dir: &str, prefix: &str, file: &str, off: &str) -> Vec<PathBuf> {
     let numbered = |name: &str| {
         name.strip_prefix(prefix)
@@ -92,11 +92,12 @@ pub fn reseed(data: &[u8]) -> Result<()> {
     ioctls().context(|| "reseed the random numbers".into())
 }
 
-/// Sets the guest's clock (CLOCK_REALTIME) to a time since 1970. The monotonic clocks, and with them
-/// every deadline of the agent, stay as they are.
+/// Sets the guest's clock (CLOCK_REALTIME) to a time since 1970. The monotonic clocks, and with
+/// them every deadline of the agent, stay as they are.
 ///
 /// # Errors
-/// A time that is none, or that the kernel refuses: before 1970, or before the boot.
+/// Numbers that are not a time since 1970; a time that the kernel refuses, because it is before the
+/// boot.
 pub fn set_clock(seconds: i64, microseconds: i64) -> Result<()> {
     if seconds < 0 || !(0..1_000_000).contains(&microseconds) {
         return Err(Error::Invalid(format!(

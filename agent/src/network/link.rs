@@ -47,7 +47,7 @@ pub(super) struct Link {
 /// nothing, so routes stay.
 ///
 /// # Errors
-/// No such interface in time, a value that is none, the kernel's refusal.
+/// No such interface in time, text that is not an address, the kernel's refusal.
 pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()> {
     let mut addresses = Vec::with_capacity(wanted.IPAddresses.len());
     for address in &wanted.IPAddresses {
@@ -112,7 +112,7 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
             .flags(other.flags & IFF_UP, IFF_UP);
         set(&netlink, change).context(|| format!("rename what was {name} to {}", link.name))?;
     }
-    // Last, because an interface that goes down loses those of IPv6.
+    // Last, because an interface that is taken down loses its IPv6 addresses.
     for (ip, length) in addresses {
         if ip.is_ipv6() && ipv6_is_off(name) {
             log!("{name}: no address {ip}: IPv6 is off");
@@ -266,8 +266,8 @@ fn add_address(netlink: &Netlink, index: u32, ip: IpAddr, length: u8) -> std::io
     } else {
         libc::RT_SCOPE_UNIVERSE
     };
-    // Duplicates are the business of who gave out the address; looking for them takes a second
-    // before it can be used.
+    // Duplicate detection takes a second before the address can be used, and is the business of
+    // whoever assigned the address.
     let flags = if ip.is_ipv6() { libc::IFA_F_NODAD } else { 0 };
     let mut fixed = vec![
         family(ip),

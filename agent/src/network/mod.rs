@@ -17,8 +17,8 @@
 //!
 //! * A call can be repeated: it makes what is missing, changes what is there, and removes nothing.
 //!   The shim repeats the calls when a link comes late.
-//! * An interface is taken down only if its name or its hardware address changes, because that costs
-//!   it its routes and its IPv6 addresses.
+//! * An interface is taken down only if its name or its hardware address changes, because that
+//!   costs it its routes and its IPv6 addresses.
 //! * Routes without a gateway come before those with one, which are reached over them.
 //! * What the kernel answers is parsed with bounds: a broken attribute ends the list.
 //! * The kernel answers a netlink request before the send returns. Nothing is awaited here but a
@@ -54,7 +54,7 @@ fn open() -> Result<Netlink> {
 /// Adds neighbours, of both families.
 ///
 /// # Errors
-/// An address that is none, an unknown device, the kernel's refusal.
+/// Text that is not an address, an unknown device, the kernel's refusal.
 pub fn add_neighbours(neighbours: &ARPNeighbors) -> Result<()> {
     let netlink = open()?;
     let links = link::all(&netlink)?;
@@ -128,7 +128,7 @@ fn mac_text(bytes: &[u8]) -> String {
 }
 
 fn family(address: IpAddr) -> u8 {
-    // Both numbers are small.
+    // Both numbers fit.
     let family = if address.is_ipv4() {
         libc::AF_INET
     } else {

@@ -22,7 +22,7 @@ const RTA_VIA: u16 = 18;
 /// over them.
 ///
 /// # Errors
-/// A value that is none, an unknown device, the kernel's refusal.
+/// Text that is not an address or a prefix, an unknown device, the kernel's refusal.
 pub fn update(routes: &Routes) -> Result<()> {
     let netlink = open()?;
     let links = link::all(&netlink)?;

@@ -36,7 +36,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use crate::deadlines;
-use crate::gate::Arrivals;
+use crate::gate::Incoming;
 use crate::log::log;
 
 /// Connections of one listener at a time; one more is closed.
@@ -47,14 +47,14 @@ const CHUNK: usize = 16 << 10;
 
 /// Accepts for ever, with one task for each connection. The tasks end when this future is dropped.
 /// `name` is for the log.
-pub async fn serve<W>(mut arrivals: Arrivals, name: &'static str, work: impl Fn(Stream) -> W)
+pub async fn serve<W>(mut incoming: Incoming, name: &'static str, work: impl Fn(Stream) -> W)
 where
     W: Future<Output = io::Result<()>> + Send + 'static,
 {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            accepted = arrivals.accept() => accepted,
+            accepted = incoming.accept() => accepted,
             Some(ended) = connections.join_next() => {
                 if let Ok(Err(error)) = ended {
                     log!("{name}: {error}");

@@ -11,11 +11,11 @@ use tokio::time::timeout;
 
 use super::{copy_both_ways, copy_until_end_of, serve as serve_all};
 use crate::deadlines;
-use crate::gate::Arrivals;
+use crate::gate::Incoming;
 
 /// Serves forwarded connections for ever.
-pub async fn serve(arrivals: Arrivals) {
-    serve_all(arrivals, "port forwarding", forward).await;
+pub async fn serve(incoming: Incoming) {
+    serve_all(incoming, "port forwarding", forward).await;
 }
 
 async fn forward(mut host: Stream) -> io::Result<()> {
@@ -27,8 +27,8 @@ async fn forward(mut host: Stream) -> io::Result<()> {
     host.write_all(&[ACCEPTED]).await?;
     match host {
         Stream::Unix(_) => copy_both_ways(host, server).await,
-        // Not every vsock device passes on that one direction has ended, and who forwards a port
-        // waits for that.
+        // Not every vsock device passes on that one direction has ended, so the end of the server's
+        // side ends the connection: `kubectl port-forward` waits for it.
         Stream::Vsock(_) => copy_until_end_of(server, host).await,
     }
 }

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use super::{copy_both_ways, serve};
 use crate::deadlines;
 use crate::error::{Context, Error, Result};
-use crate::gate::Arrivals;
+use crate::gate::Incoming;
 
 /// A listening socket. It ends, with its connections and its file, when it is dropped.
 #[derive(Debug)]
@@ -35,11 +35,12 @@ impl Drop for Socket {
     }
 }
 
-/// Listens at the storage's mount point for whoever can reach it; `host` is the way to the other
-/// end.
+/// Listens at the storage's mount point. Each connection is carried to the socket of the host that
+/// the storage names.
 ///
 /// # Errors
-/// A storage without a port or with a name that is none, a place that cannot hold a socket.
+/// A storage without a port, a source that cannot be a socket's name, a mount point where no socket
+/// can be made.
 pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
     let Storage {
         source,
@@ -57,25 +58,25 @@ pub fn listen(storage: &Storage, host: Transport) -> Result<Socket> {
     })?;
     if !is_socket_name(source) {
         return Err(Error::Invalid(format!(
-            "{source:?} is no name for a socket of the host"
+            "{source:?} cannot be the name of a socket of the host"
         )));
     }
     let path = PathBuf::from(mount_point);
     let listener = bind(&path, &Owner::parse(&storage.options)?)
         .context(|| format!("listen on {mount_point}"))?;
-    // The path is empty, so that the listener's drop removes no file: the drop of the `Socket` does,
-    // and by the time the task ends there may be another socket of this name.
+    // The path is empty, so that the listener's drop removes no file: the drop of the `Socket`
+    // does, and by the time the task ends there may be another socket of this name.
     let listener = Listener::Unix {
         listener,
         path: PathBuf::new(),
     };
     let source = source.clone();
     let carry = move |client| carry(client, host.clone(), port, source.clone());
-    let task = tokio::spawn(serve(Arrivals::Open(listener), "host socket", carry)).abort_handle();
+    let task = tokio::spawn(serve(Incoming::Open(listener), "host socket", carry)).abort_handle();
     Ok(Socket { path, task })
 }
 
-/// Who may connect, as on the host.
+/// Owner and permissions of the socket, as on the host.
 struct Owner {
     mode: u32,
     uid: Option<u32>,

@@ -85,7 +85,7 @@ pub struct Sandbox {
     cgroups: PathBuf,
     /// How long a hot-plugged device may take to appear.
     pub hotplug_timeout: Duration,
-    /// For what the guest reaches of its host.
+    /// For the unix sockets of the host.
     host: Transport,
     reaper: Reaper,
     /// OOM kills that nobody has fetched yet.
@@ -141,7 +141,7 @@ impl Sandbox {
     /// Names the guest and mounts what its containers share.
     ///
     /// # Errors
-    /// A second sandbox, kernel modules, a hostname or storage that cannot be.
+    /// A second sandbox, kernel modules, a hostname or a storage that is refused.
     pub async fn create(&self, request: &CreateSandboxRequest) -> Result<()> {
         if std::mem::replace(&mut lock(&self.state).created, true) {
             return Err(Error::Failed("the sandbox exists already".into()));
@@ -219,7 +219,7 @@ impl Sandbox {
     /// Makes a container; its first process waits for [`Container::start`].
     ///
     /// # Errors
-    /// What was wrong; then nothing of it is left.
+    /// The step that failed; then nothing of the container is left.
     pub async fn create_container(
         self: &Arc<Self>,
         mut request: CreateContainerRequest,
@@ -366,8 +366,7 @@ impl Sandbox {
         copy.context(|| "copy a descriptor".into())
     }
 
-    /// Publishes the exit of a process once it happens, and before that what caused it or follows
-    /// from it.
+    /// Waits for the exit of a process and publishes it, after the OOM event that caused it.
     fn publish_exit_when_done(
         self: Arc<Self>,
         container: Arc<Container>,
@@ -378,7 +377,7 @@ impl Sandbox {
             let Started { process, exit } = started;
             let status = exit.await.unwrap_or(255);
             if role == Role::Init {
-                // Without a pid namespace of its own, others may have outlived it.
+                // In a pid namespace that it shares, other processes of the container outlive it.
                 container.cgroup().kill();
             }
             self.oom.wait_until_fetched(&container).await;
@@ -389,7 +388,7 @@ impl Sandbox {
     /// Runs one more process in a container.
     ///
     /// # Errors
-    /// What was wrong, in the words of the child if it got that far.
+    /// The step that failed, in the words of the child if it got that far.
     pub async fn exec(
         self: &Arc<Self>,
         container_id: &str,
@@ -462,7 +461,7 @@ impl Sandbox {
         lock(&self.state).removed.append(removed);
     }
 
-    /// Ends everything.
+    /// Removes every container and unmounts every storage.
     ///
     /// # Errors
     /// The first container that could not be removed; the others are.

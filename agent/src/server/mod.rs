@@ -102,7 +102,8 @@ const METHODS: [&str; 28] = [
     "WriteStdin",
 ];
 
-/// The services, for a ttrpc server. `shutdown_requested` is notified once the sandbox is destroyed.
+/// The services, for a ttrpc server. `shutdown_requested` is notified once the sandbox is
+/// destroyed.
 pub fn services(
     sandbox: Arc<Sandbox>,
     shutdown_requested: Arc<Notify>,

@@ -1,5 +1,5 @@
-//! Takes raw stdio streams from the host: reads the header, then attaches the stream to its process,
-//! or parks it until the process is made.
+//! Takes raw stdio streams from the host: reads the header, then attaches the stream to its
+//! process, or parks it until the process is made.
 
 use std::io;
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use tokio::time::{sleep, timeout};
 
 use super::exec_id;
 use crate::deadlines;
-use crate::gate::Arrivals;
+use crate::gate::Incoming;
 use crate::log::log;
 use crate::sandbox::Sandbox;
 
 /// Accepts streams for ever.
-pub async fn serve(mut arrivals: Arrivals, sandbox: Arc<Sandbox>) {
+pub async fn serve(mut incoming: Incoming, sandbox: Arc<Sandbox>) {
     loop {
-        match arrivals.accept().await {
+        match incoming.accept().await {
             Ok(stream) => {
                 let sandbox = sandbox.clone();
                 tokio::spawn(async move {

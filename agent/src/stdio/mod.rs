@@ -285,7 +285,7 @@ impl Io {
     }
 
     /// After the removal of the container: what nobody fetches in time is dropped.
-    pub fn abandon(self: &Arc<Self>) {
+    pub fn close_after_removal(self: &Arc<Self>) {
         self.process_exited();
         let pumps = std::mem::take(&mut *lock(&self.output_pumps));
         if pumps.iter().all(AbortHandle::is_finished) {

@@ -254,7 +254,7 @@ pub async fn an_exec_that_cannot_run_fails_at_once(client: &Client<'_>) {
     client.remove("fails").await.unwrap();
 }
 
-pub async fn an_execs_exit_is_told_once(client: &Client<'_>) {
+pub async fn an_execs_exit_is_reported_once(client: &Client<'_>) {
     client.sleeper("once").await;
     assert_eq!(client.exec_script("once", "e1", "exit 3").await.status, 3);
     let (code, _) = refusal(client.wait("once", "e1").await);

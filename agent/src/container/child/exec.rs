@@ -16,8 +16,8 @@ pub enum UserNamespace {
     Own,
 }
 
-/// Joins the container of the process behind `target` and becomes the program. The pid namespace is
-/// the agent's business: it counts for children only, so it was set before this process was made.
+/// Joins the container of the process behind `target` and becomes the program. The pid namespace
+/// is not joined here: it counts for children only, so the agent set it before the clone.
 pub fn run(
     plan: &ProcessPlan,
     target: BorrowedFd<'_>,

@@ -9,7 +9,7 @@
 //!    detach              session, signals, not dumpable
 //!    take_stdio or open_console
 //!    take_identity       limits, user, working directory, the program's path
-//!    report "ready", wait to go on               with a terminal only
+//!    report "ready", wait to go on               exec: with a terminal only
 //!    exec_program        no_new_privs, seccomp, capabilities, execve
 //! ```
 //!
@@ -22,8 +22,8 @@
 //! * Paths of the image are resolved with the container's root as the boundary; before the new root
 //!   is entered, a path means one of the agent's.
 //! * The order of privileges: the bounding set before the user, the user before the working
-//!   directory (it may be the user's alone), seccomp as late as no_new_privs allows, capabilities
-//!   last.
+//!   directory (which may be the user's alone). With no_new_privs the seccomp filter is loaded last
+//!   of all; without it, before the capabilities that the loading needs are given up.
 //! * Nothing here waits, but for the agent's go and for the image's file system.
 
 mod copy_up;

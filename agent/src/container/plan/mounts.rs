@@ -72,7 +72,7 @@ pub fn mount(mount: &oci::Mount) -> Result<MountPlan> {
     })
 }
 
-/// The devices of every container, then its own, which may replace them.
+/// The devices that every container has, then the container's own, which may replace them.
 pub fn devices(own: &[oci::LinuxDevice]) -> Result<Vec<DevicePlan>> {
     let default = [
         ("null", 1, 3),
