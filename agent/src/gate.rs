@@ -11,6 +11,7 @@ use std::io;
 use std::sync::Mutex;
 
 use guest_protocol::{KEY_LINE, Key, Listener, Stream};
+use sys::lock;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
@@ -18,7 +19,6 @@ use tokio::time::{sleep, timeout};
 
 use crate::deadlines;
 use crate::log::log;
-use crate::sys::lock;
 
 /// Connections that have shown nothing yet. Far more than the host makes at once: its own are among
 /// these until their first bytes have come, which is after the guest has answered them.

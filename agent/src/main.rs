@@ -21,7 +21,7 @@
 //! gate            who may connect
 //! mount_options   mount options as text, for storage and container
 //! deadlines       every time limit
-//! log · error · sys
+//! log · error
 //! ```
 //!
 //! Rules that a change must not break:
@@ -54,7 +54,6 @@ mod server;
 mod spawn;
 mod stdio;
 mod storage;
-mod sys;
 
 use std::io;
 use std::path::PathBuf;
@@ -229,7 +228,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     /// The modules in the order of the list above.
-    const ORDER: [&str; 16] = [
+    const ORDER: [&str; 15] = [
         "server",
         "sandbox",
         "storage",
@@ -245,7 +244,6 @@ mod tests {
         "deadlines",
         "log",
         "error",
-        "sys",
     ];
 
     fn files(dir: &Path) -> Vec<PathBuf> {

@@ -2,41 +2,21 @@
 //! mount_setattr(2), and data of the file system.
 
 use nix::mount::MsFlags;
+use sys::mount::{Attributes, Extent};
 
-/// `struct mount_attr` of mount_setattr(2), where zero changes nothing.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Attributes {
-    /// `MOUNT_ATTR_*` to set.
-    pub set: u64,
-    /// `MOUNT_ATTR_*` to clear.
-    pub clear: u64,
-    /// Propagation type, or zero.
-    pub propagation: u64,
-    /// For id-mapped mounts; unused.
-    pub user_namespace: u64,
-}
-
-impl Attributes {
-    /// True when applying it would change nothing.
-    pub fn is_empty(&self) -> bool {
-        *self == Attributes::default()
-    }
-
-    fn put(&mut self, change: Change) {
-        let Change { bit, set } = change;
-        if bit & ATIME != 0 || bit == RELATIME_MARK {
-            // The access time modes are one field, not bits.
-            let bit = if bit == RELATIME_MARK { 0 } else { bit };
-            self.clear |= ATIME;
-            self.set = (self.set & !ATIME) | if set { bit } else { 0 };
-        } else if set {
-            self.set |= bit;
-            self.clear &= !bit;
-        } else {
-            self.clear |= bit;
-            self.set &= !bit;
-        }
+fn put(attributes: &mut Attributes, change: Change) {
+    let Change { bit, set } = change;
+    if bit & ATIME != 0 || bit == RELATIME_MARK {
+        // The access time modes are one field, not bits.
+        let bit = if bit == RELATIME_MARK { 0 } else { bit };
+        attributes.clear |= ATIME;
+        attributes.set = (attributes.set & !ATIME) | if set { bit } else { 0 };
+    } else if set {
+        attributes.set |= bit;
+        attributes.clear &= !bit;
+    } else {
+        attributes.clear |= bit;
+        attributes.set &= !bit;
     }
 }
 
@@ -53,27 +33,13 @@ const STRICTATIME: u64 = 0x20;
 const NODIRATIME: u64 = 0x80;
 const NOSYMFOLLOW: u64 = 0x0020_0000;
 
-/// Read-only, for [`Attributes::set`].
-pub const READ_ONLY: Attributes = Attributes {
-    set: RDONLY,
-    clear: 0,
-    propagation: 0,
-    user_namespace: 0,
-};
+/// Read-only.
+pub const READ_ONLY: Attributes = Attributes::set(RDONLY);
 
 #[derive(Clone, Copy)]
 struct Change {
     bit: u64,
     set: bool,
-}
-
-/// How far a change or a copy of a mount reaches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    /// The one mount.
-    Mount,
-    /// The mount and all below it.
-    Tree,
 }
 
 /// The options of one mount, understood.
@@ -87,7 +53,7 @@ pub struct Options {
     /// The options with an `r` in front: for a whole tree.
     pub recursive: Attributes,
     /// `bind` or `rbind`.
-    pub bind: Option<Scope>,
+    pub bind: Option<Extent>,
     /// Propagation changes, in order.
     pub propagation: Vec<MsFlags>,
     /// Copy what the image has at the place into the new tmpfs.
@@ -111,12 +77,12 @@ impl Options {
         for option in options {
             let option = option.as_ref();
             if let Some((change, flag)) = per_mount(option) {
-                out.attributes.put(change);
+                put(&mut out.attributes, change);
                 out.flags.set(flag, change.set);
                 continue;
             }
             if let Some((change, _)) = option.strip_prefix('r').and_then(per_mount) {
-                out.recursive.put(change);
+                put(&mut out.recursive, change);
                 continue;
             }
             if let Some(flag) = propagation(option) {
@@ -124,8 +90,8 @@ impl Options {
                 continue;
             }
             match option {
-                "bind" => out.bind = Some(out.bind.unwrap_or(Scope::Mount)),
-                "rbind" => out.bind = Some(Scope::Tree),
+                "bind" => out.bind = Some(out.bind.unwrap_or(Extent::Mount)),
+                "rbind" => out.bind = Some(Extent::Tree),
                 "tmpcopyup" => out.copy_up = true,
                 // Nothing to do, or not to be done here.
                 "" | "defaults" | "remount" | "loud" | "nofail" => {}
@@ -206,10 +172,11 @@ mod tests {
     #[test]
     fn a_bind_changes_only_what_is_named() {
         let options = Options::parse(&["rbind", "rprivate", "ro"]);
-        assert_eq!(options.bind, Some(Scope::Tree));
+        assert_eq!(options.bind, Some(Extent::Tree));
         assert_eq!(options.attributes, READ_ONLY);
         assert_eq!(options.propagation, [MsFlags::MS_REC | MsFlags::MS_PRIVATE]);
-        assert!(options.data.is_empty() && options.recursive.is_empty());
+        assert_eq!(options.recursive, Attributes::default());
+        assert!(options.data.is_empty());
     }
 
     #[test]
@@ -251,7 +218,7 @@ mod tests {
     #[test]
     fn recursive_options_are_kept_apart() {
         let options = Options::parse(&["rbind", "rro", "rnosuid", "rnoatime"]);
-        assert!(options.attributes.is_empty());
+        assert_eq!(options.attributes, Attributes::default());
         assert_eq!(
             options.recursive,
             Attributes {

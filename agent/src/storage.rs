@@ -16,13 +16,14 @@ use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, Volum
 use guest_protocol::{Transport, UDS_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
+use sys::mount::Extent;
 use tokio::time::{Instant, sleep};
 
 use crate::deadlines::DEVICE_HOTPLUG_PAUSE;
 use crate::error::{Context, Error, Result};
 use crate::guest::pci;
 use crate::log::log;
-use crate::mount_options::{Options, Scope};
+use crate::mount_options::Options;
 use crate::relay::unix;
 
 /// How a storage is made.
@@ -212,9 +213,9 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
     let mut flags = options.flags;
     let attempt = || format!("mount {source} ({fstype}) on {mount_point}");
     match options.bind {
-        Some(scope) => {
+        Some(extent) => {
             flags |= MsFlags::MS_BIND;
-            flags.set(MsFlags::MS_REC, scope == Scope::Tree);
+            flags.set(MsFlags::MS_REC, extent == Extent::Tree);
             if !Path::new(source).is_dir() {
                 return file_target(mount_point).and_then(|()| {
                     mount(

@@ -1,19 +1,35 @@
-//! What happens in the child between clone and exec. Only system calls: no allocation, no lock, no
-//! destructor.
+//! What happens in the child between clone and exec. Only system calls: no allocation and no lock,
+//! because another thread of the parent may have held the allocator's. rustix makes its calls
+//! itself and knows no `errno`; of the C library only functions are used that signal-safety(7)
+//! lists, or that are a system call and no more. The only destructors close descriptors.
 
 use std::ffi::CStr;
-use std::os::fd::AsRawFd;
+use std::io;
+use std::os::fd::AsFd;
 
-use libc::c_long;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+    mount_change, move_mount, open_tree, unmount,
+};
+use rustix::process::{Gid, Signal, Uid, chdir, pivot_root, set_parent_process_death_signal};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, LinkNameSpaceType, capability_is_in_bounding_set,
+    move_into_link_name_space, remove_capability_from_bounding_set, set_capabilities,
+    set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+};
+use sys::mount::{Attributes, Extent, clone_tree_at, set_attributes};
+use sys::{check, process};
 
 use crate::root::{Source, Step};
 use crate::{FAILED, Plan, PlannedJail, User};
 
 /// A step that was refused: what it was, on what, and the kernel's answer.
-struct Refused(&'static str, *const libc::c_char, Errno);
+struct Refused<'a>(&'static str, &'a CStr, Errno);
 
-type Done = Result<(), Refused>;
+type Done<'a> = Result<(), Refused<'a>>;
 
 /// Confines this process and executes the program; never returns.
 pub(crate) fn run(plan: &Plan) -> ! {
@@ -24,13 +40,7 @@ pub(crate) fn run(plan: &Plan) -> ! {
 }
 
 /// One line on stderr: "launcher: cannot mount a file of its root /lib/x: Permission denied".
-fn say(Refused(what, on, errno): &Refused) {
-    let on = match on.is_null() {
-        true => c"",
-        // SAFETY: all these pointers are of C strings in the plan, which outlives this process's
-        // use of it.
-        false => unsafe { CStr::from_ptr(*on) },
-    };
+fn say(Refused(what, on, errno): &Refused<'_>) {
     let space: &[u8] = if on.is_empty() { b"" } else { b" " };
     let parts: [&[u8]; 7] = [
         b"launcher: cannot ",
@@ -41,17 +51,11 @@ fn say(Refused(what, on, errno): &Refused) {
         errno.desc().as_bytes(),
         b"\n",
     ];
-    // SAFETY: writev(2) reads the parts, which outlive it. Nobody is there to be told of a failure.
-    unsafe {
-        let parts = parts.map(|part| libc::iovec {
-            iov_base: part.as_ptr().cast_mut().cast(),
-            iov_len: part.len(),
-        });
-        libc::writev(2, parts.as_ptr(), 7);
-    }
+    // Nobody is there to be told of a failure.
+    let _ = rustix::io::writev(rustix::stdio::stderr(), &parts.map(io::IoSlice::new));
 }
 
-fn confine(plan: &Plan) -> Done {
+fn confine(plan: &Plan) -> Done<'_> {
     // A new process has its parent's blocked signals, and exec keeps what is ignored.
     // SAFETY: an empty set, initialised before it is used; both calls read local variables.
     unsafe {
@@ -64,15 +68,11 @@ fn confine(plan: &Plan) -> Done {
         done(
             "set up stdio",
             // SAFETY: integers only; the numbers 0 to 2 are nobody's but stdio's.
-            unsafe { libc::dup2(*fd, number as i32) }.into(),
+            check(unsafe { libc::dup2(*fd, number as i32) }.into()),
         )?;
     }
     for cgroup in &plan.cgroups {
-        done(
-            "enter its cgroup",
-            // SAFETY: writes one byte of a static string.
-            unsafe { libc::write(cgroup.as_raw_fd(), c"0".as_ptr().cast(), 1) } as c_long,
-        )?;
+        done("enter its cgroup", rustix::io::write(cgroup, b"0"))?;
     }
     if let Some(score) = &plan.oom_score {
         set_oom_score(score);
@@ -80,29 +80,21 @@ fn confine(plan: &Plan) -> Done {
     if let Some(netns) = &plan.netns {
         done(
             "enter the network namespace",
-            // SAFETY: integers only.
-            unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) }.into(),
+            move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)),
         )?;
     }
     if let Some(jail) = &plan.jail {
         enter_root(jail)?;
     }
-    // SAFETY: integers only; it marks descriptors as close-on-exec and closes none. Linux 5.11 and
-    // later.
-    let marked = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    done("close its parent's descriptors", marked)?;
+    done(
+        "close its parent's descriptors",
+        process::close_on_exec_from(3),
+    )?;
     for fd in &plan.inherited {
         done(
             "inherit a descriptor",
-            // SAFETY: integers only; the descriptor stays open because the parent's `Launch` owns it.
-            unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) }.into(),
+            // SAFETY: integers only; the parent's `Launch` owns the descriptor and keeps it open.
+            check(unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) }.into()),
         )?;
     }
     if let Some(jail) = &plan.jail {
@@ -111,33 +103,24 @@ fn confine(plan: &Plan) -> Done {
     // After the change of user, which clears it.
     done(
         "ask for its parent's death",
-        // SAFETY: integers only.
-        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into(),
+        set_parent_process_death_signal(Some(Signal::KILL)),
     )?;
-    let mut parent = libc::pollfd {
-        fd: plan.parent.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
     // A parent that died before the line above sends no signal any more. Its descriptor can be read
-    // then. SAFETY: poll(2) reads and writes one local pollfd.
-    match unsafe { libc::poll(&raw mut parent, 1, 0) } {
-        0 => {}
-        _ => {
-            return Err(Refused(
-                "outlive its parent",
-                std::ptr::null(),
-                Errno::ESRCH,
-            ));
-        }
+    // then.
+    let mut parent = [PollFd::new(plan.parent.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut parent, PollTimeout::ZERO) != Ok(0) {
+        return Err(Refused("outlive its parent", c"", Errno::ESRCH));
     }
     match plan.jail.as_ref().and_then(|jail| jail.filter.as_ref()) {
-        Some(filter) => install(filter),
+        Some(filter) => done(
+            "install its seccomp filter",
+            process::set_seccomp_filter(filter, 0),
+        ),
         None => Ok(()),
     }
 }
 
-fn exec(plan: &Plan) -> Result<std::convert::Infallible, Refused> {
+fn exec(plan: &Plan) -> Result<std::convert::Infallible, Refused<'_>> {
     let nothing = [std::ptr::null()];
     // SAFETY: path, arguments and environment are C strings and arrays that end in null, and
     // outlive the call.
@@ -148,199 +131,143 @@ fn exec(plan: &Plan) -> Result<std::convert::Infallible, Refused> {
             nothing.as_ptr(),
         )
     };
-    Err(Refused("execute", plan.exec.as_ptr(), Errno::last()))
+    Err(Refused("execute", &plan.exec, Errno::last()))
 }
 
 /// Raising always works, lowering needs CAP_SYS_RESOURCE: what cannot be done is left as it is.
 fn set_oom_score(score: &CStr) {
-    // SAFETY: opens and writes by C strings that outlive the calls; the descriptor is closed again.
-    unsafe {
-        let file = libc::open(
-            c"/proc/self/oom_score_adj".as_ptr(),
-            libc::O_WRONLY | libc::O_CLOEXEC,
-        );
-        if file >= 0 {
-            libc::write(file, score.as_ptr().cast(), score.count_bytes());
-            libc::close(file);
-        }
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", flags, Mode::empty()) {
+        let _ = rustix::io::write(file, score.to_bytes());
     }
 }
 
 /// Makes the jail's root and moves into it. The mount namespace is this process's own.
-fn enter_root(jail: &PlannedJail) -> Done {
-    let none = std::ptr::null();
-    let base = jail.mount_point.as_ptr();
+fn enter_root(jail: &PlannedJail) -> Done<'_> {
+    let base = jail.mount_point.as_c_str();
     // A slave: what the parent mounts below a shared directory later still arrives, and nothing
     // goes back.
-    let flags = libc::MS_REC | libc::MS_SLAVE;
-    // SAFETY: mount(2) reads C strings that outlive the call.
-    let left = unsafe { libc::mount(none, c"/".as_ptr(), none, flags, none.cast()) };
-    done("leave its parent's mounts alone", left.into())?;
-    let flags = libc::MS_NOSUID | libc::MS_NOEXEC;
-    let (kind, size) = (
-        c"tmpfs".as_ptr(),
-        c"size=64k,nr_inodes=1024,mode=755".as_ptr().cast(),
-    );
-    // SAFETY: as above.
-    let mounted = unsafe { libc::mount(kind, base, kind, flags, size) };
-    on("mount its root at", base, mounted.into())?;
+    let slave = MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM;
+    done("leave its parent's mounts alone", mount_change(c"/", slave))?;
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+    let size = c"size=64k,nr_inodes=1024,mode=755";
+    on(
+        "mount its root at",
+        base,
+        mount(c"tmpfs", base, c"tmpfs", flags, size),
+    )?;
     for step in &jail.steps {
         take(step)?;
     }
-    let read_only = attributes(libc::MOUNT_ATTR_RDONLY);
-    // SAFETY: mount_setattr(2) reads a C string and attributes of the given size, which outlive the
-    // call.
-    let set = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            base,
-            0,
-            &raw const read_only,
-            size_of_val(&read_only),
-        )
-    };
-    on("make its root read-only at", base, set)?;
-    let dot = c".".as_ptr();
+    let what = "make its root read-only at";
+    let root = on(
+        what,
+        base,
+        open_tree(CWD, base, OpenTreeFlags::OPEN_TREE_CLOEXEC),
+    )?;
+    let read_only = Attributes::set(libc::MOUNT_ATTR_RDONLY);
+    on(what, base, set_attributes(&root, &read_only, Extent::Mount))?;
     // The old root comes to lie on top of the new one, from where it is taken off (pivot_root(2)).
-    // SAFETY: C strings that outlive the calls.
-    unsafe {
-        on("enter its root at", base, libc::chdir(base).into())?;
-        on(
-            "make its root of",
-            base,
-            libc::syscall(libc::SYS_pivot_root, dot, dot),
-        )?;
-        done(
-            "leave the host's root",
-            libc::umount2(dot, libc::MNT_DETACH).into(),
-        )?;
-        done("enter its root", libc::chdir(c"/".as_ptr()).into())
-    }
+    on("enter its root at", base, chdir(base))?;
+    on("make its root of", base, pivot_root(c".", c"."))?;
+    done("leave the host's root", unmount(c".", UnmountFlags::DETACH))?;
+    done("enter its root", chdir(c"/"))
 }
 
-fn take(step: &Step) -> Done {
-    let here = libc::AT_FDCWD;
+fn take(step: &Step) -> Done<'_> {
     match step {
-        // SAFETY: a C string that outlives the call.
         Step::Directory(path) => on(
             "make",
-            path.as_ptr(),
-            unsafe { libc::mkdir(path.as_ptr(), 0o755) }.into(),
+            path,
+            rustix::fs::mkdir(path.as_c_str(), Mode::from_raw_mode(0o755)),
         ),
-        Step::File(path) => {
-            let path = path.as_ptr();
-            // SAFETY: a C string that outlives the call.
-            on(
-                "make",
-                path,
-                unsafe { libc::mknod(path, libc::S_IFREG | 0o644, 0) }.into(),
-            )
-        }
+        Step::File(path) => on(
+            "make",
+            path,
+            rustix::fs::mknodat(
+                CWD,
+                path.as_c_str(),
+                FileType::RegularFile,
+                Mode::from_raw_mode(0o644),
+                0,
+            ),
+        ),
         Step::Node {
             path,
             device,
             owner: (uid, gid),
         } => {
-            let path = path.as_ptr();
-            // SAFETY: a C string that outlives the calls.
-            unsafe {
-                on(
-                    "make the device node",
-                    path,
-                    libc::mknod(path, libc::S_IFCHR | 0o600, *device).into(),
-                )?;
-                on(
-                    "hand over the device node",
-                    path,
-                    libc::chown(path, *uid, *gid).into(),
-                )
-            }
+            on(
+                "make the device node",
+                path,
+                rustix::fs::mknodat(
+                    CWD,
+                    path.as_c_str(),
+                    FileType::CharacterDevice,
+                    Mode::from_raw_mode(0o600),
+                    *device,
+                ),
+            )?;
+            let (uid, gid) = (Uid::from_raw_unchecked(*uid), Gid::from_raw_unchecked(*gid));
+            on(
+                "hand over the device node",
+                path,
+                rustix::fs::chown(path.as_c_str(), Some(uid), Some(gid)),
+            )
         }
         Step::Bind {
             source,
             to,
-            attributes: set,
-            recursive,
+            attributes,
+            extent,
         } => {
-            let recursive = if *recursive { libc::AT_RECURSIVE } else { 0 };
-            let clone = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive.cast_unsigned();
-            let set = attributes(*set);
-            let size = size_of_val(&set);
-            let empty = c"".as_ptr();
-            // SAFETY: C strings and attributes of the given size, which outlive the calls; the
-            // descriptor is closed.
-            unsafe {
-                let (from, tree) = match source {
-                    Source::Path(from) => (
-                        from.as_ptr(),
-                        libc::syscall(libc::SYS_open_tree, here, from.as_ptr(), clone),
-                    ),
-                    Source::Tree(tree) => (to.as_ptr(), tree.as_raw_fd().into()),
-                };
-                on("take", from, tree)?;
-                let tree = tree as i32;
-                let flags = libc::AT_EMPTY_PATH | recursive;
-                let done = libc::syscall(
-                    libc::SYS_mount_setattr,
-                    tree,
-                    empty,
-                    flags,
-                    &raw const set,
-                    size,
-                );
-                on("restrict the mount of", from, done)?;
-                let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
-                on(
-                    "mount",
-                    from,
-                    libc::syscall(libc::SYS_move_mount, tree, empty, here, to.as_ptr(), flags),
-                )?;
-            }
-            Ok(())
+            let cloned;
+            let (from, tree) = match source {
+                Source::Path(from) => {
+                    cloned = on("take", from, clone_tree_at(from, *extent))?;
+                    (from, cloned.as_fd())
+                }
+                Source::Tree(tree) => (to, tree.as_fd()),
+            };
+            on(
+                "restrict the mount of",
+                from,
+                set_attributes(tree, attributes, *extent),
+            )?;
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+            on(
+                "mount",
+                from,
+                move_mount(tree, c"", CWD, to.as_c_str(), flags),
+            )
         }
         Step::MountProc(path) => {
-            let (path, kind) = (path.as_ptr(), c"proc".as_ptr());
-            let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-            // SAFETY: C strings that outlive the call.
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
             on(
                 "mount proc at",
                 path,
-                unsafe { libc::mount(kind, path, kind, flags, std::ptr::null()) }.into(),
+                mount(c"proc", path.as_c_str(), c"proc", flags, None),
             )
         }
         Step::Unmount(path) => {
-            let path = path.as_ptr();
-            // SAFETY: a C string that outlives the calls.
-            unsafe {
-                on(
-                    "unmount",
-                    path,
-                    libc::umount2(path, libc::MNT_DETACH).into(),
-                )?;
-                on("remove", path, libc::rmdir(path).into())
-            }
+            on(
+                "unmount",
+                path,
+                unmount(path.as_c_str(), UnmountFlags::DETACH),
+            )?;
+            on("remove", path, rustix::fs::rmdir(path.as_c_str()))
         }
     }
 }
 
-fn attributes(set: u64) -> libc::mount_attr {
-    libc::mount_attr {
-        attr_set: set,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    }
-}
-
-fn drop_privileges(jail: &PlannedJail) -> Done {
+fn drop_privileges(jail: &PlannedJail) -> Done<'_> {
     for (resource, limit) in jail.limits.iter().copied().chain([(libc::RLIMIT_CORE, 0)]) {
         // SAFETY: both calls read or write a local variable.
         unsafe {
             let mut old: libc::rlimit = std::mem::zeroed();
             done(
                 "read a limit",
-                libc::getrlimit(resource, &raw mut old).into(),
+                check(libc::getrlimit(resource, &raw mut old).into()),
             )?;
             let mut limit = limit.min(old.rlim_max);
             // At 0 the kernel still hands a dump to a program of the host's (core_pattern with a
@@ -358,121 +285,72 @@ fn drop_privileges(jail: &PlannedJail) -> Done {
             };
             done(
                 "set a limit",
-                libc::setrlimit(resource, &raw const new).into(),
+                check(libc::setrlimit(resource, &raw const new).into()),
             )?;
         }
     }
     let (kept, user) = match &jail.user {
-        User::Own { uid, gid } => (0, Some((*uid, *gid))),
+        User::Own { uid, gid } => (CapabilitySet::empty(), Some((*uid, *gid))),
         User::Root {
             capabilities,
             user_namespace,
         } => {
             if let Some(namespace) = user_namespace {
                 // It has no power over the namespaces above, which belong to the one it leaves.
-                // SAFETY: integers only.
-                let entered = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER) };
-                done("enter its user namespace", entered.into())?;
+                done(
+                    "enter its user namespace",
+                    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::User)),
+                )?;
             }
-            (
-                capabilities
-                    .iter()
-                    .fold(0_u64, |set, number| set | 1 << number),
-                None,
-            )
+            let bits = capabilities.iter().fold(0, |set, number| set | 1 << number);
+            (CapabilitySet::from_bits_retain(bits), None)
         }
     };
     for number in 0..64 {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if kept.contains(capability) {
+            continue;
+        }
+        let dropped = remove_capability_from_bounding_set(capability);
         // What the kernel does not know as a capability it refuses, which is as good.
-        if kept & (1 << number) == 0 {
-            // SAFETY: integers only.
-            let left = unsafe {
-                libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0);
-                libc::prctl(libc::PR_CAPBSET_READ, number, 0, 0, 0)
-            };
-            done("drop a capability for good", if left == 1 { -1 } else { 0 })?;
-        }
-    }
-    // Raw system calls, because the C library's would have to tell other threads.
-    // SAFETY: integers and a null pointer for an empty list.
-    unsafe {
-        done(
-            "drop its groups",
-            libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()),
-        )?;
-        if let Some((uid, gid)) = user {
+        if capability_is_in_bounding_set(capability) == Ok(true) {
             done(
-                "become its group",
-                libc::syscall(libc::SYS_setresgid, gid, gid, gid),
-            )?;
-            done(
-                "become its user",
-                libc::syscall(libc::SYS_setresuid, uid, uid, uid),
+                "drop a capability for good",
+                dropped.and(Err::<(), _>(rustix::io::Errno::PERM)),
             )?;
         }
     }
-    set_capabilities(kept)?;
-    done(
-        "give up new privileges",
-        // SAFETY: integers only.
-        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into(),
-    )
+    // Of this thread, the only one: the C library's would have to tell others.
+    done("drop its groups", set_thread_groups(&[]))?;
+    if let Some((uid, gid)) = user {
+        let (uid, gid) = (Uid::from_raw_unchecked(uid), Gid::from_raw_unchecked(gid));
+        done("become its group", set_thread_res_gid(gid, gid, gid))?;
+        done("become its user", set_thread_res_uid(uid, uid, uid))?;
+    }
+    let sets = CapabilitySets {
+        effective: kept,
+        permitted: kept,
+        inheritable: CapabilitySet::empty(),
+    };
+    done("drop its capabilities", set_capabilities(None, sets))?;
+    done("give up new privileges", set_no_new_privs(true))
 }
 
-fn set_capabilities(kept: u64) -> Done {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    // linux/capability.h: _LINUX_CAPABILITY_VERSION_3.
-    let header = Header {
-        version: 0x2008_0522,
-        pid: 0,
-    };
-    let half = |bits: u64| Data {
-        effective: bits as u32,
-        permitted: bits as u32,
-        inheritable: 0,
-    };
-    let data = [half(kept & 0xffff_ffff), half(kept >> 32)];
-    // SAFETY: a header and two halves of the layout that version 3 has; both outlive the call.
-    done("drop its capabilities", unsafe {
-        libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr())
+fn done<T>(
+    what: &'static str,
+    result: Result<T, impl Into<io::Error>>,
+) -> Result<T, Refused<'static>> {
+    on(what, c"", result)
+}
+
+fn on<'a, T>(
+    what: &'static str,
+    on: &'a CStr,
+    result: Result<T, impl Into<io::Error>>,
+) -> Result<T, Refused<'a>> {
+    // An io::Error of a number is that number, and allocates nothing.
+    result.map_err(|error| {
+        let number = error.into().raw_os_error().unwrap_or_default();
+        Refused(what, on, Errno::from_raw(number))
     })
-}
-
-fn install(filter: &[libc::sock_filter]) -> Done {
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_ptr().cast_mut(),
-    };
-    // SAFETY: seccomp(2) reads a program whose instructions outlive the call.
-    let installed = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            0,
-            &raw const program,
-        )
-    };
-    done("install its seccomp filter", installed)
-}
-
-fn done(what: &'static str, result: c_long) -> Done {
-    on(what, std::ptr::null(), result)
-}
-
-fn on(what: &'static str, path: *const libc::c_char, result: c_long) -> Done {
-    if result < 0 {
-        Err(Refused(what, path, Errno::last()))
-    } else {
-        Ok(())
-    }
 }

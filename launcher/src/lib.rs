@@ -25,13 +25,15 @@ mod userns;
 use std::ffi::{CString, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use filter::Filter;
 pub use root::Entry;
+pub use sys::process::Started;
+use sys::process::pidfd_open;
 pub use uids::{UidLease, UidRange};
 pub use userns::user_namespace;
 
@@ -101,15 +103,6 @@ pub enum User {
         /// The user namespace in which it has them ([`user_namespace`]); the caller's if none.
         user_namespace: Option<Arc<OwnedFd>>,
     },
-}
-
-/// A child that was started. It still has to be reaped.
-#[derive(Debug)]
-pub struct Started {
-    /// Its process id.
-    pub pid: i32,
-    /// A descriptor of the process (pidfd_open(2)).
-    pub pidfd: OwnedFd,
 }
 
 /// Everything that the child needs, ready to be used without an allocation.
@@ -189,7 +182,7 @@ pub fn spawn(launch: Launch) -> io::Result<Started> {
             .oom_score_adj
             .map(|score| CString::new(score.to_string()))
             .transpose()?,
-        parent: pidfd_of_self()?,
+        parent: pidfd_open(std::process::id().cast_signed())?,
         jail,
     };
     clone(&plan)
@@ -212,53 +205,18 @@ impl PlannedJail {
 }
 
 fn clone(plan: &Plan) -> io::Result<Started> {
-    let mut flags = libc::CLONE_PIDFD;
+    let mut flags = 0;
     if plan.jail.is_some() {
         flags |= libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         if plan.netns.is_none() {
             flags |= libc::CLONE_NEWNET;
         }
     }
-    let mut pidfd: RawFd = -1;
-    // SAFETY: all zero is a valid clone_args.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::from(flags.cast_unsigned());
-    arguments.pidfd = (&raw mut pidfd).addr() as u64;
-    arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    // SAFETY: as fork(2): without CLONE_VM the child has its own copy of the memory, and until its
-    // exec it makes system calls only, because another thread may have held a lock. The kernel
-    // writes the pidfd into the local variable.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut arguments,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    match pid {
-        0 => child::run(plan),
-        pid if pid > 0 => {
-            // SAFETY: the kernel has just made this descriptor, close-on-exec by definition, and
-            // nobody else owns it.
-            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Started {
-                pid: i32::try_from(pid).map_err(io::Error::other)?,
-                pidfd,
-            })
-        }
-        _ => Err(io::Error::last_os_error()),
+    // SAFETY: the child only makes system calls until its exec.
+    match unsafe { sys::process::fork(flags, None) }? {
+        None => child::run(plan),
+        Some(started) => Ok(started),
     }
-}
-
-fn pidfd_of_self() -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
-    let fd = i32::try_from(fd)
-        .ok()
-        .filter(|fd| *fd >= 0)
-        .ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: a new descriptor (close-on-exec by definition) that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn c_string(path: &Path) -> io::Result<CString> {

@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use sys::mount::{Attributes, Extent, clone_tree};
 
 use crate::c_string;
 
@@ -59,8 +61,8 @@ pub(crate) enum Step {
     Bind {
         source: Source,
         to: CString,
-        attributes: u64,
-        recursive: bool,
+        attributes: Attributes,
+        extent: Extent,
     },
     MountProc(CString),
     Unmount(CString),
@@ -103,22 +105,20 @@ impl Steps<'_> {
         match entry {
             Entry::ReadOnly(path) => {
                 let is_dir = metadata(path)?.is_dir();
+                let extent = if is_dir { Extent::Tree } else { Extent::Mount };
                 let source = Source::Path(c_string(path)?);
-                self.bind(
-                    source,
-                    path,
-                    is_dir,
-                    LOCKED | libc::MOUNT_ATTR_RDONLY,
-                    is_dir,
-                )
+                let attributes = LOCKED | libc::MOUNT_ATTR_RDONLY;
+                self.bind(source, path, is_dir, attributes, extent)
             }
             Entry::Descriptor { file, to } => {
                 let attributes = LOCKED | libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOEXEC;
-                self.bind(Source::Tree(tree_of(file)?), to, false, attributes, false)
+                let tree = Source::Tree(clone_tree(file, Extent::Mount)?);
+                self.bind(tree, to, false, attributes, Extent::Mount)
             }
             Entry::Directory { from, to } => {
                 let attributes = LOCKED | libc::MOUNT_ATTR_NOEXEC;
-                self.bind(Source::Path(c_string(from)?), to, true, attributes, true)
+                let source = Source::Path(c_string(from)?);
+                self.bind(source, to, true, attributes, Extent::Tree)
             }
             Entry::Device(path) => {
                 let metadata = metadata(path)?;
@@ -152,7 +152,7 @@ impl Steps<'_> {
                         Path::new(to),
                         is_dir,
                         LOCKED | libc::MOUNT_ATTR_RDONLY,
-                        false,
+                        Extent::Mount,
                     )?;
                 }
                 self.steps.push(Step::Unmount(self.below(whole)?));
@@ -167,7 +167,7 @@ impl Steps<'_> {
         to: &Path,
         is_dir: bool,
         attributes: u64,
-        recursive: bool,
+        extent: Extent,
     ) -> io::Result<()> {
         if !self.made.contains(to) {
             match is_dir {
@@ -185,8 +185,8 @@ impl Steps<'_> {
         self.steps.push(Step::Bind {
             source,
             to: self.below(to)?,
-            attributes,
-            recursive,
+            attributes: Attributes::set(attributes),
+            extent,
         });
         Ok(())
     }
@@ -216,19 +216,6 @@ impl Steps<'_> {
                 .join(path.strip_prefix("/").unwrap_or(path)),
         )
     }
-}
-
-fn tree_of(file: &OwnedFd) -> io::Result<OwnedFd> {
-    let flags =
-        libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
-    // SAFETY: open_tree(2) reads an empty C string.
-    let tree = unsafe { libc::syscall(libc::SYS_open_tree, file.as_raw_fd(), c"".as_ptr(), flags) };
-    let tree = i32::try_from(tree)
-        .ok()
-        .filter(|tree| *tree >= 0)
-        .ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(tree) })
 }
 
 fn metadata(path: &Path) -> io::Result<std::fs::Metadata> {

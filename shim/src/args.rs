@@ -1,11 +1,9 @@
 //! The shim's command line as containerd writes it: Go flags (`-id x`, `-id=x`, `--id x`), then the
-//! action.
+//! action. The `containerd-shim` crate reads it by Go's rules, so flags end at the action; which
+//! ones must be there is decided here.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-
-use clap::Parser;
-use clap::error::ErrorKind;
 
 use crate::error::{Error, Result};
 
@@ -22,31 +20,6 @@ pub enum Action {
     Version,
     /// Be the server; only `start` runs this.
     Serve,
-}
-
-#[derive(Parser, Debug)]
-#[command(disable_help_flag = true, disable_version_flag = true)]
-struct Flags {
-    #[arg(long, default_value = "")]
-    namespace: String,
-    #[arg(long, default_value = "")]
-    id: String,
-    #[arg(long, default_value = "")]
-    address: String,
-    #[arg(long, default_value = "")]
-    publish_binary: String,
-    #[arg(long)]
-    bundle: Option<PathBuf>,
-    #[arg(long)]
-    socket: Option<PathBuf>,
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true,
-        default_value = "false")]
-    debug: bool,
-    #[arg(long)]
-    info: bool,
-    #[arg(long, short = 'v')]
-    version: bool,
-    action: Option<String>,
 }
 
 /// The parsed command line.
@@ -69,48 +42,32 @@ pub struct Args {
 }
 
 impl Args {
-    /// Parses a command line, the program's name first.
+    /// Parses a command line without the program's name.
     ///
     /// # Errors
     /// One line that names the flag or action that is wrong.
-    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args> {
-        let flags =
-            Flags::try_parse_from(args.into_iter().map(double_dash)).map_err(
-                |error| match error.kind() {
-                    ErrorKind::UnknownArgument => {
-                        let flag = error
-                            .get(clap::error::ContextKind::InvalidArg)
-                            .map(ToString::to_string)
-                            .unwrap_or_default();
-                        Error::invalid(format!(
-                            "unknown flag {flag}: see containerd's shim v2 contract"
-                        ))
-                    }
-                    _ => Error::invalid(
-                        error
-                            .to_string()
-                            .lines()
-                            .next()
-                            .unwrap_or("bad command line")
-                            .to_owned(),
-                    ),
-                },
-            )?;
-        let action = match flags.action.as_deref() {
+    pub fn parse(args: &[OsString]) -> Result<Args> {
+        let flags = containerd_shim::parse(args).map_err(|error| {
+            // The crate says of a wrong value only that there is one.
+            Error::invalid(format!(
+                "{error}, in {args:?}: see containerd's shim v2 contract"
+            ))
+        })?;
+        let action = match flags.action.as_str() {
             _ if flags.version => Action::Version,
             _ if flags.info => Action::Info,
-            Some("start") => Action::Start,
-            Some("delete") => Action::Delete,
-            Some("serve") => Action::Serve,
-            Some(other) => {
-                return Err(Error::invalid(format!(
-                    "unknown action {other:?}: use start or delete"
-                )));
-            }
-            None => {
+            "start" => Action::Start,
+            "delete" => Action::Delete,
+            "serve" => Action::Serve,
+            "" => {
                 return Err(Error::invalid(
                     "no action: this program is run by containerd, with start or delete",
                 ));
+            }
+            other => {
+                return Err(Error::invalid(format!(
+                    "unknown action {other:?}: use start or delete"
+                )));
             }
         };
         if matches!(action, Action::Start | Action::Delete | Action::Serve) {
@@ -120,25 +77,16 @@ impl Args {
                 }
             }
         }
+        let path = |text: String| (!text.is_empty()).then(|| PathBuf::from(text));
         Ok(Args {
             action,
             namespace: flags.namespace,
             id: flags.id,
             address: flags.address,
-            bundle: flags.bundle.unwrap_or_else(|| PathBuf::from(".")),
-            socket: flags.socket,
+            bundle: path(flags.bundle).unwrap_or_else(|| PathBuf::from(".")),
+            socket: path(flags.socket),
             debug: flags.debug,
         })
-    }
-}
-
-/// Go's flag package takes `-name` for what is `--name` elsewhere.
-fn double_dash(arg: OsString) -> OsString {
-    match arg.to_str() {
-        Some(text) if text.starts_with('-') && !text.starts_with("--") && text.len() > 2 => {
-            format!("-{text}").into()
-        }
-        _ => arg,
     }
 }
 
@@ -147,7 +95,8 @@ mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<Args> {
-        Args::parse(format!("shim {line}").split(' ').map(OsString::from))
+        let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        Args::parse(&args)
     }
 
     #[test]
@@ -164,11 +113,8 @@ mod tests {
             );
             assert_eq!((args.address.as_str(), args.debug), ("/a", true));
         }
-        assert!(
-            !parse("-namespace n -id i -debug=false delete -bundle /x")
-                .unwrap()
-                .debug
-        );
+        let args = parse("-namespace n -id i -debug=false -bundle /x delete").unwrap();
+        assert_eq!((args.bundle, args.debug), (PathBuf::from("/x"), false));
     }
 
     #[test]
@@ -181,11 +127,12 @@ mod tests {
     #[test]
     fn mistakes_are_one_line_that_names_them() {
         for (line, part) in [
-            ("-namespace n -id i -nonsense start", "--nonsense"),
+            ("-namespace n -id i -nonsense start", "-nonsense"),
+            ("-namespace n -id i -debug=maybe start", "-debug=maybe"),
             ("-namespace n -id i stop", "\"stop\""),
             ("-namespace n -id i", "no action"),
             ("-namespace n start", "-id"),
-            ("-namespace", "--namespace"),
+            ("-namespace", "-namespace"),
         ] {
             let message = parse(line).unwrap_err().to_string();
             assert!(

@@ -1,17 +1,109 @@
-//! The shim's error: a gRPC code that containerd acts on and one line that a user reads.
+//! The shim's error: typed up to the edge, where it is a gRPC code that containerd acts on and one
+//! line that a user reads.
+
+use std::io;
+use std::sync::Arc;
 
 use ttrpc::Code;
 
-/// One failed request. Only code and message survive the way to the user, so the message says what
-/// failed, on what, and what to do.
-#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{message}")]
-pub struct Error {
-    /// What containerd's clients act on (`NOT_FOUND`: already gone; `UNIMPLEMENTED`: try another
-    /// way; …).
-    pub code: Code,
-    /// One line for the user.
-    pub message: String,
+use crate::refusal::Refusal;
+
+/// One failed request. Only [`Error::code`] and the line that it displays as survive the way to
+/// the user, so the line says what failed, on what, and what to do. Each level of a chain keeps its
+/// own part, and they are joined in one place, by `Display`.
+#[derive(Clone, Debug)]
+pub enum Error {
+    /// As things are, the request cannot be.
+    Refused(Refusal),
+    /// What the shim itself found.
+    Found {
+        /// What containerd's clients act on.
+        code: Code,
+        /// In a line.
+        message: String,
+    },
+    /// What the guest agent answered, in its words.
+    Agent {
+        /// Its code.
+        code: Code,
+        /// Its words.
+        message: String,
+    },
+    /// The host's kernel refused something.
+    Io {
+        /// Reads like "make directory /run/cofferdam".
+        doing: String,
+        /// The kernel's reason.
+        source: Arc<io::Error>,
+    },
+    /// QEMU or one of its helpers failed.
+    Vmm(Arc<vmm::Error>),
+    /// What was being done, and why it failed.
+    While {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        source: Box<Error>,
+    },
+}
+
+impl Error {
+    /// What containerd and its clients act on (`NOT_FOUND`: already gone; `UNIMPLEMENTED`: try
+    /// another way; ...). The one place that says which error has which.
+    pub fn code(&self) -> Code {
+        match self {
+            Error::Refused(refusal) => refusal.code(),
+            Error::Found { code, .. } | Error::Agent { code, .. } => *code,
+            Error::Io { .. } => Code::INTERNAL,
+            Error::Vmm(error) => match **error {
+                vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+                vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
+                vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
+                vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
+            },
+            Error::While { source, .. } => source.code(),
+        }
+    }
+
+    /// Whether it is this refusal of the host's kernel.
+    pub fn is_errno(&self, errno: i32) -> bool {
+        match self {
+            Error::Io { source, .. } => source.raw_os_error() == Some(errno),
+            Error::While { source, .. } => source.is_errno(errno),
+            _ => false,
+        }
+    }
+
+    /// Puts what was being done in front.
+    pub fn context(self, doing: impl Into<String>) -> Error {
+        Error::While {
+            doing: doing.into(),
+            source: Box::new(self),
+        }
+    }
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Error::Refused(refusal) => refusal.fmt(f),
+            Error::Found { message, .. } | Error::Agent { message, .. } => f.write_str(message),
+            Error::Io { doing, source } => write!(f, "cannot {doing}: {source}"),
+            Error::Vmm(error) => error.fmt(f),
+            Error::While { doing, source } => write!(f, "{doing}: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Refused(_) | Error::Found { .. } | Error::Agent { .. } => None,
+            Error::Io { source, .. } => Some(source),
+            Error::Vmm(error) => Some(error),
+            Error::While { source, .. } => Some(source),
+        }
+    }
 }
 
 /// Result with the shim's [`Error`].
@@ -21,7 +113,7 @@ macro_rules! constructors {
     ($($(#[$doc:meta])* $name:ident => $code:ident;)*) => {
         impl Error {
             $($(#[$doc])* pub fn $name(message: impl Into<String>) -> Error {
-                Error { code: Code::$code, message: message.into() }
+                Error::Found { code: Code::$code, message: message.into() }
             })*
         }
     };
@@ -46,24 +138,34 @@ constructors! {
     internal => INTERNAL;
 }
 
-impl Error {
-    /// Puts what was being done in front of the message.
-    pub fn context(self, doing: impl std::fmt::Display) -> Error {
-        Error {
-            message: format!("{doing}: {}", self.message),
-            ..self
-        }
+#[cfg(test)]
+impl PartialEq for Error {
+    fn eq(&self, other: &Error) -> bool {
+        (self.code(), self.to_string()) == (other.code(), other.to_string())
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Error {
+        Error::Refused(refusal)
+    }
+}
+
+impl From<vmm::Error> for Error {
+    fn from(error: vmm::Error) -> Error {
+        Error::Vmm(Arc::new(error))
     }
 }
 
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> ttrpc::Error {
         // Names in it may come from anywhere, and it ends on somebody's terminal.
-        let mut message = error.message.replace(char::is_control, " ");
-        if let Some(class) = class(error.code).filter(|class| !message.ends_with(class)) {
+        let (code, line) = (error.code(), error.to_string());
+        let mut message = line.replace(char::is_control, " ");
+        if let Some(class) = class(code).filter(|class| !message.ends_with(class)) {
             message = format!("{message}: {class}");
         }
-        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code, message))
+        ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
     }
 }
 
@@ -79,19 +181,6 @@ fn class(code: Code) -> Option<&'static str> {
         Code::UNAVAILABLE => Some("unavailable"),
         Code::UNIMPLEMENTED => Some("not implemented"),
         _ => None,
-    }
-}
-
-impl From<vmm::Error> for Error {
-    fn from(error: vmm::Error) -> Error {
-        let code = match error {
-            vmm::Error::Deadline { .. } => Code::DEADLINE_EXCEEDED,
-            vmm::Error::Closed { .. } | vmm::Error::Died { .. } => Code::UNAVAILABLE,
-            vmm::Error::Unsupported(_) => Code::FAILED_PRECONDITION,
-            vmm::Error::Io { .. } | vmm::Error::Refused { .. } => Code::INTERNAL,
-        };
-        let message = error.to_string();
-        Error { code, message }
     }
 }
 
@@ -132,7 +221,7 @@ impl Failure {
     }
 }
 
-/// Turns a system error into an internal one, with what was being done in front.
+/// Keeps with a system error what was being done.
 pub trait IoContext<T> {
     /// `doing` reads like "make directory /run/cofferdam".
     fn doing(self, doing: impl FnOnce() -> String) -> Result<T>;
@@ -140,9 +229,9 @@ pub trait IoContext<T> {
 
 impl<T, E: Into<std::io::Error>> IoContext<T> for std::result::Result<T, E> {
     fn doing(self, doing: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| {
-            let error: std::io::Error = error.into();
-            Error::internal(format!("cannot {}: {error}", doing()))
+        self.map_err(|error| Error::Io {
+            doing: doing(),
+            source: Arc::new(error.into()),
         })
     }
 }
@@ -163,6 +252,28 @@ mod tests {
             status.message(),
             "task \"web\" is not there any more: not found"
         );
+    }
+
+    #[test]
+    fn a_chain_keeps_its_cause_and_its_code_and_is_one_line() {
+        let refused: std::io::Result<()> = Err(nix::errno::Errno::ENOSPC.into());
+        let error = refused.doing(|| "make directory /run/x".into());
+        let error = error.unwrap_err().context("cannot make room");
+        assert_eq!(
+            error.to_string(),
+            "cannot make room: cannot make directory /run/x: No space left on device (os error 28)"
+        );
+        assert!(error.is_errno(libc::ENOSPC) && !error.is_errno(libc::EIO));
+        let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| {
+            error.source()
+        });
+        assert!(
+            causes.last().is_some_and(
+                |cause| cause.is::<Arc<std::io::Error>>() || cause.is::<std::io::Error>()
+            )
+        );
+        let refusal = Error::from(Refusal::Exists(crate::model::ProcessId::init("web")));
+        assert_eq!(refusal.context("no").code(), Code::ALREADY_EXISTS);
     }
 
     #[test]

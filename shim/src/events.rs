@@ -7,19 +7,17 @@
 //! bound the newest are dropped with an error in the log.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
-    TaskResumed, TaskStart,
-};
+use containerd_shim::event::Event;
+use containerd_shim::util::convert_to_any;
+use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
-use protobuf::MessageFull;
-use protobuf::well_known_types::any::Any;
+use protobuf::MessageDyn;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -45,7 +43,7 @@ const ATTEMPTS: u32 = 10;
 
 /// Whose place in the queue an event takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rank {
+enum Rank {
     /// A container's life: as many as there are containers.
     Life,
     /// The exit of an exec.
@@ -54,37 +52,19 @@ pub enum Rank {
     Other,
 }
 
-/// An event's message and the topic that goes with it.
-pub trait TaskEvent: MessageFull {
-    /// Where containerd's subscribers find it.
-    const TOPIC: &'static str;
-
-    /// Its place in the queue.
-    fn rank(&self) -> Rank;
-}
-
-macro_rules! topics {
-    ($($event:ty => $topic:expr, $rank:expr;)*) => { $(impl TaskEvent for $event {
-        const TOPIC: &'static str = $topic;
-
-        fn rank(&self) -> Rank {
-            let rank: fn(&$event) -> Rank = $rank;
-            rank(self)
+impl Rank {
+    fn of(event: &impl Event, topic: &str) -> Rank {
+        let event: &dyn MessageDyn = event;
+        let exit: Option<&TaskExit> = event.downcast_ref();
+        match topic {
+            _ if exit.is_some_and(|exit| exit.id != exit.container_id) => Rank::Exec,
+            topics::TASK_CREATE_EVENT_TOPIC
+            | topics::TASK_START_EVENT_TOPIC
+            | topics::TASK_EXIT_EVENT_TOPIC
+            | topics::TASK_DELETE_EVENT_TOPIC => Rank::Life,
+            _ => Rank::Other,
         }
-    })* };
-}
-
-topics! {
-    TaskCreate => topics::TASK_CREATE_EVENT_TOPIC, |_| Rank::Life;
-    TaskStart => topics::TASK_START_EVENT_TOPIC, |_| Rank::Life;
-    TaskExit => topics::TASK_EXIT_EVENT_TOPIC,
-        |exit| if exit.id == exit.container_id { Rank::Life } else { Rank::Exec };
-    TaskDelete => topics::TASK_DELETE_EVENT_TOPIC, |_| Rank::Life;
-    TaskExecAdded => topics::TASK_EXEC_ADDED_EVENT_TOPIC, |_| Rank::Other;
-    TaskExecStarted => topics::TASK_EXEC_STARTED_EVENT_TOPIC, |_| Rank::Other;
-    TaskPaused => topics::TASK_PAUSED_EVENT_TOPIC, |_| Rank::Other;
-    TaskResumed => topics::TASK_RESUMED_EVENT_TOPIC, |_| Rank::Other;
-    TaskOOM => topics::TASK_OOM_EVENT_TOPIC, |_| Rank::Other;
+    }
 }
 
 /// What waits for containerd.
@@ -104,13 +84,9 @@ struct Waiting {
 }
 
 impl Queue {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether there was room.
     fn push(&self, rank: Rank, envelope: Envelope) -> bool {
-        let mut waiting = self.lock();
+        let mut waiting = sys::lock(&self.waiting);
         let size = OVERHEAD + envelope.event.value.len();
         let (events, bytes) = &mut waiting.used[rank as usize];
         if *events >= MAX_EVENTS || *bytes + size > MAX_BYTES {
@@ -128,7 +104,7 @@ impl Queue {
     async fn pop(&self) -> Option<Envelope> {
         loop {
             {
-                let mut waiting = self.lock();
+                let mut waiting = sys::lock(&self.waiting);
                 if let Some((rank, size, envelope)) = waiting.events.pop_front() {
                     let (events, bytes) = &mut waiting.used[rank as usize];
                     *events -= 1;
@@ -144,7 +120,7 @@ impl Queue {
     }
 
     fn close(&self) {
-        self.lock().closed = true;
+        sys::lock(&self.waiting).closed = true;
         self.changed.notify_one();
     }
 }
@@ -181,32 +157,50 @@ impl Publisher {
         }
     }
 
+    /// One whose events wait until a test takes them.
+    #[cfg(test)]
+    pub fn recording() -> Publisher {
+        Publisher {
+            namespace: "default".to_owned(),
+            queue: Some(Arc::default()),
+            worker: None,
+        }
+    }
+
+    /// What has been published since the last call.
+    #[cfg(test)]
+    pub fn take(&self) -> Vec<Envelope> {
+        let queue = self.queue.as_ref();
+        let mut waiting = queue.map(|queue| sys::lock(&queue.waiting));
+        let events = waiting
+            .as_mut()
+            .map(|waiting| std::mem::take(&mut **waiting));
+        events
+            .into_iter()
+            .flat_map(|waiting| waiting.events)
+            .map(|(_, _, event)| event)
+            .collect()
+    }
+
     /// Queues an event; its time is now.
-    pub fn publish<E: TaskEvent>(&self, event: &E) {
+    pub fn publish(&self, event: impl Event) {
         let Some(queue) = &self.queue else { return };
-        let value = match event.write_to_bytes() {
-            Ok(value) => value,
-            Err(error) => {
-                return tracing::error!(%error, topic = E::TOPIC, "event cannot be encoded");
-            }
+        let topic = event.topic();
+        let rank = Rank::of(&event, &topic);
+        let event = match convert_to_any(Box::new(event)) {
+            Ok(event) => event,
+            Err(error) => return tracing::error!(%error, topic, "event cannot be encoded"),
         };
-        // containerd looks events up by their bare name, without the usual type.googleapis.com/.
-        let type_url = E::descriptor().full_name().to_owned();
         let envelope = Envelope {
             timestamp: Some(SystemTime::now().into()).into(),
             namespace: self.namespace.clone(),
-            topic: E::TOPIC.to_owned(),
-            event: Some(Any {
-                type_url,
-                value,
-                ..Default::default()
-            })
-            .into(),
+            topic: topic.clone(),
+            event: Some(event).into(),
             ..Default::default()
         };
-        if !queue.push(event.rank(), envelope) {
+        if !queue.push(rank, envelope) {
             tracing::error!(
-                topic = E::TOPIC,
+                topic,
                 "event dropped: too many are waiting for containerd already"
             );
         }
@@ -297,7 +291,11 @@ mod tests {
     use std::collections::HashMap;
 
     use async_trait::async_trait;
+    use containerd_shim_protos::events::task::{
+        TaskCreate, TaskDelete, TaskExecStarted, TaskOOM, TaskPaused,
+    };
     use protobuf::Message;
+    use protobuf::well_known_types::any::Any;
     use tokio::net::UnixListener;
     use tokio::sync::mpsc;
     use ttrpc::r#async::{MethodHandler, Server, Service, TtrpcContext};
@@ -330,7 +328,7 @@ mod tests {
                 .unwrap()
                 .envelope
                 .unwrap();
-            if envelope.topic == TaskPaused::TOPIC {
+            if envelope.topic == topics::TASK_PAUSED_EVENT_TOPIC {
                 return Ok(ttrpc::Error::RpcStatus(ttrpc::get_status(
                     Code::INVALID_ARGUMENT,
                     "no such topic",
@@ -362,7 +360,7 @@ mod tests {
         (server, received)
     }
 
-    fn topics(received: &mut mpsc::UnboundedReceiver<Envelope>) -> Vec<String> {
+    fn topics_of(received: &mut mpsc::UnboundedReceiver<Envelope>) -> Vec<String> {
         std::iter::from_fn(|| received.try_recv().ok())
             .map(|envelope| envelope.topic)
             .collect()
@@ -370,15 +368,23 @@ mod tests {
 
     #[test]
     fn subscribers_find_events_by_bare_names() {
-        assert_eq!(
-            TaskExit::descriptor().full_name(),
-            "containerd.events.TaskExit"
-        );
-        assert_eq!(
-            TaskOOM::descriptor().full_name(),
-            "containerd.events.TaskOOM"
-        );
-        assert_eq!(TaskExecStarted::TOPIC, "/tasks/exec-started");
+        let queue = Arc::new(Queue::default());
+        let publisher = Publisher {
+            namespace: "n".into(),
+            queue: Some(queue.clone()),
+            worker: None,
+        };
+        publisher.publish(exit("web", "web"));
+        publisher.publish(TaskExecStarted::default());
+        let events = &sys::lock(&queue.waiting).events;
+        let names = events
+            .iter()
+            .map(|(_, _, envelope)| (envelope.topic.as_str(), envelope.event.type_url.as_str()));
+        let expected = [
+            ("/tasks/exit", "containerd.events.TaskExit"),
+            ("/tasks/exec-started", "containerd.events.TaskExecStarted"),
+        ];
+        assert!(names.eq(expected), "{events:?}");
     }
 
     #[tokio::test]
@@ -397,18 +403,20 @@ mod tests {
             topic: "/large".into(),
             ..Default::default()
         };
-        queue.lock().events.push_back((Rank::Other, 0, envelope));
-        queue.lock().used[Rank::Other as usize].0 = 1;
+        sys::lock(&queue.waiting)
+            .events
+            .push_back((Rank::Other, 0, envelope));
+        sys::lock(&queue.waiting).used[Rank::Other as usize].0 = 1;
         let worker = tokio::spawn(deliver(format!("unix://{}", path.display()), queue.clone()));
         let mut publisher = Publisher {
             namespace: "n".into(),
             queue: Some(queue),
             worker: Some(worker),
         };
-        publisher.publish(&TaskPaused::default());
-        publisher.publish(&exit("web", "web"));
+        publisher.publish(TaskPaused::default());
+        publisher.publish(exit("web", "web"));
         publisher.flush(Duration::from_secs(10)).await;
-        assert_eq!(topics(&mut received), [TaskExit::TOPIC]);
+        assert_eq!(topics_of(&mut received), [topics::TASK_EXIT_EVENT_TOPIC]);
     }
 
     #[tokio::test]
@@ -416,15 +424,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let mut publisher = Publisher::start(path.to_str().unwrap(), "n");
-        publisher.publish(&oom("web"));
-        publisher.publish(&exit("web", "web"));
-        publisher.publish(&TaskDelete::default());
+        publisher.publish(oom("web"));
+        publisher.publish(exit("web", "web"));
+        publisher.publish(TaskDelete::default());
         tokio::time::sleep(BACKOFF.0 / 2).await;
         let (_server, mut received) = daemon(&path).await;
         publisher.flush(Duration::from_secs(10)).await;
         assert_eq!(
-            topics(&mut received),
-            [TaskOOM::TOPIC, TaskExit::TOPIC, TaskDelete::TOPIC]
+            topics_of(&mut received),
+            [
+                topics::TASK_OOM_EVENT_TOPIC,
+                topics::TASK_EXIT_EVENT_TOPIC,
+                topics::TASK_DELETE_EVENT_TOPIC
+            ]
         );
     }
 
@@ -434,18 +446,24 @@ mod tests {
         let path = dir.path().join("s");
         let (mut server, mut received) = daemon(&path).await;
         let mut publisher = Publisher::start(path.to_str().unwrap(), "n");
-        publisher.publish(&TaskCreate::default());
-        assert_eq!(received.recv().await.unwrap().topic, TaskCreate::TOPIC);
+        publisher.publish(TaskCreate::default());
+        assert_eq!(
+            received.recv().await.unwrap().topic,
+            topics::TASK_CREATE_EVENT_TOPIC
+        );
         server.disconnect().await;
         drop(server);
         std::fs::remove_file(&path).unwrap();
         // The connection is known to have ended, or not yet.
-        publisher.publish(&oom("web"));
+        publisher.publish(oom("web"));
         tokio::time::sleep(BACKOFF.0).await;
-        publisher.publish(&exit("web", "web"));
+        publisher.publish(exit("web", "web"));
         let (_server, mut received) = daemon(&path).await;
         publisher.flush(Duration::from_secs(10)).await;
-        assert_eq!(topics(&mut received), [TaskOOM::TOPIC, TaskExit::TOPIC]);
+        assert_eq!(
+            topics_of(&mut received),
+            [topics::TASK_OOM_EVENT_TOPIC, topics::TASK_EXIT_EVENT_TOPIC]
+        );
     }
 
     #[tokio::test]
@@ -458,13 +476,17 @@ mod tests {
         };
         let long = "a".repeat(100_000);
         for number in 0..20_000 {
-            publisher.publish(&oom("web"));
-            publisher.publish(&oom(&long));
-            publisher.publish(&exit("web", &format!("e{number}")));
+            publisher.publish(oom("web"));
+            publisher.publish(oom(&long));
+            publisher.publish(exit("web", &format!("e{number}")));
         }
-        let bytes: usize = queue.lock().events.iter().map(|(_, size, _)| size).sum();
+        let bytes: usize = sys::lock(&queue.waiting)
+            .events
+            .iter()
+            .map(|(_, size, _)| size)
+            .sum();
         assert!(bytes <= 3 * MAX_BYTES, "{bytes}");
-        publisher.publish(&exit("web", "web"));
+        publisher.publish(exit("web", "web"));
         queue.close();
         let mut last = None;
         while let Some(envelope) = queue.pop().await {
@@ -475,7 +497,7 @@ mod tests {
             (last.container_id, last.id),
             ("web".to_owned(), "web".to_owned())
         );
-        assert_eq!(queue.lock().used, [(0, 0); 3]);
+        assert_eq!(sys::lock(&queue.waiting).used, [(0, 0); 3]);
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub fn agent(bytes: &[u8]) {
     );
     let status = ttrpc::get_status(ttrpc::Code::INTERNAL, said);
     let (error, _) = judge("Fuzz", &ttrpc::Error::RpcStatus(status));
-    assert!(!error.message.contains('\n'));
+    assert!(!error.to_string().contains('\n'));
 }
 
 /// The first line of a connection to a socket of the host.

@@ -9,7 +9,6 @@ mod args;
 mod bootstrap;
 mod config;
 mod container;
-mod cri;
 mod error;
 mod events;
 mod from_guest;
@@ -22,18 +21,22 @@ mod logging;
 mod metrics;
 mod model;
 mod network;
+mod protos;
+mod refusal;
 mod relay;
 mod sandbox;
 mod service;
 mod stdio;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use args::{Action, Args};
 
 /// Does what the command line says.
 pub fn main() -> ExitCode {
-    let args = match Args::parse(std::env::args_os()) {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let args = match Args::parse(&args) {
         Ok(args) => args,
         Err(error) => return fail(&error),
     };

@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use launcher::{Jail, Started};
@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
+use sys::process::{pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
@@ -78,7 +79,7 @@ impl Identity {
         if !self.is_alive() {
             return Ok(());
         }
-        match pidfd_kill(&pidfd) {
+        match pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL) {
             Err(error) if !is_gone(&error) => return Err(error).doing(doing),
             _ => {}
         }
@@ -119,36 +120,6 @@ fn read_stat(pid: i32) -> io::Result<(char, u64)> {
 
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ESRCH))
-}
-
-fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    let fd =
-        // SAFETY: pidfd_open takes two integers and touches no memory of ours.
-        Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).map_err(|errno| {
-            match errno {
-                // Kernels such as Debian 12's 6.1 say so of a number that no process has any more while
-                // something still holds it (a pidfd, a process group), or that a thread has.
-                Errno::EINVAL if pid > 0 => Errno::ESRCH,
-                other => other,
-            }
-        })?;
-    // SAFETY: a new descriptor (close-on-exec by definition) that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
-}
-
-fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
-    // SAFETY: integers and a null siginfo, which the call allows.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            libc::SIGKILL,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    Errno::result(done)?;
-    Ok(())
 }
 
 /// How a process ended.
@@ -261,7 +232,7 @@ impl Child {
             Ok(watched) => watched,
             Err(error) => {
                 // Nobody would watch it, so it must not live.
-                let _ = pidfd_kill(&pidfd);
+                let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
                 let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED);
                 return Err(error).doing(doing);
             }
@@ -346,12 +317,12 @@ impl Process {
 
     pub(crate) fn kill(&self) {
         if self.exit.borrow().is_none() {
-            let _ = pidfd_kill(self.pidfd.get_ref());
+            let _ = pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL);
         }
     }
 
     pub(crate) fn stderr_tail(&self) -> Vec<String> {
-        let tail = self.tail();
+        let tail = sys::lock(&self.tail);
         let rest = (!tail.line.is_empty()).then(|| printable(&tail.line));
         tail.lines.iter().cloned().chain(rest).collect()
     }
@@ -369,10 +340,6 @@ impl Process {
             what: self.program.display().to_string(),
             why: self.last_words(exit),
         }
-    }
-
-    fn tail(&self) -> MutexGuard<'_, Tail> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -417,7 +384,7 @@ async fn watch_over(
         tokio::select! {
             read = stderr.read(&mut buffer), if open => match read {
                 Ok(0) | Err(_) => open = false,
-                Ok(count) => process.tail().push(&buffer[..count]),
+                Ok(count) => sys::lock(&process.tail).push(&buffer[..count]),
             },
             exit = reaped(&process.pidfd) => break exit,
         }
@@ -425,7 +392,7 @@ async fn watch_over(
     // What it still wrote lies in the pipe. A grandchild may hold the other end, so never wait for
     // the end of file.
     while let Ok(count @ 1..) = nix::unistd::read(&stderr, &mut buffer) {
-        process.tail().push(&buffer[..count]);
+        sys::lock(&process.tail).push(&buffer[..count]);
     }
     sender.send_replace(Some(exit));
 }

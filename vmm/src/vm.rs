@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::broadcast::error::RecvError;
@@ -336,7 +336,7 @@ impl Vm {
     }
 
     fn devices(&self) -> MutexGuard<'_, Devices> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        sys::lock(&self.devices)
     }
 
     /// A closed monitor is mostly QEMU's death, which explains more.
@@ -457,10 +457,7 @@ async fn watch_over(
             }
         },
     };
-    let event = last_word
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
+    let event = sys::lock(&last_word).take();
     let death = Death {
         pid: process.identity().pid,
         exit,

@@ -1,34 +1,19 @@
 //! Which devices a container may use: OCI rules compiled to a BPF program on its cgroup.
 
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use guest_protocol::protocols::oci::LinuxDeviceCgroup;
+use sys::bpf::{self, Instruction, code, op};
 
 use crate::error::{Context, Error, Result};
 
 // linux/bpf.h
-const BPF_PROG_LOAD: libc::c_long = 5;
-const BPF_PROG_ATTACH: libc::c_long = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_DEVCG_DEV_BLOCK: i32 = 1;
 const BPF_DEVCG_DEV_CHAR: i32 = 2;
 const ACC_MKNOD: u8 = 1;
 const ACC_READ: u8 = 2;
 const ACC_WRITE: u8 = 4;
 const ALL: u8 = ACC_MKNOD | ACC_READ | ACC_WRITE;
-
-/// One instruction, `struct bpf_insn`. `registers` holds the destination in its low half.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rule {
@@ -99,8 +84,9 @@ pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> Result<(
     if rules.last() == Some(&EVERYTHING) {
         return Ok(());
     }
-    let program = load(&compile(&rules)).context(|| "load the device rules".into())?;
-    attach(cgroup, &program).context(|| "attach the device rules".into())
+    let program = bpf::load_cgroup_device("devices", &compile(&rules))
+        .context(|| "load the device rules".into())?;
+    bpf::attach_to_cgroup(cgroup, program.as_fd()).context(|| "attach the device rules".into())
 }
 
 /// Whether the rules end in "everything": the container is privileged.
@@ -181,143 +167,64 @@ fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
 /// The program: r2 device type, r3 access, r4 major, r5 minor; each rule in turn from the last,
 /// then "no".
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
-    const LOAD_WORD: u8 = 0x61; // ldxw
-    const AND_32: u8 = 0x54;
-    const RIGHT_SHIFT_32: u8 = 0x74;
-    const MOVE_REGISTER_32: u8 = 0xbc;
-    const MOVE_32: u8 = 0xb4;
-    const JUMP_NOT_EQUAL: u8 = 0x55;
-    const JUMP_EQUAL: u8 = 0x15;
-    const EXIT: u8 = 0x95;
-    let op = |code, registers, offset, immediate| Instruction {
-        code,
-        registers,
-        offset,
-        immediate,
-    };
-
     let mut program = vec![
-        op(LOAD_WORD, 0x12, 0, 0),
-        op(AND_32, 0x02, 0, 0xffff),
-        op(LOAD_WORD, 0x13, 0, 0),
-        op(RIGHT_SHIFT_32, 0x03, 0, 16),
-        op(LOAD_WORD, 0x14, 4, 0),
-        op(LOAD_WORD, 0x15, 8, 0),
+        op(code::LOAD_WORD, 0x12, 0, 0),
+        op(code::AND_32, 0x02, 0, 0xffff),
+        op(code::LOAD_WORD, 0x13, 0, 0),
+        op(code::RIGHT_SHIFT_32, 0x03, 0, 16),
+        op(code::LOAD_WORD, 0x14, 4, 0),
+        op(code::LOAD_WORD, 0x15, 8, 0),
     ];
     for rule in rules.iter().rev() {
         // What the rule asks, as pairs of instructions that leave the rule when they do not fit.
         let mut tests: Vec<Vec<Instruction>> = Vec::new();
         if let Some(kind) = rule.kind {
-            tests.push(vec![op(JUMP_NOT_EQUAL, 0x02, 0, kind)]);
+            tests.push(vec![op(code::JUMP_NOT_EQUAL, 0x02, 0, kind)]);
         }
         if rule.access != ALL {
-            let copy = op(MOVE_REGISTER_32, 0x31, 0, 0);
+            let copy = op(code::MOVE_REGISTER_32, 0x31, 0, 0);
             tests.push(if rule.allow {
                 // All that is asked for must be in the rule …
                 vec![
                     copy,
-                    op(AND_32, 0x01, 0, i32::from(!rule.access & ALL)),
-                    op(JUMP_NOT_EQUAL, 0x01, 0, 0),
+                    op(code::AND_32, 0x01, 0, i32::from(!rule.access & ALL)),
+                    op(code::JUMP_NOT_EQUAL, 0x01, 0, 0),
                 ]
             } else {
                 // … but a denial of a part denies the whole.
                 vec![
                     copy,
-                    op(AND_32, 0x01, 0, i32::from(rule.access)),
-                    op(JUMP_EQUAL, 0x01, 0, 0),
+                    op(code::AND_32, 0x01, 0, i32::from(rule.access)),
+                    op(code::JUMP_EQUAL, 0x01, 0, 0),
                 ]
             });
         }
         if let Some(major) = rule.major {
-            tests.push(vec![op(JUMP_NOT_EQUAL, 0x04, 0, major)]);
+            tests.push(vec![op(code::JUMP_NOT_EQUAL, 0x04, 0, major)]);
         }
         if let Some(minor) = rule.minor {
-            tests.push(vec![op(JUMP_NOT_EQUAL, 0x05, 0, minor)]);
+            tests.push(vec![op(code::JUMP_NOT_EQUAL, 0x05, 0, minor)]);
         }
         let mut body: Vec<Instruction> = tests.concat();
         let length = body.len();
         for (index, instruction) in body.iter_mut().enumerate() {
-            if matches!(instruction.code, JUMP_NOT_EQUAL | JUMP_EQUAL) {
+            if matches!(instruction.code, code::JUMP_NOT_EQUAL | code::JUMP_EQUAL) {
                 // Over the rest of the tests and the two instructions of the verdict.
                 instruction.offset = i16::try_from(length - index - 1 + 2).unwrap_or(i16::MAX);
             }
         }
         program.extend(body);
         program.extend([
-            op(MOVE_32, 0x00, 0, i32::from(rule.allow)),
-            op(EXIT, 0, 0, 0),
+            op(code::MOVE_32, 0x00, 0, i32::from(rule.allow)),
+            op(code::EXIT, 0, 0, 0),
         ]);
         // The kernel refuses a program with instructions that nothing reaches.
         if length == 0 {
             return program;
         }
     }
-    program.extend([op(MOVE_32, 0x00, 0, 0), op(EXIT, 0, 0, 0)]);
+    program.extend([op(code::MOVE_32, 0x00, 0, 0), op(code::EXIT, 0, 0, 0)]);
     program
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct LoadAttributes {
-    kind: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-}
-
-#[repr(C)]
-struct AttachAttributes {
-    target: u32,
-    program: u32,
-    kind: u32,
-    flags: u32,
-}
-
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the attributes have the layout of the command's part of `union bpf_attr`, and their
-    // size is given.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attributes),
-            size_of::<T>(),
-        )
-    };
-    i32::try_from(result)
-        .ok()
-        .filter(|result| *result >= 0)
-        .ok_or_else(io::Error::last_os_error)
-}
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let mut attributes = LoadAttributes {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        count: u32::try_from(program.len()).unwrap_or(u32::MAX),
-        instructions: program.as_ptr().addr() as u64,
-        license: c"Apache-2.0".as_ptr().addr() as u64,
-        ..Default::default()
-    };
-    attributes.name[..7].copy_from_slice(b"devices");
-    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
-    // SAFETY: the kernel just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn attach(cgroup: BorrowedFd<'_>, program: &OwnedFd) -> io::Result<()> {
-    let attributes = AttachAttributes {
-        target: cgroup.as_raw_fd().cast_unsigned(),
-        program: program.as_raw_fd().cast_unsigned(),
-        kind: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
-    };
-    bpf(BPF_PROG_ATTACH, &attributes).map(|_| ())
 }
 
 #[cfg(test)]

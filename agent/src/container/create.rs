@@ -1,11 +1,13 @@
 //! The making of a container's first process, and its start.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use guest_protocol::protocols::oci;
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -19,9 +21,7 @@ use crate::deadlines;
 use crate::error::{Context, Error, Result};
 use crate::guest::reaper::Reaper;
 use crate::spawn::{self, Child, Report};
-
 use crate::stdio::{self, Claimed, Io};
-use crate::sys::check;
 
 /// What a container is made of; its cgroup comes beside it.
 pub struct Parts<'a> {
@@ -180,18 +180,15 @@ async fn create_init(parts: &Parts<'_>, cgroup: &Cgroup) -> Result<Init> {
 pub fn in_pid_namespace<T>(namespace: &OwnedFd, make: impl FnOnce() -> Result<T>) -> Result<T> {
     let own =
         File::open("/proc/self/ns/pid").context(|| "open the agent's pid namespace".into())?;
-    let set = |fd: i32| {
-        // SAFETY: an open descriptor and a plain number.
-        check(unsafe { libc::setns(fd, libc::CLONE_NEWPID) }.into())
-    };
-    match set(namespace.as_raw_fd()) {
+    match setns(namespace, CloneFlags::CLONE_NEWPID) {
         // The namespace's first process has ended.
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+        Err(Errno::ESRCH) => {
             return Err(Error::Failed("the container is not running".into()));
         }
         result => result.context(|| "join the container's pid namespace".into())?,
     };
     let made = make();
-    set(own.as_raw_fd()).context(|| "return to the agent's pid namespace".into())?;
+    setns(&own, CloneFlags::CLONE_NEWPID)
+        .context(|| "return to the agent's pid namespace".into())?;
     made
 }

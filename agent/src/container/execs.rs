@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use guest_protocol::protocols::oci;
+use sys::lock;
 use tokio::time::Instant;
 
 use super::child::exec;
@@ -16,9 +17,7 @@ use crate::deadlines;
 use crate::error::{Error, Result};
 use crate::guest::reaper::Reaper;
 use crate::spawn::{self, Child, Report};
-
 use crate::stdio::{self, Claimed, Io};
-use crate::sys::lock;
 
 /// Execs by their ids.
 #[derive(Debug, Default)]

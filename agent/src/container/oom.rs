@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
+use sys::lock;
 use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -12,7 +13,6 @@ use tokio::time::timeout;
 use super::Container;
 use crate::deadlines;
 use crate::log::log;
-use crate::sys::lock;
 
 /// Events that nobody fetches: above this number the oldest is dropped.
 const MAX_EVENTS: usize = 100;

@@ -1,8 +1,7 @@
 //! What the agent keeps of a running or finished process.
 
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,7 +9,6 @@ use tokio::sync::watch;
 
 use crate::error::{Context, Error, Result};
 use crate::stdio::Io;
-use crate::sys::check;
 
 /// A process of a container.
 #[derive(Debug)]
@@ -87,21 +85,11 @@ impl Process {
         if self.exited().is_some() {
             return Err(Error::NotFound("the process has exited".into()));
         }
-        // SAFETY: an open descriptor and plain numbers; no siginfo.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.as_raw_fd(),
-                signal,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        match check(result) {
-            Ok(_) => Ok(()),
+        match sys::process::pidfd_send_signal(self.pidfd.as_fd(), signal) {
+            Ok(()) => Ok(()),
             // It is just being collected: to the sender that is no failure.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-            Err(error) => Err::<(), io::Error>(error).context(|| format!("send signal {signal}")),
+            Err(error) => Err(error).context(|| format!("send signal {signal}")),
         }
     }
 

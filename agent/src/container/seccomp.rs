@@ -33,24 +33,7 @@ impl Filter {
     /// # Errors
     /// The kernel's refusal.
     pub fn load(&self) -> std::io::Result<()> {
-        let program = libc::sock_fprog {
-            len: u16::try_from(self.program.len()).unwrap_or(u16::MAX),
-            filter: self.program.as_ptr().cast_mut(),
-        };
-        // SAFETY: the program outlives the call and its length is right; the kernel only reads it.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_seccomp,
-                libc::c_long::from(libc::SECCOMP_SET_MODE_FILTER),
-                self.flags,
-                &raw const program,
-            )
-        };
-        if result == 0 {
-            Ok(())
-        } else {
-            Err(std::io::Error::last_os_error())
-        }
+        sys::process::set_seccomp_filter(&self.program, self.flags)
     }
 }
 

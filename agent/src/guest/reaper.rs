@@ -4,11 +4,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use sys::lock;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::error::{Context, Result};
-use crate::sys::lock;
 
 /// Who waits for which child.
 #[derive(Clone, Debug, Default)]

@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
+use sys::check;
 use tokio::time::{Instant, sleep};
 
 use crate::deadlines;
 use crate::error::{Context, Error, Result};
-use crate::sys::check;
 
 /// What is to come online.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

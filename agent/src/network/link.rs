@@ -9,9 +9,7 @@ use guest_protocol::protocols::agent::Interfaces;
 use guest_protocol::protocols::types::{IPAddress, Interface};
 
 use super::netlink::{Message, Netlink, attributes, number32};
-use super::{
-    PUT, family, ip_of, mac_text, octets, open, parse_ip, parse_length, parse_mac, protocol_family,
-};
+use super::{PUT, family, ip_of, octets, open, parse_ip, parse_length, parse_mac, protocol_family};
 use crate::error::{Context, Error, Result};
 use crate::guest::pci;
 use crate::log::log;
@@ -148,7 +146,7 @@ pub fn list() -> Result<Interfaces> {
             .map(|entry| entry.1.clone())
             .collect(),
         mtu: link.mtu.into(),
-        hwAddr: mac_text(&link.mac),
+        hwAddr: sys::mac_text(&link.mac),
         type_: link.kind,
         raw_flags: link.flags & IFF_NOARP,
         ..Default::default()

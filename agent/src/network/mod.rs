@@ -119,14 +119,6 @@ fn parse_mac(text: &str) -> Result<Vec<u8>> {
         .ok_or_else(|| Error::Invalid(format!("{text:?} is no hardware address")))
 }
 
-fn mac_text(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect::<Vec<_>>()
-        .join(":")
-}
-
 fn family(address: IpAddr) -> u8 {
     // Both numbers fit.
     let family = if address.is_ipv4() {
@@ -166,7 +158,7 @@ mod tests {
     #[test]
     fn hardware_addresses_read_back() {
         assert_eq!(
-            mac_text(&parse_mac("02:00:5e:AB:cd:0f").unwrap()),
+            sys::mac_text(&parse_mac("02:00:5e:AB:cd:0f").unwrap()),
             "02:00:5e:ab:cd:0f"
         );
         for bad in [

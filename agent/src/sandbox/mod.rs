@@ -47,6 +47,7 @@ use guest_protocol::protocols::agent::{CreateContainerRequest, CreateSandboxRequ
 use guest_protocol::protocols::oci;
 use guest_protocol::stdio::Header;
 use guest_protocol::{GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use sys::lock;
 use tokio::time::Instant;
 
 use self::removed_paths::RemovedPaths;
@@ -61,7 +62,6 @@ use crate::guest::reaper::Reaper;
 use crate::log::log;
 use crate::stdio::{Claimed, Parking};
 use crate::storage::{Cleanup, Storages, mount_storage};
-use crate::sys::lock;
 
 /// Which pid namespace a container asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

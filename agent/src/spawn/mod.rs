@@ -30,27 +30,23 @@ pub mod step;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+use rustix::process::PidfdGetfdFlags;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{Context, Error, Result};
-use crate::sys::check;
 
 use step::{Failure, Step};
 
 /// Longest report of a child, in bytes.
 const MAX_REPORT: u64 = 4096;
-
-// linux/sched.h; libc has the second one in too narrow a type.
-const CLONE_PIDFD: u64 = 0x1000;
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Makes a system call that may block for long in a child, because it would block all of the agent.
 /// A call that is not over at `by` gets a SIGKILL, which ends it as soon as it can be interrupted.
@@ -127,26 +123,10 @@ pub fn spawn(
     let (report, child_report) = pipe2(OFlag::O_CLOEXEC).context(|| "create a pipe".into())?;
     let (child_go, go) = pipe2(OFlag::O_CLOEXEC).context(|| "create a pipe".into())?;
     let report = Receiver::from_owned_fd(report).context(|| "watch a pipe".into())?;
-    let mut pidfd: RawFd = -1;
-    // SAFETY: clone_args is plain data, for which zero is valid.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::from(flags.cast_unsigned()) | CLONE_PIDFD;
-    arguments.pidfd = (&raw mut pidfd).addr() as u64;
-    arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    if let Some(cgroup) = cgroup {
-        arguments.flags |= CLONE_INTO_CGROUP;
-        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
-    }
-    // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of this stack. The
-    // agent has one thread, so no lock in the copy is held by anybody else.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut arguments,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    if pid == 0 {
+    // SAFETY: the agent has one thread, so no lock in the copy is held by anybody else.
+    let Some(started) =
+        unsafe { sys::process::fork(flags, cgroup) }.context(|| "clone a process".into())?
+    else {
         let mut handle = Handle {
             report: child_report.into(),
             go: child_go.into(),
@@ -159,13 +139,10 @@ pub fn spawn(
         }
         // SAFETY: _exit ends the process without any handler.
         unsafe { libc::_exit(127) }
-    }
-    check(pid).context(|| "clone a process".into())?;
-    // SAFETY: clone3 succeeded, so it has stored a descriptor that is ours.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    };
     Ok(Child {
-        pid: libc::pid_t::try_from(pid).unwrap_or(-1),
-        pidfd,
+        pid: started.pid,
+        pidfd: started.pidfd,
         report,
         go: go.into(),
     })
@@ -214,16 +191,7 @@ impl Child {
 
     /// Kills the child, which is to be heard of no more.
     pub fn kill(&self) {
-        // SAFETY: an open descriptor and plain numbers; no siginfo.
-        unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.as_raw_fd(),
-                libc::SIGKILL,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
+        let _ = sys::process::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL);
     }
 
     /// Takes a copy of a descriptor that the child holds.
@@ -231,11 +199,8 @@ impl Child {
     /// # Errors
     /// The failed system call.
     pub fn take_fd(&self, number: RawFd) -> Result<OwnedFd> {
-        // SAFETY: pidfd_getfd takes plain numbers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
-        let fd = check(fd).context(|| "take the terminal from the new process".into())?;
-        // SAFETY: the kernel just made this descriptor for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap_or(-1)) })
+        rustix::process::pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())
+            .context(|| "take the terminal from the new process".into())
     }
 }
 

@@ -34,13 +34,13 @@ use guest_protocol::Stream;
 use guest_protocol::stdio::Channel;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
+use sys::{check, lock};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::AbortHandle;
 
 use crate::deadlines;
 use crate::error::{Context, Error, Result};
-use crate::sys::{check, lock};
 
 pub use parking::{Claimed, Parking};
 

@@ -20,7 +20,7 @@ mod sandbox_cases;
 
 use std::pin::Pin;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -154,7 +154,7 @@ fn main() -> ExitCode {
         }
         let vm = vm.clone();
         trials.push(Trial::test(format!("vm::{name}"), move || {
-            let mut vm = vm.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut vm = sys::lock(&vm);
             run(vm.get_or_insert_with(Guest::vm), case);
             Ok(())
         }));
@@ -178,7 +178,7 @@ fn main() -> ExitCode {
         ));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
-    if let Some(guest) = vm.lock().unwrap_or_else(PoisonError::into_inner).take()
+    if let Some(guest) = sys::lock(&vm).take()
         && conclusion.has_failed()
     {
         eprintln!("{}", guest.console());

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 
+use containerd_shim::StartOpts;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 
@@ -19,12 +20,12 @@ const TASK_API: i32 = containerd_shim_protos::TASK_API_VERSION;
 const MAX_SOCKET_DIR: usize = 42;
 
 /// What containerd wrote to the standard input of `start`.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub enum Request {
     /// Nothing, or the runtime options alone.
     Plain,
     /// containerd 2.3 or later.
-    Bootstrap(Box<BootstrapParams>),
+    Bootstrap(Box<StartOpts>),
 }
 
 impl Request {
@@ -37,7 +38,7 @@ impl Request {
             return Ok(Request::Plain);
         };
         if params.instance_id == id && params.namespace == namespace {
-            return Ok(Request::Bootstrap(Box::new(params)));
+            return Ok(Request::Bootstrap(Box::new(params.into())));
         }
         // An `Any` puts its type URL where the id is, and the options where the namespace is.
         let is_any = stdin.is_empty()
@@ -56,25 +57,24 @@ impl Request {
     /// # Errors
     /// A directory that is too long for a socket in it.
     pub fn socket_dir(&self) -> Result<PathBuf> {
-        match self {
-            Request::Bootstrap(params) if !params.socket_dir().is_empty() => {
-                let dir = params.socket_dir();
-                if dir.len() > MAX_SOCKET_DIR {
-                    return Err(Error::invalid(format!(
-                        "socket_dir {dir} has {} bytes, {MAX_SOCKET_DIR} is the most a socket \
-                         path has room for",
-                        dir.len()
-                    )));
-                }
-                Ok(PathBuf::from(dir))
-            }
-            _ => Ok(PathBuf::from(SOCKET_DIR)),
+        let asked = match self {
+            Request::Plain => None,
+            Request::Bootstrap(options) => options.socket_dir.as_deref(),
+        };
+        let dir = asked.unwrap_or(SOCKET_DIR);
+        if dir.len() > MAX_SOCKET_DIR {
+            return Err(Error::invalid(format!(
+                "socket_dir {dir} has {} bytes, {MAX_SOCKET_DIR} is the most a socket path has \
+                 room for",
+                dir.len()
+            )));
         }
+        Ok(PathBuf::from(dir))
     }
 
     /// Whether the log level asks for debug messages.
     pub fn debug(&self) -> bool {
-        matches!(self, Request::Bootstrap(params) if params.log_level.value() < 0)
+        matches!(self, Request::Bootstrap(options) if options.debug)
     }
 
     /// The bytes that go to stdout.

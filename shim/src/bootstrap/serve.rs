@@ -8,6 +8,7 @@ use std::io::Write;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
@@ -25,6 +26,7 @@ use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::mounts;
 use crate::logging;
+use crate::sandbox::host_calls::ThisHost;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Request, SandboxHandle};
 use crate::service::{self, SandboxService, TaskService};
@@ -59,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
             ledger
         }
         Err(error) => {
-            let _ = ready.write_all(error.message.as_bytes());
+            let _ = ready.write_all(error.to_string().as_bytes());
             let _ = ledger::undo_own(&identity.state_dir());
             return Err(error);
         }
@@ -126,7 +128,7 @@ async fn serve(
 ) -> Result<()> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let events = Publisher::start(&address, &args.namespace);
-    let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events);
+    let (owner, handle, requests) = SandboxOwner::new(identity, ledger, events, Arc::new(ThisHost));
     let (ended_sender, mut ended) = watch::channel(false);
     let task = TaskService::new(handle.clone(), ended_sender.clone());
     let sandbox = SandboxService::new(handle.clone(), ended_sender);

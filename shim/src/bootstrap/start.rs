@@ -5,7 +5,7 @@
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{IsTerminal, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -187,30 +187,15 @@ fn spawn_server(
         .stderr(Stdio::null());
     // Above the two numbers that the server expects, so that neither dup2 closes the other's
     // source.
-    let high = |fd: &dyn AsRawFd| -> Result<OwnedFd> {
-        let fd = nix::fcntl::fcntl(
-            // SAFETY: the descriptor is open for as long as its owner, which outlives this call.
-            unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.as_raw_fd()) },
-            nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(10),
-        )
-        .doing(|| "duplicate a descriptor".into())?;
-        // SAFETY: fcntl has just made this descriptor and nobody else knows it.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let high = |fd: BorrowedFd<'_>| {
+        rustix::io::fcntl_dupfd_cloexec(fd, 10).doing(|| "duplicate a descriptor".into())
     };
-    let (listener_fd, ready_fd) = (high(&listener)?, high(&server_end)?);
+    let (listener_fd, ready_fd) = (high(listener.as_fd())?, high(server_end.as_fd())?);
     let pass = move || {
         nix::unistd::setsid()?;
         // What containerd itself was started with, and passes on to everything it runs, is not the
-        // server's. SAFETY: integers only; it marks descriptors and closes none. A kernel before
-        // 5.11 does not know the flag.
-        let _ = unsafe {
-            libc::syscall(
-                libc::SYS_close_range,
-                3,
-                libc::c_uint::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            )
-        };
+        // server's. A kernel before 5.11 does not know the flag.
+        let _ = sys::process::close_on_exec_from(3);
         for (from, to) in [(&listener_fd, LISTENER_FD), (&ready_fd, READY_FD)] {
             // SAFETY: dup2 is async-signal-safe; both numbers are free in the child, whose other
             // descriptors are close-on-exec.
@@ -224,7 +209,10 @@ fn spawn_server(
     unsafe { command.pre_exec(pass) };
     let child = command.spawn().doing(|| "start the server".into())?;
     drop((command, listener, server_end));
-    raise_oom_score(child.id());
+    // The kernel should take a container's server before containerd: one more than the parent's
+    // score, as runc's shim does. Without CAP_SYS_RESOURCE even that can be refused; then the
+    // inherited score stays.
+    let _ = containerd_shim::cgroup::adjust_oom_score(child.id());
     let mut answer = Vec::new();
     if readable(&ready) {
         ready
@@ -250,22 +238,8 @@ fn spawn_server(
 }
 
 fn readable(file: &File) -> bool {
-    use std::os::fd::AsFd;
     let timeout = PollTimeout::try_from(SERVER_DEADLINE).unwrap_or(PollTimeout::MAX);
     poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
-}
-
-/// The kernel should take a container's server before containerd: one more than the parent's score,
-/// as runc's shim does. Without CAP_SYS_RESOURCE even that can be refused; then the inherited score
-/// stays.
-fn raise_oom_score(pid: u32) {
-    let parent = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()));
-    if let Some(score) = parent.ok().and_then(|text| text.trim().parse::<i32>().ok()) {
-        let _ = std::fs::write(
-            format!("/proc/{pid}/oom_score_adj"),
-            (score + 1).min(1000).to_string(),
-        );
-    }
 }
 
 /// containerd 1.6 and 1.7 find the server again after a restart by this file; later ones migrate
@@ -296,7 +270,7 @@ mod tests {
         assert!(
             make_dir(&dir)
                 .unwrap_err()
-                .message
+                .to_string()
                 .contains("belongs to user 12345")
         );
         let link = root.path().join("link");

@@ -13,9 +13,9 @@ fn from_sources(sources: &[&[u8]]) -> Result<Config> {
     let (directory, file) = directory(sources);
     let result = Config::load(Some(&file), b"");
     let prefix = directory.path().display().to_string();
-    result.map_err(|error| crate::error::Error {
-        message: error.message.replace(&prefix, "/etc"),
-        ..error
+    result.map_err(|error| crate::error::Error::Found {
+        code: error.code(),
+        message: error.to_string().replace(&prefix, "/etc"),
     })
 }
 
@@ -46,10 +46,13 @@ fn annotated(config: &str, annotations: &[(&str, &str)]) -> Result<Config> {
 #[track_caller]
 fn says(result: Result<Config>, part: &str) {
     let error = result.unwrap_err();
-    assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
-    assert!(error.message.contains(part), "wanted {part:?}, got {error}");
+    assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
     assert!(
-        !error.message.contains(char::is_control),
+        error.to_string().contains(part),
+        "wanted {part:?}, got {error}"
+    );
+    assert!(
+        !error.to_string().contains(char::is_control),
         "one line: {error}"
     );
 }
@@ -411,8 +414,8 @@ fn whatever_is_in_a_file_or_an_annotation_the_answer_is_a_configuration_or_one_l
         let mut layers = Layers::default();
         if let Err(error) = layers.runtime_options(&text).and_then(|()| layers.config()) {
             refused += 1;
-            assert!(!error.message.contains(char::is_control), "{error}");
-            assert!(error.message.contains(" line "), "{error}");
+            assert!(!error.to_string().contains(char::is_control), "{error}");
+            assert!(error.to_string().contains(" line "), "{error}");
         }
         let value = String::from_utf8_lossy(&text[text.len().saturating_sub(80)..]).into_owned();
         for key in ["vcpus", "kernel_params", "accelerator", &value] {
@@ -422,7 +425,7 @@ fn whatever_is_in_a_file_or_an_annotation_the_answer_is_a_configuration_or_one_l
                 ..Config::default()
             };
             if let Err(error) = allowed.annotated(&annotations) {
-                assert!(!error.message.contains(char::is_control), "{error}");
+                assert!(!error.to_string().contains(char::is_control), "{error}");
             }
         }
     }

@@ -8,14 +8,12 @@ use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
 use futures::future::join_all;
-use guest_protocol::protocols::agent::{
-    CreateContainerRequest, Device, RemoveContainerRequest, Storage,
-};
+use guest_protocol::protocols::agent::{CreateContainerRequest, Device, Storage};
 use guest_protocol::{
     GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, UDS_PORT_OPTION, deadlines,
 };
 use oci_spec::runtime::Spec;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use ttrpc::Code;
 
 use crate::container::devices::{self, Devices};
@@ -24,16 +22,13 @@ use crate::container::rootfs::{self, Disk};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, OfPod, Volumes};
 use crate::error::{Error, IoContext, Result};
-use crate::guest::boot::Guest;
+use crate::guest::calls::GuestCalls;
 use crate::guest::ending::RELEASE_DEADLINE;
 use crate::guest::guest_spec::{self, GuestView};
-use crate::guest::host_sockets::Users;
+use crate::guest::host_sockets::{HostSockets, Users};
 use crate::host::dir::Entry;
-use crate::model::{ProcessId, Stdio};
+use crate::model::Stdio;
 use crate::stdio::{GuestIo, HostIo, Pumps};
-
-/// Before the guest is asked once more to remove one: an exec of it may be on its way.
-const REMOVE_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the guest may take to let go of a disk, and how little it has when time is short.
 const DETACH_DEADLINE: Duration = Duration::from_secs(5);
@@ -139,7 +134,7 @@ impl HostSide {
 /// # Errors
 /// The agent's own words: a missing command, for example. Nothing of the container is left.
 pub async fn in_guest(
-    guest: &Arc<Guest>,
+    guest: &dyn GuestCalls,
     create: &CreateContainer,
     host: HostSide,
     host_io: HostIo,
@@ -153,10 +148,10 @@ pub async fn in_guest(
     match container.make(guest, create).await {
         Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
         Err(error) => {
-            if error.code == Code::DEADLINE_EXCEEDED {
+            if error.code() == Code::DEADLINE_EXCEEDED {
                 // The agent may be at it still.
                 let by = Instant::now() + deadlines::REMOVE_CONTAINER;
-                if let Err(error) = remove_in_guest(guest, &create.id, by).await {
+                if let Err(error) = guest.remove_container(&create.id, by).await {
                     tracing::warn!(%error, "the guest keeps a container that came too late");
                 }
             }
@@ -170,14 +165,13 @@ pub async fn in_guest(
 }
 
 impl Container {
-    async fn make(&mut self, guest: &Arc<Guest>, create: &CreateContainer) -> Result<GuestIo> {
-        let key = ProcessId::new(&create.id, "");
+    async fn make(&mut self, guest: &dyn GuestCalls, create: &CreateContainer) -> Result<GuestIo> {
         if create
             .spec
             .linux()
             .as_ref()
             .is_some_and(|linux| linux.seccomp().is_some())
-            && !guest.seccomp
+            && !guest.features().seccomp
         {
             return Err(needs_own_agent("a seccomp profile"));
         }
@@ -191,9 +185,7 @@ impl Container {
             .iter_mut()
             .filter(|storage| storage.driver == UDS_DRIVER)
         {
-            let port = guest
-                .sockets_port
-                .ok_or_else(|| needs_own_agent("a unix socket of the host as a volume"))?;
+            let port = host_sockets(guest)?.port;
             storage.driver_options = vec![format!("{UDS_PORT_OPTION}{port}")];
         }
         let maps = create
@@ -217,7 +209,8 @@ impl Container {
         }
         for (name, path) in std::mem::take(&mut self.host.volumes.sockets) {
             let doing = || format!("open the directory of the socket {}", path.display());
-            guest.sockets.add(&name, &path, &self.users).doing(doing)?;
+            let sockets = &host_sockets(guest)?.sockets;
+            sockets.add(&name, &path, &self.users).doing(doing)?;
             self.sockets.push(name);
         }
         let mut rootfs = std::mem::take(&mut self.host.rootfs);
@@ -232,14 +225,14 @@ impl Container {
             device_rules: std::mem::take(&mut self.host.devices.rules),
             pid_namespace: match &create.pid_namespace {
                 PidNamespace::Own | PidNamespace::Pod => String::new(),
-                PidNamespace::Of(_) if !guest.pod => {
+                PidNamespace::Of(_) if !guest.features().pod => {
                     return Err(needs_own_agent("the pid namespace of another container"));
                 }
                 PidNamespace::Of(id) => format!("{POD_PID_PATH}{id}"),
             },
             sysctls: create.sysctls.clone(),
             cgroup: format!("/cofferdam/{}", create.id),
-            seccomp: guest.seccomp,
+            seccomp: guest.features().seccomp,
         };
         let request = CreateContainerRequest {
             container_id: create.id.clone(),
@@ -249,21 +242,13 @@ impl Container {
             sandbox_pidns: create.pid_namespace == PidNamespace::Pod,
             ..Default::default()
         };
-        let raw = match guest.raw_stdio {
-            true => Some(GuestIo::raw(&guest.transport, &key, &create.io).await?),
-            false => None,
-        };
-        let created = guest
-            .agent
-            .create_container(&request, deadlines::CREATE_CONTAINER)
-            .await;
-        created.map_err(|error| error.context("cannot create the container"))?;
-        Ok(raw.unwrap_or_else(|| GuestIo::polled(&guest.agent, &key, &create.io)))
+        let created = guest.create_container(&request, &create.io).await;
+        created.map_err(|error| error.context("cannot create the container"))
     }
 
     async fn plug_rootfs(
         &mut self,
-        guest: &Guest,
+        guest: &dyn GuestCalls,
         disk: Disk,
         mount_point: &str,
     ) -> Result<Storage> {
@@ -279,7 +264,7 @@ impl Container {
         })
     }
 
-    async fn plug_devices(&mut self, guest: &Guest) -> Result<Vec<Device>> {
+    async fn plug_devices(&mut self, guest: &dyn GuestCalls) -> Result<Vec<Device>> {
         let mut devices = Vec::new();
         for disk in std::mem::take(&mut self.host.devices.disks) {
             let attached = guest
@@ -306,27 +291,38 @@ impl Container {
     ///
     /// # Errors
     /// The guest may still have it, and what it uses of the host.
-    pub async fn remove(mut self, guest: Option<Arc<Guest>>, id: &str, by: Instant) -> Result<()> {
+    pub async fn remove(
+        mut self,
+        guest: Option<Arc<dyn GuestCalls>>,
+        id: &str,
+        by: Instant,
+    ) -> Result<()> {
         let mut removed = Ok(());
         if let Some(guest) = guest {
             // Whatever becomes of the guest, the host gets its directories back.
-            self.forget_sockets(&guest);
-            removed = remove_in_guest(&guest, id, by).await;
+            self.forget_sockets(&*guest);
+            removed = guest.remove_container(id, by).await;
             if removed.is_ok() {
-                self.unplug(&guest, by).await;
+                self.unplug(&*guest, by).await;
             }
         }
         release(vec![self]).await;
-        removed
+        removed.map_err(|error| {
+            error.context(format!(
+                "the guest did not remove the container {id}, so the virtual machine was ended"
+            ))
+        })
     }
 
-    fn forget_sockets(&mut self, guest: &Guest) {
-        self.sockets
-            .drain(..)
-            .for_each(|name| guest.sockets.remove(&name));
+    fn forget_sockets(&mut self, guest: &dyn GuestCalls) {
+        for name in self.sockets.drain(..) {
+            if let Some(host) = guest.host_sockets() {
+                host.sockets.remove(&name);
+            }
+        }
     }
 
-    async fn unplug(&mut self, guest: &Guest, by: Instant) {
+    async fn unplug(&mut self, guest: &dyn GuestCalls, by: Instant) {
         self.forget_sockets(guest);
         let time = by
             .saturating_duration_since(Instant::now())
@@ -334,43 +330,10 @@ impl Container {
         let detached = self
             .plugged
             .drain(..)
-            .map(|id| async move { guest.vm.detach(&id, time).await });
-        for error in join_all(detached)
-            .await
-            .into_iter()
-            .filter_map(std::result::Result::err)
-        {
+            .map(|id| async move { guest.detach_disk(&id, time).await });
+        for error in join_all(detached).await.into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");
         }
-    }
-}
-
-async fn remove_in_guest(guest: &Guest, id: &str, by: Instant) -> Result<()> {
-    let request = RemoveContainerRequest {
-        container_id: id.to_owned(),
-        ..Default::default()
-    };
-    let asking = async {
-        loop {
-            let left = by
-                .saturating_duration_since(Instant::now())
-                .max(REMOVE_PAUSE);
-            match guest.agent.remove_container(&request, left).await {
-                Err(error) if error.code == Code::NOT_FOUND => return Ok(()),
-                Err(error) if Instant::now() + REMOVE_PAUSE < by => {
-                    tracing::debug!(%error, id, "the guest is asked again to remove the container");
-                    sleep(REMOVE_PAUSE).await;
-                }
-                result => return result,
-            }
-        }
-    };
-    tokio::select! {
-        result = asking => result.map_err(|error| {
-            error.context(format!("the guest did not remove the container {id}, so the virtual machine was ended"))
-        }),
-        // That is the end of the machine anyway.
-        _ = guest.agent.failed() => Ok(()),
     }
 }
 
@@ -383,6 +346,11 @@ pub async fn release(containers: Vec<Container>) {
             "a storage on the host hangs: a container's mounts stay until it lets go of them"
         );
     }
+}
+
+fn host_sockets(guest: &dyn GuestCalls) -> Result<&HostSockets> {
+    let missing = || needs_own_agent("a unix socket of the host as a volume");
+    guest.host_sockets().ok_or_else(missing)
 }
 
 fn needs_own_agent(what: &str) -> Error {

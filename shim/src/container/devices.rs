@@ -270,7 +270,7 @@ mod tests {
         let missing = json!([{"path": "/dev/data", "type": "b", "major": 511, "minor": 99}]);
         let error = classify(&spec(missing, json!([]))).unwrap_err();
         assert!(
-            error.message.contains("/dev/data") && error.message.contains("511:99"),
+            error.to_string().contains("/dev/data") && error.to_string().contains("511:99"),
             "{error}"
         );
     }

@@ -73,7 +73,7 @@ impl HostHooks {
     /// # Errors
     /// The first one that fails, by its path and with its last line. Hooks after the start change
     /// nothing any more: theirs are only logged.
-    pub async fn run(&self, moment: HookPhase, pid: i32) -> Result<()> {
+    pub async fn run(&self, moment: HookPhase, pid: u32) -> Result<()> {
         let mut state = self.state.clone();
         state["status"] = moment.status().into();
         state["pid"] = if moment == HookPhase::Deleted { 0 } else { pid }.into();
@@ -178,7 +178,7 @@ mod tests {
             .run(HookPhase::Create, 1)
             .await
             .unwrap_err()
-            .message;
+            .to_string();
         assert!(
             error.contains("/bin/sh") && error.contains("3") && error.ends_with("no network"),
             "{error}"
@@ -192,7 +192,7 @@ mod tests {
             .run(HookPhase::Create, 1)
             .await
             .unwrap_err()
-            .message;
+            .to_string();
         assert!(error.contains("/no/such/hook"), "{error}");
     }
 
@@ -203,6 +203,6 @@ mod tests {
             .run(HookPhase::Create, 1)
             .await
             .unwrap_err();
-        assert_eq!(error.code, ttrpc::Code::DEADLINE_EXCEEDED);
+        assert_eq!(error.code(), ttrpc::Code::DEADLINE_EXCEEDED);
     }
 }

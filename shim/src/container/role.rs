@@ -255,7 +255,7 @@ mod tests {
             PidNamespace::Of("web".into())
         );
         for other in ["/proc/1/ns/pid", "/run/pidns", "/proc/100x/ns/pid"] {
-            let error = wanted(path(other), Role::Member).unwrap_err().message;
+            let error = wanted(path(other), Role::Member).unwrap_err().to_string();
             assert!(error.contains(other) && error.contains("Pid"), "{error}");
         }
     }
@@ -274,8 +274,8 @@ mod tests {
                 .map(|(k, _)| json!({"type": k}))
                 .collect();
             let error = wanted(json!(others), Role::Sandbox).unwrap_err();
-            assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
-            assert!(error.message.contains(named), "{error}");
+            assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
+            assert!(error.to_string().contains(named), "{error}");
         }
         let own = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network",
             "path": "/run/netns/cni-1"}]);
@@ -289,7 +289,7 @@ mod tests {
         assert!(
             wanted(foreign, Role::Member)
                 .unwrap_err()
-                .message
+                .to_string()
                 .contains("/proc/300/ns/net")
         );
     }

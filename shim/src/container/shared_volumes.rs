@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use guest_protocol::GUEST_SHARE;
 
@@ -64,7 +64,7 @@ impl SharedVolumes {
 
     /// A number that no other use of this sandbox gets.
     pub fn next_id(&self) -> u64 {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = sys::lock(&self.inner);
         inner.next += 1;
         inner.next
     }
@@ -84,7 +84,7 @@ impl SharedVolumes {
         let number = self.next_id();
         // Held over the bind, which waits for nothing: two containers that are made at a time get
         // the same one.
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = sys::lock(&self.inner);
         if let Some(share) = inner.live.get(&key).and_then(Weak::upgrade) {
             return Ok(share);
         }

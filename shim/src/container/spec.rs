@@ -275,8 +275,8 @@ mod tests {
         let mut json = minimal();
         change(&mut json);
         let error = parse(json.to_string().as_bytes()).unwrap_err();
-        assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
-        error.message
+        assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
+        error.to_string()
     }
 
     #[test]
@@ -382,7 +382,7 @@ mod tests {
         assert!(
             load(Path::new("/nonexistent"))
                 .unwrap_err()
-                .message
+                .to_string()
                 .contains("/nonexistent/config.json")
         );
     }

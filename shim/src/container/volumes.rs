@@ -630,7 +630,7 @@ mod tests {
         let refused = |mount: serde_json::Value| {
             prepare(&mounts_of(json!([mount])), &shares, POD)
                 .unwrap_err()
-                .message
+                .to_string()
         };
         let message = refused(
             json!({"destination": "/d", "type": "bind", "source": "/tmp", "options": ["rbind",

@@ -7,10 +7,12 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::{
     AddARPNeighborsRequest, CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest,
     GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest, PauseContainerRequest,
-    ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
-    StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
+    ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, SetGuestDateTimeRequest,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    WriteStreamRequest,
 };
+use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{AgentClient, context};
 use tokio::sync::watch;
@@ -80,6 +82,8 @@ calls! {
     signal_process(SignalProcessRequest) "SignalProcess";
     /// Sets the size of a terminal.
     tty_win_resize(TtyWinResizeRequest) "TtyWinResize";
+    /// Sets the time of day.
+    set_guest_date_time(SetGuestDateTimeRequest) "SetGuestDateTime";
 }
 
 impl Agent {
@@ -141,6 +145,20 @@ impl Agent {
         Ok(Features::of(&details.agent_details))
     }
 
+    /// Whether it answers.
+    ///
+    /// # Errors
+    /// As those of every call.
+    pub async fn ping(&self, deadline: Duration) -> Result<()> {
+        let request = CheckRequest::default();
+        let answer = self
+            .client
+            .health
+            .check(context(Some(deadline)), &request)
+            .await;
+        self.judged("Check", answer).map(drop)
+    }
+
     /// A container's statistics.
     ///
     /// # Errors
@@ -174,7 +192,7 @@ impl Agent {
                     return Some(UNKNOWN_STATUS);
                 }
                 // Nobody would ever hear of the process again.
-                self.fail(Fault::Lost(error.message));
+                self.fail(Fault::Lost(error.to_string()));
                 None
             }
         }

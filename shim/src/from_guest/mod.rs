@@ -118,7 +118,7 @@ pub(crate) fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>
                 .filter(|code| *code != Code::OK)
                 .unwrap_or(Code::UNKNOWN);
             (
-                Error {
+                Error::Agent {
                     code,
                     message: text(status.message(), MAX_TEXT),
                 },

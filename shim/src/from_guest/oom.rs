@@ -57,7 +57,7 @@ impl Bucket {
 
 /// Asks the agent for containers that ran out of memory until it fails, and tells each that it
 /// names: one may be of another sandbox, or none at all.
-pub async fn watch_oom(agent: Agent, tell: impl Fn(String)) {
+pub async fn watch_oom(agent: &Agent, tell: &(dyn Fn(String) + Send + Sync)) {
     let mut pace = Bucket::new(BURST, PAUSE);
     loop {
         pace.next().await;

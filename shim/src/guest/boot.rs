@@ -6,53 +6,40 @@
 //! helpers also die with the shim (PR_SET_PDEATHSIG), because nobody else could take them over.
 
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use guest_protocol::deadlines::{CREATE_SANDBOX, ONLINE_CPU_MEM};
-use guest_protocol::protocols::agent::{CreateSandboxRequest, OnlineCPUMemRequest, Storage};
+use guest_protocol::deadlines::CREATE_SANDBOX;
+use guest_protocol::protocols::agent::{CreateSandboxRequest, Storage};
 use guest_protocol::{
     AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, READY_PARAMETER, ROOTFS_TAG,
-    SHARE_TAG, Transport, UDS_PORT,
+    SHARE_TAG, UDS_PORT,
 };
 use launcher::UidLease;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmm::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaemonConfig};
-use vmm::process::Identity;
-use vmm::{Attached, Block, Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
+use vmm::{Confinement, Device, MachineConfig, VirtioFs, Vm, VsockDevice};
 
 use crate::config::{Accelerator, Config, ConfinementLevel, find_file, find_program};
 use crate::error::{Error, IoContext, Result};
-use crate::from_guest::{Agent, Fault, Features};
-use crate::guest::host_sockets::{self, Sockets};
-use crate::guest::machine_size::{MachineSize, WantedSize, host_cpus, host_memory_mib};
+use crate::from_guest::{Agent, Features};
+use crate::guest::clock;
+use crate::guest::host_sockets::HostSockets;
+use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
-use crate::guest::place::{self, HostCgroup};
+use crate::guest::place::HostCgroup;
 use crate::guest::reach_agent;
+use crate::guest::running::{QUIT_DEADLINE, RunningGuest, Size, death};
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
-use crate::network::Forwarder;
-use crate::relay::Relay;
 
 /// A helper or QEMU's monitor is there within this time, or not at all.
 const START_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A running agent answers a plain call within this time.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long the other notices of a machine's death may take to tell the better reason.
-const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
-
-/// QEMU's own orderly end, before it is killed.
-const QUIT_DEADLINE: Duration = Duration::from_millis(300);
-
-/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for
-/// now.
-const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Device ports on the root complex: vsock and virtio-fs now, disks and NICs later.
 const ROOT_PORTS: u8 = 9;
@@ -87,244 +74,6 @@ pub struct BootConfig {
     pub netns: Option<PathBuf>,
 }
 
-/// How a machine ended.
-#[derive(Debug)]
-pub struct Ended {
-    /// In one line.
-    pub reason: String,
-    /// Whether the host killed one of its processes because memory ran out.
-    pub out_of_memory: bool,
-}
-
-/// A running guest with an agent that answers.
-pub struct Guest {
-    /// The virtual machine.
-    pub vm: Vm,
-    /// The agent.
-    pub agent: Agent,
-    /// The way to the guest.
-    pub transport: Transport,
-    /// Whether stdio goes over streams of its own.
-    pub raw_stdio: bool,
-    /// Whether the agent applies seccomp profiles.
-    pub seccomp: bool,
-    /// Whether a signal can be for every process of a container.
-    pub signal_all: bool,
-    /// Whether a pod needs no container for its sandbox.
-    pub pod: bool,
-    /// Unix sockets of the host that containers may connect to, and the port that they are dialled
-    /// on if the agent can.
-    pub sockets: Sockets,
-    /// See `sockets`.
-    pub sockets_port: Option<u32>,
-    _relays: (Option<Relay>, Option<Forwarder>),
-    nics: Arc<Nics>,
-    /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
-    size: Mutex<MachineSize>,
-    /// MiB of memory that the guest has, which may be more than it should.
-    has_mib: AtomicU64,
-    /// Where its processes are on the host.
-    place: Arc<HostCgroup>,
-    file_servers: [Virtiofsd; 2],
-    vsock_daemon: Option<VsockDaemon>,
-    /// The user id of its processes, which nobody else gets while they live.
-    _uid: Option<UidLease>,
-}
-
-impl std::fmt::Debug for Guest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Guest({})", self.vm.identity().pid)
-    }
-}
-
-impl Guest {
-    /// Waits until the machine, a helper that it cannot live without, or an agent that makes sense
-    /// is gone; says which and why. The machine may still run.
-    pub async fn died(&self) -> Ended {
-        let reason = self.end().await;
-        match self.place.out_of_memory() {
-            Some(why) => Ended {
-                reason: format!("{reason}: {why}"),
-                out_of_memory: true,
-            },
-            None => Ended {
-                reason,
-                out_of_memory: false,
-            },
-        }
-    }
-
-    async fn end(&self) -> String {
-        let mut death = pin!(death(
-            &self.vm,
-            &self.file_servers,
-            self.vsock_daemon.as_ref()
-        ));
-        let fault = tokio::select! {
-            why = &mut death => return why,
-            fault = self.agent.failed() => fault,
-        };
-        match fault {
-            Fault::Garbled(why) => why,
-            // Usually because the machine has ended, and QEMU's own death is the better reason to
-            // give.
-            Fault::Lost(why) => timeout(AGENT_LOST_GRACE, death).await.unwrap_or(why),
-        }
-    }
-
-    /// Gives the machine the memory and the CPUs that it should have, and takes none.
-    ///
-    /// # Errors
-    /// QEMU's own, or the agent's: added CPUs that do not come to life.
-    pub async fn grow(&self, wanted: &WantedSize) -> Result<()> {
-        let size = self.size.lock().await;
-        let to = size.max(wanted.get());
-        self.resize(size, to).await
-    }
-
-    /// Brings the machine to the size that it should have, as far as that goes: a guest keeps what
-    /// it cannot give back.
-    ///
-    /// # Errors
-    /// As [`Guest::grow`].
-    pub async fn fit(&self, wanted: &WantedSize) -> Result<()> {
-        let size = self.size.lock().await;
-        let to = wanted.get();
-        self.resize(size, to).await
-    }
-
-    async fn resize(&self, mut size: MutexGuard<'_, MachineSize>, to: MachineSize) -> Result<()> {
-        self.place.raise(to).await?;
-        let resized = self.resize_machine(&mut size, to).await;
-        if let Ok(has_mib) = resized {
-            // What the guest did not give back it may still use.
-            self.place
-                .lower(MachineSize {
-                    memory_mib: has_mib.max(to.memory_mib),
-                    ..to
-                })
-                .await;
-        }
-        place::set_oom_score(&self.processes(), to.oom_score_adj);
-        resized.map(drop)
-    }
-
-    fn processes(&self) -> Vec<Identity> {
-        let helpers = self.file_servers.iter().map(|server| server.identity());
-        [self.vm.identity()]
-            .into_iter()
-            .chain(helpers)
-            .chain(self.vsock_daemon.iter().map(|one| one.identity()))
-            .collect()
-    }
-
-    /// Returns the MiB of memory that the guest has.
-    async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
-        if to.memory_mib != size.memory_mib {
-            let got = self
-                .vm
-                .resize_memory(to.memory_mib, RESIZE_DEADLINE)
-                .await?;
-            if got < to.memory_mib {
-                tracing::warn!(
-                    got,
-                    wanted = to.memory_mib,
-                    "the guest has less memory than its containers may use"
-                );
-            }
-            size.memory_mib = to.memory_mib;
-            self.has_mib.store(got, Ordering::Relaxed);
-        }
-        if to.vcpus != size.vcpus {
-            let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
-            let request = OnlineCPUMemRequest {
-                nb_cpus: got.saturating_sub(size.vcpus),
-                ..Default::default()
-            };
-            size.vcpus = got;
-            if request.nb_cpus > 0 {
-                self.agent.online_cpu_mem(&request, ONLINE_CPU_MEM).await?;
-            }
-        }
-        Ok(self.has_mib.load(Ordering::Relaxed))
-    }
-
-    /// Makes a NIC of each link that has come into the network namespace since.
-    ///
-    /// # Errors
-    /// One line that names the link.
-    pub async fn add_links(&self, ledger: &Ledger) -> Result<()> {
-        self.nics.wire(1, ledger).await?;
-        let cards = self.nics.plug(&self.vm).await?;
-        self.nics.set_up(&self.agent, &cards).await
-    }
-
-    /// Plugs a disk in.
-    ///
-    /// # Errors
-    /// The path, or QEMU's own.
-    pub async fn attach_disk(
-        &self,
-        path: &Path,
-        number: Option<u64>,
-        read_only: bool,
-    ) -> Result<Attached> {
-        let disk = Block {
-            path: path.to_owned(),
-            number,
-            read_only,
-            direct: false,
-            serial: None,
-        };
-        self.vm
-            .attach(Device::Block(disk))
-            .await
-            .map_err(Error::from)
-    }
-
-    /// Ends QEMU and the helpers.
-    pub async fn stop(&self) {
-        if let Err(error) = self.vm.stop(QUIT_DEADLINE).await {
-            tracing::warn!(%error, "QEMU did not stop in order");
-        }
-        let daemon = async {
-            match &self.vsock_daemon {
-                Some(daemon) => daemon.stop(QUIT_DEADLINE).await,
-                None => Ok(()),
-            }
-        };
-        let [volumes, roots] = self
-            .file_servers
-            .each_ref()
-            .map(|server| server.stop(QUIT_DEADLINE));
-        let (volumes, roots, daemon) = tokio::join!(volumes, roots, daemon);
-        for error in [volumes, roots, daemon].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, "a helper did not stop in order");
-        }
-    }
-}
-
-async fn death(vm: &Vm, [volumes, roots]: &[Virtiofsd; 2], daemon: Option<&VsockDaemon>) -> String {
-    let daemon = async {
-        match daemon {
-            Some(daemon) => daemon.exited().await,
-            None => std::future::pending().await,
-        }
-    };
-    let why = tokio::select! {
-        death = vm.died() => return death.to_string(),
-        why = volumes.exited() => why,
-        why = roots.exited() => why,
-        why = daemon => why,
-    };
-    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the
-    // reason.
-    match timeout(QUIT_DEADLINE, vm.died()).await {
-        Ok(death) => death.to_string(),
-        Err(_) => why,
-    }
-}
-
 /// Directory in the sandbox's own for volumes, and root file systems that others may change.
 pub const SHARE: &str = "share";
 
@@ -342,7 +91,7 @@ pub fn served(name: &str) -> String {
 ///
 /// # Errors
 /// One line; nothing that was started is left.
-pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<Guest> {
+pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> {
     let config = &plan.config;
     let qemu = find_program(&config.qemu, "qemu")?;
     let virtiofsd = find_program(&config.virtiofsd, "virtiofsd")?;
@@ -405,7 +154,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<Guest> {
         let boot = boot(plan, &mut machine, &file_servers, &nics, &place, ledger);
         match timeout(config.boot_deadline(), boot).await {
             Ok(result) => {
-                return result.map(|guest| Guest {
+                return result.map(|guest| RunningGuest {
                     _uid: lease,
                     ..guest
                 });
@@ -487,7 +236,7 @@ async fn boot(
     nics: &Arc<Nics>,
     place: &Arc<HostCgroup>,
     ledger: &Ledger,
-) -> Result<Guest> {
+) -> Result<RunningGuest> {
     let config = &plan.config;
     let dir = ledger.dir();
     let reach_agent::Address {
@@ -567,7 +316,7 @@ async fn boot(
         (Err(error), Some(daemon)) => return Err(daemon.explain(error).await.into()),
         (Err(error), None) => return Err(error.into()),
     };
-    let cards = cards?;
+    cards?;
     vm.cont().await?;
     let died = death(&vm, &file_servers, daemon.as_ref());
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
@@ -586,38 +335,38 @@ async fn boot(
         }
     };
     let agent = Agent::new(AgentClient::new(stream));
-    nics.set_up(&agent, &cards).await?;
+    nics.set_up(&agent).await?;
     let features = create_sandbox(&agent, plan).await?;
-    let sockets = Sockets::default();
-    let (mut relay, mut sockets_port, mut forwarder) = (None, None, None);
-    if features.uds {
+    let host_sockets = if features.uds {
         let doing = || "listen for the guest's connections to unix sockets".to_owned();
         let listener = reach_agent::listen(&transport, UDS_PORT).doing(doing)?;
-        sockets_port = Some(listener.port(UDS_PORT).doing(doing)?);
-        relay = Some(host_sockets::serve(listener, sockets.clone()));
-    }
-    if features.port_forward && plan.netns.is_some() {
-        forwarder = nics.forward(&transport).await;
-    }
+        let port = listener.port(UDS_PORT).doing(doing)?;
+        Some(HostSockets::serve(listener, port))
+    } else {
+        None
+    };
+    let forwarder = if features.port_forward && plan.netns.is_some() {
+        nics.forward(&transport).await
+    } else {
+        None
+    };
     tracing::info!(
         version = features.version,
         raw_stdio = features.raw_stdio,
         "guest agent"
     );
-    Ok(Guest {
+    let mut keeps_time = JoinSet::new();
+    keeps_time.spawn(clock::follow(agent.clone()));
+    Ok(RunningGuest {
         vm,
         agent,
         transport,
-        raw_stdio: features.raw_stdio,
-        seccomp: features.seccomp,
-        signal_all: features.signal_all,
-        pod: features.pod,
-        sockets,
-        sockets_port,
-        _relays: (relay, forwarder),
+        features,
+        host_sockets,
+        _forwarder: forwarder,
+        _clock: keeps_time,
         nics: nics.clone(),
-        size: Mutex::new(plan.sizing),
-        has_mib: AtomicU64::new(plan.sizing.memory_mib),
+        size: Size::new(plan.sizing),
         place: place.clone(),
         file_servers,
         vsock_daemon: daemon,

@@ -71,7 +71,7 @@ impl DeleteBy {
 /// the clock.
 pub fn refuses_to_kill(answer: &Result<()>) -> Option<String> {
     match answer {
-        Err(error) if error.code != Code::NOT_FOUND => Some(format!(
+        Err(error) if error.code() != Code::NOT_FOUND => Some(format!(
             "the guest did not obey a SIGKILL, and so was ended: {error}"
         )),
         _ => None,
@@ -142,7 +142,7 @@ mod tests {
             assert!(
                 refuses_to_kill(&Err(error.clone()))
                     .unwrap()
-                    .contains(&error.message)
+                    .contains(&error.to_string())
             );
         }
     }

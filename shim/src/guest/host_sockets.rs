@@ -19,6 +19,8 @@ use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{HostSocketRequest, Listener, Stream, read_line};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::{AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -72,7 +74,7 @@ impl Users {
             gid: user.gid(),
             groups,
         };
-        let mut users = lock(&self.0);
+        let mut users = sys::lock(&self.0);
         if !users.contains(&user) {
             users.push(user);
         }
@@ -82,7 +84,7 @@ impl Users {
     /// become anybody, others stay who they are. Where it says something else, they are the first
     /// process.
     fn believe(&self, uid: u32, gid: u32) -> Option<User> {
-        let users = lock(&self.0);
+        let users = sys::lock(&self.0);
         let known = |gid: Option<u32>| {
             users
                 .iter()
@@ -147,39 +149,50 @@ impl Sockets {
             path: path.to_owned(),
             users: users.clone(),
         };
-        lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
+        sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
         Ok(())
     }
 
     /// No more connections by this name; those that are there end.
     pub fn remove(&self, name: &str) {
-        lock(&self.0).remove(name);
+        sys::lock(&self.0).remove(name);
     }
 
     fn get(&self, name: &str) -> Option<(PinnedSocket, watch::Receiver<()>)> {
-        lock(&self.0)
+        sys::lock(&self.0)
             .get(name)
             .map(|(place, over)| (place.clone(), over.subscribe()))
     }
 }
 
-/// Nobody panics halfway through a change.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+/// The host's sockets of a running guest, served as long as this lives.
+pub struct HostSockets {
+    /// Those that its containers have.
+    pub sockets: Sockets,
+    /// The port of the host that the agent dials for a connection to one of them.
+    pub port: u32,
+    _relay: relay::Relay,
 }
 
-/// Serves the guest's connections as long as the result lives.
-pub fn serve(listener: Listener, sockets: Sockets) -> relay::Relay {
-    relay::serve(listener, move |guest| {
-        let sockets = sockets.clone();
-        async move {
-            if let Err(error) = join(guest, &sockets).await {
-                tracing::debug!(%error, "a guest's connection to a unix socket of the host broke");
+impl HostSockets {
+    /// Serves the connections that come to `listener`, which the guest reaches by `port`.
+    pub fn serve(listener: Listener, port: u32) -> HostSockets {
+        let sockets = Sockets::default();
+        let served = sockets.clone();
+        let relay = relay::serve(listener, move |guest| {
+            let sockets = served.clone();
+            async move {
+                if let Err(error) = join(guest, &sockets).await {
+                    tracing::debug!(%error, "a guest's connection to a unix socket of the host broke");
+                }
             }
+        });
+        HostSockets {
+            sockets,
+            port,
+            _relay: relay,
         }
-    })
+    }
 }
 
 async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
@@ -270,16 +283,16 @@ fn become_user(user: &User) -> io::Result<()> {
     if *uid == NO_ID || *gid == NO_ID {
         return Err(io::Error::other("an id that is none"));
     }
-    // SAFETY: the pointer and the length are those of `groups`, which lives on; the kernel only
-    // reads there.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    let groups: Vec<Gid> = groups
+        .iter()
+        .copied()
+        .map(Gid::from_raw_unchecked)
+        .collect();
+    set_thread_groups(&groups)?;
     // The effective ids alone: with the real or saved one a local user of that id could signal this
     // thread, and with it the process.
-    let same = libc::c_long::from(-1);
-    // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, same, *gid, same) })?;
-    // SAFETY: plain numbers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, same, *uid, same) })?;
+    set_thread_res_gid(None, Gid::from_raw(*gid), None)?;
+    set_thread_res_uid(None, Uid::from_raw(*uid), None)?;
     Ok(())
 }
 
@@ -295,7 +308,7 @@ mod tests {
     struct Host {
         dir: TempDir,
         sockets: Sockets,
-        _relay: relay::Relay,
+        _host: HostSockets,
     }
 
     impl Host {
@@ -304,12 +317,11 @@ mod tests {
             let transport = Transport::Unix {
                 path: dir.path().join("vm"),
             };
-            let sockets = Sockets::default();
-            let relay = serve(transport.listen(UDS_PORT).unwrap(), sockets.clone());
+            let host = HostSockets::serve(transport.listen(UDS_PORT).unwrap(), UDS_PORT);
             Host {
                 dir,
-                sockets,
-                _relay: relay,
+                sockets: host.sockets.clone(),
+                _host: host,
             }
         }
 

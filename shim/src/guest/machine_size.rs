@@ -4,7 +4,7 @@
 //! of its first container), so that most pods are never resized, and follows its containers from
 //! there.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
@@ -196,12 +196,12 @@ impl WantedSize {
 
     /// The size.
     pub fn get(&self) -> MachineSize {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *sys::lock(&self.0)
     }
 
     /// Changes what is wanted, and says whether it did.
     pub fn set(&self, size: MachineSize) -> bool {
-        let mut wanted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = sys::lock(&self.0);
         std::mem::replace(&mut *wanted, size) != size
     }
 }

@@ -34,6 +34,8 @@ struct State {
     network: Network,
     /// Links with a tap, that the guest does not know.
     wired: Vec<Endpoint>,
+    /// Where the guest finds the cards of the first of them, which are plugged in.
+    plugged: Vec<String>,
 }
 
 impl Nics {
@@ -53,6 +55,7 @@ impl Nics {
         let state = State {
             network: Network::new(netns)?,
             wired: Vec::new(),
+            plugged: Vec::new(),
         };
         Ok(Nics {
             netns: Arc::new(fd),
@@ -87,14 +90,14 @@ impl Nics {
         Ok(())
     }
 
-    /// Plugs a card in for each of them, and gives their paths in the guest.
+    /// Plugs a card in for each of them. One that is refused leaves those before it plugged in,
+    /// and the next call goes on from there.
     ///
     /// # Errors
     /// QEMU's own.
-    pub async fn plug(&self, vm: &Vm) -> Result<Vec<String>> {
-        let state = self.state.lock().await;
-        let mut paths = Vec::new();
-        for endpoint in &state.wired {
+    pub async fn plug(&self, vm: &Vm) -> Result<()> {
+        let mut state = self.state.lock().await;
+        while let Some(endpoint) = state.wired.get(state.plugged.len()) {
             let fds = endpoint
                 .clone_fds()
                 .doing(|| format!("open the queues of {} again", endpoint.name))?;
@@ -108,22 +111,22 @@ impl Nics {
             let attached = vm.attach(Device::Net(card)).await;
             let attached = attached
                 .map_err(|error| Error::from(error).context(format!("NIC {}", endpoint.name)))?;
-            paths.push(attached.pci_path);
+            state.plugged.push(attached.pci_path);
         }
-        Ok(paths)
+        Ok(())
     }
 
-    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours. `paths`
-    /// is what [`Nics::plug`] gave. From now on the taps live in QEMU alone and go with it.
+    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours.
+    /// From now on the taps live in QEMU alone and go with it.
     ///
     /// # Errors
     /// The agent's own words.
-    pub async fn set_up(&self, agent: &Agent, paths: &[String]) -> Result<()> {
+    pub async fn set_up(&self, agent: &Agent) -> Result<()> {
         let mut state = self.state.lock().await;
         if state.wired.is_empty() {
             return Ok(());
         }
-        for (endpoint, path) in state.wired.iter().zip(paths) {
+        for (endpoint, path) in state.wired.iter().zip(&state.plugged) {
             let interface = Some(endpoint.interface(path)).into();
             let request = UpdateInterfaceRequest {
                 interface,
@@ -159,6 +162,7 @@ impl Nics {
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();
+        state.plugged.clear();
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! killed first when memory runs out.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -137,7 +137,7 @@ impl HostCgroup {
     async fn set(self: &Arc<Self>, to: MachineSize, raise: bool) -> Result<()> {
         let place = self.clone();
         let work = tokio::task::spawn_blocking(move || {
-            let mut now = place.now.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut now = sys::lock(&place.now);
             let limits = limits::Limits::of(to.memory_mib, to.milli_cpus, place.kvm);
             let limits = if raise {
                 now.map_or(limits, |now| now.max(limits))

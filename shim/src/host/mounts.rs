@@ -5,14 +5,15 @@
 //! The shared directory is a mount of its own that propagates to virtiofsd, which has a namespace
 //! below this one.
 
-use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::CWD;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use sys::mount::{Attributes, Extent, attach, clone_tree, set_attributes};
 
 use crate::error::{IoContext, Result};
 use crate::host::dir::Dir;
@@ -85,7 +86,12 @@ pub fn make_shared(state: &Dir, name: &str) -> Result<Dir> {
     let doing = || format!("mount {}", dir.path().display());
     bind(&dir, &dir, Bind::default()).doing(doing)?;
     let shared = state.get(name)?;
-    set_attributes(&shared, 0, libc::MS_SHARED, false).doing(doing)?;
+    set_attributes(
+        &shared,
+        &Attributes::propagation(libc::MS_SHARED),
+        Extent::Mount,
+    )
+    .doing(doing)?;
     Ok(shared)
 }
 
@@ -119,86 +125,29 @@ impl Bind {
 /// # Errors
 /// The system's own.
 pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> {
-    let recursive = if how.recursive {
-        libc::AT_RECURSIVE.cast_unsigned()
-    } else {
-        0
+    let extent = |recursive| {
+        if recursive {
+            Extent::Tree
+        } else {
+            Extent::Mount
+        }
     };
-    let clone = libc::OPEN_TREE_CLONE
-        | libc::OPEN_TREE_CLOEXEC
-        | libc::AT_EMPTY_PATH.cast_unsigned()
-        | recursive;
-    // SAFETY: open_tree(2) reads an empty path.
-    let fd = check(unsafe {
-        libc::syscall(
-            libc::SYS_open_tree,
-            from.as_fd().as_raw_fd(),
-            c"".as_ptr(),
-            clone,
-        )
-    })?;
-    let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    let tree = unsafe { OwnedFd::from_raw_fd(fd) };
+    let tree = clone_tree(from, extent(how.recursive))?;
     // Device nodes and setuid programs in it are the guest kernel's business, never the host's.
-    set_attributes(
-        &tree,
-        libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID,
-        0,
-        true,
-    )?;
+    let harmless = Attributes::set(libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID);
+    set_attributes(&tree, &harmless, Extent::Tree)?;
     if how.read_only {
-        set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, 0, how.read_only_below)?;
+        let read_only = Attributes::set(libc::MOUNT_ATTR_RDONLY);
+        set_attributes(&tree, &read_only, extent(how.read_only_below))?;
     }
     if how.private {
-        set_attributes(&tree, 0, libc::MS_PRIVATE, true)?;
+        set_attributes(
+            &tree,
+            &Attributes::propagation(libc::MS_PRIVATE),
+            Extent::Tree,
+        )?;
     }
-    let (fd, to, empty) = (tree.as_raw_fd(), to.as_fd().as_raw_fd(), c"".as_ptr());
-    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
-    // SAFETY: move_mount(2) reads two empty paths.
-    check(unsafe { libc::syscall(libc::SYS_move_mount, fd, empty, to, empty, flags) })?;
-    Ok(())
-}
-
-fn set_attributes(
-    tree: &impl AsFd,
-    set: u64,
-    propagation: u64,
-    recursive: bool,
-) -> std::io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: set,
-        attr_clr: 0,
-        propagation,
-        userns_fd: 0,
-    };
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    let (fd, flags) = (
-        libc::c_long::from(tree.as_fd().as_raw_fd()),
-        libc::c_long::from(flags),
-    );
-    let size = size_of::<libc::mount_attr>();
-    // SAFETY: mount_setattr(2) reads an empty path and attributes of the given size, which outlive
-    // the call.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            fd,
-            c"".as_ptr(),
-            flags,
-            &raw const attributes,
-            size,
-        )
-    })?;
-    Ok(())
-}
-
-fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
-    if result < 0 {
-        Err(std::io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    attach(&tree, to)
 }
 
 /// Whether anything is mounted below a directory, as this namespace has it now. Its path is
@@ -279,13 +228,7 @@ fn table() -> Result<Vec<Mounted>> {
 /// # Errors
 /// The system's own.
 pub fn hold(path: &Path) -> std::io::Result<File> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let (here, flags) = (libc::AT_FDCWD, libc::OPEN_TREE_CLOEXEC);
-    // SAFETY: open_tree(2) reads a C string that outlives the call.
-    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, here, path.as_ptr(), flags) })?;
-    let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+    Ok(open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLOEXEC)?.into())
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use guest_protocol::deadlines::FORWARD_ACCEPTED;
@@ -71,7 +71,7 @@ impl Taken {
                 .filter(|port| !self.own.contains(port))
                 .collect::<HashSet<u16>>())
         })?;
-        let mut known = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = sys::lock(&self.ports);
         let (ports, before) = &mut *known;
         for port in before.symmetric_difference(&now) {
             ports.set(*port, now.contains(port))?;

@@ -18,7 +18,6 @@ mod tests;
 mod undo;
 
 use std::collections::{HashMap, HashSet};
-use std::fmt::Write;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -104,7 +103,7 @@ impl Endpoint {
             name: self.name.clone(),
             IPAddresses: addresses.collect(),
             mtu: self.mtu.into(),
-            hwAddr: mac_text(&self.mac),
+            hwAddr: sys::mac_text(&self.mac),
             devicePath: pci_path.to_owned(),
             type_: self.kind.clone(),
             raw_flags: if self.no_arp { NO_ARP } else { 0 },
@@ -322,13 +321,4 @@ async fn rtnl<T>(
             "cannot {doing}: the kernel did not answer within {DEADLINE:?}"
         ))),
     }
-}
-
-fn mac_text(mac: &[u8]) -> String {
-    let mut text = String::with_capacity(mac.len() * 3);
-    for (index, byte) in mac.iter().enumerate() {
-        let colon = if index == 0 { "" } else { ":" };
-        let _ = write!(text, "{colon}{byte:02x}");
-    }
-    text
 }

@@ -200,11 +200,14 @@ mod tests {
     fn what_is_no_network_namespace_is_refused_in_one_line() {
         for path in ["/proc/self/ns/pid", "/etc/passwd", "/dev/null", "/proc"] {
             let error = Netns::open(Path::new(path)).unwrap_err();
-            assert_eq!(error.message, format!("{path} is not a network namespace"));
+            assert_eq!(
+                error.to_string(),
+                format!("{path} is not a network namespace")
+            );
         }
         let error = Netns::open(Path::new("/run/netns/no-such"))
             .unwrap_err()
-            .message;
+            .to_string();
         assert!(
             error.starts_with("cannot open the network namespace /run/netns/no-such: No such file"),
             "{error}"

@@ -14,7 +14,7 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
 
-use super::{mac_text, rtnl};
+use super::rtnl;
 use crate::error::Result;
 
 /// The main table's routes over the links of `names`. Those that the kernel made are left out: the
@@ -144,7 +144,7 @@ fn neighbour(
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(to)) => {
                 neighbour.toIPAddress = Some(to_address(IpAddr::V6(*to), "")).into();
             }
-            NeighbourAttribute::LinkLayerAddress(mac) => neighbour.lladdr = mac_text(mac),
+            NeighbourAttribute::LinkLayerAddress(mac) => neighbour.lladdr = sys::mac_text(mac),
             _ => {}
         }
     }

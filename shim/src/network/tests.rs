@@ -462,7 +462,7 @@ async fn a_failure_midway_leaves_nothing() {
 
     assert!(
         error
-            .message
+            .to_string()
             .ends_with("to the virtual machine: the disk is full"),
         "{error}"
     );
@@ -505,7 +505,7 @@ fn the_hosts_own_network_is_refused() {
     let error = Network::new(Netns::open("/proc/self/ns/net".as_ref()).unwrap()).unwrap_err();
     assert!(
         error
-            .message
+            .to_string()
             .starts_with("a virtual machine cannot have the host's own network"),
         "{error}"
     );

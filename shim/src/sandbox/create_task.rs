@@ -4,29 +4,25 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
-use tokio::time::timeout;
 
 use crate::config::Config;
-use crate::container::create::{CreateContainer, HostSide, in_guest};
+use crate::container::create::{CreateContainer, in_guest};
 use crate::container::hooks::{HookPhase, HostHooks};
 use crate::container::role::{self, Role};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::spec;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guest::machine_size::{ResourceLimits, WantedSize};
 use crate::model::{ProcessId, Stdio};
+use crate::sandbox::host_calls::HostCalls;
 use crate::sandbox::owner::{Launching, SandboxOwner};
 use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Created, Outcome, Quiet, Reply};
 use crate::sandbox::sandbox_requests;
 use crate::stdio::HostIo;
-
-/// How long the host may take to mount what a container has of it.
-const HOST_DEADLINE: Duration = Duration::from_secs(60);
 
 impl SandboxOwner {
     /// `Create`: the host's part and the guest's boot side by side, then the container in the
@@ -39,19 +35,19 @@ impl SandboxOwner {
         reply: Reply<u32>,
     ) {
         let request = &quiet.value;
-        let io = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
+        let io = Stdio::of_request(
+            &request.stdin,
+            &request.stdout,
+            &request.stderr,
+            request.terminal,
+        );
         let (config, role, create) = match self.read_create(config, request, io.clone()) {
             Ok(read) => read,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         let id = request.id.clone();
         if let Err(error) = self.state.create(&id, &request.bundle, io) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         let hooks = HostHooks::of(&create.spec, &id, &request.bundle);
         let kept = self.runtimes.container(&id);
@@ -65,15 +61,20 @@ impl SandboxOwner {
                 Ok(both) => both,
                 Err(error) => {
                     self.create_failed(&id);
-                    return reply.send(Err(error));
+                    return reply.refuse(error);
                 }
             };
         self.limits_changed();
-        let wanted = self.wanted.clone();
-        let namespace = self.identity.namespace.clone();
+        let making = Making {
+            launching,
+            host: self.host.clone(),
+            shares,
+            wanted: self.wanted.clone(),
+            hooks,
+            namespace: self.identity.namespace.clone(),
+        };
         self.begin(async move {
-            let making = make(role, create, launching, shares, &wanted, &hooks, &namespace);
-            let result = Box::new(making.await);
+            let result = Box::new(making.run(role, create).await);
             Outcome::Created {
                 request: quiet,
                 result,
@@ -149,7 +150,7 @@ impl SandboxOwner {
 
     pub(super) fn create_failed(&mut self, id: &str) {
         self.state.create_failed(id);
-        self.forget(&ProcessId::new(id, ""));
+        self.forget(&ProcessId::init(id));
         self.limits_changed();
     }
 
@@ -163,12 +164,11 @@ impl SandboxOwner {
             Ok(created) => created,
             Err(error) => {
                 self.create_failed(&request.id);
-                return reply.send(Err(error));
+                return reply.refuse(error);
             }
         };
-        let init = ProcessId::new(&request.id, "");
-        let vm_pid = guest.vm.identity().pid.cast_unsigned();
-        let pid = self.state.created(&request.id, vm_pid, made.is_none());
+        let init = ProcessId::init(&request.id);
+        let pid = self.state.created(&request.id, guest.pid(), made.is_none());
         if let Some((container, mut pumps)) = made {
             self.runtimes.container(&request.id).container = Some(container);
             let kept = self.runtimes.process(&init);
@@ -185,7 +185,7 @@ impl SandboxOwner {
             terminal: request.terminal,
             ..Default::default()
         };
-        self.events.publish(&TaskCreate {
+        self.events.publish(TaskCreate {
             container_id: request.id,
             bundle: request.bundle,
             rootfs: request.rootfs,
@@ -203,57 +203,48 @@ impl SandboxOwner {
     }
 }
 
-/// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo what
-/// others made are run if it fails after they made it, as runc does.
-async fn make(
-    role: Role,
-    create: CreateContainer,
+/// What the making of a container needs of the owner.
+struct Making {
     launching: Launching,
+    host: Arc<dyn HostCalls>,
     shares: Arc<SharedVolumes>,
-    wanted: &WantedSize,
-    hooks: &HostHooks,
-    namespace: &str,
-) -> Result<Created> {
-    if role == Role::Sandbox {
-        let guest = launching.clone().await?;
-        if guest.pod {
-            let pid = guest.vm.identity().pid;
-            run_create_hooks(hooks, pid).await?;
-            return Ok((guest, None));
-        }
-    }
-    let host_io = HostIo::open(&create.io, namespace, &create.id).await?;
-    // mount(2) may wait for a slow disk, which must not hold up other requests, and for one that is
-    // gone for ever, which must not hold up this one: what it makes so late is undone by its drop.
-    let id = create.id.clone();
-    let host = tokio::task::spawn_blocking(move || {
-        let host = HostSide::prepare(&create, &shares);
-        host.map(|host| (create, host))
-    });
-    let Ok(host) = timeout(HOST_DEADLINE, host).await else {
-        return Err(Error::deadline(format!(
-            "the mounts of {id} took longer than {HOST_DEADLINE:?}: a storage on the host hangs"
-        )));
-    };
-    let (create, host) = host.map_err(|error| Error::internal(error.to_string()))??;
-    let guest = launching.await?;
-    let sized = guest.fit(wanted).await;
-    sized.map_err(|error| error.context("cannot make room for the container"))?;
-    let pid = guest.vm.identity().pid;
-    run_create_hooks(hooks, pid).await?;
-    match in_guest(&guest, &create, host, host_io).await {
-        Ok(made) => Ok((guest, Some(made))),
-        Err(error) => {
-            let _ = hooks.run(HookPhase::Deleted, pid).await;
-            Err(error)
-        }
-    }
+    wanted: WantedSize,
+    hooks: HostHooks,
+    namespace: String,
 }
 
-async fn run_create_hooks(hooks: &HostHooks, pid: i32) -> Result<()> {
-    let made = hooks.run(HookPhase::Create, pid).await;
-    if made.is_err() {
-        let _ = hooks.run(HookPhase::Deleted, pid).await;
+impl Making {
+    /// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo
+    /// what others made are run if it fails after they made it, as runc does.
+    async fn run(self, role: Role, create: CreateContainer) -> Result<Created> {
+        if role == Role::Sandbox {
+            let guest = self.launching.clone().await?;
+            if guest.features().pod {
+                self.run_create_hooks(guest.pid()).await?;
+                return Ok((guest, None));
+            }
+        }
+        let host_io = HostIo::open(&create.io, &self.namespace, &create.id).await?;
+        let (create, host_side) = self.host.prepare(create, self.shares.clone()).await?;
+        let guest = self.launching.clone().await?;
+        let sized = guest.fit(&self.wanted).await;
+        sized.map_err(|error| error.context("cannot make room for the container"))?;
+        let pid = guest.pid();
+        self.run_create_hooks(pid).await?;
+        match in_guest(&*guest, &create, host_side, host_io).await {
+            Ok(made) => Ok((guest, Some(made))),
+            Err(error) => {
+                let _ = self.hooks.run(HookPhase::Deleted, pid).await;
+                Err(error)
+            }
+        }
     }
-    made
+
+    async fn run_create_hooks(&self, pid: u32) -> Result<()> {
+        let made = self.hooks.run(HookPhase::Create, pid).await;
+        if made.is_err() {
+            let _ = self.hooks.run(HookPhase::Deleted, pid).await;
+        }
+        made
+    }
 }

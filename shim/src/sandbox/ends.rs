@@ -8,15 +8,15 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use tokio::time::Instant;
 use ttrpc::Code;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::from_guest::text;
-use crate::guest::agent_calls;
-use crate::guest::boot::{Ended, Guest};
+use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::ending;
 use crate::host::exit_record;
-use crate::model::{Exit, ProcessId};
+use crate::model::{Exit, ProcessId, SignalScope};
+use crate::refusal::Refusal;
 use crate::sandbox::owner::SandboxOwner;
-use crate::sandbox::request::{Outcome, Reply, SignalScope};
+use crate::sandbox::request::{Outcome, Reply};
 
 /// After init's death its execs are killed by the kernel; one that is not heard of by then is taken
 /// for dead.
@@ -42,9 +42,9 @@ impl SandboxOwner {
     /// `Wait`.
     pub(super) fn wait(&mut self, process: &ProcessId, reply: Reply<Exit>) {
         match self.state.exit(process) {
-            Ok(None) => self.runtimes.process(process).waiters.push(reply),
+            Ok(None) => self.runtimes.process(process).wait(reply),
             Ok(Some(exit)) => reply.send(Ok(exit)),
-            Err(error) => reply.send(Err(error)),
+            Err(error) => reply.refuse(error),
         }
     }
 
@@ -57,7 +57,7 @@ impl SandboxOwner {
         reply: Reply<()>,
     ) {
         if let Err(error) = self.state.kill(&process) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         if self.state.is_pod_sandbox(&process.container) {
             if !IGNORED_SIGNALS.contains(&signal.cast_signed()) {
@@ -67,11 +67,10 @@ impl SandboxOwner {
         }
         let guest = match self.living_guest() {
             Ok(guest) => guest,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
-        let all = scope == SignalScope::Container;
         let is_sigkill = signal == libc::SIGKILL.cast_unsigned();
-        let last_resort = is_sigkill && (all || process.is_init());
+        let last_resort = is_sigkill && (scope == SignalScope::Container || process.is_init());
         if last_resort {
             self.begin_to_end(&process.container);
         } else if is_sigkill {
@@ -79,7 +78,7 @@ impl SandboxOwner {
         }
         let deadline = ending::signal_deadline(self.config.kill_timeout());
         self.begin(async move {
-            let result = agent_calls::signal(&guest, &process, signal, all, deadline).await;
+            let result = guest.signal(&process, signal, scope, deadline).await;
             Outcome::Signalled {
                 last_resort,
                 result,
@@ -100,7 +99,7 @@ impl SandboxOwner {
         }
         // It runs, whatever the guest says; its end is told in any case.
         result.or_else(|error| {
-            if error.code == Code::NOT_FOUND {
+            if error.code() == Code::NOT_FOUND {
                 Ok(())
             } else {
                 Err(error)
@@ -179,9 +178,9 @@ impl SandboxOwner {
     }
 
     /// Watches for the end of a process.
-    pub(super) fn watch_exit(&mut self, guest: Arc<Guest>, process: ProcessId) {
+    pub(super) fn watch_exit(&mut self, guest: Arc<dyn GuestCalls>, process: ProcessId) {
         self.begin(async move {
-            let status = agent_calls::wait(&guest, &process).await;
+            let status = guest.wait(&process).await;
             Outcome::Exited { process, status }
         });
     }
@@ -205,7 +204,7 @@ impl SandboxOwner {
     pub(super) fn out_of_memory(&mut self, container: &str) {
         match self.state.out_of_memory(container) {
             Ok(true) if self.is_unannounced(container) => {}
-            Ok(true) => self.events.publish(&TaskOOM {
+            Ok(true) => self.events.publish(TaskOOM {
                 container_id: container.to_owned(),
                 ..Default::default()
             }),
@@ -237,12 +236,8 @@ impl SandboxOwner {
             if self.is_unannounced(&process.container) {
                 continue;
             }
-            self.events.publish(&TaskExit {
-                id: if process.is_init() {
-                    process.container.clone()
-                } else {
-                    process.exec.clone()
-                },
+            self.events.publish(TaskExit {
+                id: process.exec.as_ref().unwrap_or(&process.container).clone(),
                 container_id: process.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,
@@ -255,7 +250,7 @@ impl SandboxOwner {
             let answer = match state.exit(process) {
                 Ok(None) => continue,
                 Ok(Some(exit)) => Ok(exit),
-                Err(error) => Err(error),
+                Err(refusal) => Err(refusal.into()),
             };
             kept.waiters
                 .drain(..)
@@ -269,8 +264,9 @@ impl SandboxOwner {
         self.watch_idle();
         let waiters = self.runtimes.remove(process);
         for waiter in waiters {
-            let gone = || Error::not_found(format!("{process} is deleted"));
-            waiter.send(Err(self.state.exit(process).err().unwrap_or_else(gone)));
+            let gone = || Refusal::Deleted(process.clone());
+            let refusal = self.state.exit(process).err().unwrap_or_else(gone);
+            waiter.send(Err(refusal.into()));
         }
     }
 }

@@ -3,9 +3,14 @@
 //! and `ends`).
 
 mod create_task;
+#[cfg(test)]
+mod double;
 mod ends;
+pub mod host_calls;
 pub mod owner;
 mod pod;
+#[cfg(test)]
+mod random;
 pub mod request;
 mod runtime;
 mod sandbox_requests;

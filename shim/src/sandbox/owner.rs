@@ -28,13 +28,14 @@ use crate::container::create;
 use crate::container::shared_volumes::SharedVolumes;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
-use crate::from_guest::{Bucket, watch_oom};
-use crate::guest::boot::{BootConfig, Guest, ROOTFS, SHARE, launch, served};
+use crate::from_guest::Bucket;
+use crate::guest::boot::BootConfig;
+use crate::guest::calls::GuestCalls;
 use crate::guest::machine_size::{MachineSize, ResourceLimits, WantedSize};
-use crate::host::dir::Dir;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::Ledger;
-use crate::host::mounts;
+use crate::refusal::Refusal;
+use crate::sandbox::host_calls::HostCalls;
 use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Outcome, Reply, Request, Requests, SandboxHandle};
 use crate::sandbox::runtime::Runtimes;
@@ -57,7 +58,7 @@ const LEAST_IDLE: Duration = Duration::from_secs(5);
 /// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 
-pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<Guest>>>>;
+pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<dyn GuestCalls>>>>;
 
 /// The owner.
 pub struct SandboxOwner {
@@ -72,7 +73,7 @@ pub struct SandboxOwner {
     pub(super) pod: Pod,
     pub(super) created_at: SystemTime,
     pub(super) launching: Option<Launching>,
-    pub(super) guest: Option<Arc<Guest>>,
+    pub(super) guest: Option<Arc<dyn GuestCalls>>,
     /// How large the machine should be.
     pub(super) wanted: WantedSize,
     pub(super) strangers: Bucket,
@@ -82,6 +83,8 @@ pub struct SandboxOwner {
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
     handle: SandboxHandle,
+    /// What it has of the host.
+    pub(super) host: Arc<dyn HostCalls>,
     /// What the sandbox's end waits for.
     work: JoinSet<Outcome>,
     /// What it does not wait for.
@@ -94,6 +97,7 @@ impl SandboxOwner {
         identity: SandboxIdentity,
         ledger: Ledger,
         events: Publisher,
+        host: Arc<dyn HostCalls>,
     ) -> (SandboxOwner, SandboxHandle, Requests) {
         let (handle, requests) = SandboxHandle::new();
         let owner = SandboxOwner {
@@ -118,6 +122,7 @@ impl SandboxOwner {
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
+            host,
             work: JoinSet::new(),
             clocks: JoinSet::new(),
         };
@@ -205,9 +210,14 @@ impl SandboxOwner {
                 self.kill(process, signal, scope, reply);
             }
             Request::Wait { process, reply } => self.wait(&process, reply),
-            Request::Pids { container, reply } => reply.send(self.state.pids(&container)),
-            Request::Pause { container, reply } => self.set_paused(container, true, reply),
-            Request::Resume { container, reply } => self.set_paused(container, false, reply),
+            Request::Pids { container, reply } => {
+                reply.send(self.state.pids(&container).map_err(Error::from))
+            }
+            Request::SetFreezer {
+                container,
+                to,
+                reply,
+            } => self.set_freezer(container, to, reply),
             Request::ResizeTerminal {
                 process,
                 width,
@@ -235,7 +245,7 @@ impl SandboxOwner {
                 self.create_sandbox(&request.value, config.value, reply);
             }
             Request::SandboxStatus { sandbox, reply } => reply.send(self.sandbox_status(&sandbox)),
-            Request::PingSandbox { sandbox, reply } => reply.send(self.ping_sandbox(&sandbox)),
+            Request::PingSandbox { sandbox, reply } => self.ping_sandbox(&sandbox, reply),
             Request::SandboxStats { reply } => self.sandbox_stats(reply),
             Request::OutOfMemory { container } => self.out_of_memory(&container),
         }
@@ -292,14 +302,14 @@ impl SandboxOwner {
             } => {
                 reply.send(self.signalled(last_resort, result));
             }
-            Outcome::PauseSet {
+            Outcome::FreezerSet {
                 container,
-                paused,
+                to,
                 result,
                 reply,
             } => {
                 if result.is_ok() {
-                    self.pause_set(container, paused);
+                    self.freezer_set(container, to);
                 }
                 reply.send(result);
             }
@@ -347,7 +357,7 @@ impl SandboxOwner {
     pub(super) fn forward_to_guest<T, F>(
         &mut self,
         reply: Reply<T>,
-        call: impl FnOnce(Arc<Guest>) -> F,
+        call: impl FnOnce(Arc<dyn GuestCalls>) -> F,
     ) where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -360,15 +370,13 @@ impl SandboxOwner {
                     Outcome::Done
                 });
             }
-            Err(error) => reply.send(Err(error)),
+            Err(error) => reply.refuse(error),
         }
     }
 
-    pub(super) fn living_guest(&self) -> Result<Arc<Guest>> {
+    pub(super) fn living_guest(&self) -> Result<Arc<dyn GuestCalls>, Refusal> {
         self.state.alive()?;
-        self.guest
-            .clone()
-            .ok_or_else(|| Error::unavailable("the sandbox has no virtual machine yet"))
+        self.guest.clone().ok_or(Refusal::NoMachineYet)
     }
 
     /// The guest, which begins to come up with the first call.
@@ -395,14 +403,14 @@ impl SandboxOwner {
             shm_bytes: self.pod.shm.as_ref().map(|shm| shm.bytes),
             netns: sandbox_spec.netns,
         };
-        let ledger = self.ledger.clone();
+        let (host, ledger) = (self.host.clone(), self.ledger.clone());
         let mut ending = self.ending.subscribe();
         let launching = async move {
             tokio::select! {
-                launched = launch(&boot, &ledger) => launched.map(Arc::new),
+                launched = host.launch(boot, ledger) => launched,
                 // What was started goes with the launch.
                 _ = ending.wait_for(|ending| *ending) => {
-                    Err(Error::unavailable("the sandbox has ended"))
+                    Err(Refusal::SandboxEnded.into())
                 }
             }
         };
@@ -420,15 +428,7 @@ impl SandboxOwner {
         if let Some(shares) = &self.shares {
             return Ok(shares.clone());
         }
-        let state = Dir::open(self.ledger.dir())?;
-        let make = |name: &str| {
-            // An attempt before this one may have got half-way.
-            state
-                .unmount(name)
-                .and_then(|()| state.unmount(&served(name)))?;
-            mounts::make_served(&state, name, &served(name))
-        };
-        let shares = Arc::new(SharedVolumes::new(make(SHARE)?, make(ROOTFS)?));
+        let shares = Arc::new(self.host.share(&self.ledger)?);
         self.shares = Some(shares.clone());
         Ok(shares)
     }
@@ -440,14 +440,15 @@ impl SandboxOwner {
         self.wanted.set(size)
     }
 
-    fn launched(&mut self, result: Result<Arc<Guest>>) {
+    fn launched(&mut self, result: Result<Arc<dyn GuestCalls>>) {
         match result {
             Ok(guest) => {
                 self.guest = Some(guest.clone());
                 let handle = self.handle.clone();
                 let tell = move |container| handle.tell(Request::OutOfMemory { container });
+                let watched = guest.clone();
                 // Ends with the agent's connection.
-                tokio::spawn(watch_oom(guest.agent.clone(), tell));
+                tokio::spawn(async move { watched.watch_oom(&tell).await });
                 self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {
@@ -478,4 +479,8 @@ fn host_name() -> Option<String> {
 
 #[cfg(test)]
 #[path = "owner_tests.rs"]
-mod tests;
+pub(super) mod tests;
+
+#[cfg(test)]
+#[path = "owner_orders.rs"]
+mod orders;

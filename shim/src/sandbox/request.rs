@@ -15,9 +15,10 @@ use crate::config::Config;
 use crate::container::create::Container;
 use crate::error::{Error, Result};
 use crate::from_guest::Stats;
-use crate::guest::boot::{Ended, Guest};
+use crate::guest::calls::{Ended, Freezer, GuestCalls};
 use crate::guest::machine_size::ResourceLimits;
-use crate::model::{Exit, ProcessId};
+use crate::model::{Exit, ProcessId, SignalScope};
+use crate::refusal::Refusal;
 use crate::sandbox::state::{Process, Status};
 use crate::stdio::Pumps;
 
@@ -52,6 +53,16 @@ impl<T> Reply<T> {
         (Reply(sender), receiver)
     }
 
+    /// Whether the client still waits.
+    pub fn is_awaited(&self) -> bool {
+        !self.0.is_closed()
+    }
+
+    /// Answers with an error.
+    pub fn refuse(self, error: impl Into<Error>) {
+        self.send(Err(error.into()));
+    }
+
     /// Answers. A client that has gone away needs no answer.
     pub fn send(self, answer: Result<T>) {
         if let Err(error) = &answer {
@@ -65,15 +76,6 @@ impl<T> fmt::Debug for Reply<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("..")
     }
-}
-
-/// Whose processes a signal is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SignalScope {
-    /// The one that is named.
-    Process,
-    /// All of its container.
-    Container,
 }
 
 /// What containerd asks, through the task API and the sandbox API. Its `Debug` has ids and small
@@ -122,12 +124,14 @@ pub enum Request {
     /// `Pids`.
     Pids {
         container: String,
-        reply: Reply<Vec<(u32, String)>>,
+        reply: Reply<Vec<(u32, Option<String>)>>,
     },
-    /// `Pause`.
-    Pause { container: String, reply: Reply<()> },
-    /// `Resume`.
-    Resume { container: String, reply: Reply<()> },
+    /// `Pause` and `Resume`.
+    SetFreezer {
+        container: String,
+        to: Freezer,
+        reply: Reply<()>,
+    },
     /// `ResizePty`.
     ResizeTerminal {
         process: ProcessId,
@@ -202,7 +206,7 @@ pub struct SandboxStatus {
 }
 
 /// A guest, and the container that was made in it if one was.
-pub type Created = (Arc<Guest>, Option<(Container, Pumps)>);
+pub type Created = (Arc<dyn GuestCalls>, Option<(Container, Pumps)>);
 
 /// What has become of work that the owner began.
 #[derive(Debug)]
@@ -212,7 +216,7 @@ pub enum Outcome {
     /// The sandbox may have had no task and no request for a while.
     Idle,
     /// The virtual machine came up, or did not.
-    Launched(Result<Arc<Guest>>),
+    Launched(Result<Arc<dyn GuestCalls>>),
     /// The virtual machine, or what it cannot live without, has ended.
     MachineEnded(Ended),
     /// The guest made a container, or did not.
@@ -224,12 +228,12 @@ pub enum Outcome {
     /// The machine of a pod's sandbox came up, or did not.
     SandboxCreated {
         sandbox: String,
-        result: Result<Arc<Guest>>,
+        result: Result<Arc<dyn GuestCalls>>,
         reply: Reply<()>,
     },
     /// The guest started a process, or did not.
     Started {
-        guest: Arc<Guest>,
+        guest: Arc<dyn GuestCalls>,
         process: ProcessId,
         result: Result<Option<Pumps>>,
         reply: Reply<u32>,
@@ -259,9 +263,9 @@ pub enum Outcome {
         reply: Reply<()>,
     },
     /// The guest froze (or thawed) a container, or did not.
-    PauseSet {
+    FreezerSet {
         container: String,
-        paused: bool,
+        to: Freezer,
         result: Result<()>,
         reply: Reply<()>,
     },
@@ -300,7 +304,7 @@ impl SandboxHandle {
         self.tell(request(reply));
         answer
             .await
-            .unwrap_or_else(|_| Err(Error::unavailable("the sandbox has ended")))
+            .unwrap_or_else(|_| Err(Refusal::SandboxEnded.into()))
     }
 
     /// Hands the owner something that nobody waits for.

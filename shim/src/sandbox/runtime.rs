@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 
+use oci_spec::runtime::Process as ProcessSpec;
 use tokio::time::Instant;
 
 use crate::container::create::Container;
 use crate::container::hooks::HostHooks;
-use crate::guest::agent_calls::PendingExec;
 use crate::guest::machine_size::ResourceLimits;
+use crate::guest::preconnect::PreconnectedStdio;
 use crate::model::{Exit, ProcessId};
 use crate::sandbox::request::Reply;
 use crate::stdio::Pumps;
@@ -28,6 +29,15 @@ pub struct ContainerRuntime {
     pub killed: Option<Instant>,
 }
 
+/// What is known of an exec that is announced.
+#[derive(Debug)]
+pub struct PendingExec {
+    /// What to run.
+    pub spec: ProcessSpec,
+    /// Its streams.
+    pub preconnected: Option<PreconnectedStdio>,
+}
+
 /// Of one process.
 #[derive(Debug, Default)]
 pub struct ProcessRuntime {
@@ -41,6 +51,14 @@ pub struct ProcessRuntime {
     pub stdin_closed: bool,
     /// Who waits for its end.
     pub waiters: Vec<Reply<Exit>>,
+}
+
+impl ProcessRuntime {
+    /// One more who waits for the end, in the place of those who have given up.
+    pub fn wait(&mut self, waiter: Reply<Exit>) {
+        self.waiters.retain(Reply::is_awaited);
+        self.waiters.push(waiter);
+    }
 }
 
 /// Of all containers of a sandbox.
@@ -99,6 +117,12 @@ impl Runtimes {
         }
         let gone = self.processes.extract_if(|other, _| is_of(other, process));
         gone.flat_map(|(_, kept)| kept.waiters).collect()
+    }
+
+    /// Whether nothing is kept.
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.containers.is_empty() && self.processes.is_empty()
     }
 
     /// Gives up everything: what the host holds for containers.

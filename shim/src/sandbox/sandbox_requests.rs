@@ -14,18 +14,16 @@ use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
-use ttrpc::Code;
 
 use crate::config::Config;
-use crate::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
-use crate::guest::agent_calls;
-use crate::guest::boot::Guest;
+use crate::guest::calls::GuestCalls;
 use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
 use crate::model::{ProcessId, Stdio};
+use crate::protos::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::pod::{Pod, SandboxSpec, Shm};
 use crate::sandbox::request::{Outcome, Reply, SandboxStatus};
@@ -73,16 +71,16 @@ impl SandboxOwner {
                     reply,
                 }
             }),
-            Err(error) => reply.send(Err(error)),
+            Err(error) => reply.refuse(error),
         }
     }
 
     pub(super) fn sandbox_created(
         &mut self,
         sandbox: &str,
-        result: Result<Arc<Guest>>,
+        result: Result<Arc<dyn GuestCalls>>,
     ) -> Result<()> {
-        let guest = result.and_then(|guest| match guest.pod {
+        let guest = result.and_then(|guest| match guest.features().pod {
             true => Ok(guest),
             false => Err(Error::unimplemented(
                 "the Sandbox API needs Cofferdam's own guest agent",
@@ -90,8 +88,7 @@ impl SandboxOwner {
         });
         match guest {
             Ok(guest) => {
-                let vm_pid = guest.vm.identity().pid.cast_unsigned();
-                self.state.created(sandbox, vm_pid, true);
+                self.state.created(sandbox, guest.pid(), true);
                 Ok(())
             }
             Err(error) => {
@@ -140,33 +137,35 @@ impl SandboxOwner {
     /// # Errors
     /// `NOT_FOUND`.
     pub(super) fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
-        let status = self.state.status(&ProcessId::new(id, ""))?;
+        let status = self.state.status(&ProcessId::init(id))?;
         let alive = self.state.alive();
         Ok(SandboxStatus {
             pid: self.state.task(id)?.init.pid,
             status,
             created_at: self.created_at,
-            machine: alive.map_or_else(|error| error.message, |()| "runs".to_owned()),
+            machine: alive.map_or_else(|refusal| refusal.to_string(), |()| "runs".to_owned()),
         })
     }
 
-    /// `PingSandbox`.
-    ///
-    /// # Errors
-    /// `NOT_FOUND`; `UNAVAILABLE` once the machine has ended.
-    pub(super) fn ping_sandbox(&self, id: &str) -> Result<()> {
-        let alive = self.state.task(id).and_then(|_| self.state.alive());
-        alive.map_err(|error| Error {
-            code: Code::UNAVAILABLE,
-            ..error
-        })
+    /// `PingSandbox`: whether the guest answers. All failures are `UNAVAILABLE`.
+    pub(super) fn ping_sandbox(&mut self, id: &str, reply: Reply<()>) {
+        let guest = self.state.task(id).and_then(|_| self.living_guest());
+        let guest = match guest {
+            Ok(guest) => guest,
+            Err(refusal) => return reply.refuse(Error::unavailable(refusal.to_string())),
+        };
+        self.begin(async move {
+            let answer = guest.ping().await;
+            reply.send(answer.map_err(|error| Error::unavailable(error.to_string())));
+            Outcome::Done
+        });
     }
 
     /// `SandboxMetrics`: what all containers together use.
     pub(super) fn sandbox_stats(&mut self, reply: Reply<Stats>) {
         let ids: Vec<String> = self.runtimes.in_guest().cloned().collect();
         self.forward_to_guest(reply, |guest| async move {
-            let stats = join_all(ids.iter().map(|id| agent_calls::stats(&guest, id))).await;
+            let stats = join_all(ids.iter().map(|id| guest.stats(id))).await;
             // One that ends meanwhile has nothing to add.
             let mut sum = Stats::default();
             stats.into_iter().flatten().for_each(|one| sum.add(&one));
@@ -361,7 +360,7 @@ mod tests {
         assert!(
             refuse_host_namespaces(&config)
                 .unwrap_err()
-                .message
+                .to_string()
                 .contains("hostIPC")
         );
     }

@@ -12,8 +12,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::error::{Error, Result};
 use crate::model::{Exit, ProcessId, Stdio};
+use crate::refusal::Refusal;
+
+type Result<T> = std::result::Result<T, Refusal>;
 
 /// Pids that no process of the host has: above the kernel's limit of 2^22 (PID_MAX_LIMIT).
 const FIRST_PID: u32 = 4_194_304;
@@ -100,6 +102,12 @@ impl State {
         self.tasks.is_empty()
     }
 
+    /// All containers.
+    #[cfg(test)]
+    pub fn ids(&self) -> Vec<String> {
+        self.tasks.keys().cloned().collect()
+    }
+
     /// A container.
     ///
     /// # Errors
@@ -107,13 +115,13 @@ impl State {
     pub fn task(&self, id: &str) -> Result<&Task> {
         self.tasks
             .get(id)
-            .ok_or_else(|| Error::not_found(format!("task {id} is not there")))
+            .ok_or_else(|| Refusal::NotThere(ProcessId::init(id)))
     }
 
     fn task_mut(&mut self, id: &str) -> Result<&mut Task> {
         self.tasks
             .get_mut(id)
-            .ok_or_else(|| Error::not_found(format!("task {id} is not there")))
+            .ok_or_else(|| Refusal::NotThere(ProcessId::init(id)))
     }
 
     /// A process.
@@ -122,23 +130,23 @@ impl State {
     /// `NOT_FOUND`.
     pub fn process(&self, key: &ProcessId) -> Result<&Process> {
         let task = self.task(&key.container)?;
-        match key.is_init() {
-            true => Ok(&task.init),
-            false => task
+        match &key.exec {
+            None => Ok(&task.init),
+            Some(exec) => task
                 .execs
-                .get(&key.exec)
-                .ok_or_else(|| Error::not_found(format!("{key} is not there"))),
+                .get(exec)
+                .ok_or_else(|| Refusal::NotThere(key.clone())),
         }
     }
 
     fn process_mut(&mut self, key: &ProcessId) -> Result<&mut Process> {
         let task = self.task_mut(&key.container)?;
-        match key.is_init() {
-            true => Ok(&mut task.init),
-            false => task
+        match &key.exec {
+            None => Ok(&mut task.init),
+            Some(exec) => task
                 .execs
-                .get_mut(&key.exec)
-                .ok_or_else(|| Error::not_found(format!("{key} is not there"))),
+                .get_mut(exec)
+                .ok_or_else(|| Refusal::NotThere(key.clone())),
         }
     }
 
@@ -149,9 +157,7 @@ impl State {
     pub fn alive(&self) -> Result<()> {
         match &self.dead {
             None => Ok(()),
-            Some(reason) => Err(Error::precondition(format!(
-                "the sandbox's virtual machine has ended: {reason}"
-            ))),
+            Some(reason) => Err(Refusal::MachineEnded(reason.clone())),
         }
     }
 
@@ -167,7 +173,7 @@ impl State {
     pub fn create(&mut self, id: &str, bundle: &str, io: Stdio) -> Result<()> {
         self.alive()?;
         if self.tasks.contains_key(id) {
-            return Err(Error::exists(format!("task {id} already exists")));
+            return Err(Refusal::Exists(ProcessId::init(id)));
         }
         let init = Process {
             pid: self.next_pid(),
@@ -229,19 +235,16 @@ impl State {
         self.alive()?;
         let pid = self.next_pid();
         let task = self.task_mut(&key.container)?;
-        if key.is_init() {
-            return Err(Error::invalid(format!(
-                "exec in task {} has no id",
-                key.container
-            )));
-        }
-        if task.execs.contains_key(&key.exec) {
-            return Err(Error::exists(format!("{key} already exists")));
+        let Some(exec) = &key.exec else {
+            return Err(Refusal::NoExecId(key.container.clone()));
+        };
+        if task.execs.contains_key(exec) {
+            return Err(Refusal::Exists(key.clone()));
         }
         task.running()?;
         task.has_processes(&key.container)?;
         task.execs.insert(
-            key.exec.clone(),
+            exec.clone(),
             Process {
                 pid,
                 stage: Stage::Created,
@@ -261,25 +264,20 @@ impl State {
         if !key.is_init() {
             task.running()?;
             if task.paused {
-                return Err(Error::precondition(format!(
-                    "task {} is paused: resume it first",
-                    key.container
-                )));
+                return Err(Refusal::Paused(key.container.clone()));
             }
         }
         let process = self.process_mut(key)?;
         match process.stage {
             Stage::Created => process.stage = Stage::Starting { early: None },
             Stage::Creating => {
-                return Err(Error::precondition(format!("{key} is still being created")));
+                return Err(Refusal::BeingCreated(key.clone()));
             }
             Stage::Exited(_) | Stage::Deleting(_) => {
-                return Err(Error::precondition(format!(
-                    "{key} has ended: it cannot be started again"
-                )));
+                return Err(Refusal::Ended(key.clone()));
             }
             Stage::Starting { .. } | Stage::Running => {
-                return Err(Error::precondition(format!("{key} is already started")));
+                return Err(Refusal::Started(key.clone()));
             }
         }
         Ok(())
@@ -298,9 +296,7 @@ impl State {
             }
             // Its machine ended meanwhile, and its end has been told.
             _ => {
-                return Err(Error::precondition(format!(
-                    "{key} has ended before it was started"
-                )));
+                return Err(Refusal::EndedBeforeStart(key.clone()));
             }
         };
         Ok((process.pid, early))
@@ -346,16 +342,20 @@ impl State {
             return Vec::new();
         }
         let mut exits = vec![(key.clone(), exit)];
-        match task.execs.get_mut(&key.exec) {
-            Some(exec) => exec.stage = Stage::Exited(exit),
+        match &key.exec {
             None => task.end(exit),
+            Some(exec) => {
+                if let Some(exec) = task.execs.get_mut(exec) {
+                    exec.stage = Stage::Exited(exit);
+                }
+            }
         }
         if !key.is_init()
             && !task.has_live_execs()
             && let Some(held) = task.held.take()
         {
             task.end(held);
-            exits.push((ProcessId::new(&key.container, ""), held));
+            exits.push((ProcessId::init(&key.container), held));
         }
         exits
     }
@@ -388,7 +388,7 @@ impl State {
                 // Without a start event there is no exit event either; who waits for it is answered
                 // by `Exited`.
                 if exec.stage == Stage::Running {
-                    exits.push((ProcessId::new(id, exec_id), exit));
+                    exits.push((ProcessId::exec(id, exec_id), exit));
                 }
                 exec.stage = Stage::Exited(exit);
             }
@@ -403,7 +403,7 @@ impl State {
                 at,
             });
             task.end(exit);
-            exits.push((ProcessId::new(id, ""), exit));
+            exits.push((ProcessId::init(id), exit));
         }
         exits
     }
@@ -426,13 +426,9 @@ impl State {
     /// `FAILED_PRECONDITION` before.
     pub fn kill(&self, key: &ProcessId) -> Result<()> {
         match self.process(key)?.stage {
-            Stage::Exited(_) | Stage::Deleting(_) => {
-                Err(Error::not_found(format!("{key}: process already finished")))
-            }
-            Stage::Creating => Err(Error::precondition(format!("{key} is still being created"))),
-            Stage::Created if !key.is_init() => {
-                Err(Error::precondition(format!("{key} is not started")))
-            }
+            Stage::Exited(_) | Stage::Deleting(_) => Err(Refusal::Finished(key.clone())),
+            Stage::Creating => Err(Refusal::BeingCreated(key.clone())),
+            Stage::Created if !key.is_init() => Err(Refusal::NotStarted(key.clone())),
             Stage::Created | Stage::Starting { .. } | Stage::Running => Ok(()),
         }
     }
@@ -455,10 +451,10 @@ impl State {
     pub fn out_of_memory(&mut self, id: &str) -> Result<bool> {
         let task = self.task_mut(id)?;
         if task.is_pod_sandbox {
-            return Err(Error::not_found(format!("task {id} is not in the guest")));
+            return Err(Refusal::NotInGuest(id.to_owned()));
         }
         if matches!(task.init.stage, Stage::Creating | Stage::Deleting(_)) {
-            return Err(Error::not_found(format!("task {id} does not run")));
+            return Err(Refusal::NotInGuest(id.to_owned()));
         }
         Ok(!std::mem::replace(&mut task.oom_told, true))
     }
@@ -473,14 +469,10 @@ impl State {
             Stage::Created => None,
             Stage::Exited(exit) => Some(exit),
             Stage::Deleting(_) => {
-                return Err(Error::precondition(format!(
-                    "{key} is already being deleted"
-                )));
+                return Err(Refusal::BeingDeleted(key.clone()));
             }
             Stage::Creating | Stage::Starting { .. } | Stage::Running => {
-                return Err(Error::precondition(format!(
-                    "{key} is still running: kill it first"
-                )));
+                return Err(Refusal::Running(key.clone()));
             }
         };
         process.stage = Stage::Deleting(exit);
@@ -489,11 +481,11 @@ impl State {
 
     /// It is deleted.
     pub fn deleted(&mut self, key: &ProcessId) {
-        match key.is_init() {
-            true => drop(self.tasks.remove(&key.container)),
-            false => {
+        match &key.exec {
+            None => drop(self.tasks.remove(&key.container)),
+            Some(exec) => {
                 if let Some(task) = self.tasks.get_mut(&key.container) {
-                    task.execs.remove(&key.exec);
+                    task.execs.remove(exec);
                 }
             }
         }
@@ -516,8 +508,8 @@ impl State {
         task.running()?;
         task.has_processes(id)?;
         match (task.paused, paused) {
-            (true, true) => Err(Error::precondition(format!("task {id} is already paused"))),
-            (false, false) => Err(Error::precondition(format!("task {id} is not paused"))),
+            (true, true) => Err(Refusal::AlreadyPaused(id.to_owned())),
+            (false, false) => Err(Refusal::NotPaused(id.to_owned())),
             _ => Ok(()),
         }
     }
@@ -549,20 +541,20 @@ impl State {
         })
     }
 
-    /// Pids of a container's living processes, with the exec's id (empty for init). Init stays in
+    /// Pids of a container's living processes, with the exec's id. Init stays in
     /// the list until it is deleted: containerd takes a task without pids for leaked when it comes
     /// back, and its exit status is lost.
     ///
     /// # Errors
     /// `NOT_FOUND`.
-    pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
+    pub fn pids(&self, id: &str) -> Result<Vec<(u32, Option<String>)>> {
         let task = self.task(id)?;
         let execs = task
             .execs
             .iter()
             .filter(|(_, exec)| exec.is_live())
-            .map(|(id, exec)| (exec.pid, id.clone()));
-        Ok(std::iter::once((task.init.pid, String::new()))
+            .map(|(id, exec)| (exec.pid, Some(id.clone())));
+        Ok(std::iter::once((task.init.pid, None))
             .chain(execs)
             .collect())
     }
@@ -580,20 +572,17 @@ impl Task {
         match self.init.stage {
             Stage::Running if self.held.is_none() => Ok(()),
             Stage::Creating | Stage::Created | Stage::Starting { .. } => {
-                Err(Error::precondition("the container is not started"))
+                Err(Refusal::ContainerNotStarted)
             }
-            _ => Err(Error::precondition("the container has ended")),
+            _ => Err(Refusal::ContainerEnded),
         }
     }
 
     fn has_processes(&self, id: &str) -> Result<()> {
-        match self.is_pod_sandbox {
-            true => Err(Error::precondition(format!(
-                "task {id} is a pod's sandbox, which has no processes of its own: use one of the \
-                 pod's containers"
-            ))),
-            false => Ok(()),
+        if self.is_pod_sandbox {
+            return Err(Refusal::SandboxHasNoProcesses(id.to_owned()));
         }
+        Ok(())
     }
 
     fn has_live_execs(&self) -> bool {

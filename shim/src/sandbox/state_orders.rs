@@ -7,32 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
 use super::*;
+use crate::sandbox::random::Random;
 
 const ORDERS: u64 = 100_000;
 const STEPS: u64 = 24;
 
-/// xorshift: a seed gives the same order again.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % end as u64).unwrap()
-    }
-
-    fn pick<T: Clone>(&mut self, from: &BTreeSet<T>) -> Option<T> {
-        let index = self.below(from.len().max(1));
-        from.iter().nth(index).cloned()
-    }
-}
-
 /// What has been told of one container since its create.
 #[derive(Default)]
 struct Told {
-    started: BTreeSet<String>,
-    exited: BTreeSet<String>,
+    started: BTreeSet<Option<String>>,
+    exited: BTreeSet<Option<String>>,
 }
 
 /// The state, and what its owner and the guest would do with it.
@@ -57,7 +41,7 @@ impl World {
                     "{process} was not started"
                 );
             }
-            let of_init = told.exited.contains("");
+            let of_init = told.exited.contains(&None);
             assert!(
                 !of_init,
                 "{process} ended after its init, or its init twice"
@@ -67,7 +51,7 @@ impl World {
                 "{process} ended twice"
             );
             if process.is_init() {
-                let execs = told.started.iter().filter(|exec| !exec.is_empty());
+                let execs = told.started.iter().filter(|exec| exec.is_some());
                 let open: Vec<_> = execs.filter(|exec| !told.exited.contains(*exec)).collect();
                 assert!(open.is_empty(), "{process} ended before its execs {open:?}");
             }
@@ -87,7 +71,7 @@ impl World {
 
     fn step(&mut self, random: &mut Random) {
         let container = ["a", "b"][random.below(2)].to_owned();
-        let process = ProcessId::new(&container, ["", "x", "y"][random.below(3)]);
+        let process = ProcessId::of_request(&container, ["", "x", "y"][random.below(3)]);
         match random.below(16) {
             0 | 1 => {
                 if self
@@ -107,7 +91,7 @@ impl World {
                     }
                     self.state.created(&id, 7, false);
                     self.told.insert(id.clone(), Told::default());
-                    self.alive.insert(ProcessId::new(&id, ""));
+                    self.alive.insert(ProcessId::init(&id));
                     if self.state.alive().is_err() {
                         self.vm_died();
                     }
@@ -157,7 +141,7 @@ impl World {
         let told = self.told.get_mut(&process.container);
         let told = told.unwrap_or_else(|| panic!("{process} started and was never created"));
         assert!(
-            !told.exited.contains(""),
+            !told.exited.contains(&None),
             "{process} started after its init's end"
         );
         assert!(
@@ -210,7 +194,7 @@ impl World {
         self.vm_died();
         for (container, told) in &self.told {
             assert!(
-                told.exited.contains(""),
+                told.exited.contains(&None),
                 "the end of {container} was never told"
             );
             let open: Vec<_> = told.started.difference(&told.exited).collect();
@@ -220,7 +204,7 @@ impl World {
             );
         }
         for container in self.told.keys().cloned().collect::<Vec<_>>() {
-            self.delete(&ProcessId::new(&container, ""));
+            self.delete(&ProcessId::init(&container));
         }
         assert!(self.state.is_empty(), "a task cannot be deleted");
     }
@@ -229,7 +213,7 @@ impl World {
 #[test]
 fn events_are_as_containerd_expects_in_every_order() {
     for seed in 1..=ORDERS {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut random = Random::new(seed);
         let mut world = World {
             state: State::default(),
             creating: BTreeSet::new(),

@@ -17,11 +17,11 @@ fn exit(status: u32) -> Exit {
 }
 
 fn init() -> ProcessId {
-    ProcessId::new("web", "")
+    ProcessId::init("web")
 }
 
 fn exec(id: &str) -> ProcessId {
-    ProcessId::new("web", id)
+    ProcessId::of_request("web", id)
 }
 
 fn created() -> State {
@@ -47,13 +47,13 @@ fn running_with_exec() -> State {
 }
 
 fn code<T: std::fmt::Debug>(result: Result<T>) -> Code {
-    result.unwrap_err().code
+    result.unwrap_err().code()
 }
 
 fn order(exits: &[(ProcessId, Exit)]) -> Vec<(&str, u32)> {
     exits
         .iter()
-        .map(|(key, exit)| (key.exec.as_str(), exit.status))
+        .map(|(key, exit)| (key.exec_id(), exit.status))
         .collect()
 }
 
@@ -172,10 +172,7 @@ fn what_has_ended_is_gone_for_kill() {
     state.delete(&init()).unwrap();
     assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
     assert_eq!(code(state.delete(&init())), Code::FAILED_PRECONDITION);
-    assert_eq!(
-        code(state.kill(&ProcessId::new("other", ""))),
-        Code::NOT_FOUND
-    );
+    assert_eq!(code(state.kill(&ProcessId::init("other"))), Code::NOT_FOUND);
 }
 
 #[test]
@@ -233,14 +230,14 @@ fn the_death_of_the_machine_is_the_death_of_all() {
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> = exits
         .iter()
-        .map(|(key, exit)| (key.container.as_str(), key.exec.as_str(), exit.status))
+        .map(|(key, exit)| (key.container.as_str(), key.exec_id(), exit.status))
         .collect();
     assert_eq!(told, [("db", "", 137), ("web", "e", 137), ("web", "", 137)]);
     assert_eq!(code(state.kill(&init())), Code::NOT_FOUND);
     state.delete(&init()).unwrap();
     let refused = state.create("new", "/b", Stdio::default()).unwrap_err();
     assert_eq!(
-        refused.message,
+        refused.to_string(),
         "the sandbox's virtual machine has ended: QEMU was killed"
     );
     assert!(state.vm_died("again", SystemTime::now()).is_empty());
@@ -250,19 +247,15 @@ fn the_death_of_the_machine_is_the_death_of_all() {
 fn pids_lists_what_lives() {
     let mut state = running_with_exec();
     state.exec(&exec("announced"), Stdio::default()).unwrap();
-    let ids: Vec<String> = state
-        .pids("web")
-        .unwrap()
-        .into_iter()
-        .map(|(_, id)| id)
-        .collect();
-    assert_eq!(ids, ["", "e"]);
+    let pids = state.pids("web").unwrap();
+    let ids: Vec<_> = pids.iter().map(|(_, id)| id.as_deref()).collect();
+    assert_eq!(ids, [None, Some("e")]);
     state.exited(&exec("e"), exit(0));
-    assert_eq!(state.pids("web").unwrap(), [(VM, String::new())]);
+    assert_eq!(state.pids("web").unwrap(), [(VM, None)]);
     state.exited(&init(), exit(0));
     assert_eq!(
         state.pids("web").unwrap(),
-        [(VM, String::new())],
+        [(VM, None)],
         "an exit that nobody has taken is no leak"
     );
 }
@@ -272,13 +265,13 @@ fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
     let mut state = State::default();
     state.create("pod", "/b", Stdio::default()).unwrap();
     state.created("pod", VM, true);
-    let init = ProcessId::new("pod", "");
+    let init = ProcessId::init("pod");
     state.start(&init).unwrap();
     state.started(&init).unwrap();
     assert!(state.is_pod_sandbox("pod") && !state.is_pod_sandbox("web"));
     assert_eq!((state.owner(VM), state.owner(1)), (Some("pod"), None));
     assert_eq!(
-        code(state.exec(&ProcessId::new("pod", "e"), Stdio::default())),
+        code(state.exec(&ProcessId::exec("pod", "e"), Stdio::default())),
         Code::FAILED_PRECONDITION
     );
     assert_eq!(
@@ -354,7 +347,7 @@ fn a_pods_sandbox_dies_after_its_containers() {
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> = exits
         .iter()
-        .map(|(key, _)| (key.container.as_str(), key.exec.as_str()))
+        .map(|(key, _)| (key.container.as_str(), key.exec_id()))
         .collect();
     assert_eq!(told, [("web", "e"), ("web", ""), ("z", ""), ("a-pod", "")]);
 }

@@ -13,40 +13,37 @@ use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use tokio::time::Instant;
 
 use crate::container::hooks::HookPhase;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::from_guest::Stats;
-use crate::guest::agent_calls::{self, PendingExec, PreconnectedStdio};
-use crate::guest::boot::Guest;
+use crate::guest::calls::{Freezer, GuestCalls};
 use crate::guest::ending::DeleteBy;
 use crate::guest::machine_size::ResourceLimits;
 use crate::model::{Exit, ProcessId, Stdio};
+use crate::refusal::Refusal;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Outcome, ProcessState, Reply};
-use crate::stdio::Pumps;
+use crate::sandbox::runtime::PendingExec;
+use crate::stdio::{HostIo, Pumps};
 
 impl SandboxOwner {
     /// `Start`.
     pub(super) fn start(&mut self, process: ProcessId, reply: Reply<u32>) {
         let Some(guest) = self.guest.clone() else {
-            let creating = || Error::precondition(format!("{process} is still being created"));
-            let error = self.state.process(&process).err().unwrap_or_else(creating);
-            return reply.send(Err(error));
+            let creating = || Refusal::BeingCreated(process.clone());
+            let refusal = self.state.process(&process).err().unwrap_or_else(creating);
+            return reply.refuse(refusal);
         };
         let started = self.state.start(&process);
         let io = match started.and_then(|()| Ok(self.state.process(&process)?.io.clone())) {
             Ok(io) => io,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         // An exec whose start fails can be started again.
-        let exec = self
-            .runtimes
-            .process(&process)
+        let kept = self.runtimes.process(&process);
+        let exec = kept
             .exec
             .as_mut()
-            .map(|exec| PendingExec {
-                process: exec.process.clone(),
-                dialled: exec.dialled.take(),
-            });
+            .map(|exec| (exec.spec.clone(), exec.preconnected.take()));
         let namespace = self.identity.namespace.clone();
         let is_pod_sandbox = self.state.is_pod_sandbox(&process.container);
         // Between the sandbox's creation and its start its network may have been made.
@@ -60,13 +57,13 @@ impl SandboxOwner {
                 match exec {
                     None if is_pod_sandbox => Ok(None),
                     None => {
-                        agent_calls::start_init(&guest, &process.container).await?;
+                        guest.start_container(&process.container).await?;
                         Ok(None)
                     }
-                    Some(exec) => {
-                        let pumps =
-                            agent_calls::start_exec(&guest, &process, exec, &io, &namespace);
-                        pumps.await.map(Some)
+                    Some((spec, preconnected)) => {
+                        let host_io = HostIo::open(&io, &namespace, &process.container).await?;
+                        let guest_io = guest.exec(&process, &spec, &io, preconnected).await?;
+                        Ok(Some(Pumps::start(host_io, guest_io)))
                     }
                 }
             };
@@ -82,7 +79,7 @@ impl SandboxOwner {
 
     pub(super) fn started(
         &mut self,
-        guest: Arc<Guest>,
+        guest: Arc<dyn GuestCalls>,
         process: ProcessId,
         result: Result<Option<Pumps>>,
         reply: Reply<u32>,
@@ -92,12 +89,12 @@ impl SandboxOwner {
             Err(error) => {
                 let exits = self.state.start_failed(&process);
                 self.announce(exits);
-                return reply.send(Err(error));
+                return reply.refuse(error);
             }
         };
         let (pid, early) = match self.state.started(&process) {
             Ok(started) => started,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         let kept = self.runtimes.process(&process);
         let size = kept.terminal_size.take();
@@ -111,7 +108,7 @@ impl SandboxOwner {
         if let Some((width, height)) = size {
             let resized = process.clone();
             self.begin(async move {
-                let _ = agent_calls::resize_terminal(&guest, &resized, width, height).await;
+                let _ = guest.resize_terminal(&resized, width, height).await;
                 Outcome::Done
             });
         }
@@ -119,15 +116,15 @@ impl SandboxOwner {
         if process.is_init() {
             self.run_poststart_hooks(&process.container);
             if !self.is_unannounced(&process.container) {
-                self.events.publish(&TaskStart {
+                self.events.publish(TaskStart {
                     container_id,
                     pid,
                     ..Default::default()
                 });
             }
         } else {
-            let exec_id = process.exec.clone();
-            self.events.publish(&TaskExecStarted {
+            let exec_id = process.exec_id().to_owned();
+            self.events.publish(TaskExecStarted {
                 container_id,
                 exec_id,
                 pid,
@@ -147,26 +144,23 @@ impl SandboxOwner {
         spec: ProcessSpec,
         reply: Reply<()>,
     ) {
-        let process = ProcessId::new(&request.id, &request.exec_id);
-        let io = Stdio {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-        };
+        let process = ProcessId::exec(&request.id, &request.exec_id);
+        let io = Stdio::of_request(
+            &request.stdin,
+            &request.stdout,
+            &request.stderr,
+            request.terminal,
+        );
         if let Err(error) = self.state.exec(&process, io.clone()) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         let guest = self.guest.as_ref();
-        let dialled = guest.and_then(|guest| PreconnectedStdio::begin(guest, &process, &io));
+        let preconnected = guest.and_then(|guest| guest.preconnect(&process, &io));
         if let Some(container) = &self.runtimes.container(&request.id).container {
             container.runs_as(spec.user());
         }
-        self.runtimes.process(&process).exec = Some(PendingExec {
-            process: spec,
-            dialled,
-        });
-        self.events.publish(&TaskExecAdded {
+        self.runtimes.process(&process).exec = Some(PendingExec { spec, preconnected });
+        self.events.publish(TaskExecAdded {
             container_id: request.id,
             exec_id: request.exec_id,
             ..Default::default()
@@ -181,7 +175,7 @@ impl SandboxOwner {
         let (pid, exit) =
             match deleting.and_then(|exit| Ok((self.state.process(&process)?.pid, exit))) {
                 Ok(deleting) => deleting,
-                Err(error) => return reply.send(Err(error)),
+                Err(error) => return reply.refuse(error),
             };
         let exit = exit.unwrap_or(Exit {
             pid,
@@ -189,7 +183,7 @@ impl SandboxOwner {
             at: SystemTime::UNIX_EPOCH,
         });
         let pumps = self.runtimes.take_pumps(&process);
-        let vm_pid = self.guest.as_ref().map(|guest| guest.vm.identity().pid);
+        let vm_pid = self.guest.as_ref().map(|guest| guest.pid());
         let guest = self.living_guest().ok().filter(|_| process.is_init());
         let (mut container, mut hooks, mut killed) = (None, None, None);
         if process.is_init() {
@@ -230,12 +224,12 @@ impl SandboxOwner {
     pub(super) fn deleted(&mut self, process: &ProcessId, exit: Exit, result: Result<()>) {
         if let Err(error) = result {
             // Nobody would hear of its processes any more, and they would keep what they have.
-            self.vm_died(&error.message);
+            self.vm_died(&error.to_string());
         }
         self.forget(process);
         if process.is_init() {
             self.give_back();
-            self.events.publish(&TaskDelete {
+            self.events.publish(TaskDelete {
                 container_id: process.container.clone(),
                 pid: exit.pid,
                 exit_status: exit.status,
@@ -251,7 +245,7 @@ impl SandboxOwner {
         let (Some(kept), Some(guest)) = (self.runtimes.known(id), self.guest.as_ref()) else {
             return;
         };
-        let (hooks, pid) = (kept.hooks.clone(), guest.vm.identity().pid);
+        let (hooks, pid) = (kept.hooks.clone(), guest.pid());
         self.begin(async move {
             let _ = hooks.run(HookPhase::Started, pid).await;
             Outcome::Done
@@ -295,37 +289,37 @@ impl SandboxOwner {
         match self.state.task(id) {
             Ok(task) => Ok(task.init.pid),
             Err(_) if id == self.identity.id => Ok(0),
-            Err(error) => Err(error),
+            Err(refusal) => Err(refusal.into()),
         }
     }
 
     /// `Pause` and `Resume`.
-    pub(super) fn set_paused(&mut self, container: String, paused: bool, reply: Reply<()>) {
-        let may = self.state.may_pause(&container, paused);
+    pub(super) fn set_freezer(&mut self, container: String, to: Freezer, reply: Reply<()>) {
+        let may = self.state.may_pause(&container, to == Freezer::Frozen);
         let guest = match may.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         self.begin(async move {
-            let result = agent_calls::set_paused(&guest, &container, paused).await;
-            Outcome::PauseSet {
+            let result = guest.set_freezer(&container, to).await;
+            Outcome::FreezerSet {
                 container,
-                paused,
+                to,
                 result,
                 reply,
             }
         });
     }
 
-    pub(super) fn pause_set(&mut self, container_id: String, paused: bool) {
-        self.state.set_paused(&container_id, paused);
-        if paused {
-            self.events.publish(&TaskPaused {
+    pub(super) fn freezer_set(&mut self, container_id: String, to: Freezer) {
+        self.state.set_paused(&container_id, to == Freezer::Frozen);
+        if to == Freezer::Frozen {
+            self.events.publish(TaskPaused {
                 container_id,
                 ..Default::default()
             });
         } else {
-            self.events.publish(&TaskResumed {
+            self.events.publish(TaskResumed {
                 container_id,
                 ..Default::default()
             });
@@ -343,7 +337,7 @@ impl SandboxOwner {
         let found = self.state.process(&process);
         let has_terminal = match found.map(|found| found.io.terminal) {
             Ok(has_terminal) => has_terminal,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         if !has_terminal {
             return reply.send(Ok(()));
@@ -351,7 +345,7 @@ impl SandboxOwner {
         let kept = self.runtimes.process(&process);
         if process.is_init() || kept.pumps.is_some() {
             return self.forward_to_guest(reply, |guest| async move {
-                agent_calls::resize_terminal(&guest, &process, width, height).await
+                guest.resize_terminal(&process, width, height).await
             });
         }
         kept.terminal_size = Some((width, height));
@@ -383,15 +377,13 @@ impl SandboxOwner {
         let task = self.state.task(&container).map(drop);
         let guest = match task.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
-            Err(error) => return reply.send(Err(error)),
+            Err(error) => return reply.refuse(error),
         };
         let is_pod = self.state.is_pod_sandbox(&container);
         let old = self.limits_of(&container);
         let Some(old) = old else {
             // The sandbox's own container, under an agent that cannot do without one.
-            return reply.send(Err(Error::precondition(format!(
-                "{container} is a pod's sandbox: change the limits of its containers instead"
-            ))));
+            return reply.refuse(Refusal::SandboxHasNoLimits(container));
         };
         let number = self.count_update(&container);
         self.set_limits(&container, old.updated(&resources));
@@ -400,7 +392,7 @@ impl SandboxOwner {
             let updating = async {
                 guest.grow(&wanted).await?;
                 if !is_pod {
-                    agent_calls::update(&guest, &container, &resources).await?;
+                    guest.update(&container, &resources).await?;
                 }
                 guest.fit(&wanted).await
             };
@@ -469,14 +461,12 @@ impl SandboxOwner {
     /// `Stats`: the agent keeps a container's numbers until it is removed, so also after its exit.
     pub(super) fn stats(&mut self, container: String, reply: Reply<Stats>) {
         if let Err(error) = self.state.task(&container) {
-            return reply.send(Err(error));
+            return reply.refuse(error);
         }
         if self.state.is_pod_sandbox(&container) {
             // What the machine itself uses is in the pod's cgroup on the host.
             return reply.send(Ok(Stats::default()));
         }
-        self.forward_to_guest(reply, |guest| async move {
-            agent_calls::stats(&guest, &container).await
-        });
+        self.forward_to_guest(reply, |guest| async move { guest.stats(&container).await });
     }
 }

@@ -1,12 +1,13 @@
 //! The runtime options that a `Create` request carries.
 
-use std::path::PathBuf;
+use std::path::Path;
 
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
-use protobuf::{CodedInputStream, rt::WireType};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::protos::runtimeoptions::Options;
 
 /// containerd's message for runtimes other than runc.
 const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
@@ -25,7 +26,9 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
         None => Options::default(),
         Some(any) if any.type_url.is_empty() && any.value.is_empty() => Options::default(),
         Some(any) => match any.type_url.rsplit('/').next() {
-            Some(RUNTIME_OPTIONS) => Options::parse(&any.value)?,
+            Some(RUNTIME_OPTIONS) => Options::parse_from_bytes(&any.value).map_err(|error| {
+                Error::invalid(format!("the runtime options do not parse: {error}"))
+            })?,
             Some(RUNC_OPTIONS) => Options::default(),
             _ => {
                 return Err(Error::invalid(format!(
@@ -36,44 +39,8 @@ pub fn config(options: Option<&Any>) -> Result<Config> {
             }
         },
     };
-    Config::load(options.config_path.as_deref(), &options.config_body)
-}
-
-/// `runtimeoptions.v1.Options`, as far as it says anything: its `type_url` (1) only repeats what
-/// the runtime is called.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Options {
-    /// A configuration file (2).
-    config_path: Option<PathBuf>,
-    /// What else is in the runtime's options in containerd's configuration, as TOML (3). containerd
-    /// sends it since 1.7, and only without a ConfigPath.
-    config_body: Vec<u8>,
-}
-
-impl Options {
-    fn parse(message: &[u8]) -> Result<Options> {
-        let bad = |error| Error::invalid(format!("the runtime options do not parse: {error}"));
-        let mut input = CodedInputStream::from_bytes(message);
-        let mut options = Options::default();
-        while let Some(tag) = input.read_raw_tag_or_eof().map_err(bad)? {
-            match (tag >> 3, WireType::new(tag & 7)) {
-                (2, Some(WireType::LengthDelimited)) => {
-                    let path = input.read_string().map_err(bad)?;
-                    options.config_path = (!path.is_empty()).then(|| path.into());
-                }
-                (3, Some(WireType::LengthDelimited)) => {
-                    options.config_body = input.read_bytes().map_err(bad)?
-                }
-                (_, Some(wire_type)) => input.skip_field(wire_type).map_err(bad)?,
-                (_, None) => {
-                    return Err(Error::invalid(
-                        "the runtime options do not parse: unknown wire type",
-                    ));
-                }
-            }
-        }
-        Ok(options)
-    }
+    let path = Some(options.config_path.as_str()).filter(|path| !path.is_empty());
+    Config::load(path.map(Path::new), &options.config_body)
 }
 
 #[cfg(test)]
@@ -110,7 +77,7 @@ mod tests {
         let both = config(&[(2, path), (3, "vcpus = 3\n")]).unwrap();
         assert_eq!((both.vcpus, both.memory_mib), (3, 300));
         let error = config(&[(2, "/no/such.toml")]).unwrap_err();
-        assert!(error.message.contains("/no/such.toml"), "{error}");
+        assert!(error.to_string().contains("/no/such.toml"), "{error}");
     }
 
     #[test]
@@ -134,10 +101,10 @@ mod tests {
             ("vcpus", "line 1: "),
         ] {
             let error = config(body).unwrap_err();
-            assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
+            assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
             assert!(
-                error.message.contains(part)
-                    && error.message.contains("containerd's configuration"),
+                error.to_string().contains(part)
+                    && error.to_string().contains("containerd's configuration"),
                 "{error}"
             );
         }
@@ -163,13 +130,13 @@ mod tests {
     #[test]
     fn other_options_and_garbage_are_named() {
         let error = config(Some(&any("windows.Options", b""))).unwrap_err();
-        assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT);
-        assert!(error.message.contains("windows.Options"));
+        assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
+        assert!(error.to_string().contains("windows.Options"));
         for garbage in [&b"\x12\xff"[..], b"\x0f", b"\x12\x05ab"] {
             assert_eq!(
                 config(Some(&any(RUNTIME_OPTIONS, garbage)))
                     .unwrap_err()
-                    .code,
+                    .code(),
                 ttrpc::Code::INVALID_ARGUMENT
             );
         }

@@ -20,8 +20,8 @@ use ttrpc::r#async::TtrpcContext;
 use crate::config::Config;
 use crate::host::cgroup;
 use crate::metrics;
-use crate::model::ProcessId;
-use crate::sandbox::request::{Quiet, Request, SandboxHandle, SignalScope};
+use crate::model::{ProcessId, SignalScope};
+use crate::sandbox::request::{Quiet, Request, SandboxHandle};
 use crate::sandbox::state::Status;
 
 /// What containerd looks for in a sandbox's status.
@@ -67,7 +67,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> Result<StartSandboxResponse> {
-        let process = ProcessId::new(&request.sandbox_id, "");
+        let process = ProcessId::init(&request.sandbox_id);
         let pid = self
             .sandbox
             .ask(|reply| Request::Start { process, reply })
@@ -96,7 +96,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> Result<StopSandboxResponse> {
-        let process = ProcessId::new(&request.sandbox_id, "");
+        let process = ProcessId::init(&request.sandbox_id);
         let kill = |reply| Request::Kill {
             process,
             signal: libc::SIGKILL.cast_unsigned(),
@@ -105,7 +105,7 @@ impl Sandbox for SandboxService {
         };
         match self.sandbox.ask(kill).await {
             // Stopped already, or never there: what is wanted is so.
-            Err(error) if error.code != ttrpc::Code::NOT_FOUND => Err(error.into()),
+            Err(error) if error.code() != ttrpc::Code::NOT_FOUND => Err(error.into()),
             _ => Ok(StopSandboxResponse::default()),
         }
     }
@@ -115,7 +115,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: WaitSandboxRequest,
     ) -> Result<WaitSandboxResponse> {
-        let process = ProcessId::new(&request.sandbox_id, "");
+        let process = ProcessId::init(&request.sandbox_id);
         let exit = self
             .sandbox
             .ask(|reply| Request::Wait { process, reply })

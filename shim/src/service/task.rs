@@ -19,10 +19,11 @@ use ttrpc::r#async::TtrpcContext;
 use super::options;
 use crate::container::spec;
 use crate::error::Error;
+use crate::guest::calls::Freezer;
 use crate::host::cgroup;
 use crate::metrics;
-use crate::model::ProcessId;
-use crate::sandbox::request::{Quiet, Request, SandboxHandle, SignalScope};
+use crate::model::{ProcessId, SignalScope};
+use crate::sandbox::request::{Quiet, Request, SandboxHandle};
 use crate::sandbox::state::Status;
 
 /// `containerd.task.v2.Task` and `.v3.Task`.
@@ -67,7 +68,7 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        let process = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         let pid = self
             .sandbox
             .ask(|reply| Request::Start { process, reply })
@@ -79,7 +80,7 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Result<StateResponse> {
-        let process = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         let found = self
             .sandbox
             .ask(|reply| Request::State { process, reply })
@@ -89,9 +90,9 @@ impl Task for TaskService {
             exec_id: request.exec_id,
             bundle: found.bundle,
             pid: found.process.pid,
-            stdin: found.process.io.stdin,
-            stdout: found.process.io.stdout,
-            stderr: found.process.io.stderr,
+            stdin: found.process.io.stdin.unwrap_or_default(),
+            stdout: found.process.io.stdout.unwrap_or_default(),
+            stderr: found.process.io.stderr.unwrap_or_default(),
             terminal: found.process.io.terminal,
             ..Default::default()
         };
@@ -109,7 +110,7 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Result<WaitResponse> {
-        let process = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         let exit = self
             .sandbox
             .ask(|reply| Request::Wait { process, reply })
@@ -122,7 +123,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
-        let process = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         let exit = self
             .sandbox
             .ask(|reply| Request::Delete { process, reply })
@@ -142,7 +143,7 @@ impl Task for TaskService {
         } else {
             (request.exec_id.as_str(), SignalScope::Process)
         };
-        let process = ProcessId::new(&request.id, exec_id);
+        let process = ProcessId::of_request(&request.id, exec_id);
         let kill = |reply| Request::Kill {
             process,
             signal: request.signal,
@@ -156,7 +157,7 @@ impl Task for TaskService {
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
         let mut spec = spec::parse_process(&request.spec.value)?;
         spec.set_terminal(Some(request.terminal));
-        let process = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         let (request, spec) = (
             Quiet::new(request, &process.to_string()),
             Quiet::new(spec, ".."),
@@ -179,14 +180,16 @@ impl Task for TaskService {
             })
             .await?;
         let processes = pids.into_iter().map(|(pid, exec_id)| {
-            let details = ProcessDetails {
-                exec_id,
-                ..Default::default()
-            };
-            let info = (!details.exec_id.is_empty()).then(|| Any {
-                type_url: ProcessDetails::descriptor().full_name().to_owned(),
-                value: details.write_to_bytes().unwrap_or_default(),
-                ..Default::default()
+            let info = exec_id.map(|exec_id| {
+                let details = ProcessDetails {
+                    exec_id,
+                    ..Default::default()
+                };
+                Any {
+                    type_url: ProcessDetails::descriptor().full_name().to_owned(),
+                    value: details.write_to_bytes().unwrap_or_default(),
+                    ..Default::default()
+                }
             });
             ProcessInfo {
                 pid,
@@ -202,8 +205,9 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
         self.sandbox
-            .ask(|reply| Request::Pause {
+            .ask(|reply| Request::SetFreezer {
                 container: request.id,
+                to: Freezer::Frozen,
                 reply,
             })
             .await?;
@@ -212,8 +216,9 @@ impl Task for TaskService {
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
         self.sandbox
-            .ask(|reply| Request::Resume {
+            .ask(|reply| Request::SetFreezer {
                 container: request.id,
+                to: Freezer::Thawed,
                 reply,
             })
             .await?;
@@ -228,7 +233,7 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
-        let process = ProcessId::new(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         self.sandbox
             .ask(|reply| Request::ResizeTerminal {
                 process,
@@ -242,7 +247,7 @@ impl Task for TaskService {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
         if request.stdin {
-            let process = ProcessId::new(&request.id, &request.exec_id);
+            let process = ProcessId::of_request(&request.id, &request.exec_id);
             self.sandbox
                 .ask(|reply| Request::CloseStdin { process, reply })
                 .await?;

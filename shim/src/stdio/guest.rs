@@ -40,17 +40,19 @@ pub struct GuestIo {
 
 fn channels(io: &Stdio) -> Vec<Channel> {
     // A logger and a file take both; a fifo takes one.
-    let uri = ["file:", "binary:"]
-        .iter()
-        .any(|scheme| io.stdout.starts_with(scheme));
+    let uri = io.stdout.as_deref().is_some_and(|stdout| {
+        ["file:", "binary:"]
+            .iter()
+            .any(|scheme| stdout.starts_with(scheme))
+    });
     let mut channels = Vec::new();
-    if !io.stdin.is_empty() {
+    if io.stdin.is_some() {
         channels.push(Channel::Stdin);
     }
-    if !io.stdout.is_empty() {
+    if io.stdout.is_some() {
         channels.push(Channel::Stdout);
     }
-    if !io.terminal && (!io.stderr.is_empty() || uri) {
+    if !io.terminal && (io.stderr.is_some() || uri) {
         channels.push(Channel::Stderr);
     }
     channels
@@ -122,7 +124,7 @@ async fn dial(
     let header = Header {
         channel,
         container_id: key.container.clone(),
-        exec_id: key.exec.clone(),
+        exec_id: key.exec_id().to_owned(),
     };
     let connect = async {
         // The agent is there: a refusal is a queue that is full for the moment.
@@ -159,8 +161,8 @@ async fn read_loop(
     mut to: impl AsyncWrite + Unpin,
 ) {
     let request = ReadStreamRequest {
+        exec_id: key.exec_id().to_owned(),
         container_id: key.container,
-        exec_id: key.exec,
         len: POLL_SIZE,
         ..Default::default()
     };
@@ -187,7 +189,7 @@ async fn write_loop(agent: Agent, key: ProcessId, mut from: DuplexStream) {
         let length = from.read(&mut buffer).await.unwrap_or_default();
         let request = WriteStreamRequest {
             container_id: key.container.clone(),
-            exec_id: key.exec.clone(),
+            exec_id: key.exec_id().to_owned(),
             data: buffer[..length].to_vec(),
             ..Default::default()
         };
@@ -204,12 +206,7 @@ mod tests {
     #[test]
     fn a_process_has_the_channels_that_its_client_named() {
         let io = |stdin: &str, stdout: &str, stderr: &str, terminal| {
-            channels(&Stdio {
-                stdin: stdin.into(),
-                stdout: stdout.into(),
-                stderr: stderr.into(),
-                terminal,
-            })
+            channels(&Stdio::of_request(stdin, stdout, stderr, terminal))
         };
         assert_eq!(io("", "", "", false), []);
         assert_eq!(

@@ -20,6 +20,7 @@ use tokio::io::AsyncWrite;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep};
 
+use super::log_file::LogFile;
 use super::logger::Logger;
 use crate::error::{Error, IoContext, Result};
 use crate::model::Stdio;
@@ -48,8 +49,8 @@ pub enum Output {
     Fifo(Fifo),
     /// The pipe to a logger.
     Pipe(pipe::Sender),
-    /// A regular file. Writing to it blocks as any log file does.
-    File(File),
+    /// A regular file.
+    Log(LogFile),
 }
 
 /// An output fifo with a reader of the shim's own.
@@ -60,11 +61,16 @@ pub struct Fifo {
 }
 
 impl Output {
-    /// Waits until the client has opened its end, if the process was so quick that this is not
-    /// sure: what is in a fifo that nobody has open is lost, and who opens it then waits for ever.
-    /// A client that does not come in the time that one may take is none.
-    pub async fn wait_for_readers(&mut self) {
-        let Output::Fifo(fifo) = self else { return };
+    /// Waits until a log file is written, and until a fifo's client has opened its end, if the
+    /// process was so quick that this is not sure: what is in a fifo that nobody has open is lost,
+    /// and who opens it then waits for ever. A client that does not come in the time that one may
+    /// take is none.
+    pub async fn finish(&mut self) {
+        let fifo = match self {
+            Output::Fifo(fifo) => fifo,
+            Output::Log(log) => return log.finish().await,
+            Output::Pipe(_) => return,
+        };
         fifo.reader = None;
         while fifo.opened.elapsed() < CLIENT_DEADLINE && !has_reader(&fifo.sender) {
             sleep(CLIENT_PAUSE).await;
@@ -95,47 +101,41 @@ impl StdinCloser {
 }
 
 impl HostIo {
-    /// Opens what a request names. Empty names are channels that the process does not have.
+    /// Opens what a request names.
     ///
     /// # Errors
     /// One line that names the path or URI; an unknown scheme.
     pub async fn open(io: &Stdio, namespace: &str, id: &str) -> Result<HostIo> {
         let mut host = HostIo::default();
-        if !io.stdin.is_empty() {
-            let (reader, writer) = open_input(Path::new(&io.stdin))?;
+        if let Some(stdin) = &io.stdin {
+            let (reader, writer) = open_input(Path::new(stdin))?;
             host.stdin = Some(reader);
             host.close_stdin = StdinCloser(Arc::new(Mutex::new(Some(writer))));
         }
-        match io
-            .stdout
-            .split_once("://")
-            .map(|(scheme, _)| scheme)
-            .or_else(|| other_scheme(&io.stdout))
-        {
+        let uri = io.stdout.as_deref().unwrap_or_default();
+        let scheme = uri.split_once("://").map(|(scheme, _)| scheme);
+        match scheme.or_else(|| other_scheme(uri)) {
             None | Some("fifo") => {
-                host.stdout = open_output(&io.stdout)?;
+                host.stdout = io.stdout.as_deref().map(open_output).transpose()?;
                 if !io.terminal {
-                    host.stderr = open_output(&io.stderr)?;
+                    host.stderr = io.stderr.as_deref().map(open_output).transpose()?;
                 }
             }
             Some("file") => {
-                let file = open_file(&io.stdout)?;
-                host.stderr = Some(Output::File(
-                    file.try_clone().doing(|| format!("open {}", io.stdout))?,
-                ));
-                host.stdout = Some(Output::File(file));
+                let [stdout, stderr] = LogFile::open(uri).await?;
+                host.stdout = Some(Output::Log(stdout));
+                host.stderr = Some(Output::Log(stderr));
             }
             Some("binary") => {
-                let (logger, stdout, stderr) = Logger::start(&io.stdout, namespace, id).await?;
+                let (logger, stdout, stderr) = Logger::start(uri, namespace, id).await?;
                 host.logger = Some(logger);
                 host.stdout = Some(Output::Pipe(stdout));
                 host.stderr = Some(Output::Pipe(stderr));
             }
             Some(scheme) => {
                 return Err(Error::invalid(format!(
-                    "stdio URI {:?} has the unknown scheme {scheme:?}: use a fifo, file:// or \
-                     binary://",
-                    io.stdout
+                    "stdio URI {uri:?} has the unknown scheme {scheme:?}: use a fifo, file:// or \
+                     binary://"
                 )));
             }
         }
@@ -164,10 +164,7 @@ fn open_input(path: &Path) -> Result<(pipe::Receiver, File)> {
     ))
 }
 
-fn open_output(uri: &str) -> Result<Option<Output>> {
-    if uri.is_empty() {
-        return Ok(None);
-    }
+fn open_output(uri: &str) -> Result<Output> {
     let path = Path::new(uri.strip_prefix("fifo://").unwrap_or(uri));
     let doing = || format!("open the output fifo {}", path.display());
     let reader = File::options()
@@ -176,27 +173,11 @@ fn open_output(uri: &str) -> Result<Option<Output>> {
         .open(path)
         .doing(doing)?;
     let sender = pipe::OpenOptions::new().open_sender(path).doing(doing)?;
-    Ok(Some(Output::Fifo(Fifo {
+    Ok(Output::Fifo(Fifo {
         sender,
         reader: Some(reader),
         opened: Instant::now(),
-    })))
-}
-
-fn open_file(uri: &str) -> Result<File> {
-    let path = uri
-        .strip_prefix("file://")
-        .or_else(|| uri.strip_prefix("file:"))
-        .unwrap_or(uri);
-    let doing = || format!("open the log file {path}");
-    if let Some(parent) = Path::new(path).parent() {
-        std::fs::create_dir_all(parent).doing(doing)?;
-    }
-    File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .doing(doing)
+    }))
 }
 
 impl AsyncWrite for Output {
@@ -208,7 +189,10 @@ impl AsyncWrite for Output {
         match self.get_mut() {
             Output::Fifo(fifo) => Pin::new(&mut fifo.sender).poll_write(cx, buf),
             Output::Pipe(sender) => Pin::new(sender).poll_write(cx, buf),
-            Output::File(file) => Poll::Ready(io::Write::write(file, buf)),
+            Output::Log(log) => match &mut log.pipe {
+                Some(pipe) => Pin::new(pipe).poll_write(cx, buf),
+                None => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            },
         }
     }
 
@@ -240,15 +224,15 @@ mod tests {
     async fn fifos_open_without_a_client_and_end_when_closed() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdout: fifo(dir.path(), "out"),
-            stderr: fifo(dir.path(), "err"),
+            stdout: Some(fifo(dir.path(), "out")),
+            stderr: Some(fifo(dir.path(), "err")),
             ..Stdio::default()
         };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
         let mut reader = File::options()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
-            .open(&io.stdout)
+            .open(io.stdout.as_ref().unwrap())
             .unwrap();
         host.stdout
             .as_mut()
@@ -266,7 +250,7 @@ mod tests {
     async fn a_client_that_comes_after_the_process_has_ended_finds_its_output() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdout: fifo(dir.path(), "out"),
+            stdout: Some(fifo(dir.path(), "out")),
             ..Stdio::default()
         };
         let mut output = HostIo::open(&io, "default", "web")
@@ -275,12 +259,12 @@ mod tests {
             .stdout
             .unwrap();
         output.write_all(b"hello").await.unwrap();
-        let path = io.stdout.clone();
+        let path = io.stdout.clone().unwrap();
         let client = std::thread::spawn(move || {
             std::thread::sleep(CLIENT_PAUSE * 10);
             std::fs::read_to_string(path).unwrap()
         });
-        output.wait_for_readers().await;
+        output.finish().await;
         drop(output);
         assert_eq!(client.join().unwrap(), "hello");
     }
@@ -289,7 +273,7 @@ mod tests {
     async fn a_client_that_never_comes_is_not_waited_for_long_after_the_start() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdout: fifo(dir.path(), "out"),
+            stdout: Some(fifo(dir.path(), "out")),
             ..Stdio::default()
         };
         let mut output = HostIo::open(&io, "default", "web")
@@ -299,7 +283,7 @@ mod tests {
             .unwrap();
         tokio::time::pause();
         tokio::time::advance(CLIENT_DEADLINE).await;
-        tokio::time::timeout(CLIENT_PAUSE, output.wait_for_readers())
+        tokio::time::timeout(CLIENT_PAUSE, output.finish())
             .await
             .unwrap();
     }
@@ -308,11 +292,14 @@ mod tests {
     async fn input_ends_at_close_io_behind_what_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let io = Stdio {
-            stdin: fifo(dir.path(), "in"),
+            stdin: Some(fifo(dir.path(), "in")),
             ..Stdio::default()
         };
         let mut host = HostIo::open(&io, "default", "web").await.unwrap();
-        let mut client = File::options().write(true).open(&io.stdin).unwrap();
+        let mut client = File::options()
+            .write(true)
+            .open(io.stdin.as_ref().unwrap())
+            .unwrap();
         client.write_all(b"all of it").unwrap();
         drop(client);
         host.close_stdin.close();
@@ -335,22 +322,15 @@ mod tests {
             format!("file:{}", path.display()),
         ] {
             let io = Stdio {
-                stdout: uri,
+                stdout: Some(uri),
                 ..Stdio::default()
             };
             let mut host = HostIo::open(&io, "default", "web").await.unwrap();
-            host.stdout
-                .as_mut()
-                .unwrap()
-                .write_all(b"out ")
-                .await
-                .unwrap();
-            host.stderr
-                .as_mut()
-                .unwrap()
-                .write_all(b"err ")
-                .await
-                .unwrap();
+            for (output, text) in [(&mut host.stdout, "out "), (&mut host.stderr, "err ")] {
+                let output = output.as_mut().unwrap();
+                output.write_all(text.as_bytes()).await.unwrap();
+                output.finish().await;
+            }
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), "out err out err ");
     }
@@ -366,10 +346,10 @@ mod tests {
     #[tokio::test]
     async fn an_unknown_scheme_is_named() {
         let io = Stdio {
-            stdout: "gopher://x/y".into(),
+            stdout: Some("gopher://x/y".into()),
             ..Stdio::default()
         };
         let error = HostIo::open(&io, "default", "web").await.err().unwrap();
-        assert!(error.message.contains("\"gopher\""), "{error}");
+        assert!(error.to_string().contains("\"gopher\""), "{error}");
     }
 }

@@ -2,7 +2,7 @@
 //! and 4 and closes descriptor 5 when it is ready.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -48,12 +48,7 @@ impl Logger {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         // Above the numbers they get in the child, so that no dup2 closes another's source.
-        let high = |fd: OwnedFd| -> Result<OwnedFd> {
-            let new =
-                nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(10)).doing(doing)?;
-            // SAFETY: fcntl has just made this descriptor and nobody else knows it.
-            Ok(unsafe { OwnedFd::from_raw_fd(new) })
-        };
+        let high = |fd: OwnedFd| rustix::io::fcntl_dupfd_cloexec(&fd, 10).doing(doing);
         let passed = [
             high(stdout_reader)?,
             high(stderr_reader)?,
@@ -196,6 +191,6 @@ mod tests {
             .await
             .err()
             .unwrap();
-        assert!(error.message.contains("/no/such/logger"), "{error}");
+        assert!(error.to_string().contains("/no/such/logger"), "{error}");
     }
 }

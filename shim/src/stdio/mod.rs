@@ -7,6 +7,7 @@
 
 mod guest;
 mod host;
+mod log_file;
 mod logger;
 
 use std::time::Duration;
@@ -55,7 +56,7 @@ impl Pumps {
                 let moved = moved.clone();
                 outputs.push(tokio::spawn(async move {
                     copy_output(from, &mut to, moved).await;
-                    to.wait_for_readers().await;
+                    to.finish().await;
                 }));
             }
         }

@@ -60,7 +60,8 @@ impl Net {
         plug.undo.truncate(steps_before);
         plug.undo.push(Undo::RemoveNetdev(netdev.clone()));
         // No ROM: nobody boots from this card, and the file may not be installed.
-        let mut properties = json!({"netdev": netdev, "mac": mac_text(self.mac), "romfile": ""});
+        let mut properties =
+            json!({"netdev": netdev, "mac": sys::mac_text(&self.mac), "romfile": ""});
         if queues > 1 {
             properties["mq"] = json!(true);
             // One for each direction of a queue, one for the control queue, one for changes of
@@ -105,10 +106,6 @@ fn check_tap(fd: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,14 +118,6 @@ mod tests {
         assert!(
             error.starts_with("cannot use descriptor ") && error.contains(" as a tap queue: "),
             "{error}"
-        );
-    }
-
-    #[test]
-    fn a_hardware_address_has_two_digits_for_each_byte() {
-        assert_eq!(
-            mac_text([0x02, 0, 0x0a, 0xff, 1, 0x10]),
-            "02:00:0a:ff:01:10"
         );
     }
 }

@@ -12,7 +12,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -382,10 +382,7 @@ impl Task {
             Message::Event(event) => {
                 tracing::debug!(event = event.name, data = %event.data, "QEMU's event");
                 if let Some(word) = event.last_word() {
-                    *self
-                        .last_word
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner) = Some(word);
+                    *sys::lock(&self.last_word) = Some(word);
                 }
                 // Fails only if nobody listens.
                 let _ = self.events.send(event);

@@ -3,11 +3,12 @@
 use std::convert::Infallible;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use nix::sched::{CloneFlags, setns};
+
 use super::super::plan::ProcessPlan;
 use crate::spawn::Handle;
 use crate::spawn::step::{Step, StepContext};
 use crate::stdio::ChildStdio;
-use crate::sys::check;
 
 /// Which user namespace a container's processes are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,14 +30,14 @@ pub fn run(
     crate::gate::forget();
     super::detach()?;
     super::set_oom_score(plan.oom_score_adj)?;
-    let mut flags =
-        libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWCGROUP
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS;
     if user_namespace == UserNamespace::Own {
-        flags |= libc::CLONE_NEWUSER;
+        flags |= CloneFlags::CLONE_NEWUSER;
     }
-    // SAFETY: an open descriptor and a plain number.
-    check(unsafe { libc::setns(target.as_raw_fd(), flags) }.into())
-        .context("join the container's namespaces")?;
+    setns(target, flags).context("join the container's namespaces")?;
     if user_namespace == UserNamespace::Own {
         super::become_root()?;
     }

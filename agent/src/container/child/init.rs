@@ -3,15 +3,16 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use sys::mount::{Extent, attach, clone_tree_at};
 
 use super::super::plan::Plan;
 use super::rootfs;
-use crate::mount_options::Scope;
 use crate::spawn::Handle;
 use crate::spawn::step::{Step, StepContext};
 use crate::stdio::ChildStdio;
-use crate::sys::check;
 
 /// What the agent opened for the child.
 pub struct Inherited {
@@ -42,15 +43,12 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
         super::become_root()?;
     }
     for (fd, flag, name) in &inherited.join {
-        // SAFETY: an open descriptor and a plain number.
-        check(unsafe { libc::setns(fd.as_raw_fd(), *flag) }.into())
+        setns(fd, CloneFlags::from_bits_retain(*flag))
             .context(format_args!("join {name} namespace"))?;
     }
     if !plan.join.iter().any(|join| join.kind == "cgroup") {
         // Not with clone3: the child would see the agent's cgroup as its root.
-        // SAFETY: a plain number.
-        check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
-            .context("unshare the cgroup namespace")?;
+        unshare(CloneFlags::CLONE_NEWCGROUP).context("unshare the cgroup namespace")?;
     }
     if let Some(name) = &plan.hostname {
         nix::unistd::sethostname(name).context(format_args!("set hostname {name}"))?;
@@ -100,6 +98,6 @@ fn bind_console(terminal: &str) -> Step<()> {
     let terminal = CString::new(terminal)
         .map_err(std::io::Error::from)
         .context("name of the terminal")?;
-    let tree = rootfs::clone_tree(&terminal, Scope::Mount, 0).context("bind /dev/console")?;
-    rootfs::attach(tree.as_fd(), place.as_fd()).context("bind /dev/console")
+    let tree = clone_tree_at(&terminal, Extent::Mount).context("bind /dev/console")?;
+    attach(&tree, &place).context("bind /dev/console")
 }

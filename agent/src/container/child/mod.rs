@@ -40,15 +40,20 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use nix::sys::stat::Mode;
+use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    configure_capability_in_ambient_set, remove_capability_from_bounding_set,
+    set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
+use sys::check;
 
 use super::plan::{Capabilities, ProcessPlan};
 use crate::error::errno_text;
 use crate::spawn::step::{Failure, Step, StepContext};
 use crate::stdio::ChildStdio;
-use crate::sys::check;
-
-/// linux/close_range.h
-const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
 
 /// Longest /etc/passwd that is searched for a home directory, in bytes.
 const MAX_PASSWD: u64 = 1 << 20;
@@ -89,17 +94,10 @@ pub fn detach() -> Step<()> {
 
 /// In a new user namespace: be its root.
 pub fn become_root() -> Step<()> {
-    let none: *const libc::gid_t = std::ptr::null();
-    // SAFETY: plain numbers; an empty list of groups.
-    unsafe {
-        check(libc::syscall(libc::SYS_setgroups, 0, none))
-            .context("set groups in the user namespace")?;
-        check(libc::syscall(libc::SYS_setresgid, 0, 0, 0))
-            .context("set group in the user namespace")?;
-        check(libc::syscall(libc::SYS_setresuid, 0, 0, 0))
-            .context("set user in the user namespace")?;
-    }
-    Ok(())
+    set_thread_groups(&[]).context("set groups in the user namespace")?;
+    let (root, group) = (Uid::ROOT, Gid::ROOT);
+    set_thread_res_gid(group, group, group).context("set group in the user namespace")?;
+    set_thread_res_uid(root, root, root).context("set user in the user namespace")
 }
 
 /// Sets who is killed first when memory runs out; written through the agent's /proc.
@@ -212,7 +210,7 @@ pub fn take_identity(plan: &ProcessPlan) -> Step<Program> {
     }
     let env = environment(plan);
     let cwd = OsStr::from_bytes(plan.cwd.as_bytes());
-    let capabilities = plan.capabilities.unwrap_or_default();
+    let capabilities = plan.capabilities.unwrap_or(Capabilities::NONE);
     drop_bounding(capabilities.bounding)?;
     set_user(plan)?;
     nix::unistd::chdir(plan.cwd.as_c_str())
@@ -226,25 +224,15 @@ pub fn take_identity(plan: &ProcessPlan) -> Step<Program> {
     }
     let path = look_up(plan, &env)?;
     // Whatever an agent that is not PID 1 was started with.
-    // SAFETY: plain numbers; it changes a flag of descriptors that are ours.
-    unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            CLOSE_RANGE_CLOEXEC,
-        )
-    };
+    let _ = sys::process::close_on_exec_from(3);
     Ok(Program { path, env })
 }
 
 /// Gives up the rest of the privileges and becomes the program.
 pub fn exec_program(plan: &ProcessPlan, program: &Program) -> Step<Infallible> {
-    let capabilities = plan.capabilities.unwrap_or_default();
+    let capabilities = plan.capabilities.unwrap_or(Capabilities::NONE);
     if plan.no_new_privileges {
-        // SAFETY: plain numbers.
-        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
-            .context("set no_new_privs")?;
+        set_no_new_privs(true).context("set no_new_privs")?;
         set_capabilities(&capabilities)?;
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which goes with the next step.
@@ -316,19 +304,18 @@ fn home_of(passwd: &str, uid: libc::uid_t) -> Option<String> {
     })
 }
 
-fn drop_bounding(keep: u64) -> Step<()> {
-    for capability in 0..64 {
-        if keep & (1 << capability) != 0 {
-            continue;
-        }
-        // SAFETY: plain numbers.
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
-            let error = io::Error::last_os_error();
+/// Every capability that there may ever be, one at a time.
+fn each_capability() -> impl Iterator<Item = CapabilitySet> {
+    (0..64).map(|number| CapabilitySet::from_bits_retain(1 << number))
+}
+
+fn drop_bounding(keep: CapabilitySet) -> Step<()> {
+    for capability in each_capability().filter(|one| !keep.contains(*one)) {
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
             // The kernel knows no further ones.
-            if error.raw_os_error() == Some(libc::EINVAL) {
-                break;
-            }
-            return Err(error).context("drop capabilities from the bounding set");
+            Err(Errno::INVAL) => break,
+            result => return result.context("drop capabilities from the bounding set"),
         }
     }
     Ok(())
@@ -339,100 +326,54 @@ fn set_user(plan: &ProcessPlan) -> Step<()> {
     let ProcessPlan {
         uid, gid, groups, ..
     } = plan;
-    // SAFETY: plain numbers, and a list that lives over the call. Raw calls: glibc's wrappers
-    // signal all threads.
-    unsafe {
-        check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into())
-            .context("keep capabilities")?;
-        check(libc::syscall(
-            libc::SYS_setgroups,
-            groups.len(),
-            groups.as_ptr(),
-        ))
-        .context("set supplementary groups")?;
-        check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))
-            .context(format_args!("become group {gid}"))?;
-        check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))
-            .context(format_args!("become user {uid}"))?;
-        check(libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0).into())
-            .context("keep capabilities")?;
-        // A change of user clears it anyway; a fork of root keeps it as it was set.
-        libc::prctl(libc::PR_SET_DUMPABLE, 0);
-    }
+    let list: Vec<Gid> = groups
+        .iter()
+        .copied()
+        .map(Gid::from_raw_unchecked)
+        .collect();
+    let user = Uid::from_raw_unchecked(*uid);
+    let group = Gid::from_raw_unchecked(*gid);
+    // Of this thread, the only one: glibc's wrappers signal all threads.
+    set_keep_capabilities(true).context("keep capabilities")?;
+    set_thread_groups(&list).context("set supplementary groups")?;
+    set_thread_res_gid(group, group, group).context(format_args!("become group {gid}"))?;
+    set_thread_res_uid(user, user, user).context(format_args!("become user {uid}"))?;
+    set_keep_capabilities(false).context("keep capabilities")?;
+    // A change of user clears it anyway; a fork of root keeps it as it was set.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     // The effective set went with root; seccomp and the working directory want it once more.
-    let all = u64::MAX;
     if *uid != 0 {
-        capset(all, all, 0).context("raise capabilities")?;
+        let all = CapabilitySet::from_bits_retain(u64::MAX);
+        capset(CapabilitySets {
+            effective: all,
+            permitted: all,
+            inheritable: CapabilitySet::empty(),
+        })
+        .context("raise capabilities")?;
     }
     Ok(())
 }
 
 fn set_capabilities(sets: &Capabilities) -> Step<()> {
-    capset(sets.effective, sets.permitted, sets.inheritable).context("set capabilities")?;
-    // SAFETY: plain numbers.
-    unsafe {
-        libc::prctl(
-            libc::PR_CAP_AMBIENT,
-            libc::PR_CAP_AMBIENT_CLEAR_ALL,
-            0,
-            0,
-            0,
-        );
-        for capability in (0..64).filter(|bit| sets.ambient & (1 << bit) != 0) {
-            // One that is not permitted and inheritable cannot be ambient; runc only warns too.
-            libc::prctl(
-                libc::PR_CAP_AMBIENT,
-                libc::PR_CAP_AMBIENT_RAISE,
-                capability,
-                0,
-                0,
-            );
-        }
+    capset(sets.own).context("set capabilities")?;
+    let _ = clear_ambient_capability_set();
+    for capability in each_capability().filter(|one| sets.ambient.contains(*one)) {
+        // One that is not permitted and inheritable cannot be ambient; runc only warns too.
+        let _ = configure_capability_in_ambient_set(capability, true);
     }
     Ok(())
 }
 
 /// capset(2), cut to what this process may have: the kernel refuses more.
-fn capset(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy, Default)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    const VERSION_3: u32 = 0x2008_0522;
-    let header = Header {
-        version: VERSION_3,
-        pid: 0,
+fn capset(wanted: CapabilitySets) -> rustix::io::Result<()> {
+    let now = capabilities(None)?;
+    let permitted = wanted.permitted & now.permitted;
+    let sets = CapabilitySets {
+        effective: wanted.effective & permitted,
+        permitted,
+        inheritable: wanted.inheritable & (now.inheritable | now.permitted),
     };
-    let mut data = [Data::default(); 2];
-    // SAFETY: header and both halves of the data have the kernel's layout and live over the calls.
-    unsafe {
-        check(libc::syscall(
-            libc::SYS_capget,
-            &raw const header,
-            data.as_mut_ptr(),
-        ))?;
-        for (half, data) in data.iter_mut().enumerate() {
-            #[allow(clippy::cast_possible_truncation, reason = "this takes one half")]
-            let part = |mask: u64| (mask >> (32 * half)) as u32;
-            data.inheritable = part(inheritable) & (data.inheritable | data.permitted);
-            data.permitted &= part(permitted);
-            data.effective = data.permitted & part(effective);
-        }
-        check(libc::syscall(
-            libc::SYS_capset,
-            &raw const header,
-            data.as_ptr(),
-        ))
-        .map(|_| ())
-    }
+    rustix::thread::set_capabilities(None, sets)
 }
 
 /// Finds the program as a shell would, with the container's PATH and as its user.

@@ -7,7 +7,7 @@
 use std::ffi::{CStr, CString, OsStr};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -15,19 +15,17 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, chdir, fchdir, fchownat, pivot_root, symlinkat};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
+};
+use sys::mount::{Attributes, Extent, attach, clone_tree, clone_tree_at, set_attributes};
 
 use super::super::plan::{DevicePlan, MountKind, MountPlan, Plan};
 use super::copy_up::copy_up;
-use crate::mount_options::{Attributes, READ_ONLY, Scope};
+use crate::mount_options::READ_ONLY;
 use crate::spawn::step::{Failure, Step, StepContext};
-use crate::sys::check;
 
-const OPEN_TREE_CLONE: libc::c_uint = 1;
-const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC.cast_unsigned();
-const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
-const MOVE_MOUNT_T_EMPTY_PATH: libc::c_uint = 0x40;
-const AT_RECURSIVE: libc::c_uint = libc::AT_RECURSIVE.cast_unsigned();
-const AT_EMPTY_PATH: libc::c_uint = libc::AT_EMPTY_PATH.cast_unsigned();
 const MAX_SYMLINKS: usize = 40;
 
 /// What is mounted on.
@@ -54,16 +52,11 @@ pub fn build(plan: &Plan) -> Step<()> {
     // Mounts that come later into the agent's namespace may arrive, none may leave.
     change_propagation(c"/", MsFlags::MS_REC | MsFlags::MS_SLAVE).context("make mounts private")?;
     let name = plan.root.to_string_lossy();
-    let root = clone_tree(
-        &plan.root,
-        Scope::Tree,
-        libc::AT_SYMLINK_NOFOLLOW.cast_unsigned(),
-    )
-    .context(format_args!("root file system {name}"))?;
     let place = open_nofollow(&plan.root).context(format_args!("root file system {name}"))?;
-    attach(root.as_fd(), place.as_fd()).context(format_args!("root file system {name}"))?;
+    let root = clone_tree(&place, Extent::Tree).context(format_args!("root file system {name}"))?;
+    attach(&root, &place).context(format_args!("root file system {name}"))?;
     // A trusted null device, before the image's own /dev can stand in for it.
-    let null = clone_tree(c"/dev/null", Scope::Mount, 0).context("clone /dev/null")?;
+    let null = clone_tree_at(c"/dev/null", Extent::Mount).context("clone /dev/null")?;
     for one in &plan.mounts {
         mount_one(root.as_fd(), one)?;
     }
@@ -82,7 +75,7 @@ pub fn build(plan: &Plan) -> Step<()> {
     {
         let target = open_in(root.as_fd(), Path::new(&one.target), OFlag::empty())
             .context(format_args!("open mount {}", one.target))?;
-        set_attributes(target.as_fd(), &READ_ONLY, Scope::Mount)
+        set_attributes(&target, &READ_ONLY, Extent::Mount)
             .context(format_args!("make {} read-only", one.target))?;
     }
     switch(root.as_fd())?;
@@ -96,8 +89,7 @@ pub fn build(plan: &Plan) -> Step<()> {
     }
     mask(slash.as_fd(), null, &plan.masked)?;
     if plan.root_readonly {
-        set_attributes(slash.as_fd(), &READ_ONLY, Scope::Mount)
-            .context("make the root read-only")?;
+        set_attributes(&slash, &READ_ONLY, Extent::Mount).context("make the root read-only")?;
     }
     Ok(())
 }
@@ -138,13 +130,13 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
     let path = Path::new(target);
     let attempt = format!("mount {} on {target}", source.to_string_lossy());
     match kind {
-        MountKind::Bind(scope) => {
-            let tree = clone_tree(source, *scope, 0).context(&attempt)?;
+        MountKind::Bind(extent) => {
+            let tree = clone_tree_at(source, *extent).context(&attempt)?;
             let kind = kind_of(tree.as_fd()).context(&attempt)?;
             let place = make(root, path, kind).context(&attempt)?;
-            set_attributes(tree.as_fd(), &options.attributes, Scope::Mount).context(&attempt)?;
-            set_attributes(tree.as_fd(), &options.recursive, Scope::Tree).context(&attempt)?;
-            attach(tree.as_fd(), place.as_fd()).context(&attempt)?;
+            set_attributes(&tree, &options.attributes, Extent::Mount).context(&attempt)?;
+            set_attributes(&tree, &options.recursive, Extent::Tree).context(&attempt)?;
+            attach(&tree, &place).context(&attempt)?;
             for flags in &options.propagation {
                 propagate(tree.as_fd(), *flags).context(&attempt)?;
             }
@@ -153,8 +145,8 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
             let place = make(root, path, Place::Directory).context(&attempt)?;
             // Not mount(2), which refuses what is there already: with a user namespace the guest's
             // /sys is bound, and the guest's cgroups with it.
-            let tree = new_detached(c"cgroup2", &[], options.attributes.set).context(&attempt)?;
-            attach(tree.as_fd(), place.as_fd()).context(&attempt)?;
+            let tree = new_detached(c"cgroup2", &[], &options.attributes).context(&attempt)?;
+            attach(&tree, &place).context(&attempt)?;
         }
         MountKind::New { fstype } => {
             // A symlink at the place of /proc or /sys would make checks of their files worthless.
@@ -173,9 +165,9 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
                     if error.raw_os_error() == Some(libc::EPERM)
                         && fstype.to_bytes() == b"sysfs" =>
                 {
-                    let tree = clone_tree(c"/sys", Scope::Tree, 0).context(&attempt)?;
-                    set_attributes(tree.as_fd(), &READ_ONLY, Scope::Tree).context(&attempt)?;
-                    attach(tree.as_fd(), place.as_fd()).context(&attempt)?;
+                    let tree = clone_tree_at(c"/sys", Extent::Tree).context(&attempt)?;
+                    set_attributes(&tree, &READ_ONLY, Extent::Tree).context(&attempt)?;
+                    attach(&tree, &place).context(&attempt)?;
                 }
                 result => result.context(&attempt)?,
             }
@@ -185,7 +177,7 @@ fn mount_one(root: BorrowedFd<'_>, plan: &MountPlan) -> Step<()> {
                 copy_up(place.as_fd(), mounted.as_fd())
                     .context(format_args!("copy {target} into its tmpfs"))?;
             }
-            set_attributes(mounted.as_fd(), &options.recursive, Scope::Tree).context(&attempt)?;
+            set_attributes(&mounted, &options.recursive, Extent::Tree).context(&attempt)?;
             for flags in &options.propagation {
                 propagate(mounted.as_fd(), *flags).context(&attempt)?;
             }
@@ -226,9 +218,9 @@ fn make_device(root: BorrowedFd<'_>, device: &DevicePlan, nodes: Nodes) -> io::R
     };
     if nodes == Nodes::Bind {
         let source = CString::new(device.path.as_str())?;
-        let tree = clone_tree(&source, Scope::Mount, 0)?;
+        let tree = clone_tree_at(&source, Extent::Mount)?;
         let place = make(root, path, Place::File)?;
-        return attach(tree.as_fd(), place.as_fd());
+        return attach(&tree, &place);
     }
     let parent = make(root, parent, Place::Directory)?;
     let kind = SFlag::from_bits_truncate(device.mode & libc::S_IFMT);
@@ -268,9 +260,9 @@ struct Cover {
 impl Cover {
     fn put(&mut self, place: BorrowedFd<'_>) -> io::Result<()> {
         if !std::mem::replace(&mut self.attached, true) {
-            return attach(self.tree.as_fd(), place);
+            return attach(&self.tree, place);
         }
-        attach(clone_fd(self.tree.as_fd())?.as_fd(), place)
+        attach(clone_tree(&self.tree, Extent::Mount)?, place)
     }
 }
 
@@ -298,7 +290,7 @@ fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
         } else {
             empty.insert({
                 let options = [(c"nr_blocks", c"1"), (c"nr_inodes", c"2")];
-                let tree = new_detached(c"tmpfs", &options, READ_ONLY.set).context(&attempt)?;
+                let tree = new_detached(c"tmpfs", &options, &READ_ONLY).context(&attempt)?;
                 Cover {
                     tree,
                     attached: false,
@@ -311,33 +303,20 @@ fn mask(root: BorrowedFd<'_>, null: OwnedFd, paths: &[String]) -> Step<()> {
 }
 
 /// A detached mount of a new file system.
-fn new_detached(fstype: &CStr, options: &[(&CStr, &CStr)], attributes: u64) -> io::Result<OwnedFd> {
-    const FSCONFIG_SET_STRING: libc::c_uint = 1;
-    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
-    const CLOEXEC: libc::c_uint = 1;
-    let none = std::ptr::null::<libc::c_char>();
-    // SAFETY: the name is a C string.
-    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), CLOEXEC) })?;
+fn new_detached(
+    fstype: &CStr,
+    options: &[(&CStr, &CStr)],
+    attributes: &Attributes,
+) -> io::Result<OwnedFd> {
+    // The same bits as for mount_setattr(2), where there is room for more of them.
+    let attributes = MountAttrFlags::from_bits_truncate(attributes.set as u32);
+    let context = fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (key, value) in options {
-        let (fd, key, value) = (context.as_raw_fd(), key.as_ptr(), value.as_ptr());
-        // SAFETY: an open descriptor and two C strings.
-        check(unsafe {
-            libc::syscall(libc::SYS_fsconfig, fd, FSCONFIG_SET_STRING, key, value, 0)
-        })?;
+        fsconfig_set_string(&context, *key, *value)?;
     }
-    // SAFETY: an open descriptor; the command takes neither key nor value.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            FSCONFIG_CMD_CREATE,
-            none,
-            none,
-            0,
-        )
-    })?;
-    // SAFETY: an open descriptor and plain numbers.
-    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, attributes) })
+    fsconfig_create(&context)?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    Ok(fsmount(&context, flags, attributes)?)
 }
 
 fn make_readonly(root: BorrowedFd<'_>, path: &str) -> io::Result<()> {
@@ -348,18 +327,9 @@ fn make_readonly(root: BorrowedFd<'_>, path: &str) -> io::Result<()> {
         }
         Err(error) => return Err(error),
     };
-    // SAFETY: open_tree takes an open descriptor and an empty C string.
-    let tree = unsafe {
-        libc::syscall(
-            libc::SYS_open_tree,
-            place.as_raw_fd(),
-            c"".as_ptr(),
-            OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | AT_EMPTY_PATH,
-        )
-    };
-    let tree = owned(tree)?;
-    set_attributes(tree.as_fd(), &READ_ONLY, Scope::Mount)?;
-    attach(tree.as_fd(), place.as_fd())
+    let tree = clone_tree(&place, Extent::Tree)?;
+    set_attributes(&tree, &READ_ONLY, Extent::Mount)?;
+    attach(&tree, &place)
 }
 
 /// Opens `path` inside `root` as a place (O_PATH); symlinks stay inside.
@@ -396,7 +366,7 @@ fn make(root: BorrowedFd<'_>, path: &Path, place: Place) -> io::Result<OwnedFd> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         result => return result,
     }
-    // Context remains to be walked, the next part last; `at` is the resolved way so far.
+    // What remains to be walked, the next part last; `at` is the resolved way so far.
     let parts = |path: &Path| -> Vec<PathBuf> {
         path.components()
             .rev()
@@ -469,79 +439,14 @@ fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Place> {
     })
 }
 
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    let fd = RawFd::try_from(check(result)?).map_err(io::Error::other)?;
-    // SAFETY: the kernel just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn recursion(scope: Scope) -> libc::c_uint {
-    match scope {
-        Scope::Mount => 0,
-        Scope::Tree => AT_RECURSIVE,
-    }
-}
-
-/// A detached copy of the mounts at `path`.
-pub fn clone_tree(path: &CStr, scope: Scope, flags: libc::c_uint) -> io::Result<OwnedFd> {
-    let flags = flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursion(scope);
-    // SAFETY: the path is a C string.
-    owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
-}
-
-fn clone_fd(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH;
-    // SAFETY: an open descriptor and an empty C string.
-    owned(unsafe { libc::syscall(libc::SYS_open_tree, fd.as_raw_fd(), c"".as_ptr(), flags) })
-}
-
-/// Mounts a detached tree on an opened place.
-pub fn attach(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: two open descriptors and two empty C strings.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            place.as_raw_fd(),
-            c"".as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
-        )
-    };
-    check(result).map(|_| ())
-}
-
-fn set_attributes(mount: BorrowedFd<'_>, attributes: &Attributes, scope: Scope) -> io::Result<()> {
-    if attributes.is_empty() {
-        return Ok(());
-    }
-    let flags = AT_EMPTY_PATH | recursion(scope);
-    // SAFETY: the attributes have the layout of struct mount_attr, and their size is given.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            std::ptr::from_ref(attributes),
-            size_of::<Attributes>(),
-        )
-    };
-    check(result).map(|_| ())
-}
-
 fn propagate(mount: BorrowedFd<'_>, flags: MsFlags) -> io::Result<()> {
-    let kind = flags & !MsFlags::MS_REC;
-    let attributes = Attributes {
-        propagation: kind.bits(),
-        ..Attributes::default()
-    };
-    let scope = if flags.contains(MsFlags::MS_REC) {
-        Scope::Tree
+    let extent = if flags.contains(MsFlags::MS_REC) {
+        Extent::Tree
     } else {
-        Scope::Mount
+        Extent::Mount
     };
-    set_attributes(mount, &attributes, scope)
+    let kind = flags & !MsFlags::MS_REC;
+    set_attributes(mount, &Attributes::propagation(kind.bits()), extent)
 }
 
 fn change_propagation(path: &CStr, flags: MsFlags) -> nix::Result<()> {

@@ -3,10 +3,11 @@
 use std::ffi::CString;
 
 use guest_protocol::protocols::oci;
+use sys::mount::Extent;
 
 use super::c_string;
 use crate::error::{Error, Result};
-use crate::mount_options::{Options, Scope};
+use crate::mount_options::Options;
 
 /// One mount of a container.
 #[derive(Clone, Debug)]
@@ -19,7 +20,7 @@ pub struct MountPlan {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MountKind {
-    Bind(Scope),
+    Bind(Extent),
     Cgroup,
     New { fstype: CString },
 }
@@ -45,8 +46,8 @@ pub fn mount(mount: &oci::Mount) -> Result<MountPlan> {
     }
     let options = Options::parse(&mount.options);
     let kind = match (mount.type_.as_str(), options.bind) {
-        (_, Some(scope)) => MountKind::Bind(scope),
-        ("bind", None) => MountKind::Bind(Scope::Mount),
+        (_, Some(extent)) => MountKind::Bind(extent),
+        ("bind", None) => MountKind::Bind(Extent::Mount),
         ("cgroup" | "cgroup2", None) => MountKind::Cgroup,
         ("", None) => {
             return Err(Error::Invalid(format!(

@@ -1,10 +1,10 @@
 //! What a process needs before and at exec(2), checked: arguments, user, capabilities, limits.
 
 use std::ffi::CString;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use guest_protocol::protocols::oci::{self, LinuxCapabilities};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::super::seccomp::Filter;
 use super::c_string;
@@ -39,14 +39,25 @@ pub struct TerminalSize {
     pub columns: u16,
 }
 
-/// The five capability sets as bit masks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The five capability sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    pub bounding: u64,
-    pub effective: u64,
-    pub inheritable: u64,
-    pub permitted: u64,
-    pub ambient: u64,
+    pub bounding: CapabilitySet,
+    pub own: CapabilitySets,
+    pub ambient: CapabilitySet,
+}
+
+impl Capabilities {
+    /// No capability at all.
+    pub const NONE: Capabilities = Capabilities {
+        bounding: CapabilitySet::empty(),
+        own: CapabilitySets {
+            effective: CapabilitySet::empty(),
+            permitted: CapabilitySet::empty(),
+            inheritable: CapabilitySet::empty(),
+        },
+        ambient: CapabilitySet::empty(),
+    };
 }
 
 impl ProcessPlan {
@@ -103,24 +114,25 @@ impl ProcessPlan {
     }
 }
 
-/// Capability masks; names that no kernel knows are left out.
+/// Capability sets; names that no kernel knows are left out.
 fn capabilities(sets: &LinuxCapabilities) -> Capabilities {
     let mask = |names: &[String]| {
-        names
-            .iter()
-            .fold(0, |mask, name| match caps::Capability::from_str(name) {
-                Ok(capability) => mask | capability.bitmask(),
-                Err(_) => {
-                    log!("unknown capability {name:?} left out");
-                    mask
-                }
-            })
+        let mut mask = CapabilitySet::empty();
+        for name in names {
+            match name.strip_prefix("CAP_").and_then(CapabilitySet::from_name) {
+                Some(capability) => mask |= capability,
+                None => log!("unknown capability {name:?} left out"),
+            }
+        }
+        mask
     };
     Capabilities {
         bounding: mask(&sets.Bounding),
-        effective: mask(&sets.Effective),
-        inheritable: mask(&sets.Inheritable),
-        permitted: mask(&sets.Permitted),
+        own: CapabilitySets {
+            effective: mask(&sets.Effective),
+            permitted: mask(&sets.Permitted),
+            inheritable: mask(&sets.Inheritable),
+        },
         ambient: mask(&sets.Ambient),
     }
 }
@@ -173,7 +185,10 @@ mod tests {
             Bounding: vec!["CAP_CHOWN".into(), "CAP_FLY".into(), "CAP_KILL".into()],
             ..Default::default()
         };
-        assert_eq!(capabilities(&sets).bounding, 1 | 1 << 5);
+        assert_eq!(
+            capabilities(&sets).bounding,
+            CapabilitySet::CHOWN | CapabilitySet::KILL
+        );
         let limit = |name: &str| oci::POSIXRlimit {
             Type: name.into(),
             Hard: 2,

@@ -508,8 +508,8 @@ mod tests {
         ] {
             let error = Name::parse(path).unwrap().check().unwrap_err();
             assert!(
-                error.code == ttrpc::Code::INVALID_ARGUMENT
-                    && error.message.contains("cgroupsPath"),
+                error.code() == ttrpc::Code::INVALID_ARGUMENT
+                    && error.to_string().contains("cgroupsPath"),
                 "{error}"
             );
         }
@@ -576,17 +576,17 @@ mod tests {
             call(&mut command, deadline)
         };
         let late = shell("exec sleep 1000", Duration::from_millis(50)).unwrap_err();
-        assert_eq!(late.code, ttrpc::Code::DEADLINE_EXCEEDED);
+        assert_eq!(late.code(), ttrpc::Code::DEADLINE_EXCEEDED);
         // The other one keeps the pipes.
         let failed = shell(
             "echo first >&2; echo no such slice >&2; sleep 3 & exit 1",
             SET_DEADLINE,
         )
         .unwrap();
-        assert_eq!(refusal(&failed).message, "no such slice");
+        assert_eq!(refusal(&failed).to_string(), "no such slice");
         assert!(
             refusal(&shell("exit 3", SET_DEADLINE).unwrap())
-                .message
+                .to_string()
                 .contains("exit status: 3")
         );
     }
@@ -601,11 +601,11 @@ mod tests {
         let error = Scope::make(&Name::parse("cof.slice:cri:web").unwrap(), LIMITS).unwrap_err();
         assert!(
             error
-                .message
+                .to_string()
                 .starts_with("make cri-web.scope in cof.slice through systemd: "),
             "{error}"
         );
-        assert!(!error.message.contains('\n'), "{error}");
+        assert!(!error.to_string().contains('\n'), "{error}");
         undo("cri-web.scope").unwrap();
     }
 }

@@ -1,0 +1,517 @@
+//! The running guest: its virtual machine with the helpers, the agent in it, and what it has of the
+//! host. Its size follows what its containers may use; its end is whichever part ends first.
+
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use guest_protocol::protocols::agent::{
+    CreateContainerRequest, ExecProcessRequest, OnlineCPUMemRequest, PauseContainerRequest,
+    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
+};
+use guest_protocol::{ALL_PROCESSES, Transport, deadlines};
+use launcher::UidLease;
+use oci_spec::runtime::{LinuxResources, Process};
+use tokio::sync::{Mutex, MutexGuard, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use ttrpc::Code;
+use vmm::helpers::{Virtiofsd, VsockDaemon};
+use vmm::process::Identity;
+use vmm::{Attached, Block, Device, Vm};
+
+use crate::error::Result;
+use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
+use crate::guest::calls::{Ended, Freezer, GuestCalls};
+use crate::guest::guest_spec;
+use crate::guest::host_sockets::HostSockets;
+use crate::guest::machine_size::{MachineSize, WantedSize};
+use crate::guest::nics::Nics;
+use crate::guest::place::{self, HostCgroup};
+use crate::guest::preconnect::PreconnectedStdio;
+use crate::host::ledger::Ledger;
+use crate::model::{ProcessId, SignalScope, Stdio};
+use crate::network::Forwarder;
+use crate::stdio::GuestIo;
+
+/// A call in which the agent waits for nothing.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// containerd's collector waits 2 s for the statistics of one shim.
+const STATS_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Before the guest is asked once more to remove a container: an exec of it may be on its way.
+const REMOVE_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long the other notices of a machine's death may take to tell the better reason.
+const AGENT_LOST_GRACE: Duration = Duration::from_secs(1);
+
+/// QEMU's own orderly end, before it is killed.
+pub(super) const QUIT_DEADLINE: Duration = Duration::from_millis(300);
+
+/// Growing takes the guest well below a second; what it cannot give back in this time it keeps for
+/// now.
+const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A guest with an agent that answers.
+pub struct RunningGuest {
+    pub(super) vm: Vm,
+    pub(super) agent: Agent,
+    pub(super) transport: Transport,
+    pub(super) features: Features,
+    pub(super) host_sockets: Option<HostSockets>,
+    pub(super) _forwarder: Option<Forwarder>,
+    /// Keeps the guest's time of day; ends with this.
+    pub(super) _clock: JoinSet<()>,
+    pub(super) nics: Arc<Nics>,
+    pub(super) size: Size,
+    /// Where its processes are on the host.
+    pub(super) place: Arc<HostCgroup>,
+    pub(super) file_servers: [Virtiofsd; 2],
+    pub(super) vsock_daemon: Option<VsockDaemon>,
+    /// The user id of its processes, which nobody else gets while they live.
+    pub(super) _uid: Option<UidLease>,
+}
+
+/// How large the machine is.
+pub(super) struct Size {
+    /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
+    asked: Mutex<MachineSize>,
+    /// MiB of memory that the guest has, which may be more than it should.
+    has_mib: AtomicU64,
+    /// How many wait for their turn: a guest that is slow to give memory back gets no more time
+    /// for it then.
+    waiting: watch::Sender<u32>,
+}
+
+impl Size {
+    pub(super) fn new(size: MachineSize) -> Size {
+        Size {
+            asked: Mutex::new(size),
+            has_mib: AtomicU64::new(size.memory_mib),
+            waiting: watch::channel(0).0,
+        }
+    }
+
+    async fn turn(&self) -> MutexGuard<'_, MachineSize> {
+        let _waiting = Waiting::new(&self.waiting);
+        self.asked.lock().await
+    }
+
+    async fn somebody_waits(&self) {
+        let mut waiting = self.waiting.subscribe();
+        // `self` holds the sender.
+        let _ = waiting.wait_for(|waiting| *waiting > 0).await;
+    }
+}
+
+/// One that waits for its turn, until it has it or gives up.
+struct Waiting<'a>(&'a watch::Sender<u32>);
+
+impl Waiting<'_> {
+    fn new(waiting: &watch::Sender<u32>) -> Waiting<'_> {
+        waiting.send_modify(|waiting| *waiting += 1);
+        Waiting(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|waiting| *waiting -= 1);
+    }
+}
+
+impl std::fmt::Debug for RunningGuest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RunningGuest({})", self.pid())
+    }
+}
+
+#[async_trait]
+impl GuestCalls for RunningGuest {
+    fn pid(&self) -> u32 {
+        self.vm.identity().pid.cast_unsigned()
+    }
+
+    fn features(&self) -> &Features {
+        &self.features
+    }
+
+    fn host_sockets(&self) -> Option<&HostSockets> {
+        self.host_sockets.as_ref()
+    }
+
+    async fn create_container(
+        &self,
+        request: &CreateContainerRequest,
+        io: &Stdio,
+    ) -> Result<GuestIo> {
+        let process = ProcessId::init(&request.container_id);
+        let streams = if self.features.raw_stdio {
+            Some(GuestIo::raw(&self.transport, &process, io).await?)
+        } else {
+            None
+        };
+        self.agent
+            .create_container(request, deadlines::CREATE_CONTAINER)
+            .await?;
+        Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, &process, io)))
+    }
+
+    async fn remove_container(&self, id: &str, by: Instant) -> Result<()> {
+        let request = RemoveContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let asking = async {
+            loop {
+                let left = by
+                    .saturating_duration_since(Instant::now())
+                    .max(REMOVE_PAUSE);
+                match self.agent.remove_container(&request, left).await {
+                    Err(error) if error.code() == Code::NOT_FOUND => return Ok(()),
+                    Err(error) if Instant::now() + REMOVE_PAUSE < by => {
+                        tracing::debug!(%error, id, "the guest is asked again to remove it");
+                        sleep(REMOVE_PAUSE).await;
+                    }
+                    result => return result,
+                }
+            }
+        };
+        tokio::select! {
+            result = asking => result,
+            _ = self.agent.failed() => Ok(()),
+        }
+    }
+
+    async fn attach_disk(&self, path: &Path, number: Option<u64>, ro: bool) -> Result<Attached> {
+        let disk = Block {
+            path: path.to_owned(),
+            number,
+            read_only: ro,
+            direct: false,
+            serial: None,
+        };
+        Ok(self.vm.attach(Device::Block(disk)).await?)
+    }
+
+    async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
+        Ok(self.vm.detach(id, deadline).await?)
+    }
+
+    async fn start_container(&self, id: &str) -> Result<()> {
+        let request = StartContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.agent
+            .start_container(&request, deadlines::START_PROCESS)
+            .await
+    }
+
+    fn preconnect(&self, process: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
+        let begin = || PreconnectedStdio::begin(&self.transport, process, io);
+        self.features.raw_stdio.then(begin)
+    }
+
+    async fn exec(
+        &self,
+        process: &ProcessId,
+        spec: &Process,
+        io: &Stdio,
+        preconnected: Option<PreconnectedStdio>,
+    ) -> Result<GuestIo> {
+        let streams = match preconnected {
+            Some(preconnected) => preconnected.take().await,
+            None => None,
+        };
+        let streams = if self.features.raw_stdio && streams.is_none() {
+            Some(GuestIo::raw(&self.transport, process, io).await?)
+        } else {
+            streams
+        };
+        let request = ExecProcessRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec_id().to_owned(),
+            process: Some(guest_spec::process(spec)).into(),
+            ..Default::default()
+        };
+        let started = self
+            .agent
+            .exec_process(&request, deadlines::START_PROCESS)
+            .await;
+        if started
+            .as_ref()
+            .is_err_and(|error| error.code() == Code::DEADLINE_EXCEEDED)
+        {
+            // It may run all the same by now, and nobody would know.
+            let sigkill = libc::SIGKILL.cast_unsigned();
+            let _ = self
+                .signal(process, sigkill, SignalScope::Process, CALL_DEADLINE)
+                .await;
+        }
+        started?;
+        Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, process, io)))
+    }
+
+    async fn wait(&self, process: &ProcessId) -> Option<u32> {
+        let request = WaitProcessRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec_id().to_owned(),
+            ..Default::default()
+        };
+        self.agent.wait_process(&request).await
+    }
+
+    async fn signal(
+        &self,
+        process: &ProcessId,
+        signal: u32,
+        scope: SignalScope,
+        deadline: Duration,
+    ) -> Result<()> {
+        let all = scope == SignalScope::Container && self.features.signal_all;
+        let exec_id = if all {
+            ALL_PROCESSES
+        } else {
+            process.exec_id()
+        };
+        let request = SignalProcessRequest {
+            container_id: process.container.clone(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            ..Default::default()
+        };
+        self.agent.signal_process(&request, deadline).await
+    }
+
+    async fn resize_terminal(&self, process: &ProcessId, columns: u32, rows: u32) -> Result<()> {
+        let request = TtyWinResizeRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec_id().to_owned(),
+            row: rows,
+            column: columns,
+            ..Default::default()
+        };
+        match self.agent.tty_win_resize(&request, CALL_DEADLINE).await {
+            // There is no terminal, or nobody before it any more.
+            Err(error) if matches!(error.code(), Code::UNAVAILABLE | Code::NOT_FOUND) => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn set_freezer(&self, id: &str, to: Freezer) -> Result<()> {
+        let container_id = id.to_owned();
+        match to {
+            Freezer::Frozen => {
+                let request = PauseContainerRequest {
+                    container_id,
+                    ..Default::default()
+                };
+                self.agent
+                    .pause_container(&request, deadlines::CHANGE_CONTAINER)
+                    .await
+            }
+            Freezer::Thawed => {
+                let request = ResumeContainerRequest {
+                    container_id,
+                    ..Default::default()
+                };
+                self.agent
+                    .resume_container(&request, deadlines::CHANGE_CONTAINER)
+                    .await
+            }
+        }
+    }
+
+    async fn stats(&self, id: &str) -> Result<Stats> {
+        let request = StatsContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.agent.stats(&request, STATS_DEADLINE).await
+    }
+
+    async fn update(&self, id: &str, resources: &LinuxResources) -> Result<()> {
+        let request = UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources: Some(guest_spec::resources(resources)).into(),
+            ..Default::default()
+        };
+        self.agent
+            .update_container(&request, deadlines::CHANGE_CONTAINER)
+            .await
+    }
+
+    async fn add_links(&self, ledger: &Ledger) -> Result<()> {
+        self.nics.wire(1, ledger).await?;
+        self.nics.plug(&self.vm).await?;
+        self.nics.set_up(&self.agent).await
+    }
+
+    async fn grow(&self, wanted: &WantedSize) -> Result<()> {
+        let asked = self.size.turn().await;
+        let to = asked.max(wanted.get());
+        self.resize(asked, to).await
+    }
+
+    async fn fit(&self, wanted: &WantedSize) -> Result<()> {
+        let asked = self.size.turn().await;
+        let to = wanted.get();
+        self.resize(asked, to).await
+    }
+
+    async fn watch_oom(&self, tell: &(dyn Fn(String) + Send + Sync)) {
+        watch_oom(&self.agent, tell).await;
+    }
+
+    async fn ping(&self) -> Result<()> {
+        self.agent.ping(CALL_DEADLINE).await
+    }
+
+    async fn died(&self) -> Ended {
+        let reason = self.end().await;
+        match self.place.out_of_memory() {
+            Some(why) => Ended {
+                reason: format!("{reason}: {why}"),
+                out_of_memory: true,
+            },
+            None => Ended {
+                reason,
+                out_of_memory: false,
+            },
+        }
+    }
+
+    async fn stop(&self) {
+        if let Err(error) = self.vm.stop(QUIT_DEADLINE).await {
+            tracing::warn!(%error, "QEMU did not stop in order");
+        }
+        let daemon = async {
+            match &self.vsock_daemon {
+                Some(daemon) => daemon.stop(QUIT_DEADLINE).await,
+                None => Ok(()),
+            }
+        };
+        let [volumes, roots] = self
+            .file_servers
+            .each_ref()
+            .map(|server| server.stop(QUIT_DEADLINE));
+        let (volumes, roots, daemon) = tokio::join!(volumes, roots, daemon);
+        for error in [volumes, roots, daemon].into_iter().filter_map(Result::err) {
+            tracing::warn!(%error, "a helper did not stop in order");
+        }
+    }
+}
+
+impl RunningGuest {
+    async fn end(&self) -> String {
+        let mut death = pin!(death(
+            &self.vm,
+            &self.file_servers,
+            self.vsock_daemon.as_ref()
+        ));
+        let fault = tokio::select! {
+            why = &mut death => return why,
+            fault = self.agent.failed() => fault,
+        };
+        match fault {
+            Fault::Garbled(why) => why,
+            // Usually because the machine has ended, and QEMU's own death is the better reason to
+            // give.
+            Fault::Lost(why) => timeout(AGENT_LOST_GRACE, death).await.unwrap_or(why),
+        }
+    }
+
+    async fn resize(&self, mut size: MutexGuard<'_, MachineSize>, to: MachineSize) -> Result<()> {
+        self.place.raise(to).await?;
+        let resized = self.resize_machine(&mut size, to).await;
+        if let Ok(has_mib) = resized {
+            // What the guest did not give back it may still use.
+            self.place
+                .lower(MachineSize {
+                    memory_mib: has_mib.max(to.memory_mib),
+                    ..to
+                })
+                .await;
+        }
+        place::set_oom_score(&self.processes(), to.oom_score_adj);
+        resized.map(drop)
+    }
+
+    fn processes(&self) -> Vec<Identity> {
+        let helpers = self.file_servers.iter().map(|server| server.identity());
+        [self.vm.identity()]
+            .into_iter()
+            .chain(helpers)
+            .chain(self.vsock_daemon.iter().map(|one| one.identity()))
+            .collect()
+    }
+
+    /// Returns the MiB of memory that the guest has.
+    async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
+        if to.memory_mib != size.memory_mib {
+            let shrinks = to.memory_mib < size.memory_mib;
+            let got = tokio::select! {
+                got = self.vm.resize_memory(to.memory_mib, RESIZE_DEADLINE) => got?,
+                // The guest goes on giving back, and may have all of it still.
+                () = self.size.somebody_waits(), if shrinks => {
+                    self.size.has_mib.load(Ordering::Relaxed)
+                }
+            };
+            if got < to.memory_mib {
+                tracing::warn!(
+                    got,
+                    wanted = to.memory_mib,
+                    "the guest has less memory than its containers may use"
+                );
+            }
+            size.memory_mib = to.memory_mib;
+            self.size.has_mib.store(got, Ordering::Relaxed);
+        }
+        if to.vcpus != size.vcpus {
+            let got = self.vm.resize_vcpus(to.vcpus, RESIZE_DEADLINE).await?;
+            let request = OnlineCPUMemRequest {
+                nb_cpus: got.saturating_sub(size.vcpus),
+                ..Default::default()
+            };
+            size.vcpus = got;
+            if request.nb_cpus > 0 {
+                self.agent
+                    .online_cpu_mem(&request, deadlines::ONLINE_CPU_MEM)
+                    .await?;
+            }
+        }
+        Ok(self.size.has_mib.load(Ordering::Relaxed))
+    }
+}
+
+/// Waits for the end of the first part without which there is no guest, and says why it ended.
+pub(super) async fn death(
+    vm: &Vm,
+    [volumes, roots]: &[Virtiofsd; 2],
+    daemon: Option<&VsockDaemon>,
+) -> String {
+    let daemon = async {
+        match daemon {
+            Some(daemon) => daemon.exited().await,
+            None => std::future::pending().await,
+        }
+    };
+    let why = tokio::select! {
+        death = vm.died() => return death.to_string(),
+        why = volumes.exited() => why,
+        why = roots.exited() => why,
+        why = daemon => why,
+    };
+    // Helpers end with QEMU's connection, and may be noticed before it: then QEMU's death is the
+    // reason.
+    match timeout(QUIT_DEADLINE, vm.died()).await {
+        Ok(death) => death.to_string(),
+        Err(_) => why,
+    }
+}
