@@ -17,10 +17,10 @@ pub enum Error {
     #[error("{0}")]
     Unavailable(String),
     /// A system call failed.
-    #[error("{what}: {}", errno_text(.source))]
+    #[error("{context}: {}", errno_text(.source))]
     Io {
         /// What was tried, on what.
-        what: String,
+        context: String,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -49,15 +49,15 @@ impl From<Error> for ttrpc::Error {
 }
 
 /// Says what was tried when a system call fails.
-pub trait What<T> {
-    /// Adds the sentence to an error.
-    fn what(self, what: impl FnOnce() -> String) -> Result<T>;
+pub trait Context<T> {
+    /// Turns a system call's error into [`Error::Io`] with this sentence.
+    fn context(self, context: impl FnOnce() -> String) -> Result<T>;
 }
 
-impl<T, E: Into<io::Error>> What<T> for std::result::Result<T, E> {
-    fn what(self, what: impl FnOnce() -> String) -> Result<T> {
+impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
+    fn context(self, context: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|error| Error::Io {
-            what: what(),
+            context: context(),
             source: error.into(),
         })
     }
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn errors_read_like_those_of_runc() {
         let error = Err::<(), _>(io::Error::from_raw_os_error(libc::ENOENT))
-            .what(|| "stat /foo".into())
+            .context(|| "stat /foo".into())
             .unwrap_err();
         assert_eq!(error.to_string(), "stat /foo: no such file or directory");
         assert_eq!(

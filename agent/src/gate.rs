@@ -1,13 +1,14 @@
-//! Who may connect to the agent. Where the host has announced a key, only who shows it first; else
-//! whoever comes.
+//! Who may connect to the agent: whoever shows the key, or, where the host has announced none,
+//! anybody.
 //!
-//! Strangers cannot keep the host out: of those that have shown nothing yet only the latest are
-//! kept.
+//! AF_VSOCK knows no permissions: every local user of the host can dial the guest. So each
+//! connection begins with the key of this boot (`guest_protocol::Key`). A flood of connections
+//! without the key cannot keep the host out: of those that have shown nothing yet only the latest
+//! are kept.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use guest_protocol::{KEY_LINE, Key, Listener, Stream};
 use sys::lock;
@@ -16,19 +17,17 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::deadlines;
 use crate::log::log;
-
-/// By when a key must be shown. The host sends it with the connection.
-const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Connections that have shown nothing yet. Far more than the host makes at once: its own are among
 /// these until their first bytes have come, which is after the guest has answered them.
-const STRANGERS: usize = 1024;
+const MAX_UNAUTHENTICATED: usize = 1024;
 
-/// Connections that have, and that nobody has taken yet.
-const WAITING: usize = 64;
+/// Connections that have shown the key and are not accepted yet.
+const MAX_ADMITTED: usize = 64;
 
-/// In one place, so that copies of this process can be without it ([`forget`]).
+/// The only place of the key, so that [`forget`] leaves none in a copy of this process.
 static KEY: Mutex<Option<Key>> = Mutex::new(None);
 static HAS_KEY: Notify = Notify::const_new();
 
@@ -38,7 +37,7 @@ pub fn set(key: Key) {
     HAS_KEY.notify_waiters();
 }
 
-/// For a copy of this process that others may look into.
+/// Overwrites the key: for a copy of this process that a container may look into.
 pub fn forget() {
     if let Ok(mut key) = KEY.try_lock()
         && let Some(key) = key.as_mut()
@@ -54,58 +53,66 @@ pub fn forget() {
     }
 }
 
+/// What a connection needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    Anybody,
+    /// The key of this boot, which the host sends as the answer to the ready notice.
+    Key,
+}
+
 /// Connections to one port.
 #[derive(Debug)]
-pub enum Arrivals {
-    /// As they come.
+pub enum Incoming {
+    /// Accepted as they come.
     Open(Listener),
     /// Those that have shown the key.
     Keyed(mpsc::Receiver<Stream>),
 }
 
-impl Arrivals {
-    /// Of a listener; `keyed` says that a key is to be shown.
-    pub fn of(listener: Listener, keyed: bool) -> Arrivals {
-        if !keyed {
-            return Arrivals::Open(listener);
+impl Incoming {
+    pub fn of(listener: Listener, admission: Admission) -> Incoming {
+        if admission == Admission::Anybody {
+            return Incoming::Open(listener);
         }
-        let (admitted, arrivals) = mpsc::channel(WAITING);
-        tokio::spawn(watch(listener, admitted));
-        Arrivals::Keyed(arrivals)
+        let (admitted, incoming) = mpsc::channel(MAX_ADMITTED);
+        tokio::spawn(admit_all(listener, admitted));
+        Incoming::Keyed(incoming)
     }
 
-    /// The next one.
+    /// The next connection.
     ///
     /// # Errors
-    /// The socket's own.
+    /// The error of accept(2).
     pub async fn accept(&mut self) -> io::Result<Stream> {
         match self {
-            Arrivals::Open(listener) => listener.accept().await,
-            Arrivals::Keyed(arrivals) => arrivals
+            Incoming::Open(listener) => listener.accept().await,
+            Incoming::Keyed(incoming) => incoming
                 .recv()
                 .await
-                .ok_or_else(|| io::Error::other("nobody watches the gate")),
+                .ok_or_else(|| io::Error::other("connections are not admitted any more")),
         }
     }
 }
 
-async fn watch(listener: Listener, admitted: mpsc::Sender<Stream>) {
-    let mut strangers: VecDeque<AbortHandle> = VecDeque::new();
+async fn admit_all(listener: Listener, admitted: mpsc::Sender<Stream>) {
+    let mut unauthenticated: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                strangers.retain(|stranger| !stranger.is_finished());
-                if strangers.len() >= STRANGERS
-                    && let Some(oldest) = strangers.pop_front()
+                unauthenticated.retain(|task| !task.is_finished());
+                if unauthenticated.len() >= MAX_UNAUTHENTICATED
+                    && let Some(oldest) = unauthenticated.pop_front()
                 {
                     oldest.abort();
                 }
-                strangers.push_back(tokio::spawn(admit(stream, admitted.clone())).abort_handle());
+                unauthenticated
+                    .push_back(tokio::spawn(admit(stream, admitted.clone())).abort_handle());
             }
             Err(error) => {
                 log!("accept: {error}");
                 // Out of descriptors, for example: others must close some first.
-                sleep(Duration::from_millis(100)).await;
+                sleep(deadlines::ACCEPT_RETRY_PAUSE).await;
             }
         }
     }
@@ -115,25 +122,24 @@ async fn admit(mut stream: Stream, admitted: mpsc::Sender<Stream>) {
     let shown = async {
         let mut line = [0; KEY_LINE];
         stream.read_exact(&mut line).await?;
-        Ok::<_, io::Error>(shows_the_key(&line).await)
+        Ok::<_, io::Error>(shows_key(&line).await)
     };
-    match timeout(DEADLINE, shown).await {
-        // By a task of its own: who has shown the key is no stranger any more, however long nobody
-        // takes it.
+    match timeout(deadlines::KEY_SHOWN, shown).await {
+        // In a task of its own: this one may be aborted to make room.
         Ok(Ok(true)) => drop(tokio::spawn(async move { admitted.send(stream).await })),
         _ => log!("a connection that shows no key, or another, is closed"),
     }
 }
 
-/// The host may connect before its key is here.
-async fn shows_the_key(line: &[u8; KEY_LINE]) -> bool {
+/// Waits for the key: the host may connect before it has come.
+async fn shows_key(line: &[u8; KEY_LINE]) -> bool {
     loop {
-        let mut comes = std::pin::pin!(HAS_KEY.notified());
-        comes.as_mut().enable();
+        let mut key_is_set = std::pin::pin!(HAS_KEY.notified());
+        key_is_set.as_mut().enable();
         if let Some(key) = lock(&KEY).as_ref() {
             return key.is_shown_by(line);
         }
-        comes.await;
+        key_is_set.await;
     }
 }
 
@@ -145,7 +151,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn only_who_shows_the_key_comes_in_however_many_strangers_there_are() {
+    async fn only_who_shows_the_key_comes_in_however_many_others_there_are() {
         let mut limit = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
@@ -162,7 +168,7 @@ mod tests {
             listener: UnixListener::bind(&path).unwrap(),
             path: path.clone(),
         };
-        let mut arrivals = Arrivals::of(listener, true);
+        let mut incoming = Incoming::of(listener, Admission::Key);
         let key = Key::random().unwrap();
         // Before there is a key: it waits for it.
         let mut early = UnixStream::connect(&path).await.unwrap();
@@ -170,7 +176,7 @@ mod tests {
         early.write_all(b"early").await.unwrap();
         set(key.clone());
         let mut text = [0; 5];
-        arrivals
+        incoming
             .accept()
             .await
             .unwrap()
@@ -181,17 +187,17 @@ mod tests {
 
         // Many at once, which nobody takes for now.
         let mut burst = Vec::new();
-        for _ in 0..STRANGERS / 4 {
+        for _ in 0..MAX_UNAUTHENTICATED / 4 {
             burst.push(UnixStream::connect(&path).await.unwrap());
         }
         for stream in &mut burst {
             stream.write_all(key.line()).await.unwrap();
         }
-        for _ in 0..WAITING {
+        for _ in 0..MAX_ADMITTED {
             tokio::task::yield_now().await;
         }
         for _ in 0..burst.len() {
-            arrivals
+            incoming
                 .accept()
                 .await
                 .unwrap()
@@ -203,9 +209,9 @@ mod tests {
             stream.read_exact(&mut text).await.unwrap();
         }
 
-        let mut strangers = Vec::new();
-        for _ in 0..STRANGERS + 100 {
-            strangers.push(UnixStream::connect(&path).await.unwrap());
+        let mut unauthenticated = Vec::new();
+        for _ in 0..MAX_UNAUTHENTICATED + 100 {
+            unauthenticated.push(UnixStream::connect(&path).await.unwrap());
             tokio::task::yield_now().await;
         }
         let mut wrong = UnixStream::connect(&path).await.unwrap();
@@ -219,7 +225,7 @@ mod tests {
         let mut right = UnixStream::connect(&path).await.unwrap();
         right.write_all(key.line()).await.unwrap();
         right.write_all(b"right").await.unwrap();
-        arrivals
+        incoming
             .accept()
             .await
             .unwrap()
@@ -227,7 +233,7 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(&text, b"right");
-        drop((strangers, half));
+        drop((unauthenticated, half));
         forget();
         assert!(!lock(&KEY).as_ref().unwrap().is_shown_by(key.line()));
     }

@@ -1,4 +1,8 @@
 //! Storages: what the host asks to be mounted in the guest, counted by mount point.
+//!
+//! [`mount_storage`] makes one, by its driver. [`Storages`] counts the users of each; the last
+//! one's release undoes it, unless one of them has asked for a storage that stays as long as the
+//! sandbox.
 
 use std::collections::HashMap;
 use std::fs;
@@ -15,43 +19,59 @@ use nix::sys::statvfs::statvfs;
 use sys::mount::Extent;
 use tokio::time::{Instant, sleep};
 
-use crate::container::Options;
-use crate::error::{Error, Result, What};
+use crate::deadlines::DEVICE_HOTPLUG_PAUSE;
+use crate::error::{Context, Error, Result};
+use crate::guest::pci;
 use crate::log::log;
-use crate::pci::{self, POLL};
-use crate::uds;
+use crate::mount_options::Options;
+use crate::relay::unix;
 
-/// Storage drivers, as GetGuestDetails lists them.
-pub const DRIVERS: [&str; 6] = [
-    "blk",
-    UDS_DRIVER,
-    "ephemeral",
-    "local",
-    "overlayfs",
-    "virtio-fs",
+/// How a storage is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    Block,
+    HostSocket,
+    Ephemeral,
+    Local,
+    Overlay,
+    VirtioFs,
+}
+
+/// Storage drivers by their names on the wire.
+const DRIVERS: [(&str, Driver); 6] = [
+    ("blk", Driver::Block),
+    (UDS_DRIVER, Driver::HostSocket),
+    ("ephemeral", Driver::Ephemeral),
+    ("local", Driver::Local),
+    ("overlayfs", Driver::Overlay),
+    ("virtio-fs", Driver::VirtioFs),
 ];
 
-/// Mounted storages.
+/// The names of the storage drivers, as GetGuestDetails lists them.
+pub fn driver_names() -> Vec<String> {
+    DRIVERS.map(|(name, _)| name.to_owned()).into()
+}
+
+/// The storages that there are, by mount point.
 #[derive(Debug, Default)]
 pub struct Storages(HashMap<String, Entry>);
 
 #[derive(Debug)]
 struct Entry {
     users: usize,
-    made: Made,
+    cleanup: Cleanup,
     /// Stays until the sandbox goes.
     shared: bool,
 }
 
-/// What a storage needs when it goes.
+/// What is to be done when a storage has no user any more.
 #[derive(Debug)]
-pub enum Made {
-    /// Nothing: files that stay.
-    Files,
-    /// To be unmounted.
-    Mount,
-    /// To be dropped.
-    Socket(uds::Socket),
+pub enum Cleanup {
+    /// Its files stay.
+    Nothing,
+    Unmount,
+    /// Its drop ends the socket.
+    CloseSocket(unix::Socket),
 }
 
 impl Storages {
@@ -67,12 +87,12 @@ impl Storages {
     }
 
     /// Notes a storage that [`mount_storage`] has made, for its first user.
-    pub fn add(&mut self, storage: &Storage, made: Made) {
+    pub fn add(&mut self, storage: &Storage, cleanup: Cleanup) {
         self.0.insert(
             storage.mount_point.clone(),
             Entry {
                 users: 1,
-                made,
+                cleanup,
                 shared: storage.shared,
             },
         );
@@ -88,7 +108,7 @@ impl Storages {
             && !entry.shared
             && let Some(entry) = self.0.remove(mount_point)
         {
-            undo(mount_point, entry.made);
+            clean_up(mount_point, entry.cleanup);
         }
     }
 
@@ -98,25 +118,25 @@ impl Storages {
         let mut all: Vec<(String, Entry)> = self.0.drain().collect();
         all.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
         for (path, entry) in all {
-            undo(&path, entry.made);
+            clean_up(&path, entry.cleanup);
         }
     }
 }
 
-fn undo(mount_point: &str, made: Made) {
-    match made {
-        Made::Files => {}
-        Made::Mount => {
+fn clean_up(mount_point: &str, cleanup: Cleanup) {
+    match cleanup {
+        Cleanup::Nothing => {}
+        Cleanup::Unmount => {
             if let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
                 log!("unmount {mount_point}: {error}");
             }
         }
-        Made::Socket(socket) => drop(socket),
+        Cleanup::CloseSocket(socket) => drop(socket),
     }
 }
 
-/// Makes a storage. `host` is the way to what the guest reaches of its host. The answer says what
-/// is to be undone.
+/// Makes a storage. `host` leads to the unix sockets of the host. Returns what is to be done when
+/// the storage has no user any more.
 ///
 /// # Errors
 /// An unknown driver, a device that does not come in time, a failed mount.
@@ -124,7 +144,7 @@ pub async fn mount_storage(
     storage: &Storage,
     device_deadline: Duration,
     host: &Transport,
-) -> Result<Made> {
+) -> Result<Cleanup> {
     let Storage {
         driver,
         mount_point,
@@ -143,23 +163,28 @@ pub async fn mount_storage(
             "fs_group of storage {mount_point} is not supported"
         )));
     }
-    match driver.as_str() {
-        "local" => local(storage).map(|()| Made::Files),
-        "ephemeral" => ephemeral(storage).map(|()| Made::Mount),
-        "virtio-fs" => share(storage, device_deadline).await.map(|()| Made::Mount),
-        UDS_DRIVER => uds::listen(storage, host.clone()).map(Made::Socket),
-        "overlayfs" => overlay(storage).map(|()| Made::Mount),
-        "blk" => {
+    let known = DRIVERS.iter().find(|(name, _)| name == driver);
+    let (_, driver) = known.ok_or_else(|| {
+        Error::Invalid(format!(
+            "unknown storage driver {driver:?} for {mount_point}"
+        ))
+    })?;
+    match driver {
+        Driver::Local => local(storage).map(|()| Cleanup::Nothing),
+        Driver::Ephemeral => ephemeral(storage).map(|()| Cleanup::Unmount),
+        Driver::VirtioFs => share(storage, device_deadline)
+            .await
+            .map(|()| Cleanup::Unmount),
+        Driver::HostSocket => unix::listen(storage, host.clone()).map(Cleanup::CloseSocket),
+        Driver::Overlay => overlay(storage).map(|()| Cleanup::Unmount),
+        Driver::Block => {
             let device = if storage.source.starts_with("/dev/") {
                 storage.source.clone()
             } else {
                 block_device(&storage.source, device_deadline).await?
             };
-            plain_mount(storage, &device, &storage.options).map(|()| Made::Mount)
+            plain_mount(storage, &device, &storage.options).map(|()| Cleanup::Unmount)
         }
-        other => Err(Error::Invalid(format!(
-            "unknown storage driver {other:?} for {mount_point}"
-        ))),
     }
 }
 
@@ -171,7 +196,7 @@ async fn share(storage: &Storage, deadline: Duration) -> Result<()> {
             Err(Error::Io { source, .. })
                 if source.raw_os_error() == Some(libc::EINVAL) && Instant::now() < end =>
             {
-                sleep(POLL).await;
+                sleep(DEVICE_HOTPLUG_PAUSE).await;
             }
             result => return result,
         }
@@ -186,7 +211,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
     } = storage;
     let options = Options::parse(options);
     let mut flags = options.flags;
-    let tried = || format!("mount {source} ({fstype}) on {mount_point}");
+    let attempt = || format!("mount {source} ({fstype}) on {mount_point}");
     match options.bind {
         Some(extent) => {
             flags |= MsFlags::MS_BIND;
@@ -200,7 +225,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
                         flags,
                         None::<&str>,
                     )
-                    .what(tried)
+                    .context(attempt)
                 });
             }
         }
@@ -211,7 +236,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
         }
         None => {}
     }
-    fs::create_dir_all(mount_point).what(|| format!("create {mount_point}"))?;
+    fs::create_dir_all(mount_point).context(|| format!("create {mount_point}"))?;
     let data = Some(options.data.as_str()).filter(|data| !data.is_empty());
     mount(
         Some(source),
@@ -220,7 +245,7 @@ fn plain_mount(storage: &Storage, source: &str, options: &[String]) -> Result<()
         flags,
         data,
     )
-    .what(tried)
+    .context(attempt)
 }
 
 fn file_target(path: &str) -> Result<()> {
@@ -233,14 +258,14 @@ fn file_target(path: &str) -> Result<()> {
                 .truncate(false)
                 .open(path)
         })
-        .what(|| format!("create {path}"))
+        .context(|| format!("create {path}"))
         .map(|_| ())
 }
 
 fn local(storage: &Storage) -> Result<()> {
     let path = &storage.mount_point;
     let (mode, group, _) = permissions(&storage.options)?;
-    fs::create_dir_all(path).what(|| format!("create {path}"))?;
+    fs::create_dir_all(path).context(|| format!("create {path}"))?;
     apply(path, mode, group)
 }
 
@@ -285,7 +310,7 @@ fn reserve_huge_pages(options: &[String]) -> Result<()> {
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(0);
     let wanted = present + size / page.max(1);
-    fs::write(&file, wanted.to_string()).what(|| format!("reserve huge pages in {file}"))?;
+    fs::write(&file, wanted.to_string()).context(|| format!("reserve huge pages in {file}"))?;
     let got: u64 = fs::read_to_string(&file)
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -334,7 +359,7 @@ fn apply(path: &str, mode: Option<u32>, group: Option<u32>) -> Result<()> {
         }
         Ok(())
     };
-    set().what(|| format!("set permissions of {path}"))
+    set().context(|| format!("set permissions of {path}"))
 }
 
 fn overlay(storage: &Storage) -> Result<()> {
@@ -345,7 +370,7 @@ fn overlay(storage: &Storage) -> Result<()> {
         .iter()
         .filter_map(|option| option.strip_prefix(CREATE))
     {
-        fs::create_dir_all(dir).what(|| format!("create {dir}"))?;
+        fs::create_dir_all(dir).context(|| format!("create {dir}"))?;
     }
     let mut options: Vec<String> = storage
         .options
@@ -358,7 +383,7 @@ fn overlay(storage: &Storage) -> Result<()> {
         let place = PathBuf::from(format!("{}.rw", storage.mount_point));
         for name in ["upper", "work"] {
             let dir = place.join(name);
-            fs::create_dir_all(&dir).what(|| format!("create {}", dir.display()))?;
+            fs::create_dir_all(&dir).context(|| format!("create {}", dir.display()))?;
             options.push(format!("{name}dir={}", dir.display()));
         }
     }
@@ -370,7 +395,7 @@ fn overlay(storage: &Storage) -> Result<()> {
 /// # Errors
 /// A path that does not exist.
 pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
-    let stat = statvfs(path).what(|| format!("stat file system of {path}"))?;
+    let stat = statvfs(path).context(|| format!("stat file system of {path}"))?;
     let usage = |total: u64, free: u64, available: u64, each: u64, unit: Unit| VolumeUsage {
         available: available.saturating_mul(each),
         total: total.saturating_mul(each),
@@ -402,7 +427,7 @@ pub fn volume_usage(path: &str) -> Result<VolumeStatsResponse> {
 /// The node of the virtio-blk device at a PCI path such as `02/01`, once it is there.
 ///
 /// # Errors
-/// A path that is none, or a device that does not come before the deadline.
+/// Text that is not a PCI path, or a device that does not come in time.
 pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> {
     let node = |device: &Path| {
         let node = format!("/dev/{}", pci::virtio_child(device, "block")?);
@@ -410,7 +435,7 @@ pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> 
         // says ENXIO.
         fs::File::open(&node).is_ok().then_some(node)
     };
-    pci::wait(pci_path, "block device", deadline, node).await
+    pci::wait_for(pci_path, "block device", deadline, node).await
 }
 
 #[cfg(test)]
@@ -462,7 +487,7 @@ mod tests {
             ..Default::default()
         };
         assert!(!storages.reuse(&storage));
-        storages.add(&storage, Made::Files);
+        storages.add(&storage, Cleanup::Nothing);
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");
         assert!(storages.reuse(&storage));
@@ -479,7 +504,7 @@ mod tests {
             shared: true,
             ..Default::default()
         };
-        storages.add(&storage, Made::Files);
+        storages.add(&storage, Cleanup::Nothing);
         storages.release("/nowhere");
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");
@@ -491,7 +516,7 @@ mod tests {
                 shared: false,
                 ..storage.clone()
             },
-            Made::Files,
+            Cleanup::Nothing,
         );
         assert!(storages.reuse(&storage));
         storages.release("/nowhere");

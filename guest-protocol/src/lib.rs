@@ -5,8 +5,12 @@
 //! knows nothing of QEMU or containerd.
 
 mod client;
+pub mod deadlines;
+pub mod forward;
 mod frames;
+pub mod host_socket;
 mod key;
+mod line;
 pub mod stdio;
 mod transport;
 
@@ -23,8 +27,13 @@ pub mod protocols {
 }
 
 pub use client::{AgentClient, context};
+pub use forward::{FEATURE_PORT_FORWARD, FORWARD_PORT, ForwardRequest};
 pub use frames::MAX_FRAME;
+pub use host_socket::{
+    FEATURE_UDS, HostSocketRequest, UDS_DRIVER, UDS_PORT, UDS_PORT_OPTION, is_socket_name,
+};
 pub use key::{KEY_LINE, KEY_PARAMETER, Key};
+pub use line::{BadLine, Line, read_line};
 pub use transport::{Listener, Stream, Transport};
 
 /// Port of the agent's ttrpc server in the guest.
@@ -48,36 +57,6 @@ pub const FEATURE_RAW_STDIO: &str = "cofferdam.raw-stdio";
 /// Entry of `AgentDetails.extra_features`: `SignalProcess` with the exec id [`ALL_PROCESSES`] is
 /// for every process of the container. Without it only SIGKILL is.
 pub const FEATURE_SIGNAL_ALL: &str = "cofferdam.signal-all";
-
-/// Entry of `AgentDetails.extra_features`: streams to TCP ports of the guest's loopback, see
-/// [`FORWARD_PORT`].
-pub const FEATURE_PORT_FORWARD: &str = "cofferdam.port-forward";
-
-/// Port in the guest for forwarded TCP connections. The host sends `cofferdam-forward/1 <TCP
-/// port>\n`; the agent connects to that port on the guest's loopback (IPv4, then IPv6), answers
-/// [`stdio::ACCEPTED`], and the stream carries the connection's bytes. Nobody listens: the agent
-/// closes the stream without an answer.
-pub const FORWARD_PORT: u32 = 1030;
-
-/// First word of the line that asks for a forwarded connection.
-pub const FORWARD_MAGIC: &str = "cofferdam-forward/1";
-
-/// Entry of `AgentDetails.extra_features`: storages of the driver [`UDS_DRIVER`].
-pub const FEATURE_UDS: &str = "cofferdam.uds";
-
-/// Storage driver for a unix socket of the host: the agent listens on a socket at `mount_point` in
-/// the guest, and for each connection to it dials the host's vsock port `port=<number>` of the
-/// driver options (with a hybrid transport [`UDS_PORT`]), sends `cofferdam-uds/2 <source> <uid>
-/// <gid>\n` with the ids of the process that connected, reads [`stdio::ACCEPTED`], and copies both
-/// ways. `source` is the host's name for the socket, without white space. The options `mode=`
-/// (octal), `uid=` and `gid=` are the permissions and the owner of the socket in the guest.
-pub const UDS_DRIVER: &str = "cofferdam.uds";
-
-/// Port on the host's end of a hybrid transport to which connections to the host's unix sockets go.
-pub const UDS_PORT: u32 = 1031;
-
-/// First word of the line that asks for a connection to a unix socket of the host.
-pub const UDS_MAGIC: &str = "cofferdam-uds/2";
 
 /// Entry of `AgentDetails.extra_features`: a pod needs no pause container. Containers that share
 /// the sandbox's pid namespace (`sandbox_pidns`) find a process of the agent's as PID 1 there, and

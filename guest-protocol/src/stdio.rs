@@ -16,11 +16,10 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::line::{BadLine, Line};
+
 /// Sent by the agent once it holds the stream.
 pub const ACCEPTED: u8 = b'+';
-
-/// Longest header in bytes, the newline included: two ids of at most 255 bytes and the rest.
-pub const MAX_HEADER: usize = 600;
 
 const MAGIC: &str = "cofferdam-stdio/1";
 
@@ -38,12 +37,17 @@ pub enum Channel {
 /// First line of a raw stdio stream: which channel of which process it carries.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Header {
-    /// The channel.
+    /// Which of the process's three channels.
     pub channel: Channel,
-    /// The container.
+    /// Id of the process's container.
     pub container_id: String,
     /// The exec, empty for the container's init process.
     pub exec_id: String,
+}
+
+impl Line for Header {
+    /// Two ids of at most 255 bytes, and the rest.
+    const MAX_BYTES: usize = 600;
 }
 
 impl fmt::Display for Header {
@@ -61,17 +65,12 @@ impl fmt::Display for Header {
     }
 }
 
-/// A header line that does not follow the format.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("not a stdio header: {0:?}")]
-pub struct BadHeader(String);
-
 impl FromStr for Header {
-    type Err = BadHeader;
+    type Err = BadLine;
 
     /// Parses a whole line, the newline included.
-    fn from_str(line: &str) -> Result<Header, BadHeader> {
-        let bad = || BadHeader(line.chars().take(80).collect());
+    fn from_str(line: &str) -> Result<Header, BadLine> {
+        let bad = || BadLine::new("stdio header", line);
         let mut fields = line.strip_suffix('\n').ok_or_else(bad)?.split(' ');
         let mut field = || fields.next().ok_or_else(bad);
         if field()? != MAGIC {

@@ -7,6 +7,9 @@
 
 use std::time::Duration;
 
+/// What the agent keeps its own, shorter, deadlines below (`agent/src/deadlines.rs`).
+pub use guest_protocol::deadlines::*;
+
 /// A running agent answers a plain call, which only changes something inside the guest.
 pub const AGENT_CALL: Duration = Duration::from_secs(10);
 
@@ -30,12 +33,6 @@ pub const AGENT_NOTICE_AFTER_START: Duration = Duration::from_secs(10);
 /// The end of the machine is noticed after that of the agent's connection, and is the better
 /// reason.
 pub const AGENT_LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// The guest makes a container.
-pub const CONTAINER_CREATE: Duration = Duration::from_secs(60);
-
-/// The guest starts a process: it includes its reading of the program from the image.
-pub const PROCESS_START: Duration = Duration::from_secs(60);
 
 /// Before the guest is asked once more to remove a container: an exec of it may be on its way.
 pub const CONTAINER_REMOVE_AGAIN: Duration = Duration::from_millis(100);
@@ -79,8 +76,8 @@ pub const HOST_SOCKET: Duration = Duration::from_secs(10);
 /// Between two looks for room in a server's backlog: the kernel has no notice for it.
 pub const HOST_SOCKET_LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// The agent connects to a forwarded port in the guest.
-pub const FORWARD_DIAL: Duration = Duration::from_secs(10);
+/// A listener in the pod's namespace takes a connection that is its own.
+pub const FORWARD_LISTENER: Duration = Duration::from_secs(10);
 
 /// The kernel answers over netlink. It waits for other namespaces' changes: one lock is for all of
 /// them.
@@ -143,9 +140,6 @@ pub const LOGGER_READY: Duration = Duration::from_secs(10);
 /// A logger ends after its input has ended, before it is killed.
 pub const LOGGER_END: Duration = Duration::from_secs(3);
 
-/// The agent accepts a stream of stdio.
-pub const STREAM_ACCEPT: Duration = Duration::from_secs(10);
-
 /// Before a stream that was refused is dialled again.
 pub const STREAM_REDIAL: Duration = Duration::from_millis(20);
 
@@ -172,9 +166,6 @@ pub const SCOPE_PLACEHOLDER_GONE: Duration = Duration::from_secs(1);
 
 /// The kernel lets go of a cgroup whose processes are dead.
 pub const CGROUP_REMOVE: Duration = Duration::from_secs(1);
-
-/// The guest removes a container that it made too late.
-pub const LATE_CONTAINER_REMOVE: Duration = Duration::from_secs(10);
 
 /// The guest lets go of a disk.
 pub const DISK_DETACH: Duration = Duration::from_secs(5);
@@ -224,8 +215,8 @@ mod tests {
             (AGENT_NOTICE_AFTER_START + AGENT_DIAL, boot),
             (AGENT_CALL, boot),
             (ATTEMPTS * boot, KUBELET),
-            (CONTAINER_CREATE, KUBELET),
-            (PROCESS_START, KUBELET),
+            (CREATE_CONTAINER, KUBELET),
+            (START_PROCESS, KUBELET),
             (SIGNAL_ANSWER, kill),
             (DELETE_IN_GUEST, DELETE_AT_LEAST),
             (DELETE_AT_LEAST, DELETE),
@@ -235,12 +226,12 @@ mod tests {
             (AGENT_REDIAL, AGENT_CALL),
             (HOST_SOCKET_LOOK_AGAIN, HOST_SOCKET),
             (HOST_MOUNTS, KUBELET),
-            (LATE_CONTAINER_REMOVE, KUBELET - CONTAINER_CREATE),
+            (REMOVE_CONTAINER, KUBELET - CREATE_CONTAINER),
             (DISK_DETACH_AT_LEAST, DISK_DETACH),
             (DISK_DETACH, DELETE),
             (OUTPUT_UNREAD, DELETE),
             (EXECS_AFTER_INIT, kill),
-            (STREAM_REDIAL, STREAM_ACCEPT),
+            (STREAM_REDIAL, STDIO_ACCEPTED),
             (FIFO_CLIENT_LOOK_AGAIN, FIFO_CLIENT),
             (SANDBOX_LOCK_LOOK_AGAIN, SANDBOX_LOCK),
             (SCOPE_PLACEHOLDER_GONE, SCOPE_UNDO),

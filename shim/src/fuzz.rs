@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use guest_protocol::HostSocketRequest;
 use guest_protocol::protocols::agent::{AgentDetails, StatsContainerResponse, WaitProcessResponse};
 use protobuf::Message;
 
@@ -10,7 +11,7 @@ use crate::config::Config;
 use crate::container::role::{self, Role};
 use crate::container::{devices, spec};
 use crate::from_guest::{Features, Stats, judge, text};
-use crate::guest::{guest_spec, host_sockets};
+use crate::guest::guest_spec;
 use crate::host::ledger;
 use crate::metrics;
 
@@ -49,7 +50,7 @@ pub fn agent(bytes: &[u8]) {
 /// The first line of a connection to a socket of the host.
 pub fn socket_line(bytes: &[u8]) {
     let mut bytes = bytes;
-    let _ = futures::executor::block_on(host_sockets::read_line(&mut bytes));
+    let _ = futures::executor::block_on(guest_protocol::read_line::<HostSocketRequest>(&mut bytes));
 }
 
 /// A container's spec, and what the agent gets of it.

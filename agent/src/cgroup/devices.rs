@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use guest_protocol::protocols::oci::LinuxDeviceCgroup;
 use sys::bpf::{self, Instruction, code, op};
 
-use crate::error::{Error, Result, What};
+use crate::error::{Context, Error, Result};
 
 // linux/bpf.h
 const BPF_DEVCG_DEV_BLOCK: i32 = 1;
@@ -77,7 +77,7 @@ const DEFAULT: [Rule; 11] = [
 /// Puts the rules in force on a cgroup.
 ///
 /// # Errors
-/// A rule nobody can understand, or the kernel's refusal.
+/// A rule of unknown type or access, or the kernel's refusal.
 pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> Result<()> {
     let rules = effective(rules)?;
     // Without a single restriction there is nothing to check at each open.
@@ -85,8 +85,8 @@ pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> Result<(
         return Ok(());
     }
     let program = bpf::load_cgroup_device("devices", &compile(&rules))
-        .what(|| "load the device rules".into())?;
-    bpf::attach_to_cgroup(cgroup, program.as_fd()).what(|| "attach the device rules".into())
+        .context(|| "load the device rules".into())?;
+    bpf::attach_to_cgroup(cgroup, program.as_fd()).context(|| "attach the device rules".into())
 }
 
 /// Whether the rules end in "everything": the container is privileged.
@@ -115,7 +115,7 @@ fn number(value: i64) -> Result<i32> {
         .map_err(|_| Error::Invalid(format!("device number {value} does not exist")))
 }
 
-/// −1 is a wildcard. So is major 0, which no device has and which is how absence travels; minor 0
+/// −1 is a wildcard. So is major 0, which no device has: on the wire an absent major is 0. Minor 0
 /// is a real minor.
 fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
     let kind = match rule.Type.as_str() {

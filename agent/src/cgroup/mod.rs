@@ -1,24 +1,55 @@
 //! The cgroup of one container: made before its first process, removed after its last.
+//!
+//! ```text
+//!  /sys/fs/cgroup               PID 1's root (as a process: a cgroup of its own below it)
+//!    ├─ ctr-<container id>      one for each container          Cgroup::create
+//!    │    └─ …                  what the container makes itself
+//!    └─ pod-init                PID 1 of a shared pid namespace Cgroup::create_named
+//!
+//!  limits    OCI resources ──> files and values        Cgroup::limit
+//!  devices   OCI device rules ──> a BPF program        devices::restrict
+//!  stats     files ──> the protocol's numbers          stats::read
+//! ```
+//!
+//! This file has the cgroup itself: limits, signals to all of its processes, freezing, and the
+//! removal. A change that the kernel takes its time for (frozen, empty) is awaited on
+//! `cgroup.events`, of which each change is a priority event of poll(2).
+//!
+//! Rules that a change must not break:
+//!
+//! * A process is cloned into its cgroup, never moved there, so no instruction of it runs without
+//!   limits or device rules.
+//! * `cgroup.kill` is what reaches every process of a container. Signals by pid miss what forks.
+//! * A write that reclaims memory (`memory.max` below the usage) can block for as long as a file
+//!   server or a disk takes: it is done by a child, because the agent has one thread.
+//! * A limit that is optional (see `limits`) is tried, and its failure is a line in the log; any
+//!   other failure is the caller's.
 
 pub mod devices;
 mod limits;
+pub mod stats;
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use guest_protocol::protocols::oci::LinuxResources;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::error::{Error, Result, What};
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
 use crate::log::log;
+use crate::spawn;
 
-/// How long the kernel may take to freeze or to let go of killed processes.
-const SETTLE: Duration = Duration::from_secs(10);
+/// What [`Cgroup::freeze`] brings about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freezer {
+    Frozen,
+    Thawed,
+}
 
 /// A container's cgroup. The directory stays until [`Cgroup::remove`].
 #[derive(Debug)]
@@ -37,15 +68,15 @@ impl Cgroup {
         Cgroup::create_named(parent, &format!("ctr-{id}"))
     }
 
-    /// Makes a cgroup for what is no container.
+    /// Makes a cgroup that is not a container's.
     ///
     /// # Errors
     /// As [`Cgroup::create`].
     pub fn create_named(parent: &Path, name: &str) -> Result<Cgroup> {
         let path = parent.join(name);
-        fs::create_dir(&path).what(|| format!("create cgroup {}", path.display()))?;
+        fs::create_dir(&path).context(|| format!("create cgroup {}", path.display()))?;
         let dir = File::open(&path)
-            .what(|| format!("open cgroup {}", path.display()))?
+            .context(|| format!("open cgroup {}", path.display()))?
             .into();
         Ok(Cgroup { path, dir })
     }
@@ -63,11 +94,16 @@ impl Cgroup {
     /// Applies the limits that are set; those not set (zero or absent) stay as they are.
     ///
     /// # Errors
-    /// A limit that the kernel refuses, by file and value.
-    pub fn limit(&self, resources: &LinuxResources) -> Result<()> {
+    /// A limit that the kernel refuses, by file and value; memory that the kernel cannot bring
+    /// below its new limit in time. The limit is in force then, as with runc.
+    pub async fn limit(&self, resources: &LinuxResources) -> Result<()> {
         let read = |name: &str| fs::read_to_string(self.file(name)).unwrap_or_default();
         for setting in limits::settings(resources, read) {
             let file = self.file(&setting.file);
+            if self.reclaims(&setting) {
+                self.write_in_child(&setting).await?;
+                continue;
+            }
             match fs::write(&file, &setting.value) {
                 Ok(()) => {}
                 Err(error) if setting.optional || !file.exists() => {
@@ -79,11 +115,35 @@ impl Cgroup {
                 }
                 Err(error) => {
                     return Err(error)
-                        .what(|| format!("set {} to {:?}", setting.file, setting.value));
+                        .context(|| format!("set {} to {:?}", setting.file, setting.value));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whether the kernel has to take memory away before it returns from the write.
+    fn reclaims(&self, setting: &limits::Setting) -> bool {
+        let usage = || fs::read_to_string(self.file("memory.current")).unwrap_or_default();
+        let below = |limit: u64| usage().trim().parse().is_ok_and(|used: u64| limit < used);
+        setting.file == "memory.max" && setting.value.parse().is_ok_and(below)
+    }
+
+    async fn write_in_child(&self, setting: &limits::Setting) -> Result<()> {
+        let file = self.file(&setting.file);
+        let context = format!("set {} to {:?}", setting.file, setting.value);
+        let by = Instant::now() + deadlines::MEMORY_RECLAIM;
+        spawn::in_child(by, || {
+            spawn::step::StepContext::context(fs::write(file, &setting.value), &context)
+        })
+        .await
+        .map_err(|error| match error {
+            Error::Failed(_) if Instant::now() >= by => Error::Failed(format!(
+                "{context}: the container's memory did not get below that within {:?}",
+                deadlines::MEMORY_RECLAIM
+            )),
+            other => other,
+        })
     }
 
     /// Kills every process in the cgroup and below, at once.
@@ -121,7 +181,7 @@ impl Cgroup {
                     // One that has ended meanwhile needs no signal.
                     if error.raw_os_error() != Some(libc::ESRCH) {
                         return Err(error)
-                            .what(|| format!("send signal {signal} to process {pid}"));
+                            .context(|| format!("send signal {signal} to process {pid}"));
                     }
                 }
             }
@@ -132,20 +192,25 @@ impl Cgroup {
     /// Freezes or thaws, and waits until the kernel has done it.
     ///
     /// # Errors
-    /// When it takes longer than ten seconds; then a freeze is taken back.
-    pub async fn freeze(&self, frozen: bool) -> Result<()> {
-        let value = if frozen { "1" } else { "0" };
+    /// A kernel that does not do it in time; then a freeze is taken back.
+    pub async fn freeze(&self, wanted: Freezer) -> Result<()> {
+        let (value, verb) = match wanted {
+            Freezer::Frozen => (1, "freeze"),
+            Freezer::Thawed => (0, "thaw"),
+        };
         let control = self.file("cgroup.freeze");
-        fs::write(&control, value).what(|| format!("write {}", control.display()))?;
-        if self.wait_event("frozen", frozen).await? {
+        fs::write(&control, value.to_string())
+            .context(|| format!("write {}", control.display()))?;
+        let by = Instant::now() + deadlines::CGROUP_FREEZE;
+        if self.wait_event("frozen", value, by).await? {
             return Ok(());
         }
-        if frozen {
+        if wanted == Freezer::Frozen {
             let _ = fs::write(&control, "0");
         }
-        let verb = if frozen { "freeze" } else { "thaw" };
         Err(Error::Failed(format!(
-            "the kernel did not {verb} the container within {SETTLE:?}"
+            "the kernel did not {verb} the container within {:?}",
+            deadlines::CGROUP_FREEZE
         )))
     }
 
@@ -161,52 +226,51 @@ impl Cgroup {
     /// it.
     ///
     /// # Errors
-    /// When a process does not die, or the kernel keeps the directory busy, for ten seconds.
-    pub async fn remove(&self) -> Result<()> {
+    /// A process that does not die, or a directory that the kernel keeps busy, until `by`.
+    pub async fn remove(&self, by: Instant) -> Result<()> {
         self.kill();
         let _ = fs::write(self.file("cgroup.freeze"), "0");
-        if !self.wait_event("populated", false).await? {
+        if !self.wait_event("populated", 0, by).await? {
             return Err(Error::Failed(format!(
                 "a process in {} does not die",
                 self.path.display()
             )));
         }
-        let deadline = Instant::now() + SETTLE;
         loop {
             match remove_tree(&self.path) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error)
-                    if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+                    if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < by =>
                 {
-                    sleep(Duration::from_millis(2)).await;
+                    sleep(deadlines::CGROUP_BUSY_PAUSE).await;
                 }
                 Err(error) => {
-                    return Err(error).what(|| format!("remove cgroup {}", self.path.display()));
+                    return Err(error).context(|| format!("remove cgroup {}", self.path.display()));
                 }
             }
         }
     }
 
-    /// Waits until `key` of cgroup.events is `value`; false after the deadline.
-    async fn wait_event(&self, key: &str, value: bool) -> Result<bool> {
+    /// Waits until `key` of cgroup.events is `value`, or the cgroup is removed; false at `by`.
+    async fn wait_event(&self, key: &str, value: u64, by: Instant) -> Result<bool> {
         let path = self.file("cgroup.events");
         let file = match watch(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-            result => result.what(|| format!("watch {}", path.display()))?,
+            result => result.context(|| format!("watch {}", path.display()))?,
         };
         let reached = async {
             loop {
                 let events = fs::read_to_string(&path)?;
-                if flat(&events).any(|(name, number)| name == key && (number == 1) == value) {
+                if flat(&events).any(|(name, number)| name == key && number == value) {
                     return io::Result::Ok(());
                 }
                 file.ready(Interest::PRIORITY).await?.clear_ready();
             }
         };
-        match timeout(SETTLE, reached).await {
+        match timeout_at(by, reached).await {
             Ok(Ok(())) => Ok(true),
-            Ok(Err(error)) => Err(error).what(|| format!("watch {}", path.display())),
+            Ok(Err(error)) => Err(error).context(|| format!("watch {}", path.display())),
             Err(_) => Ok(false),
         }
     }
@@ -224,7 +288,7 @@ pub fn watch(path: &Path) -> io::Result<AsyncFd<File>> {
     Ok(unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?)
 }
 
-/// The pairs of a flat keyed file.
+/// The pairs of a flat keyed file, such as cgroup.events.
 pub fn flat(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {
         let (key, value) = line.split_once(' ')?;

@@ -5,22 +5,19 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
-
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::child;
-use super::spawn::{self, Handle, Report, Step};
 use crate::cgroup::Cgroup;
-use crate::error::{Error, Result, What};
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
+use crate::guest::reaper::Reaper;
 use crate::log::log;
-use crate::reaper::Reaper;
+use crate::spawn::step::Step;
+use crate::spawn::{self, Handle, Report};
 
-/// What `ps` shows; the name that users of pods know.
+/// What `ps` shows: the name that pause containers have.
 const NAME: &std::ffi::CStr = c"pause";
-
-/// How long it may take to die.
-const DEATH: Duration = Duration::from_secs(5);
 
 /// The process and its namespace.
 #[derive(Debug)]
@@ -44,7 +41,10 @@ impl PodInit {
                 exit,
             }),
             Err(error) => {
-                if let Err(left) = cgroup.remove().await {
+                if let Err(left) = cgroup
+                    .remove(Instant::now() + deadlines::FAILED_CREATE_CLEANUP)
+                    .await
+                {
                     log!("pod init: {left}");
                 }
                 Err(error)
@@ -56,29 +56,30 @@ impl PodInit {
         cgroup: &Cgroup,
         reaper: &Reaper,
     ) -> Result<(OwnedFd, tokio::sync::oneshot::Receiver<i32>)> {
-        let mut child = spawn::spawn(libc::CLONE_NEWPID, cgroup.dir(), run)?;
+        let by = Instant::now() + deadlines::POD_INIT_SETUP;
+        let mut child = spawn::spawn(libc::CLONE_NEWPID, Some(cgroup.dir()), run)?;
         let exit = reaper.watch(child.pid);
         let path = format!("/proc/{}/ns/pid", child.pid);
-        let namespace = File::open(&path).what(|| format!("open {path}"))?;
-        match child.report().await? {
+        let namespace = File::open(&path).context(|| format!("open {path}"))?;
+        match child.next_report(by).await? {
             Report::Ready(_) => Ok((namespace.into(), exit)),
-            Report::Gone => Err(Error::Failed(
+            Report::Closed => Err(Error::Failed(
                 "the pod's init died before it was ready".into(),
             )),
         }
     }
 
-    /// Its pid namespace.
     pub fn namespace(&self) -> &OwnedFd {
         &self.namespace
     }
 
     /// Ends it, and with it every process that is left in the namespace.
     pub async fn stop(self) {
-        if let Err(error) = self.cgroup.remove().await {
+        let by = Instant::now() + deadlines::PROCESS_EXIT_AFTER_SIGKILL;
+        if let Err(error) = self.cgroup.remove(by).await {
             log!("pod init: {error}");
         }
-        if timeout(DEATH, self.exit).await.is_err() {
+        if timeout_at(by, self.exit).await.is_err() {
             log!("the pod's init does not die");
         }
     }
@@ -96,7 +97,7 @@ fn run(handle: &mut Handle) -> Step<Infallible> {
         libc::signal(libc::SIGCHLD, libc::SIG_IGN);
         libc::prctl(libc::PR_SET_NAME, NAME.as_ptr());
     }
-    handle.say_ready();
+    handle.report_ready(None);
     loop {
         // SAFETY: it has no arguments.
         unsafe { libc::pause() };

@@ -14,7 +14,7 @@ use libseccomp::{
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protobuf::Message;
 
-use crate::error::{Error, Result, What};
+use crate::error::{Context, Error, Result};
 use crate::log::log;
 
 /// How many compiled profiles are kept. A pod's containers mostly share one.
@@ -192,8 +192,8 @@ fn action(name: &str, errno: i32) -> Option<ScmpAction> {
 
 /// libseccomp writes programs to a file only.
 fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
-    let memory =
-        memfd_create(c"seccomp", MFdFlags::MFD_CLOEXEC).what(|| "create a memory file".into())?;
+    let memory = memfd_create(c"seccomp", MFdFlags::MFD_CLOEXEC)
+        .context(|| "create a memory file".into())?;
     context
         .export_bpf(&memory)
         .map_err(|error| Error::Failed(format!("compile seccomp profile: {error}")))?;
@@ -201,7 +201,7 @@ fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
     let mut bytes = Vec::new();
     file.rewind()
         .and_then(|()| file.read_to_end(&mut bytes))
-        .what(|| "read the seccomp program".into())?;
+        .context(|| "read the seccomp program".into())?;
     let word = |bytes: &[u8]| u16::from_ne_bytes([bytes[0], bytes[1]]);
     let instruction = |bytes: &[u8]| libc::sock_filter {
         code: word(bytes),

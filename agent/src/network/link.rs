@@ -8,11 +8,11 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::Interfaces;
 use guest_protocol::protocols::types::{IPAddress, Interface};
 
+use super::netlink::{Message, Netlink, attributes, number32};
 use super::{PUT, family, ip_of, octets, open, parse_ip, parse_length, parse_mac, protocol_family};
-use crate::error::{Error, Result, What};
+use crate::error::{Context, Error, Result};
+use crate::guest::pci;
 use crate::log::log;
-use crate::netlink::{Message, Netlink, attributes, number32};
-use crate::pci;
 
 /// Bytes of a `struct ifinfomsg`.
 const IFINFOMSG: usize = 16;
@@ -45,18 +45,17 @@ pub(super) struct Link {
 /// nothing, so routes stay.
 ///
 /// # Errors
-/// No such interface in time, a value that is none, the kernel's refusal.
+/// No such interface in time, text that is not an address, the kernel's refusal.
 pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()> {
     let mut addresses = Vec::with_capacity(wanted.IPAddresses.len());
     for address in &wanted.IPAddresses {
         let ip = parse_ip(&address.address)?;
         addresses.push((ip, parse_length(&address.mask, ip)?));
     }
-    let mac = if wanted.hwAddr.is_empty() {
-        Vec::new()
-    } else {
-        parse_mac(&wanted.hwAddr)?
-    };
+    let mac = Some(&wanted.hwAddr)
+        .filter(|text| !text.is_empty())
+        .map(|text| parse_mac(text))
+        .transpose()?;
     if wanted.name.len() > MAX_NAME {
         return Err(Error::Invalid(format!(
             "interface name {:?} is longer than {MAX_NAME} bytes",
@@ -65,33 +64,34 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
     }
     let at_path = match wanted.devicePath.as_str() {
         "" => None,
-        path => Some(pci::wait(path, "network device", hotplug_timeout, net_name).await?),
+        path => Some(pci::wait_for(path, "network device", hotplug_timeout, net_name).await?),
     };
     let netlink = open()?;
     let links = all(&netlink)?;
-    let link = find(&links, wanted, &mac, at_path.as_deref())?;
+    let link = find(&links, wanted, mac.as_deref(), at_path.as_deref())?;
     let name = if wanted.name.is_empty() {
         &link.name
     } else {
         &wanted.name
     };
-    let (rename, readdress) = (*name != link.name, !mac.is_empty() && mac != link.mac);
-    if rename || readdress {
+    let rename = *name != link.name;
+    let new_mac = mac.filter(|mac| *mac != link.mac);
+    if rename || new_mac.is_some() {
         // Both need an interface that is down, which costs it its routes: not without need.
         set(&netlink, Change::of(link.index).flags(0, IFF_UP))
-            .what(|| format!("take {} down", link.name))?;
+            .context(|| format!("take {} down", link.name))?;
     }
     let in_the_way = links.iter().find(|other| rename && other.name == *name);
     if let Some(other) = in_the_way {
         // Two requests: in one, the kernel would begin with the name.
         set(&netlink, Change::of(other.index).flags(0, IFF_UP))
-            .what(|| format!("take {name} down"))?;
+            .context(|| format!("take {name} down"))?;
         set(&netlink, Change::of(other.index).name(&temporary(name)))
-            .what(|| format!("rename {name} to make room"))?;
+            .context(|| format!("rename {name} to make room"))?;
     }
     let mut change = Change::of(link.index);
-    if readdress {
-        change.0 = change.0.with(libc::IFLA_ADDRESS, &mac);
+    if let Some(mac) = &new_mac {
+        change.0 = change.0.with(libc::IFLA_ADDRESS, mac);
     }
     if rename {
         change = change.name(name);
@@ -103,21 +103,21 @@ pub async fn update(wanted: &Interface, hotplug_timeout: Duration) -> Result<()>
         change.0 = change.0.with(libc::IFLA_MTU, &mtu.to_ne_bytes());
     }
     let change = change.flags(IFF_UP | wanted.raw_flags & IFF_NOARP, IFF_UP | IFF_NOARP);
-    set(&netlink, change).what(|| format!("set up interface {name}"))?;
+    set(&netlink, change).context(|| format!("set up interface {name}"))?;
     if let Some(other) = in_the_way {
         let change = Change::of(other.index)
             .name(&link.name)
             .flags(other.flags & IFF_UP, IFF_UP);
-        set(&netlink, change).what(|| format!("rename what was {name} to {}", link.name))?;
+        set(&netlink, change).context(|| format!("rename what was {name} to {}", link.name))?;
     }
-    // Last, because an interface that goes down loses those of IPv6.
+    // Last, because an interface that is taken down loses its IPv6 addresses.
     for (ip, length) in addresses {
         if ip.is_ipv6() && ipv6_is_off(name) {
             log!("{name}: no address {ip}: IPv6 is off");
             continue;
         }
         add_address(&netlink, link.index, ip, length)
-            .what(|| format!("add address {ip}/{length} to {name}"))?;
+            .context(|| format!("add address {ip}/{length} to {name}"))?;
     }
     Ok(())
 }
@@ -130,7 +130,9 @@ pub fn list() -> Result<Interfaces> {
     let netlink = open()?;
     let links = all(&netlink)?;
     let request = Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; IFADDRMSG]);
-    let addresses = netlink.request(request).what(|| "list addresses".into())?;
+    let addresses = netlink
+        .request(request)
+        .context(|| "list addresses".into())?;
     let addresses: Vec<(u32, IPAddress)> = addresses
         .iter()
         .filter_map(|answer| parse_address(answer))
@@ -157,7 +159,9 @@ pub fn list() -> Result<Interfaces> {
 
 pub(super) fn all(netlink: &Netlink) -> Result<Vec<Link>> {
     let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; IFINFOMSG]);
-    let answers = netlink.request(request).what(|| "list interfaces".into())?;
+    let answers = netlink
+        .request(request)
+        .context(|| "list interfaces".into())?;
     Ok(answers
         .iter()
         .filter_map(|answer| parse_link(answer))
@@ -176,7 +180,7 @@ pub(super) fn index_of(links: &[Link], name: &str) -> Result<u32> {
 fn find<'a>(
     links: &'a [Link],
     wanted: &Interface,
-    mac: &[u8],
+    mac: Option<&[u8]>,
     at_path: Option<&str>,
 ) -> Result<&'a Link> {
     if let Some(name) = at_path {
@@ -188,9 +192,8 @@ fn find<'a>(
     }
     // A bridge or a VLAN has the address of what it stands on; they were made later. `lo` has one
     // of zeros.
-    let by_mac = links
-        .iter()
-        .filter(|link| mac.iter().any(|byte| *byte != 0) && link.mac == mac);
+    let mac = mac.filter(|mac| mac.iter().any(|byte| *byte != 0));
+    let by_mac = links.iter().filter(|link| Some(&*link.mac) == mac);
     by_mac
         .min_by_key(|link| link.index)
         .or_else(|| links.iter().find(|link| link.name == wanted.name))
@@ -261,8 +264,8 @@ fn add_address(netlink: &Netlink, index: u32, ip: IpAddr, length: u8) -> std::io
     } else {
         libc::RT_SCOPE_UNIVERSE
     };
-    // Duplicates are the business of who gave out the address; looking for them takes a second
-    // before it can be used.
+    // Duplicate detection takes a second before the address can be used, and is the business of
+    // whoever assigned the address.
     let flags = if ip.is_ipv6() { libc::IFA_F_NODAD } else { 0 };
     let mut fixed = vec![
         family(ip),
@@ -361,7 +364,7 @@ mod tests {
                 name: name.into(),
                 ..Default::default()
             };
-            super::find(&links, &wanted, mac, path)
+            super::find(&links, &wanted, Some(mac), path)
                 .map(|link| link.index)
                 .ok()
         };

@@ -1,7 +1,31 @@
 //! The guest's network: the host says which interface has which name, addresses, routes and
 //! neighbours.
+//!
+//! ```text
+//!  UpdateInterface ── link ─────┐
+//!  UpdateRoutes    ── route ────┼── netlink: one request, its answers ── kernel (NETLINK_ROUTE)
+//!  AddARPNeighbors ── this file ┘
+//!  ListInterfaces, ListRoutes: the same files, by dumps
+//! ```
+//!
+//! `link` finds the interface that is meant (by PCI path, else by hardware address, else by name)
+//! and gives it what the host has for it. `route` keeps to the main table. `netlink` knows the wire
+//! and nothing of links or routes. This file has what the others share: addresses as text and as
+//! bytes.
+//!
+//! Rules that a change must not break:
+//!
+//! * A call can be repeated: it makes what is missing, changes what is there, and removes nothing.
+//!   The shim repeats the calls when a link comes late.
+//! * An interface is taken down only if its name or its hardware address changes, because that
+//!   costs it its routes and its IPv6 addresses.
+//! * Routes without a gateway come before those with one, which are reached over them.
+//! * What the kernel answers is parsed with bounds: a broken attribute ends the list.
+//! * The kernel answers a netlink request before the send returns. Nothing is awaited here but a
+//!   card that is being plugged in.
 
 mod link;
+mod netlink;
 mod route;
 
 use std::net::IpAddr;
@@ -9,8 +33,8 @@ use std::net::IpAddr;
 use guest_protocol::protocols::agent::ARPNeighbors;
 use guest_protocol::protocols::types::IPFamily;
 
-use crate::error::{Error, Result, What};
-use crate::netlink::{Message, Netlink};
+use self::netlink::{Message, Netlink};
+use crate::error::{Context, Error, Result};
 
 pub use link::{list as list_interfaces, update as update_interface};
 pub use route::{list as list_routes, update as update_routes};
@@ -24,13 +48,13 @@ const NDA_LLADDR: u16 = 2;
 const NUD_PERMANENT: u16 = 0x80;
 
 fn open() -> Result<Netlink> {
-    Netlink::open().what(|| "open a netlink socket".into())
+    Netlink::open().context(|| "open a netlink socket".into())
 }
 
 /// Adds neighbours, of both families.
 ///
 /// # Errors
-/// An address that is none, an unknown device, the kernel's refusal.
+/// Text that is not an address, an unknown device, the kernel's refusal.
 pub fn add_neighbours(neighbours: &ARPNeighbors) -> Result<()> {
     let netlink = open()?;
     let links = link::all(&netlink)?;
@@ -65,7 +89,7 @@ pub fn add_neighbours(neighbours: &ARPNeighbors) -> Result<()> {
         }
         netlink
             .request(message)
-            .what(|| format!("add neighbour {address} on {}", neighbour.device))?;
+            .context(|| format!("add neighbour {address} on {}", neighbour.device))?;
     }
     Ok(())
 }
@@ -96,7 +120,7 @@ fn parse_mac(text: &str) -> Result<Vec<u8>> {
 }
 
 fn family(address: IpAddr) -> u8 {
-    // Both numbers are small.
+    // Both numbers fit.
     let family = if address.is_ipv4() {
         libc::AF_INET
     } else {

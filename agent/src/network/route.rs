@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use guest_protocol::protocols::agent::Routes;
 use guest_protocol::protocols::types::{IPFamily, Route};
 
+use super::netlink::{Message, Netlink, attribute, attributes, number32};
 use super::{PUT, family, ip_of, link, octets, open, parse_ip, parse_length};
-use crate::error::{Error, Result, What};
-use crate::netlink::{Message, Netlink, attribute, attributes, number32};
+use crate::error::{Context, Error, Result};
 
 /// Bytes of a `struct rtmsg`.
 const RTMSG: usize = 12;
@@ -22,7 +22,7 @@ const RTA_VIA: u16 = 18;
 /// over them.
 ///
 /// # Errors
-/// A value that is none, an unknown device, the kernel's refusal.
+/// Text that is not an address or a prefix, an unknown device, the kernel's refusal.
 pub fn update(routes: &Routes) -> Result<()> {
     let netlink = open()?;
     let links = link::all(&netlink)?;
@@ -44,7 +44,7 @@ pub fn list() -> Result<Routes> {
     let netlink = open()?;
     let links = link::all(&netlink)?;
     let request = Message::new(libc::RTM_GETROUTE, libc::NLM_F_DUMP, &[0; RTMSG]);
-    let answers = netlink.request(request).what(|| "list routes".into())?;
+    let answers = netlink.request(request).context(|| "list routes".into())?;
     let routes = answers
         .iter()
         .filter_map(|answer| parse(answer, &links))
@@ -105,7 +105,7 @@ fn put(netlink: &Netlink, links: &[link::Link], route: &Route) -> Result<()> {
             &attribute(RTAX_MTU, &route.mtu.to_ne_bytes()),
         );
     }
-    let tried = || {
+    let attempt = || {
         let Route {
             gateway, device, ..
         } = route;
@@ -116,7 +116,7 @@ fn put(netlink: &Netlink, links: &[link::Link], route: &Route) -> Result<()> {
         };
         format!("add route {target}/{length}{over} on {device:?}")
     };
-    netlink.request(message).what(tried).map(|_| ())
+    netlink.request(message).context(attempt).map(|_| ())
 }
 
 /// `address/length`, an address alone, or nothing for the default route. Bits behind the prefix are

@@ -1,35 +1,54 @@
-//! Standard input and output of processes: pipes or a terminal on one side, raw streams or the
-//! polling calls on the other. The exit of a process never waits for anything here.
+//! Standard input and output of processes.
+//!
+//! ```text
+//!   process          agent: Io                            host
+//!   fd 0  <── pipe ── stdin   <── copy_to_process ─────── raw stream, or WriteStdin
+//!   fd 1  ─── pipe ── stdout  ─── copy_to_host ─────────> raw stream, or ReadStdout
+//!   fd 2  ─── pipe ── stderr  ─── copy_to_host ─────────> raw stream, or ReadStderr
+//!   fd 0-2  <─ pty ─> stdin = stdout (the terminal's master)
+//! ```
+//!
+//! [`Io`] is one process's part, from its making on. Its ends are read and written by raw streams
+//! (one for each channel, each with a task that copies) and by the calls of hosts that know no raw
+//! streams. A raw stream may come before its process: [`Parking`] keeps it, and [`Claimed`] hands
+//! it over when the process is made.
+//!
+//! Rules that a change must not break:
+//!
+//! * The exit of a process waits for nothing here.
+//! * Every byte of output is delivered once, in order, and all of it before the end of file. A raw
+//!   stream that the host closes leaves the rest to whoever comes next.
+//! * A channel that no raw stream was parked for, while another was, is the null device.
+//! * The end of a raw stdin closes the process's stdin, but for a terminal's, which is its output
+//!   too.
+//! * What nobody fetches goes a while after the container is removed, not with the exit.
 
-mod listener;
 mod parking;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use guest_protocol::Stream;
 use guest_protocol::stdio::Channel;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
-use sys::lock;
+use sys::{check, lock};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::AbortHandle;
 
-use crate::container::Stdio;
-use crate::error::{Error, Result, What};
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
 
-pub use listener::serve;
 pub use parking::{Claimed, Parking};
 
 /// How much a pump moves at once, in bytes: what a pipe holds.
 const CHUNK: usize = 64 << 10;
 
-/// How long streams may still drain after their container was removed.
-const GRACE: Duration = Duration::from_secs(10);
+/// A process's standard input, output and error, as the child gets them.
+pub type ChildStdio = [OwnedFd; 3];
 
 /// The agent's end of a pipe or terminal.
 #[derive(Debug)]
@@ -90,7 +109,7 @@ pub struct Io {
 ///
 /// # Errors
 /// The failed system call.
-pub fn pipes(claimed: &Claimed) -> Result<(Stdio, Io)> {
+pub fn pipes(claimed: &Claimed) -> Result<(ChildStdio, Io)> {
     let io = Io::default();
     let channel = |channel: Channel, slot: &Slot| -> io::Result<OwnedFd> {
         if claimed.any() && claimed.get(channel).is_none() {
@@ -109,7 +128,7 @@ pub fn pipes(claimed: &Claimed) -> Result<(Stdio, Io)> {
         *lock(slot) = Some(Endpoint::new(ours)?);
         Ok(theirs)
     };
-    let make = |one, slot| channel(one, slot).what(|| "create stdio".into());
+    let make = |one, slot| channel(one, slot).context(|| "create stdio".into());
     let stdio = [
         make(Channel::Stdin, &io.stdin)?,
         make(Channel::Stdout, &io.stdout)?,
@@ -123,7 +142,7 @@ pub fn pipes(claimed: &Claimed) -> Result<(Stdio, Io)> {
 /// # Errors
 /// The failed system call.
 pub fn terminal(master: OwnedFd) -> Result<Io> {
-    let endpoint = Endpoint::new(master).what(|| "watch the terminal".into())?;
+    let endpoint = Endpoint::new(master).context(|| "watch the terminal".into())?;
     Ok(Io {
         stdin: Mutex::new(Some(endpoint.clone())),
         stdout: Mutex::new(Some(endpoint)),
@@ -133,7 +152,7 @@ pub fn terminal(master: OwnedFd) -> Result<Io> {
 }
 
 impl Io {
-    /// Connects the raw streams that waited for this process.
+    /// Connects the raw streams that were parked for this process.
     pub fn attach_all(self: &Arc<Self>, claimed: Claimed) {
         for (channel, stream) in claimed {
             self.attach(channel, stream);
@@ -150,14 +169,15 @@ impl Io {
         let io = Arc::clone(self);
         if channel == Channel::Stdin {
             let pump = tokio::spawn(async move {
-                if feed(&mut stream, &endpoint).await && !io.terminal {
+                copy_to_process(&mut stream, &endpoint).await;
+                if !io.terminal {
                     lock(&io.stdin).take();
                 }
             });
             *lock(&self.stdin_pump) = Some(pump.abort_handle());
         } else {
             let pump = tokio::spawn(async move {
-                if drain(&endpoint, &mut stream).await {
+                if copy_to_host(&endpoint, &mut stream).await == Copied::All {
                     lock(io.slot(channel)).take();
                     let _ = stream.shutdown().await;
                 }
@@ -188,7 +208,7 @@ impl Io {
         let length = endpoint
             .read(&mut buffer)
             .await
-            .what(|| format!("read {channel:?}"))?;
+            .context(|| format!("read {channel:?}"))?;
         buffer.truncate(length);
         if length == 0 {
             lock(self.slot(channel)).take();
@@ -207,7 +227,10 @@ impl Io {
         }
         let endpoint = lock(&self.stdin).clone();
         let endpoint = endpoint.ok_or_else(|| Error::Failed("stdin is closed".into()))?;
-        endpoint.write_all(data).await.what(|| "write stdin".into())
+        endpoint
+            .write_all(data)
+            .await
+            .context(|| "write stdin".into())
     }
 
     /// Closes stdin; what was written before is still read.
@@ -241,12 +264,12 @@ impl Io {
                 &raw const size,
             )
         };
-        sys::check(result.into())
-            .what(|| "resize the terminal".into())
+        check(result.into())
+            .context(|| "resize the terminal".into())
             .map(|_| ())
     }
 
-    /// The process is gone: nobody reads its stdin any more.
+    /// After the exit of the process nobody reads its stdin any more.
     pub fn process_exited(&self) {
         if let Some(pump) = lock(&self.stdin_pump).take() {
             pump.abort();
@@ -256,20 +279,20 @@ impl Io {
         }
     }
 
-    /// True when all output was delivered.
-    pub fn drained(&self) -> bool {
+    /// Whether all output was delivered.
+    pub fn is_delivered(&self) -> bool {
         lock(&self.stdout).is_none() && lock(&self.stderr).is_none()
     }
 
-    /// The container is gone: what nobody fetches in time is dropped.
-    pub fn abandon(self: &Arc<Self>) {
+    /// After the removal of the container: what nobody fetches in time is dropped.
+    pub fn close_after_removal(self: &Arc<Self>) {
         self.process_exited();
         let pumps = std::mem::take(&mut *lock(&self.output_pumps));
         if pumps.iter().all(AbortHandle::is_finished) {
             return;
         }
         tokio::spawn(async move {
-            tokio::time::sleep(GRACE).await;
+            tokio::time::sleep(deadlines::OUTPUT_AFTER_REMOVAL).await;
             for pump in pumps {
                 pump.abort();
             }
@@ -277,31 +300,38 @@ impl Io {
     }
 }
 
-/// Host to process. True when the host has said that there is no more.
-async fn feed(stream: &mut Stream, endpoint: &Endpoint) -> bool {
+/// Carries input until the host has no more of it, or the process takes no more.
+async fn copy_to_process(stream: &mut Stream, endpoint: &Endpoint) {
     let mut buffer = vec![0; CHUNK];
     loop {
         match stream.read(&mut buffer).await {
-            Ok(0) | Err(_) => return true,
+            Ok(0) | Err(_) => return,
             Ok(length) => {
                 if endpoint.write_all(&buffer[..length]).await.is_err() {
-                    return true;
+                    return;
                 }
             }
         }
     }
 }
 
-/// Process to host. True at the end of the output; false when the host is gone, which leaves the
-/// rest to another stream or to the polling calls.
-async fn drain(endpoint: &Endpoint, stream: &mut Stream) -> bool {
+/// What ended a copy to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copied {
+    /// The end of the output.
+    All,
+    /// The host closed its stream. Another stream or the polling calls can have the rest.
+    Part,
+}
+
+async fn copy_to_host(endpoint: &Endpoint, stream: &mut Stream) -> Copied {
     let mut buffer = vec![0; CHUNK];
     loop {
         match endpoint.read(&mut buffer).await {
-            Ok(0) | Err(_) => return true,
+            Ok(0) | Err(_) => return Copied::All,
             Ok(length) => {
                 if stream.write_all(&buffer[..length]).await.is_err() {
-                    return false;
+                    return Copied::Part;
                 }
             }
         }

@@ -1,30 +1,31 @@
-//! Raw streams that wait for their process to be made.
+//! Raw streams that came before their process was made.
 
 use std::collections::HashMap;
 
 use guest_protocol::Stream;
 use guest_protocol::stdio::{Channel, Header};
 
-/// More streams than this wait for nobody.
-const LIMIT: usize = 256;
+/// Streams that can be parked; one more is refused.
+const MAX_STREAMS: usize = 256;
 
 /// Streams by the channel they are for.
 #[derive(Debug, Default)]
 pub struct Parking {
+    /// With their tickets.
     streams: HashMap<Header, (u64, Stream)>,
-    ticket: u64,
+    last_ticket: u64,
 }
 
 impl Parking {
     /// Keeps a stream until it is claimed; a second one for the same channel replaces the first.
     /// The ticket is for [`Parking::expire`]; none means that there is no room.
     pub fn park(&mut self, header: Header, stream: Stream) -> Option<u64> {
-        if self.streams.len() >= LIMIT && !self.streams.contains_key(&header) {
+        if self.streams.len() >= MAX_STREAMS && !self.streams.contains_key(&header) {
             return None;
         }
-        self.ticket += 1;
-        self.streams.insert(header, (self.ticket, stream));
-        Some(self.ticket)
+        self.last_ticket += 1;
+        self.streams.insert(header, (self.last_ticket, stream));
+        Some(self.last_ticket)
     }
 
     /// Drops a stream that nobody claimed in time.
@@ -38,13 +39,14 @@ impl Parking {
         }
     }
 
-    /// The streams of one process.
-    pub fn claim(&mut self, container_id: &str, exec_id: &str) -> Claimed {
+    /// Takes the streams of one process: of an exec, or of the first one.
+    pub fn claim(&mut self, container_id: &str, exec_id: Option<&str>) -> Claimed {
         let mut take = |channel| {
             let header = Header {
                 channel,
                 container_id: container_id.into(),
-                exec_id: exec_id.into(),
+                // The header's form of "the first process" is an empty id.
+                exec_id: exec_id.unwrap_or_default().into(),
             };
             self.streams.remove(&header).map(|(_, stream)| stream)
         };
@@ -123,16 +125,16 @@ mod tests {
             .park(header(Channel::Stdout, "a"), stream())
             .unwrap();
         parking.park(header(Channel::Stdin, "b"), stream()).unwrap();
-        let claimed = parking.claim("a", "");
+        let claimed = parking.claim("a", None);
         assert!(
             claimed.any()
                 && claimed.get(Channel::Stdout).is_some()
                 && claimed.get(Channel::Stdin).is_none()
         );
         assert_eq!(claimed.into_iter().count(), 1);
-        assert!(!parking.claim("a", "").any());
+        assert!(!parking.claim("a", None).any());
         parking.forget("b");
-        assert!(!parking.claim("b", "").any());
+        assert!(!parking.claim("b", None).any());
     }
 
     #[tokio::test]
@@ -153,7 +155,7 @@ mod tests {
     #[tokio::test]
     async fn a_flood_of_streams_is_refused() {
         let mut parking = Parking::default();
-        for number in 0..LIMIT {
+        for number in 0..MAX_STREAMS {
             parking
                 .park(header(Channel::Stdout, &format!("c{number}")), stream())
                 .unwrap();

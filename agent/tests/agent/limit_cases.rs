@@ -70,6 +70,56 @@ pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &C
     }
 }
 
+pub async fn a_memory_limit_below_the_usage_ends_the_container(client: &Client<'_>) {
+    const BUFFER: u64 = 32 << 20;
+    let copy = [
+        "dd",
+        "if=/dev/zero",
+        "of=/dev/null",
+        "bs=32M",
+        "count=1000000",
+    ];
+    client.create("shrunk", client.spec(&copy)).await.unwrap();
+    client.start("shrunk").await.unwrap();
+    let request = StatsContainerRequest {
+        container_id: "shrunk".into(),
+        ..Default::default()
+    };
+    let grown = async {
+        loop {
+            let stats = client.rpc.agent.stats_container(soon(), &request).await;
+            let stats = stats.unwrap().cgroup_stats.unwrap();
+            if stats.memory_stats.usage.usage > BUFFER {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(DEADLINE, grown).await.expect("dd has no buffer");
+    let limit = LinuxResources {
+        Memory: Some(LinuxMemory {
+            Limit: 16 << 20,
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    let update = UpdateContainerRequest {
+        container_id: "shrunk".into(),
+        resources: Some(limit).into(),
+        ..Default::default()
+    };
+    client
+        .rpc
+        .agent
+        .update_container(soon(), &update)
+        .await
+        .unwrap();
+    let exit = timeout(DEADLINE, client.wait("shrunk", "")).await;
+    assert_eq!(exit.expect("it still runs").unwrap(), 137);
+    client.remove("shrunk").await.unwrap();
+}
+
 pub async fn limits_reach_the_kernel_and_can_be_changed(client: &Client<'_>) {
     let mut spec = client.spec(&["sleep", "1000"]);
     *resources(&mut spec) = LinuxResources {

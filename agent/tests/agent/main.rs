@@ -71,8 +71,9 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             home_comes_from_passwd
             nothing_of_the_agent_leaks_into_a_process
             an_exec_joins_the_container
+            of_two_execs_with_one_id_one_runs
             an_exec_that_cannot_run_fails_at_once
-            an_execs_exit_is_told_once
+            an_execs_exit_is_reported_once
             a_term_without_a_handler_ends_the_container
             a_term_with_a_handler_is_the_programs_business
             a_kill_ends_everything_in_the_container
@@ -113,8 +114,11 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             a_host_socket_is_reached_from_the_guest
             a_host_that_refuses_closes_the_connection
             a_released_host_socket_is_gone;
+        Vm sandbox_cases:
+            the_clock_can_be_set;
         Vm limit_cases:
             a_memory_limit_kills_and_the_event_comes_before_the_exit
+            a_memory_limit_below_the_usage_ends_the_container
             limits_reach_the_kernel_and_can_be_changed
             a_disk_of_the_guest_cannot_be_opened
             a_disk_is_mounted_or_passed_on

@@ -208,6 +208,20 @@ pub async fn an_exec_joins_the_container(client: &Client<'_>) {
     client.remove("joined").await.unwrap();
 }
 
+pub async fn of_two_execs_with_one_id_one_runs(client: &Client<'_>) {
+    client.sleeper("twice").await;
+    let exec = || client.exec("twice", "e1", client.process(&["sleep", "1000"]));
+    let (first, second) = tokio::join!(exec(), exec());
+    let (_, text) = refusal(match (first, second) {
+        (Ok(()), refused) | (refused, Ok(())) => refused,
+        (first, second) => panic!("{first:?} {second:?}"),
+    });
+    assert_eq!(text, "exec e1 exists already in container twice");
+    client.kill("twice", "e1", libc::SIGKILL).await.unwrap();
+    assert_eq!(client.wait("twice", "e1").await.unwrap(), 137);
+    client.remove("twice").await.unwrap();
+}
+
 pub async fn an_exec_that_cannot_run_fails_at_once(client: &Client<'_>) {
     client.sleeper("fails").await;
     for (command, words) in [
@@ -240,7 +254,7 @@ pub async fn an_exec_that_cannot_run_fails_at_once(client: &Client<'_>) {
     client.remove("fails").await.unwrap();
 }
 
-pub async fn an_execs_exit_is_told_once(client: &Client<'_>) {
+pub async fn an_execs_exit_is_reported_once(client: &Client<'_>) {
     client.sleeper("once").await;
     assert_eq!(client.exec_script("once", "e1", "exit 3").await.status, 3);
     let (code, _) = refusal(client.wait("once", "e1").await);

@@ -6,8 +6,8 @@ use guest_protocol::STDIO_PORT;
 use guest_protocol::protocols::agent::{
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
     GetMetricsRequest, GuestDetailsRequest, PauseContainerRequest, ReseedRandomDevRequest,
-    ResumeContainerRequest, SetPolicyRequest, StatsContainerRequest, Storage,
-    UpdateContainerRequest,
+    ResumeContainerRequest, SetGuestDateTimeRequest, SetPolicyRequest, StatsContainerRequest,
+    Storage, UpdateContainerRequest,
 };
 use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::stdio::Channel;
@@ -452,4 +452,31 @@ pub async fn destroying_the_sandbox_is_answered(client: &Client<'_>) {
     };
     let (status, ()) = tokio::join!(parked, destroy);
     assert_eq!(status.unwrap(), 137);
+}
+
+pub async fn the_clock_can_be_set(client: &Client<'_>) {
+    let set = async |seconds, microseconds| {
+        let request = SetGuestDateTimeRequest {
+            Sec: seconds,
+            Usec: microseconds,
+            ..Default::default()
+        };
+        client.rpc.agent.set_guest_date_time(soon(), &request).await
+    };
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    set(2_000_000_000, 500_000).await.unwrap();
+    let output = client.script("clock", "date +%s", |_| {}).await;
+    let seconds: i64 = output.stdout.trim().parse().unwrap();
+    assert!(
+        (2_000_000_000..2_000_000_060).contains(&seconds),
+        "{seconds}"
+    );
+    for (seconds, microseconds) in [(-1, 0), (0, -1), (0, 1_000_000)] {
+        let (code, text) = refusal(set(seconds, microseconds).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        assert!(text.contains("not a time since 1970"), "{text}");
+    }
+    set(now.unwrap().as_secs().try_into().unwrap(), 0)
+        .await
+        .unwrap();
 }

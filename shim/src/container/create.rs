@@ -8,7 +8,9 @@ use std::sync::Arc;
 use containerd_shim_protos::types::mount::Mount;
 use futures::future::join_all;
 use guest_protocol::protocols::agent::{CreateContainerRequest, Device, Storage};
-use guest_protocol::{GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER};
+use guest_protocol::{
+    GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, UDS_PORT_OPTION,
+};
 use oci_spec::runtime::Spec;
 use sys::point::{Point, pass, reach};
 use tokio::time::{Instant, timeout};
@@ -19,7 +21,7 @@ use crate::container::role::PidNamespace;
 use crate::container::rootfs::{self, Disk};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, OfPod, Volumes};
-use crate::deadlines::{DISK_DETACH, DISK_DETACH_AT_LEAST, LATE_CONTAINER_REMOVE, MOUNTS_RELEASE};
+use crate::deadlines::{DISK_DETACH, DISK_DETACH_AT_LEAST, MOUNTS_RELEASE, REMOVE_CONTAINER};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::calls::GuestCalls;
 use crate::guest::guest_spec::{self, GuestView};
@@ -146,7 +148,7 @@ pub async fn in_guest(
         Err(error) => {
             if error.code() == Code::DEADLINE_EXCEEDED {
                 // The agent may be at it still.
-                let by = Instant::now() + LATE_CONTAINER_REMOVE;
+                let by = Instant::now() + REMOVE_CONTAINER;
                 if let Err(error) = guest.remove_container(&create.id, by).await {
                     tracing::warn!(%error, "the guest keeps a container that came too late");
                 }
@@ -180,7 +182,7 @@ impl Container {
             .filter(|storage| storage.driver == UDS_DRIVER)
         {
             let port = host_sockets(guest)?.port;
-            storage.driver_options = vec![format!("port={port}")];
+            storage.driver_options = vec![format!("{UDS_PORT_OPTION}{port}")];
         }
         let maps = create
             .spec

@@ -22,7 +22,7 @@ use vmm::deadlines::MACHINE_LAST_WORDS;
 use vmm::{Confinement, FsCache, Machine, MachineConfig};
 
 use crate::config::{Config, ConfinementLevel, find_file, find_program};
-use crate::deadlines::AGENT_CALL;
+use crate::deadlines::{AGENT_CALL, CREATE_SANDBOX};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
 use crate::guest::clock;
@@ -366,7 +366,7 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
     };
     reach(Point::SandboxCreating).doing(|| "ask the guest agent for the sandbox".into())?;
     let (created, features) = tokio::join!(
-        agent.create_sandbox(&sandbox, AGENT_CALL),
+        agent.create_sandbox(&sandbox, CREATE_SANDBOX),
         agent.features(AGENT_CALL)
     );
     created.map_err(|error| error.context("the guest agent cannot set up the sandbox"))?;

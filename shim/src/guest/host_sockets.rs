@@ -15,22 +15,19 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use guest_protocol::stdio::ACCEPTED;
-use guest_protocol::{Listener, Stream, UDS_MAGIC};
+use guest_protocol::{HostSocketRequest, Listener, Stream, read_line};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncWriteExt, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_LOOK_AGAIN};
+use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_CONNECTED, HOST_SOCKET_LOOK_AGAIN};
 use crate::error::{IoContext, Result};
 use crate::relay;
-
-/// Longest line in bytes, the newline included.
-const MAX_LINE: usize = 600;
 
 /// Bytes of a name that the guest cannot guess.
 const NAME_BYTES: usize = 16;
@@ -202,7 +199,7 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
     let wanted = timeout(HOST_SOCKET, read_line(&mut guest))
         .await
         .map_err(|_| late("the agent sent no line"))??;
-    let Wanted { name, uid, gid } = wanted;
+    let HostSocketRequest { name, uid, gid } = wanted;
     let (place, mut over) = sockets.get(&name).ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::NotFound,
@@ -219,39 +216,6 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
         copied = copy_bidirectional(&mut guest, &mut host) => copied.map(drop),
         _ = over.changed() => Ok(()),
     }
-}
-
-/// The agent's line: which socket, and who connected in the guest.
-pub(crate) struct Wanted {
-    name: String,
-    uid: u32,
-    gid: u32,
-}
-
-/// Reads the line byte by byte: what follows it is the connection's.
-pub(crate) async fn read_line(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<Wanted> {
-    let mut line = Vec::new();
-    loop {
-        match guest.read_u8().await? {
-            b'\n' => break,
-            _ if line.len() + 1 >= MAX_LINE => {
-                return Err(io::Error::other("the line is too long"));
-            }
-            byte => line.push(byte),
-        }
-    }
-    let line = String::from_utf8_lossy(&line);
-    let words: Vec<&str> = line.split(' ').collect();
-    let id = |text: &str| text.parse().ok().filter(|id| *id != NO_ID);
-    match words.as_slice() {
-        [UDS_MAGIC, name, uid, gid] => id(uid).zip(id(gid)).map(|(uid, gid)| Wanted {
-            name: (*name).to_owned(),
-            uid,
-            gid,
-        }),
-        _ => None,
-    }
-    .ok_or_else(|| io::Error::other(format!("the line {line:?} is not understood")))
 }
 
 /// Connects on a thread of its own, which is `user` from then on: the server and the permissions of
@@ -296,7 +260,7 @@ fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<std::os::unix::ne
         SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    let end = Instant::now() + HOST_SOCKET;
+    let end = Instant::now() + HOST_SOCKET_CONNECTED;
     loop {
         match connect(fd.as_raw_fd(), &address) {
             Err(Errno::EAGAIN) if Instant::now() < end => {
@@ -330,8 +294,9 @@ fn become_user(user: &User) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use guest_protocol::{Transport, UDS_PORT};
+    use guest_protocol::{Line, Transport, UDS_PORT};
     use tempfile::TempDir;
+    use tokio::io::AsyncReadExt;
     use tokio::net::UnixListener;
 
     use super::*;
@@ -569,7 +534,7 @@ mod tests {
             b"cofferdam-uds/2 vol-1 -1 0\n".to_vec(),
             b"cofferdam-uds/2 nobodys 0 0\n".to_vec(),
             b"\n".to_vec(),
-            vec![b'x'; MAX_LINE],
+            vec![b'x'; HostSocketRequest::MAX_BYTES],
         ] {
             assert!(
                 host.is_closed(&line).await,

@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use vmm::{Attached, Device, Machine, Net};
 
 use crate::config::NetnsRules;
-use crate::deadlines::AGENT_CALL;
+use crate::deadlines::UPDATE_NETWORK;
 use crate::error::{IoContext, Result};
 use crate::from_guest::Agent;
 use crate::host::ledger::{Ledger, Resource};
@@ -159,7 +159,7 @@ impl Nics {
                 ..Default::default()
             };
             reach(Point::InterfaceSetting).doing(|| format!("set up {}", endpoint.name))?;
-            let done = agent.update_interface(&request, AGENT_CALL).await;
+            let done = agent.update_interface(&request, UPDATE_NETWORK).await;
             done.map_err(|error| {
                 error.context(format!("the guest cannot set up {}", endpoint.name))
             })?;
@@ -173,7 +173,7 @@ impl Nics {
                 routes: Some(routes).into(),
                 ..Default::default()
             };
-            let done = agent.update_routes(&request, AGENT_CALL).await;
+            let done = agent.update_routes(&request, UPDATE_NETWORK).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
         let neighbours = ARPNeighbors {
@@ -185,7 +185,7 @@ impl Nics {
                 neighbors: Some(neighbours).into(),
                 ..Default::default()
             };
-            let done = agent.add_arp_neighbors(&request, AGENT_CALL).await;
+            let done = agent.add_arp_neighbors(&request, UPDATE_NETWORK).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
         state.wired.clear();

@@ -24,8 +24,8 @@ use ttrpc::Code;
 use vmm::{Attached, Block, Device, Machine};
 
 use crate::deadlines::{
-    AGENT_CALL, AGENT_LAST_WORDS, CONTAINER_CREATE, CONTAINER_REMOVE_AGAIN, MACHINE_RESIZE,
-    PROCESS_START, STATS,
+    AGENT_CALL, AGENT_LAST_WORDS, CHANGE_CONTAINER, CONTAINER_REMOVE_AGAIN, CREATE_CONTAINER,
+    MACHINE_RESIZE, ONLINE_CPU_MEM, START_PROCESS, STATS,
 };
 use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
@@ -141,7 +141,7 @@ impl GuestCalls for RunningGuest {
         reach(Point::StdioDialled).doing(|| format!("use the stdio of {process}"))?;
         reach(Point::ContainerCreating).doing(|| format!("ask the guest for {process}"))?;
         self.agent
-            .create_container(request, CONTAINER_CREATE)
+            .create_container(request, CREATE_CONTAINER)
             .await?;
         Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, &process, io)))
     }
@@ -197,7 +197,7 @@ impl GuestCalls for RunningGuest {
             ..Default::default()
         };
         reach(Point::ContainerStarting).doing(|| format!("ask the guest to start {id}"))?;
-        self.agent.start_container(&request, PROCESS_START).await
+        self.agent.start_container(&request, START_PROCESS).await
     }
 
     fn preconnect(&self, process: &ProcessId, io: &Stdio) -> Option<PreconnectedStdio> {
@@ -228,7 +228,7 @@ impl GuestCalls for RunningGuest {
             ..Default::default()
         };
         reach(Point::ExecStarting).doing(|| format!("ask the guest to start {process}"))?;
-        let started = self.agent.exec_process(&request, PROCESS_START).await;
+        let started = self.agent.exec_process(&request, START_PROCESS).await;
         if started
             .as_ref()
             .is_err_and(|error| error.code() == Code::DEADLINE_EXCEEDED)
@@ -298,14 +298,16 @@ impl GuestCalls for RunningGuest {
                     container_id,
                     ..Default::default()
                 };
-                self.agent.pause_container(&request, AGENT_CALL).await
+                self.agent.pause_container(&request, CHANGE_CONTAINER).await
             }
             Freezer::Thawed => {
                 let request = ResumeContainerRequest {
                     container_id,
                     ..Default::default()
                 };
-                self.agent.resume_container(&request, AGENT_CALL).await
+                self.agent
+                    .resume_container(&request, CHANGE_CONTAINER)
+                    .await
             }
         }
     }
@@ -324,7 +326,9 @@ impl GuestCalls for RunningGuest {
             resources: Some(guest_spec::resources(resources)).into(),
             ..Default::default()
         };
-        self.agent.update_container(&request, AGENT_CALL).await
+        self.agent
+            .update_container(&request, CHANGE_CONTAINER)
+            .await
     }
 
     async fn add_links(&self, ledger: &Ledger) -> Result<()> {
@@ -432,7 +436,7 @@ impl RunningGuest {
             };
             size.vcpus = got;
             if request.nb_cpus > 0 {
-                self.agent.online_cpu_mem(&request, MACHINE_RESIZE).await?;
+                self.agent.online_cpu_mem(&request, ONLINE_CPU_MEM).await?;
             }
         }
         Ok(self.size.has_mib.load(Ordering::Relaxed))

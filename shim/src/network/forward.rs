@@ -13,14 +13,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use guest_protocol::stdio::ACCEPTED;
-use guest_protocol::{FORWARD_MAGIC, FORWARD_PORT, Stream, Transport};
+use guest_protocol::{FORWARD_PORT, ForwardRequest, Stream, Transport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::netns::Netns;
 use super::sk_lookup::{self, Ports};
-use crate::deadlines::FORWARD_DIAL;
+use crate::deadlines::{FORWARD_ACCEPTED, FORWARD_LISTENER};
 use crate::relay::{Relay, serve};
 
 /// Forwards as long as it lives.
@@ -149,7 +149,7 @@ async fn join(
         let dial = move || {
             taken
                 .netns
-                .run(|| std::net::TcpStream::connect_timeout(&wanted, FORWARD_DIAL))
+                .run(|| std::net::TcpStream::connect_timeout(&wanted, FORWARD_LISTENER))
         };
         let listener = tokio::task::spawn_blocking(dial)
             .await
@@ -166,7 +166,7 @@ async fn join(
             format!("the guest did not answer for port {port}"),
         )
     };
-    let mut guest = timeout(FORWARD_DIAL, dial(transport, port))
+    let mut guest = timeout(FORWARD_ACCEPTED, dial(transport, port))
         .await
         .map_err(|_| refused())??;
     connection.set_nodelay(true)?;
@@ -174,9 +174,9 @@ async fn join(
 }
 
 async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {
-    let mut guest = transport.dial(FORWARD_PORT, FORWARD_DIAL).await?;
+    let mut guest = transport.dial(FORWARD_PORT, FORWARD_ACCEPTED).await?;
     guest
-        .write_all(format!("{FORWARD_MAGIC} {port}\n").as_bytes())
+        .write_all(ForwardRequest { port }.to_string().as_bytes())
         .await?;
     match guest.read_u8().await {
         Ok(ACCEPTED) => Ok(guest),

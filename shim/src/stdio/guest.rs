@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream
 use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
-use crate::deadlines::{STREAM_ACCEPT, STREAM_REDIAL};
+use crate::deadlines::{STDIO_ACCEPTED, STREAM_REDIAL};
 use crate::error::{Error, Result};
 use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
@@ -139,7 +139,7 @@ async fn dial(
     let connect = async {
         // The agent is there: a refusal is a queue that is full for the moment.
         let mut stream = loop {
-            match transport.dial(STDIO_PORT, STREAM_ACCEPT).await {
+            match transport.dial(STDIO_PORT, STDIO_ACCEPTED).await {
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                     sleep(STREAM_REDIAL).await
                 }
@@ -152,13 +152,13 @@ async fn dial(
             other => Err(std::io::Error::other(format!("unexpected byte {other}"))),
         }
     };
-    match timeout(STREAM_ACCEPT, connect).await {
+    match timeout(STDIO_ACCEPTED, connect).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(Error::unavailable(format!(
             "the guest agent does not take {channel:?} of {key}: {error}"
         ))),
         Err(_) => Err(Error::deadline(format!(
-            "the guest agent did not take {channel:?} of {key} in {STREAM_ACCEPT:?}"
+            "the guest agent did not take {channel:?} of {key} in {STDIO_ACCEPTED:?}"
         ))),
     }
 }

@@ -1,0 +1,203 @@
+//! What a process needs before and at exec(2), checked: arguments, user, capabilities, limits.
+
+use std::ffi::CString;
+use std::sync::Arc;
+
+use guest_protocol::protocols::oci::{self, LinuxCapabilities};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use super::super::seccomp::Filter;
+use super::c_string;
+use crate::error::{Error, Result};
+use crate::log::log;
+
+/// How a process presents itself once it runs: everything that exec(2) and the calls before it
+/// need.
+#[derive(Clone, Debug)]
+pub struct ProcessPlan {
+    pub args: Vec<CString>,
+    pub env: Vec<CString>,
+    pub cwd: CString,
+    pub uid: libc::uid_t,
+    pub gid: libc::gid_t,
+    pub groups: Vec<libc::gid_t>,
+    /// None for an exec that takes over the container's.
+    pub capabilities: Option<Capabilities>,
+    pub rlimits: Vec<(libc::__rlimit_resource_t, libc::rlimit)>,
+    pub no_new_privileges: bool,
+    pub oom_score_adj: i64,
+    pub seccomp: Option<Arc<Filter>>,
+    pub terminal: bool,
+    /// Of the terminal at the start.
+    pub size: Option<TerminalSize>,
+}
+
+/// Characters of a terminal.
+#[derive(Clone, Copy, Debug)]
+pub struct TerminalSize {
+    pub rows: u16,
+    pub columns: u16,
+}
+
+/// The five capability sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    pub bounding: CapabilitySet,
+    pub own: CapabilitySets,
+    pub ambient: CapabilitySet,
+}
+
+impl Capabilities {
+    /// No capability at all.
+    pub const NONE: Capabilities = Capabilities {
+        bounding: CapabilitySet::empty(),
+        own: CapabilitySets {
+            effective: CapabilitySet::empty(),
+            permitted: CapabilitySet::empty(),
+            inheritable: CapabilitySet::empty(),
+        },
+        ambient: CapabilitySet::empty(),
+    };
+}
+
+impl ProcessPlan {
+    /// Checks a process.
+    ///
+    /// # Errors
+    /// What is wrong, in one line for the user.
+    pub fn new(process: &oci::Process, seccomp: Option<Arc<Filter>>) -> Result<ProcessPlan> {
+        if process.Args.is_empty() {
+            return Err(Error::Invalid(
+                "the process has no args: the image names no command and none was given".into(),
+            ));
+        }
+        let cwd = if process.Cwd.is_empty() {
+            "/"
+        } else {
+            &process.Cwd
+        };
+        if !cwd.starts_with('/') {
+            return Err(Error::Invalid(format!(
+                "working directory {cwd:?} is not absolute"
+            )));
+        }
+        let user = process.User.get_or_default();
+        let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
+        let size = process.ConsoleSize.as_ref().map(|size| TerminalSize {
+            rows: cells(size.Height),
+            columns: cells(size.Width),
+        });
+        Ok(ProcessPlan {
+            args: process
+                .Args
+                .iter()
+                .map(|arg| c_string(arg))
+                .collect::<Result<_>>()?,
+            env: process
+                .Env
+                .iter()
+                .map(|variable| c_string(variable))
+                .collect::<Result<_>>()?,
+            cwd: c_string(cwd)?,
+            uid: user.UID,
+            gid: user.GID,
+            groups: user.AdditionalGids.clone(),
+            capabilities: process.Capabilities.as_ref().map(capabilities),
+            rlimits: rlimits(&process.Rlimits),
+            no_new_privileges: process.NoNewPrivileges,
+            oom_score_adj: process.OOMScoreAdj.clamp(-1000, 1000),
+            seccomp,
+            terminal: process.Terminal,
+            // Zero is unknown.
+            size: size.filter(|size| size.rows != 0 && size.columns != 0),
+        })
+    }
+}
+
+/// Capability sets; names that no kernel knows are left out.
+fn capabilities(sets: &LinuxCapabilities) -> Capabilities {
+    let mask = |names: &[String]| {
+        let mut mask = CapabilitySet::empty();
+        for name in names {
+            match name.strip_prefix("CAP_").and_then(CapabilitySet::from_name) {
+                Some(capability) => mask |= capability,
+                None => log!("unknown capability {name:?} left out"),
+            }
+        }
+        mask
+    };
+    Capabilities {
+        bounding: mask(&sets.Bounding),
+        own: CapabilitySets {
+            effective: mask(&sets.Effective),
+            permitted: mask(&sets.Permitted),
+            inheritable: mask(&sets.Inheritable),
+        },
+        ambient: mask(&sets.Ambient),
+    }
+}
+
+fn rlimits(limits: &[oci::POSIXRlimit]) -> Vec<(libc::__rlimit_resource_t, libc::rlimit)> {
+    let resource = |name: &str| {
+        Some(match name {
+            "RLIMIT_AS" => libc::RLIMIT_AS,
+            "RLIMIT_CORE" => libc::RLIMIT_CORE,
+            "RLIMIT_CPU" => libc::RLIMIT_CPU,
+            "RLIMIT_DATA" => libc::RLIMIT_DATA,
+            "RLIMIT_FSIZE" => libc::RLIMIT_FSIZE,
+            "RLIMIT_LOCKS" => libc::RLIMIT_LOCKS,
+            "RLIMIT_MEMLOCK" => libc::RLIMIT_MEMLOCK,
+            "RLIMIT_MSGQUEUE" => libc::RLIMIT_MSGQUEUE,
+            "RLIMIT_NICE" => libc::RLIMIT_NICE,
+            "RLIMIT_NOFILE" => libc::RLIMIT_NOFILE,
+            "RLIMIT_NPROC" => libc::RLIMIT_NPROC,
+            "RLIMIT_RSS" => libc::RLIMIT_RSS,
+            "RLIMIT_RTPRIO" => libc::RLIMIT_RTPRIO,
+            "RLIMIT_RTTIME" => libc::RLIMIT_RTTIME,
+            "RLIMIT_SIGPENDING" => libc::RLIMIT_SIGPENDING,
+            "RLIMIT_STACK" => libc::RLIMIT_STACK,
+            _ => return None,
+        })
+    };
+    let mut out = Vec::with_capacity(limits.len());
+    for limit in limits {
+        match resource(&limit.Type) {
+            Some(resource) => out.push((
+                resource,
+                libc::rlimit {
+                    rlim_cur: limit.Soft,
+                    rlim_max: limit.Hard,
+                },
+            )),
+            None => log!("unknown rlimit {:?} left out", limit.Type),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_capabilities_and_rlimits_are_left_out() {
+        let sets = LinuxCapabilities {
+            Bounding: vec!["CAP_CHOWN".into(), "CAP_FLY".into(), "CAP_KILL".into()],
+            ..Default::default()
+        };
+        assert_eq!(
+            capabilities(&sets).bounding,
+            CapabilitySet::CHOWN | CapabilitySet::KILL
+        );
+        let limit = |name: &str| oci::POSIXRlimit {
+            Type: name.into(),
+            Hard: 2,
+            Soft: 1,
+            ..Default::default()
+        };
+        assert_eq!(
+            rlimits(&[limit("RLIMIT_NOFILE"), limit("RLIMIT_WISHES")]).len(),
+            1
+        );
+    }
+}

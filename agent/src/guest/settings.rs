@@ -1,0 +1,115 @@
+//! What the host sets of the running machine: CPUs and memory, random numbers, the clock.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use sys::check;
+use tokio::time::{Instant, sleep};
+
+use crate::deadlines;
+use crate::error::{Context, Error, Result};
+
+/// What is to come online.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Online {
+    Cpus,
+    CpusAndMemory,
+}
+
+/// Brings `cpus` more CPUs online, as they appear, and then all memory that is there.
+///
+/// # Errors
+/// Fewer CPUs that come in time.
+pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
+    let mut missing = cpus;
+    let by = Instant::now() + deadlines::CPUS_ONLINE;
+    loop {
+        for file in offline("/sys/devices/system/cpu", "cpu", "online", "0") {
+            if missing > 0 && fs::write(file, "1").is_ok() {
+                missing -= 1;
+            }
+        }
+        if missing == 0 || Instant::now() >= by {
+            break;
+        }
+        sleep(deadlines::CPUS_ONLINE_PAUSE).await;
+    }
+    if missing > 0 {
+        return Err(Error::Failed(format!(
+            "{missing} of {cpus} CPUs did not come online"
+        )));
+    }
+    if wanted == Online::CpusAndMemory {
+        for file in offline("/sys/devices/system/memory", "memory", "state", "offline") {
+            let _ = fs::write(file, "online");
+        }
+    }
+    Ok(())
+}
+
+/// Control files of the numbered entries of `dir` that contain `off`.
+fn offline(dir: &str, prefix: &str, file: &str, off: &str) -> Vec<PathBuf> {
+    let numbered = |name: &str| {
+        name.strip_prefix(prefix)
+            .is_some_and(|rest| rest.parse::<u32>().is_ok())
+    };
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_name().to_str().is_some_and(numbered))
+        .map(|entry| entry.path().join(file))
+        .filter(|path| fs::read_to_string(path).is_ok_and(|state| state.trim() == off))
+        .collect()
+}
+
+/// Mixes `data` into the kernel's random numbers and makes it reseed from them: a clone must not
+/// repeat its template.
+///
+/// # Errors
+/// No data, or the kernel's refusal.
+pub fn reseed(data: &[u8]) -> Result<()> {
+    // linux/random.h
+    const RNDADDTOENTCNT: libc::Ioctl = 0x4004_5201;
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    if data.is_empty() {
+        return Err(Error::Invalid("no random data was sent".into()));
+    }
+    let device = "/dev/random";
+    fs::write(device, data).context(|| format!("write {device}"))?;
+    let file = fs::File::open(device).context(|| format!("open {device}"))?;
+    let bits = i32::try_from(data.len().saturating_mul(8)).unwrap_or(i32::MAX);
+    let ioctls = || -> io::Result<()> {
+        // SAFETY: ioctls of the random device with arguments of their types.
+        unsafe {
+            check(libc::ioctl(file.as_raw_fd(), RNDADDTOENTCNT, &raw const bits).into())?;
+            check(libc::ioctl(file.as_raw_fd(), RNDRESEEDCRNG).into())?;
+        }
+        Ok(())
+    };
+    ioctls().context(|| "reseed the random numbers".into())
+}
+
+/// Sets the guest's clock (CLOCK_REALTIME) to a time since 1970. The monotonic clocks, and with
+/// them every deadline of the agent, stay as they are.
+///
+/// # Errors
+/// Numbers that are not a time since 1970; a time that the kernel refuses, because it is before the
+/// boot.
+pub fn set_clock(seconds: i64, microseconds: i64) -> Result<()> {
+    if seconds < 0 || !(0..1_000_000).contains(&microseconds) {
+        return Err(Error::Invalid(format!(
+            "{seconds} s and {microseconds} µs are not a time since 1970"
+        )));
+    }
+    let time = libc::timeval {
+        tv_sec: seconds,
+        tv_usec: microseconds,
+    };
+    // SAFETY: the time lives over the call; no time zone.
+    check(unsafe { libc::settimeofday(&raw const time, std::ptr::null()) }.into())
+        .context(|| format!("set the clock to {seconds} s since 1970"))
+        .map(|_| ())
+}
