@@ -62,9 +62,6 @@ pub const HOST_DIAL: Duration = Duration::from_secs(5);
 /// How long the host may take to connect to its unix socket and say so.
 pub const HOST_SOCKET_ANSWER: Duration = Duration::from_secs(12);
 
-/// How often a carried connection is checked for two dead ends.
-pub const DEAD_CONNECTION_POLL: Duration = Duration::from_secs(1);
-
 /// How long a stdio stream waits for its process to be made. The shim gives up a stream of its own
 /// after 20 s.
 pub const STDIO_STREAM_UNCLAIMED: Duration = Duration::from_secs(30);

@@ -38,3 +38,10 @@ pub const FORWARD_ACCEPTED: Duration = Duration::from_secs(10);
 /// Here the agent is the one who waits longer: how long the host may take to connect to its unix
 /// socket for the guest.
 pub const HOST_SOCKET_CONNECTED: Duration = Duration::from_secs(10);
+
+/// How often a carried connection is checked for two dead ends.
+pub const DEAD_CONNECTION_POLL: Duration = Duration::from_secs(1);
+
+/// vhost-device-vsock answers a CONNECT. A dial is left alone for that long even when nobody wants
+/// it any more: the daemon spins on a connection that ends before it has answered.
+pub const VSOCK_DAEMON_ANSWER: Duration = Duration::from_secs(60);

@@ -4,6 +4,7 @@
 //! socket, and by when an answer must be there. It never decides what a sandbox should do, and it
 //! knows nothing of QEMU or containerd.
 
+pub mod carry;
 mod client;
 pub mod deadlines;
 pub mod forward;

@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::deadlines::VSOCK_DAEMON_ANSWER;
 use crate::key::Key;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
@@ -99,9 +100,11 @@ impl Transport {
             Transport::Hybrid { path } => {
                 // A task of its own, so that giving up on the dial never breaks it off:
                 // vhost-device-vsock 0.3 spins for ever on a connection that ends before it has
-                // answered the CONNECT line.
-                let dial = tokio::spawn(connect_hybrid(path.clone(), port));
-                dial.await.map_err(io::Error::other)?.map(Stream::Unix)
+                // answered the CONNECT line. A daemon that hangs does so anyway.
+                let connecting = timeout(VSOCK_DAEMON_ANSWER, connect_hybrid(path.clone(), port));
+                let dial = tokio::spawn(connecting).await.map_err(io::Error::other)?;
+                dial.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+                    .map(Stream::Unix)
             }
             Transport::Unix { path } if port == crate::AGENT_PORT => {
                 UnixStream::connect(path).await.map(Stream::Unix)

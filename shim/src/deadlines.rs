@@ -70,7 +70,7 @@ pub const MOUNTS_RELEASE: Duration = Duration::from_secs(2);
 /// Between two looks at the host's clock: so long may the guest's be behind.
 pub const CLOCK_LOOK_AGAIN: Duration = Duration::from_secs(60);
 
-/// The agent sends its line for a socket of the host, and the server there takes the connection.
+/// The agent sends its line for a socket of the host.
 pub const HOST_SOCKET: Duration = Duration::from_secs(10);
 
 /// Between two looks for room in a server's backlog: the kernel has no notice for it.
@@ -224,7 +224,8 @@ mod tests {
             (vmm::deadlines::MEMORY_STEP, MACHINE_RESIZE),
             (AGENT_DIAL_AGAIN, AGENT_DIAL),
             (AGENT_REDIAL, AGENT_CALL),
-            (HOST_SOCKET_LOOK_AGAIN, HOST_SOCKET),
+            (HOST_SOCKET_LOOK_AGAIN, HOST_SOCKET_CONNECTED),
+            (CREATE_SANDBOX, boot),
             (HOST_MOUNTS, KUBELET),
             (REMOVE_CONTAINER, KUBELET - CREATE_CONTAINER),
             (DISK_DETACH_AT_LEAST, DISK_DETACH),

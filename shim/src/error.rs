@@ -23,17 +23,11 @@ pub enum Error {
         message: String,
     },
     /// What the guest agent answered, in its words.
-    Agent {
-        /// Its code.
-        code: Code,
-        /// Its words.
-        message: String,
-    },
+    Agent { code: Code, message: String },
     /// The host's kernel refused something.
     Io {
         /// Reads like "make directory /run/cofferdam".
         doing: String,
-        /// The kernel's reason.
         source: Arc<io::Error>,
     },
     /// QEMU or one of its helpers failed.

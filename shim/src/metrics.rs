@@ -14,9 +14,6 @@ use crate::error::{Error, Result};
 use crate::from_guest::{IoEntry, Limited, Op, Stats};
 
 /// Packs the statistics for a host with the unified hierarchy (`v2`) or without.
-///
-/// # Errors
-/// protobuf's own.
 pub fn pack(stats: &Stats, host_is_v2: bool) -> Result<Any> {
     if host_is_v2 {
         any(&unified(stats))

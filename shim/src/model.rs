@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 /// A process of a container: its init, or an exec.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProcessId {
-    /// The container.
     pub container: String,
     /// The exec; none for init.
     pub exec: Option<String>,

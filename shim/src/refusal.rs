@@ -29,7 +29,6 @@ pub enum Refusal {
     /// Somebody else deletes it.
     #[error("{0} is already being deleted")]
     BeingDeleted(ProcessId),
-    /// A second start.
     #[error("{0} is already started")]
     Started(ProcessId),
     /// A signal for an exec that does not run yet.
@@ -53,7 +52,6 @@ pub enum Refusal {
     /// A start in a paused container.
     #[error("task {0} is paused: resume it first")]
     Paused(String),
-    /// A second pause.
     #[error("task {0} is already paused")]
     AlreadyPaused(String),
     /// A resume of what runs.

@@ -12,14 +12,12 @@ use tokio::time::sleep;
 use crate::deadlines::ACCEPT_AGAIN;
 
 /// Connections at a time. The next wait in the listener's backlog.
-const MAX_CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS: usize = 1024;
 
 /// Something that connections come from.
 pub trait Accept: Send + Sync + 'static {
-    /// One connection.
     type Connection: Send;
 
-    /// The next connection.
     fn accept(&self) -> impl Future<Output = io::Result<Self::Connection>> + Send;
 }
 

@@ -3,13 +3,14 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use guest_protocol::carry::{copy_both_ways, copy_until_end_of};
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{ForwardRequest, Stream, read_line};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::{copy_both_ways, copy_until_end_of, serve as serve_all};
+use super::serve as serve_all;
 use crate::deadlines;
 use crate::gate::Incoming;
 
@@ -21,12 +22,12 @@ pub async fn serve(incoming: Incoming) {
 async fn forward(mut host: Stream) -> io::Result<()> {
     let read = read_line::<ForwardRequest>(&mut host);
     let ForwardRequest { port } = timeout(deadlines::REQUEST_LINE, read).await??;
-    let server = connect(port).await?;
+    let mut server = connect(port).await?;
     // Small writes are passed on as they come: whoever made them has decided when to wait for more.
     let _ = server.set_nodelay(true);
     host.write_all(&[ACCEPTED]).await?;
     match host {
-        Stream::Unix(_) => copy_both_ways(host, server).await,
+        Stream::Unix(_) => copy_both_ways(&mut host, &mut server).await,
         // Not every vsock device passes on that one direction has ended, so the end of the server's
         // side ends the connection: `kubectl port-forward` waits for it.
         Stream::Vsock(_) => copy_until_end_of(server, host).await,

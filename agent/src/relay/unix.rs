@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use guest_protocol::carry::copy_both_ways;
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{
@@ -16,7 +17,7 @@ use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use super::{copy_both_ways, serve};
+use super::serve;
 use crate::deadlines;
 use crate::error::{Context, Error, Result};
 use crate::gate::Incoming;
@@ -123,7 +124,7 @@ fn bind(path: &Path, owner: &Owner) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn carry(client: Stream, host: Transport, port: u32, source: String) -> io::Result<()> {
+async fn carry(mut client: Stream, host: Transport, port: u32, source: String) -> io::Result<()> {
     let Stream::Unix(unix) = &client else {
         return Err(io::Error::other(
             "a client of a host socket that is on no unix socket",
@@ -146,5 +147,5 @@ async fn carry(client: Stream, host: Transport, port: u32, source: String) -> io
             "the host answered with something unknown",
         ));
     }
-    copy_both_ways(client, server).await
+    copy_both_ways(&mut client, &mut server).await
 }

@@ -89,7 +89,6 @@ pub struct Config {
     /// The guest kernel (vmlinux with PVH).
     #[serde(deserialize_with = "file")]
     pub kernel: PathBuf,
-    /// The guest's initramfs.
     #[serde(deserialize_with = "file")]
     pub initramfs: PathBuf,
     /// Added to the kernel command line.

@@ -32,13 +32,10 @@ use crate::stdio::{GuestIo, HostIo, Pumps};
 
 /// What a client wants to have made.
 pub struct CreateContainer {
-    /// The container.
     pub id: String,
-    /// Its bundle.
     pub bundle: PathBuf,
     /// Root file system, as containerd's snapshotter gives it.
     pub rootfs: Vec<Mount>,
-    /// The OCI spec.
     pub spec: Spec,
     /// Its input and output.
     pub io: Stdio,
@@ -48,14 +45,12 @@ pub struct CreateContainer {
     pub sysctls: HashMap<String, String>,
     /// Source of the mount that stands for its pod's /dev/shm.
     pub shm: Option<PathBuf>,
-    /// Its pod's uid.
     pub pod_uid: Option<String>,
 }
 
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
 pub struct HostSide {
-    /// Its directory.
     _place: Entry,
     /// Where the guest sees the root file system, if it is not on a disk.
     rootfs: String,

@@ -73,7 +73,6 @@ pub enum Role {
 /// The pid namespace of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PidNamespace {
-    /// Its own.
     Own,
     /// The one of the pod.
     Pod,

@@ -77,7 +77,6 @@ const ON_DISK: [&str; 3] = ["ext4", "xfs", "erofs"];
 pub struct Disk {
     /// The device or file.
     pub path: PathBuf,
-    /// Its file system.
     pub fstype: String,
     /// Nothing is written to it.
     pub read_only: bool,

@@ -191,7 +191,6 @@ pub struct Pinned {
     file: File,
     /// Where it is, without links.
     pub is_at: PathBuf,
-    /// What it is.
     pub metadata: std::fs::Metadata,
 }
 
@@ -215,9 +214,6 @@ const OF_THE_KERNEL: [i64; 13] = [
 
 impl Pinned {
     /// Follows the path, as runc does, once.
-    ///
-    /// # Errors
-    /// The system's own.
     pub fn open(path: &Path) -> std::io::Result<Pinned> {
         let file = mounts::hold(path)?;
         let metadata = file.metadata()?;

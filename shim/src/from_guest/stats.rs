@@ -44,9 +44,7 @@ const MEMORY: [&str; 26] = [
 /// A kind of block IO, named as the kernel's cgroup v1 files name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Op {
-    /// Read.
     Read,
-    /// Written.
     Write,
     /// Either, and waited for.
     Sync,
@@ -54,7 +52,6 @@ pub enum Op {
     Async,
     /// Given back to the device.
     Discard,
-    /// All of it.
     Total,
 }
 
@@ -68,7 +65,6 @@ impl Op {
         Op::Total,
     ];
 
-    /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Op::Read => "Read",
@@ -97,7 +93,6 @@ pub struct IoEntry {
 /// Something that is used up to a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limited {
-    /// In use.
     pub usage: u64,
     /// The most that was.
     pub max_usage: u64,
@@ -116,13 +111,10 @@ pub struct Stats {
     pub cpu_kernel: u64,
     /// In programs.
     pub cpu_user: u64,
-    /// By CPU.
     pub cpus: Vec<u64>,
     /// Periods of the CPU limit, how many of them were cut short, and by how much time.
     pub throttling: (u64, u64, u64),
-    /// Memory.
     pub memory: Limited,
-    /// Swap.
     pub swap: Limited,
     /// Memory of the kernel's.
     pub kernel: Limited,

@@ -48,7 +48,6 @@ const POD_PORTS: u8 = 10;
 
 /// What a launch needs to know.
 pub struct BootConfig {
-    /// The configuration.
     pub config: Config,
     /// Size of the machine.
     pub sizing: MachineSize,

@@ -106,7 +106,6 @@ pub trait GuestCalls: Debug + Send + Sync {
     /// Freezes or thaws a container.
     async fn set_freezer(&self, id: &str, to: Freezer) -> Result<()>;
 
-    /// A container's statistics.
     async fn stats(&self, id: &str) -> Result<Stats>;
 
     /// Changes a container's limits; what is not named stays.

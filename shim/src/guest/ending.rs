@@ -34,9 +34,7 @@ pub fn signal_deadline(kill_timeout: Duration) -> Duration {
 /// By when which part of a delete is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeleteBy {
-    /// The output.
     pub drained: Instant,
-    /// The guest's part.
     pub removed: Instant,
 }
 

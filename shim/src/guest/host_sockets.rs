@@ -14,20 +14,24 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use guest_protocol::carry::copy_both_ways;
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{HostSocketRequest, Listener, Stream, read_line};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
-use tokio::io::{AsyncWriteExt, copy_bidirectional};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_CONNECTED, HOST_SOCKET_LOOK_AGAIN};
 use crate::error::{IoContext, Result};
 use crate::relay;
+
+/// Connections to one socket at a time: a quarter of what a sandbox has for all.
+const MAX_CONNECTIONS: usize = 256;
 
 /// Bytes of a name that the guest cannot guess.
 const NAME_BYTES: usize = 16;
@@ -36,9 +40,6 @@ const NAME_BYTES: usize = 16;
 const NO_ID: u32 = u32::MAX;
 
 /// A name for a socket that another container cannot guess, in hex.
-///
-/// # Errors
-/// The failed read.
 pub fn random_name() -> Result<String> {
     let mut bytes = [0; NAME_BYTES];
     let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
@@ -106,6 +107,8 @@ struct PinnedSocket {
     file: OsString,
     path: PathBuf,
     users: Users,
+    /// How many more connections it may have.
+    slots: Arc<Semaphore>,
 }
 
 /// A place, and what ends its connections by its drop.
@@ -142,6 +145,7 @@ impl Sockets {
             file,
             path: path.to_owned(),
             users: users.clone(),
+            slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         };
         sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
         Ok(())
@@ -210,10 +214,14 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
         .users
         .believe(uid, gid)
         .ok_or_else(|| io::Error::other("nobody may use the socket"))?;
+    // One container's connections take no other one's place.
+    let _slot = place.slots.clone().try_acquire_owned().map_err(|_| {
+        io::Error::other(format!("{MAX_CONNECTIONS} connections to {name:?} already"))
+    })?;
     let mut host = connect(place, user).await?;
     guest.write_all(&[ACCEPTED]).await?;
     tokio::select! {
-        copied = copy_bidirectional(&mut guest, &mut host) => copied.map(drop),
+        copied = copy_both_ways(&mut guest, &mut host) => copied,
         _ = over.changed() => Ok(()),
     }
 }

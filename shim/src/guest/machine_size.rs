@@ -194,7 +194,6 @@ impl WantedSize {
         WantedSize(Arc::new(Mutex::new(size)))
     }
 
-    /// The size.
     pub fn get(&self) -> MachineSize {
         *sys::lock(&self.0)
     }

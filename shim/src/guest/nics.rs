@@ -85,7 +85,6 @@ impl Nics {
         })
     }
 
-    /// The namespace.
     pub fn netns(&self) -> Arc<OwnedFd> {
         self.netns.clone()
     }
@@ -130,9 +129,6 @@ impl Nics {
 
     /// Plugs them into a machine that runs. One that is refused leaves those before it plugged in,
     /// and the next call goes on from there.
-    ///
-    /// # Errors
-    /// QEMU's own.
     pub async fn plug(&self, machine: &Machine) -> Result<()> {
         let mut state = self.state.lock().await;
         for card in state.cards()? {

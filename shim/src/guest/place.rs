@@ -120,9 +120,6 @@ impl HostCgroup {
     }
 
     /// Makes room for this size beside what there is.
-    ///
-    /// # Errors
-    /// The kernel's own.
     pub async fn raise(self: &Arc<Self>, to: MachineSize) -> Result<()> {
         self.set(to, true).await
     }

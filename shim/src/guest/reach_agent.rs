@@ -81,9 +81,6 @@ pub fn address(config: &Config, dir: &Path) -> Result<Address> {
 
 /// Listens for what the guest dials. A vsock daemon that is not root must be able to reach the
 /// socket; only it and root can enter the directory.
-///
-/// # Errors
-/// The socket's own.
 pub fn listen(transport: &Transport, port: u32) -> std::io::Result<Listener> {
     let listener = transport.listen(port)?;
     if let Listener::Unix { path, .. } = &listener {

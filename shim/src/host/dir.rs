@@ -16,7 +16,6 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use crate::error::{Error, IoContext, Result};
 use crate::host::mounts;
 
-/// The directory.
 #[derive(Debug)]
 pub struct Dir(OwnedFd);
 

@@ -44,7 +44,6 @@ impl SandboxIdentity {
         }
     }
 
-    /// The server's socket.
     pub fn socket(&self, dir: &Path) -> PathBuf {
         dir.join(&self.digest)
     }

@@ -37,23 +37,14 @@ pub enum Resource {
     /// QEMU or a helper.
     Process(Identity),
     /// A directory of a cgroup hierarchy.
-    Cgroup {
-        /// The directory.
-        path: PathBuf,
-    },
+    Cgroup { path: PathBuf },
     /// A cgroup that systemd made for the sandbox.
-    Scope {
-        /// The unit.
-        unit: String,
-    },
+    Scope { unit: String },
     /// What sends a link's packets to the virtual machine, in a network namespace that may outlive
     /// the sandbox.
     Redirect(Redirect),
     /// A file or socket outside the state directory.
-    File {
-        /// The file.
-        path: PathBuf,
-    },
+    File { path: PathBuf },
 }
 
 impl Resource {
@@ -98,7 +89,6 @@ impl Ledger {
         })
     }
 
-    /// The state directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -150,9 +140,6 @@ pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
 }
 
 /// What the server itself does at its end: everything but its own process.
-///
-/// # Errors
-/// As for [`undo`].
 pub fn undo_own(dir: &Path) -> Result<()> {
     let mut resources = read(dir)?;
     resources.retain(|resource| !matches!(resource, Resource::Server(_)));
@@ -177,9 +164,6 @@ pub fn sweep(root: &Path, deadline: Duration) {
 }
 
 /// As [`undo`], if the server is dead.
-///
-/// # Errors
-/// As for [`undo`].
 pub fn undo_abandoned(dir: &Path) -> Result<()> {
     let resources = read(dir)?;
     if is_abandoned(&resources) || is_old_beginning(dir, &resources) {

@@ -121,9 +121,6 @@ impl Bind {
 /// Binds a file or directory onto another, both by their descriptors. The mount gets its attributes
 /// before it is attached: what propagates to virtiofsd is a copy of it as it is then, and no later
 /// change reaches that copy. Needs Linux 5.12 (mount_setattr(2)).
-///
-/// # Errors
-/// The system's own.
 pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> {
     let extent = |recursive| {
         if recursive {
@@ -224,9 +221,6 @@ fn table() -> Result<Vec<Mounted>> {
 /// A file or directory that somebody names, held by a descriptor: all that is asked of it later is
 /// asked of what was found. Unlike an open for its path alone this mounts what is to be mounted on
 /// demand (autofs), as mount(2) would.
-///
-/// # Errors
-/// The system's own.
 pub fn hold(path: &Path) -> std::io::Result<File> {
     Ok(open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLOEXEC)?.into())
 }

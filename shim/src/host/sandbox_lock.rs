@@ -36,9 +36,6 @@ impl SandboxLock {
     }
 
     /// Takes the lock if nobody else has it.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn try_take(state_dir: &Path) -> Result<Option<SandboxLock>> {
         let cache = state_dir.parent().unwrap_or(state_dir).join("cache");
         let doing = || format!("lock {}", state_dir.display());

@@ -12,9 +12,10 @@ use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
+use guest_protocol::carry::copy_both_ways;
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{FORWARD_PORT, ForwardRequest, Stream, Transport};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -156,9 +157,7 @@ async fn join(
             .map_err(io::Error::other)??;
         listener.set_nonblocking(true)?;
         let mut listener = TcpStream::from_std(listener)?;
-        return copy_bidirectional(connection, &mut listener)
-            .await
-            .map(|_| ());
+        return copy_both_ways(connection, &mut listener).await;
     }
     let refused = || {
         io::Error::new(
@@ -170,7 +169,7 @@ async fn join(
         .await
         .map_err(|_| refused())??;
     connection.set_nodelay(true)?;
-    copy_bidirectional(connection, &mut guest).await.map(|_| ())
+    copy_both_ways(connection, &mut guest).await
 }
 
 async fn dial(transport: &Transport, port: u16) -> io::Result<Stream> {

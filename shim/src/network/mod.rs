@@ -159,7 +159,6 @@ impl Network {
         })
     }
 
-    /// The namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns
     }
@@ -231,18 +230,12 @@ impl Network {
     }
 
     /// The routes over the links that the guest has.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub async fn routes(&self) -> Result<Vec<types::Route>> {
         let (_connection, netlink) = self.netns.netlink()?;
         routes::routes(&netlink, &self.links).await
     }
 
     /// The permanent neighbours on the links that the guest has.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub async fn neighbours(&self) -> Result<Vec<types::ARPNeighbor>> {
         let (_connection, netlink) = self.netns.netlink()?;
         routes::neighbours(&netlink, &self.links).await

@@ -55,9 +55,6 @@ impl Netns {
 
     /// Makes a namespace that has nothing but its loopback device and ends with its last
     /// descriptor.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
     pub async fn create() -> Result<Netns> {
         let file = in_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
@@ -86,7 +83,6 @@ impl Netns {
         })
     }
 
-    /// The descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -97,9 +93,6 @@ impl Netns {
     }
 
     /// What tells this namespace from others that exist.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn inode(&self) -> Result<u64> {
         Ok(self
             .file
@@ -134,9 +127,6 @@ impl Netns {
 
     /// A netlink connection of the namespace; it needs the runtime of the calling thread. It lasts
     /// as long as the first of the two.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
     pub fn netlink(&self) -> Result<(Netlink, rtnetlink::Handle)> {
         let runtime = tokio::runtime::Handle::current();
         let (connection, handle, _) = self

@@ -19,9 +19,6 @@ use crate::error::Result;
 
 /// The main table's routes over the links of `names`. Those that the kernel made are left out: the
 /// guest's kernel makes them from the addresses.
-///
-/// # Errors
-/// The kernel's.
 pub async fn routes(netlink: &Handle, names: &HashMap<u32, String>) -> Result<Vec<types::Route>> {
     // One after the other: a request is sent when it is made, and a socket takes one dump at a
     // time.
@@ -108,9 +105,6 @@ fn leads_to_peer(message: &RouteMessage) -> bool {
 }
 
 /// The neighbours that somebody has entered for good.
-///
-/// # Errors
-/// The kernel's.
 pub async fn neighbours(
     netlink: &Handle,
     names: &HashMap<u32, String>,

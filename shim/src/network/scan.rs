@@ -27,13 +27,10 @@ pub struct Address {
 pub struct Link {
     /// Its index in the namespace.
     pub index: u32,
-    /// Its name.
     pub name: String,
     /// What `ip -details link` calls its type; `device` for hardware.
     pub kind: String,
-    /// Its hardware address.
     pub mac: [u8; 6],
-    /// Its MTU.
     pub mtu: u32,
     /// `NOARP` is set.
     pub no_arp: bool,
@@ -46,9 +43,6 @@ pub struct Link {
 /// Finds the links that matter: Ethernet, not part of another (a bridge's port), and in use. Each
 /// namespace has devices that only came with kernel modules (`gretap0`, …): they are down and have
 /// no address.
-///
-/// # Errors
-/// The kernel's.
 pub async fn links(netlink: &Handle, known: &HashSet<u32>) -> Result<Vec<Link>> {
     let links: Vec<LinkMessage> =
         rtnl("list links", netlink.link().get().execute().try_collect()).await?;

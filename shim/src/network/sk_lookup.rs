@@ -39,9 +39,6 @@ impl Ports {
     }
 
     /// Lets connections to a port pass, or hands them over again.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn set(&self, port: u16, passes: bool) -> io::Result<()> {
         if passes {
             self.0.put(port.into(), 1)

@@ -24,7 +24,6 @@ pub const MAX_MTU: u32 = 65521;
 
 nix::ioctl_write_int!(tun_set_iff, b'T', 202);
 
-/// An open tap.
 #[derive(Debug)]
 pub struct Tap {
     /// Its index in its namespace.

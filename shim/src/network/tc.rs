@@ -25,9 +25,6 @@ const INGRESS: TcHandle = TcHandle {
 };
 
 /// Whether a device has a qdisc for what comes in.
-///
-/// # Errors
-/// The kernel's.
 pub async fn has_ingress(netlink: &Handle, index: u32) -> Result<bool> {
     let qdiscs: Vec<TcMessage> =
         rtnl("list qdiscs", netlink.qdisc().get().execute().try_collect()).await?;
@@ -67,9 +64,6 @@ pub async fn redirect(netlink: &Handle, from: u32, to: u32, qdisc: bool) -> Resu
 }
 
 /// Takes back what [`redirect`] did on a device, however much of it.
-///
-/// # Errors
-/// The kernel's.
 pub async fn remove(netlink: &Handle, index: u32, qdisc: bool) -> Result<()> {
     if !has_ingress(netlink, index).await? {
         return Ok(());

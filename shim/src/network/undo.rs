@@ -15,13 +15,10 @@ use crate::error::{Error, Result};
 /// A link whose traffic was, or was about to be, redirected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redirect {
-    /// The network namespace.
     pub netns: PathBuf,
     /// Its inode: a path can come to mean another namespace.
     pub inode: u64,
-    /// The link.
     pub link: String,
-    /// Its index.
     pub index: u32,
     /// The qdisc is ours as well.
     pub qdisc: bool,
@@ -29,9 +26,6 @@ pub struct Redirect {
 
 impl Redirect {
     /// Takes it away. A namespace or link that is gone, or is another by now, is as good.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn undo(&self) -> Result<()> {
         let Ok(netns) = Netns::open(&self.netns) else {
             return Ok(());

@@ -102,7 +102,6 @@ impl Script {
         let _ = pending.remove(index).answer.send(answer);
     }
 
-    /// The machine ends.
     pub fn die(&self, reason: &str) {
         self.died.send_if_modified(|died| {
             let first = died.is_none();
@@ -137,7 +136,6 @@ impl Script {
     }
 }
 
-/// The host.
 pub struct HostDouble {
     pub script: Arc<Script>,
 }
@@ -174,7 +172,6 @@ impl HostCalls for HostDouble {
     }
 }
 
-/// The guest.
 struct GuestDouble {
     script: Arc<Script>,
     features: Features,

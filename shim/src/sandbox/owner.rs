@@ -48,7 +48,6 @@ const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
 
 pub(super) type Launching = Shared<BoxFuture<'static, Result<Arc<dyn GuestCalls>>>>;
 
-/// The owner.
 pub struct SandboxOwner {
     /// What may happen.
     pub(super) state: State,

@@ -34,7 +34,6 @@ struct Told {
     exited: BTreeSet<String>,
 }
 
-/// The oracle.
 #[derive(Default)]
 struct Containers(BTreeMap<String, Told>);
 

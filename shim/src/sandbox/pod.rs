@@ -13,7 +13,6 @@ use crate::guest::machine_size::ResourceLimits;
 pub struct Shm {
     /// Source of the mounts that stand for it.
     pub source: PathBuf,
-    /// Its size.
     pub bytes: u64,
 }
 
@@ -22,7 +21,6 @@ pub struct Shm {
 pub struct Pod {
     /// Sysctls of the namespaces that they share.
     pub sysctls: HashMap<String, String>,
-    /// Their /dev/shm.
     pub shm: Option<Shm>,
     /// What they may use together.
     pub need: ResourceLimits,

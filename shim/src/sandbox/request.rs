@@ -24,7 +24,6 @@ use crate::stdio::Pumps;
 
 /// A part of a message that is not for a log, with what is shown of it.
 pub struct Quiet<T> {
-    /// What it is.
     pub value: T,
     shown: String,
 }
@@ -195,7 +194,6 @@ pub struct ProcessState {
 /// What `SandboxStatus` answers.
 #[derive(Clone, Debug)]
 pub struct SandboxStatus {
-    /// The sandbox's pid.
     pub pid: u32,
     /// That of the task that stands for it.
     pub status: Status,
@@ -272,7 +270,6 @@ pub enum Outcome {
     /// The guest took new limits, or did not: then the old ones count, if there are no newer ones.
     Updated {
         container: String,
-        /// The old ones.
         old: ResourceLimits,
         /// Which update it was.
         number: u64,

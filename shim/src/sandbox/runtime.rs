@@ -14,12 +14,10 @@ use crate::model::{Exit, ProcessId};
 use crate::sandbox::request::Reply;
 use crate::stdio::Pumps;
 
-/// Of one container.
 #[derive(Debug, Default)]
 pub struct ContainerRuntime {
     /// What it may use of the machine; none for a pod's sandbox, whose limits are the pod's.
     pub limits: Option<ResourceLimits>,
-    /// The host's hooks.
     pub hooks: HostHooks,
     /// The container itself, once the guest has it.
     pub container: Option<Container>,
@@ -32,13 +30,10 @@ pub struct ContainerRuntime {
 /// What is known of an exec that is announced.
 #[derive(Debug)]
 pub struct PendingExec {
-    /// What to run.
     pub spec: ProcessSpec,
-    /// Its streams.
     pub preconnected: Option<PreconnectedStdio>,
 }
 
-/// Of one process.
 #[derive(Debug, Default)]
 pub struct ProcessRuntime {
     /// Its running input and output.
@@ -84,7 +79,6 @@ impl Runtimes {
         self.processes.entry(process.clone()).or_default()
     }
 
-    /// All processes.
     pub fn processes(&mut self) -> impl Iterator<Item = (&ProcessId, &mut ProcessRuntime)> {
         self.processes.iter_mut()
     }

@@ -35,15 +35,12 @@ pub enum Stage {
         /// An exit that overtook the answer to the start.
         early: Option<Exit>,
     },
-    /// Started.
     Running,
-    /// Ended.
     Exited(Exit),
     /// Being deleted; what the answer will say. A created process that is deleted has no exit.
     Deleting(Option<Exit>),
 }
 
-/// One process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Process {
     /// What containerd knows it by.
@@ -54,12 +51,9 @@ pub struct Process {
     pub io: Stdio,
 }
 
-/// One container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
-    /// The bundle's directory.
     pub bundle: String,
-    /// The first process.
     pub init: Process,
     /// The others, by exec id.
     pub execs: BTreeMap<String, Process>,
@@ -79,11 +73,8 @@ pub struct Task {
 pub enum Status {
     /// Not started yet.
     Created,
-    /// Started.
     Running,
-    /// Frozen.
     Paused,
-    /// Ended.
     Stopped(Exit),
 }
 
@@ -102,7 +93,6 @@ impl State {
         self.tasks.is_empty()
     }
 
-    /// All containers.
     #[cfg(test)]
     pub fn ids(&self) -> Vec<String> {
         self.tasks.keys().cloned().collect()

@@ -28,7 +28,6 @@ use crate::sandbox::state::Status;
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 
-/// The service.
 pub struct SandboxService {
     sandbox: SandboxHandle,
     ended: watch::Sender<bool>,

@@ -25,7 +25,6 @@ use crate::deadlines::{FIFO_CLIENT, FIFO_CLIENT_LOOK_AGAIN};
 use crate::error::{Error, IoContext, Result};
 use crate::model::Stdio;
 
-/// The opened ends.
 #[derive(Default)]
 pub struct HostIo {
     /// Where input comes from.
@@ -44,7 +43,6 @@ pub enum Output {
     Fifo(Fifo),
     /// The pipe to a logger.
     Pipe(pipe::Sender),
-    /// A regular file.
     Log(LogFile),
 }
 
