@@ -70,10 +70,10 @@ pub const STDIO_STREAM_UNCLAIMED: Duration = Duration::from_secs(30);
 
 /// From the clone of a process to the exec of its program, where the host counts them as one call;
 /// for a container's first process, each of the two halves.
-pub const PROCESS_SETUP: Duration = Duration::from_secs(45);
+pub const PROCESS_SETUP: Duration = Duration::from_secs(55);
 
 /// How long PID 1 of a pod's shared pid namespace may take to be ready: a copy of the agent.
-pub const POD_INIT_SETUP: Duration = Duration::from_secs(5);
+pub const POD_INIT_SETUP: Duration = Duration::from_secs(20);
 
 /// How long PID 1 of a pod's shared pid namespace may take to exit once it was killed.
 pub const PROCESS_EXIT_AFTER_SIGKILL: Duration = Duration::from_secs(5);
@@ -81,8 +81,11 @@ pub const PROCESS_EXIT_AFTER_SIGKILL: Duration = Duration::from_secs(5);
 /// A container's whole removal: its processes' deaths, their collection, its cgroup.
 pub const CONTAINER_REMOVAL: Duration = Duration::from_secs(8);
 
+/// The exits of a removed container's processes are told: they are dead by then.
+pub const PROCESS_COLLECTED: Duration = Duration::from_secs(1);
+
 /// The removal of a cgroup in which a container could not be made.
-pub const FAILED_CREATE_CLEANUP: Duration = Duration::from_secs(5);
+pub const FAILED_CREATE_CLEANUP: Duration = Duration::from_secs(10);
 
 /// Between two attempts to remove a cgroup that the kernel still calls busy.
 pub const CGROUP_BUSY_PAUSE: Duration = Duration::from_millis(2);
@@ -117,7 +120,7 @@ mod tests {
                 < host::CREATE_CONTAINER
         );
         assert!(PROCESS_SETUP < host::START_PROCESS);
-        assert!(CONTAINER_REMOVAL < host::REMOVE_CONTAINER);
+        assert!(CONTAINER_REMOVAL + PROCESS_COLLECTED < host::REMOVE_CONTAINER);
         assert!(CGROUP_FREEZE < host::CHANGE_CONTAINER);
         assert!(MEMORY_RECLAIM < host::CHANGE_CONTAINER);
         assert!(CPUS_ONLINE < host::ONLINE_CPU_MEM);
@@ -133,7 +136,7 @@ mod tests {
         assert!(READY_NOTICE_ATTEMPT + KEY_ANSWER < READY_NOTICE);
         assert!(READY_NOTICE_HEAD_START < READY_NOTICE_ATTEMPT);
         assert!(OOM_EVENT_FETCHED < PROCESS_EXIT_AFTER_SIGKILL);
-        assert!(OOM_EVENT_FETCHED < CONTAINER_REMOVAL);
+        assert!(OOM_EVENT_FETCHED < PROCESS_COLLECTED);
         for (pause, whole) in [
             (READY_NOTICE_PAUSE, READY_NOTICE),
             (DEVICE_HOTPLUG_PAUSE, DEVICE_HOTPLUG),

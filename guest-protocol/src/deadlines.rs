@@ -10,7 +10,7 @@ use std::time::Duration;
 pub const CREATE_SANDBOX: Duration = Duration::from_secs(10);
 
 /// `CreateContainer`: storages, cgroup, and the first process up to the point where it waits.
-pub const CREATE_CONTAINER: Duration = Duration::from_secs(60);
+pub const CREATE_CONTAINER: Duration = Duration::from_secs(90);
 
 /// `StartContainer` and `ExecProcess`: until the program runs, which includes the guest's reading
 /// of the program from the image.

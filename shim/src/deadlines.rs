@@ -134,6 +134,15 @@ pub const LOG_FILE_OPEN: Duration = Duration::from_secs(10);
 /// Output that nobody has taken for this long is given up when its process is deleted.
 pub const OUTPUT_UNREAD: Duration = Duration::from_secs(2);
 
+/// Between two looks how far a log file is written.
+pub const LOG_FILE_LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Log files are written to their end when the sandbox ends.
+pub const LOG_FILES_AT_END: Duration = Duration::from_millis(500);
+
+/// Whoever undoes what is left of a sandbox waits for another one who does.
+pub const SANDBOX_LOCK_TO_UNDO: Duration = Duration::from_secs(1);
+
 /// A logger is ready, as in containerd's own shim.
 pub const LOGGER_READY: Duration = Duration::from_secs(10);
 
@@ -236,9 +245,16 @@ mod tests {
             (FIFO_CLIENT_LOOK_AGAIN, FIFO_CLIENT),
             (SANDBOX_LOCK_LOOK_AGAIN, SANDBOX_LOCK),
             (SCOPE_PLACEHOLDER_GONE, SCOPE_UNDO),
-            (WORK_AT_END + EVENTS_FLUSH, SERVER_END_BEFORE_DELETE),
+            (
+                WORK_AT_END + EVENTS_FLUSH + LOG_FILES_AT_END / 2,
+                SERVER_END_BEFORE_DELETE,
+            ),
             (SERVER_END_BEFORE_DELETE + SERVER_ANSWER, CONTAINERD_DELETE),
-            (SERVER_END_BEFORE_DELETE + SWEEP, CONTAINERD_DELETE),
+            (
+                SANDBOX_LOCK_TO_UNDO + SERVER_END_BEFORE_DELETE + SWEEP,
+                CONTAINERD_DELETE,
+            ),
+            (LOG_FILE_LOOK_AGAIN, OUTPUT_UNREAD),
             (IDLE_AFTER_ANSWER, FIRST_REQUEST),
             (FIRST_REQUEST, IDLE_SANDBOX),
             (SERVER_READY, FIRST_REQUEST),

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use crate::deadlines::ACCEPT_AGAIN;
 
 /// Connections at a time. The next wait in the listener's backlog.
-const MAX_CONNECTIONS: usize = 1024;
+const MAX_CONNECTIONS: usize = 512;
 
 /// Something that connections come from.
 pub trait Accept: Send + Sync + 'static {

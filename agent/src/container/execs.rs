@@ -62,7 +62,8 @@ impl Execs {
             .get(exec_id)
             .is_some_and(|process| !process.is_reported());
         let is_free = !is_used && lock(&self.starting).insert(exec_id.to_owned());
-        is_free.then_some(Reservation {
+        // Not `then_some`: a reservation that is refused must not be made, its drop gives up the id.
+        is_free.then(|| Reservation {
             execs: self,
             exec_id,
         })

@@ -233,16 +233,17 @@ impl Container {
     /// it.
     ///
     /// # Errors
-    /// A process that does not die in time.
+    /// A process that does not die in time, or whose exit is not told in time.
     pub async fn remove(&self) -> Result<()> {
         self.removed.store(true, Ordering::Relaxed);
         let by = Instant::now() + deadlines::CONTAINER_REMOVAL;
         self.cgroup.remove(by).await?;
+        let by = by.max(Instant::now() + deadlines::PROCESS_COLLECTED);
         for process in std::iter::once(&self.init).chain(&self.execs.all()) {
             // Dead, because the cgroup is empty; the reaper collects it a moment later.
             if timeout_at(by, process.wait()).await.is_err() {
                 return Err(Error::Failed(format!(
-                    "process {} of container {} does not die",
+                    "process {} of container {} is dead and was not collected",
                     process.pid(),
                     self.id
                 )));

@@ -26,12 +26,14 @@ pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
     let mut missing = cpus;
     let by = Instant::now() + deadlines::CPUS_ONLINE;
     loop {
+        // Bringing a CPU online may take long: those that appear meanwhile have one more pass.
+        let is_last = Instant::now() >= by;
         for file in offline("/sys/devices/system/cpu", "cpu", "online", "0") {
             if missing > 0 && fs::write(file, "1").is_ok() {
                 missing -= 1;
             }
         }
-        if missing == 0 || Instant::now() >= by {
+        if missing == 0 || is_last {
             break;
         }
         sleep(deadlines::CPUS_ONLINE_PAUSE).await;

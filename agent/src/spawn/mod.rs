@@ -177,9 +177,15 @@ impl Child {
                 }
             }
         };
+        let begun = Instant::now();
         timeout_at(by, line)
             .await
-            .map_err(|_| Error::Failed("the new process did not get ready in time".into()))?
+            .map_err(|_| {
+                Error::Failed(format!(
+                    "the new process did not get ready within {:?}",
+                    by - begun
+                ))
+            })?
             .context(|| "read a process's report".into())?;
         let text = String::from_utf8_lossy(&text);
         match text.chars().next() {

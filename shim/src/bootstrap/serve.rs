@@ -21,17 +21,19 @@ use vmm::process::Identity;
 
 use super::start::{LISTENER_FD, READY_FD};
 use crate::args::Args;
-use crate::deadlines::SERVER_END;
+use crate::deadlines::{LOG_FILES_AT_END, SANDBOX_LOCK_TO_UNDO, SERVER_END};
 use crate::error::{Error, IoContext, Result};
 use crate::events::Publisher;
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::{self, Ledger, Resource};
 use crate::host::mounts;
+use crate::host::sandbox_lock::SandboxLock;
 use crate::logging;
 use crate::sandbox::host_calls::ThisHost;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Request, SandboxHandle};
 use crate::service::{self, SandboxService, TaskService};
+use crate::stdio::log_file;
 
 /// Runs the server until its sandbox is shut down.
 ///
@@ -73,9 +75,15 @@ pub fn run(args: &Args) -> Result<()> {
         .max_blocking_threads(64)
         .build()
         .doing(|| "make the runtime".into())?;
-    let result = runtime.block_on(serve(args, identity, ledger, listener));
+    let result = runtime.block_on(async {
+        let result = serve(args, identity, ledger, listener).await;
+        log_file::written(LOG_FILES_AT_END).await;
+        result
+    });
     // Whatever is still running (a parked wait, a logger) ends with the process.
     runtime.shutdown_background();
+    // A start that has come meanwhile has the directory, and the socket.
+    let _lock = SandboxLock::take_within(&state_dir, SANDBOX_LOCK_TO_UNDO);
     if let Err(error) = ledger::undo_own(&state_dir) {
         tracing::error!(%error, "something is left on the host");
     }

@@ -21,7 +21,7 @@ use vmm::process::Identity;
 use super::group::group_id;
 use super::reply::Request;
 use crate::args::Args;
-use crate::deadlines::SERVER_READY;
+use crate::deadlines::{PROCESS_GONE, SERVER_READY};
 use crate::error::{Error, IoContext, Result};
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger::{self, Ledger, Resource};
@@ -66,6 +66,9 @@ pub fn run(args: &Args) -> Result<()> {
             .and_then(|()| stdout.flush())
             .doing(|| "print the address".into())
     };
+    reach(Point::StartBeforeLock).doing(|| format!("lock {}", identity.state_dir().display()))?;
+    // Until the server has said that it is there, or is undone: nobody undoes it as a dead one's.
+    let _lock = SandboxLock::take(&identity.state_dir())?;
     let Some(listener) = listen(&socket, &identity.state_dir())? else {
         return print();
     };
@@ -114,8 +117,6 @@ fn make_dir(dir: &Path) -> Result<()> {
 /// that of many starts of one group exactly one binds and none removes a socket that another is
 /// about to listen on.
 fn listen(socket: &Path, state_dir: &Path) -> Result<Option<UnixListener>> {
-    reach(Point::StartBeforeLock).doing(|| format!("lock {}", state_dir.display()))?;
-    let _lock = SandboxLock::take(state_dir)?;
     reach(Point::StartUndoing).doing(|| format!("look into {}", state_dir.display()))?;
     // What a former server of the same id left; what cannot be undone is in nobody's way here.
     let _ = ledger::undo_abandoned(state_dir);
@@ -234,6 +235,9 @@ fn spawn_server(
 /// Ends a server that has made nothing yet.
 fn kill(server: Pid) {
     let _ = nix::sys::signal::kill(server, Signal::SIGKILL);
+    if let Ok(server) = Identity::of(server.as_raw()) {
+        let _ = server.kill_and_wait(PROCESS_GONE);
+    }
 }
 
 fn readable(file: &File) -> bool {

@@ -145,11 +145,14 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
                 let console = last_lines(attempt.machine.console.as_deref());
                 tracing::warn!(attempt = number, deadline = ?config.boot_deadline(), console,
                     "the guest did not answer");
+                if attempt.nics.are_handed_over().await {
+                    break;
+                }
             }
         }
     }
     Err(Error::deadline(format!(
-        "the guest agent did not answer within {} s, twice: is the initramfs {} the one of this \
+        "the guest agent did not answer within {} s: is the initramfs {} the one of this \
          installation? \
          with debug = true in the configuration the guest's last words are in containerd's log",
         config.boot_timeout_seconds,

@@ -30,7 +30,7 @@ use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_CONNECTED, HOST_SOCKET_LOOK_AGAI
 use crate::error::{IoContext, Result};
 use crate::relay;
 
-/// Connections to one socket at a time: a quarter of what a sandbox has for all.
+/// Connections to one socket at a time: half of what a sandbox has for all.
 const MAX_CONNECTIONS: usize = 256;
 
 /// Bytes of a name that the guest cannot guess.

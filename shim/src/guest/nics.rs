@@ -37,6 +37,8 @@ struct State {
     wired: Vec<Endpoint>,
     /// Where the guest finds the cards of the first of them, which are plugged in.
     plugged: Vec<String>,
+    /// Taps live in a machine alone: another one cannot have them.
+    handed_over: bool,
 }
 
 impl State {
@@ -77,6 +79,7 @@ impl Nics {
             network: Network::new(netns)?,
             wired: Vec::new(),
             plugged: Vec::new(),
+            handed_over: false,
         };
         Ok(Nics {
             netns: Arc::new(fd),
@@ -87,6 +90,11 @@ impl Nics {
 
     pub fn netns(&self) -> Arc<OwnedFd> {
         self.netns.clone()
+    }
+
+    /// Whether a machine has taps for good, so that a second one would come up without them.
+    pub async fn are_handed_over(&self) -> bool {
+        self.state.lock().await.handed_over
     }
 
     /// Answers on the namespace's loopback for the pod's servers; `None` where the host's kernel
@@ -186,6 +194,7 @@ impl Nics {
         }
         state.wired.clear();
         state.plugged.clear();
+        state.handed_over = true;
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -65,6 +65,8 @@ pub(super) struct Size {
     asked: Mutex<MachineSize>,
     /// MiB of memory that the guest has, which may be more than it should.
     has_mib: AtomicU64,
+    /// A size was asked of the guest and not waited for: it has to be asked again.
+    unsettled: AtomicBool,
     /// How many wait for their turn: a guest that is slow to give memory back gets no more time
     /// for it then.
     waiting: watch::Sender<u32>,
@@ -75,6 +77,7 @@ impl Size {
         Size {
             asked: Mutex::new(size),
             has_mib: AtomicU64::new(size.memory_mib),
+            unsettled: AtomicBool::new(false),
             waiting: watch::channel(0).0,
         }
     }
@@ -409,13 +412,16 @@ impl RunningGuest {
 
     /// Returns the MiB of memory that the guest has.
     async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
-        if to.memory_mib != size.memory_mib {
+        let is_settled = !self.size.unsettled.swap(true, Ordering::Relaxed);
+        if to.memory_mib != size.memory_mib || !is_settled {
             let shrinks = to.memory_mib < size.memory_mib;
             let got = tokio::select! {
+                biased;
                 got = self.machine.resize_memory(to.memory_mib, MACHINE_RESIZE) => got?,
-                // The guest goes on giving back, and may have all of it still.
+                // What the guest was asked for, and how far it got, is not known: it counts as
+                // having all of it, until whoever waits asks again.
                 () = self.size.somebody_waits(), if shrinks => {
-                    self.size.has_mib.load(Ordering::Relaxed)
+                    return Ok(self.size.has_mib.load(Ordering::Relaxed));
                 }
             };
             if got < to.memory_mib {
@@ -428,6 +434,7 @@ impl RunningGuest {
             size.memory_mib = to.memory_mib;
             self.size.has_mib.store(got, Ordering::Relaxed);
         }
+        self.size.unsettled.store(false, Ordering::Relaxed);
         if to.vcpus != size.vcpus {
             let got = self.machine.resize_vcpus(to.vcpus, MACHINE_RESIZE).await?;
             let request = OnlineCPUMemRequest {

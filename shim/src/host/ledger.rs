@@ -127,21 +127,29 @@ impl Ledger {
 pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
     reach(Point::DeleteWaits).doing(|| format!("read {}", dir.display()))?;
     let resources = read(dir)?;
-    // A directory that could not be undone may have been used again.
-    let server = resources.iter().rev().find_map(|resource| match resource {
-        Resource::Server(identity) => Some(*identity),
-        _ => None,
-    });
-    if let Some(server) = server {
+    if let Some(server) = newest_server(&resources) {
         wait_until_gone(&server, server_deadline);
     }
     reach(Point::DeleteKills).doing(|| format!("undo {}", dir.display()))?;
     undo_all(dir, &resources)
 }
 
-/// What the server itself does at its end: everything but its own process.
+/// The server that has the directory: one that could not be undone may have been used again.
+fn newest_server(resources: &[Resource]) -> Option<Identity> {
+    resources.iter().rev().find_map(|resource| match resource {
+        Resource::Server(identity) => Some(*identity),
+        _ => None,
+    })
+}
+
+/// What the server itself does at its end: everything but its own process. Nothing, if another one
+/// has the directory by now.
 pub fn undo_own(dir: &Path) -> Result<()> {
     let mut resources = read(dir)?;
+    let own = std::process::id().cast_signed();
+    if newest_server(&resources).is_some_and(|server| server.pid != own && server.is_alive()) {
+        return Ok(());
+    }
     resources.retain(|resource| !matches!(resource, Resource::Server(_)));
     undo_all(dir, &resources)
 }

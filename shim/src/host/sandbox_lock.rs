@@ -3,7 +3,7 @@
 //! hang holds up no other one.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sys::byte_lock::ByteLocks;
 
@@ -20,14 +20,22 @@ impl SandboxLock {
     /// # Errors
     /// `DEADLINE_EXCEEDED`: somebody else has it.
     pub fn take(state_dir: &Path) -> Result<SandboxLock> {
-        let end = Instant::now() + SANDBOX_LOCK;
+        SandboxLock::take_within(state_dir, SANDBOX_LOCK)
+    }
+
+    /// The same, with another deadline.
+    ///
+    /// # Errors
+    /// `DEADLINE_EXCEEDED`: somebody else has it.
+    pub fn take_within(state_dir: &Path, deadline: Duration) -> Result<SandboxLock> {
+        let end = Instant::now() + deadline;
         loop {
             match SandboxLock::try_take(state_dir)? {
                 Some(lock) => return Ok(lock),
                 None if Instant::now() < end => std::thread::sleep(SANDBOX_LOCK_LOOK_AGAIN),
                 None => {
                     return Err(Error::deadline(format!(
-                        "another start has had the lock of {} for {SANDBOX_LOCK:?}",
+                        "another start has had the lock of {} for {deadline:?}",
                         state_dir.display()
                     )));
                 }

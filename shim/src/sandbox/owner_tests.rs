@@ -336,6 +336,17 @@ async fn an_exec_whose_container_ended_while_it_was_started_is_never_told_as_sta
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_exec_without_an_id_is_refused_and_told_nobody() {
+    let mut lab = Lab::running().await;
+    lab.told();
+    let announced = lab.exec("web", "");
+    lab.settle().await;
+    let error = answer(announced).unwrap_err();
+    assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+    assert!(lab.told().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_update_beside_a_create_waits_for_nothing_and_a_refused_one_is_taken_back() {
     let mut lab =
         Lab::new(|call| !matches!(call, Call::Wait(_) | Call::Update(_) | Call::Create(_)));

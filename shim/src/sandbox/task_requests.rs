@@ -147,7 +147,7 @@ impl SandboxOwner {
         spec: ProcessSpec,
         reply: Reply<()>,
     ) {
-        let process = ProcessId::exec(&request.id, &request.exec_id);
+        let process = ProcessId::of_request(&request.id, &request.exec_id);
         let io = Stdio::of_request(
             &request.stdin,
             &request.stdout,

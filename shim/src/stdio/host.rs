@@ -17,6 +17,7 @@ use std::task::{Context, Poll};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::AsyncWrite;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::log_file::LogFile;
@@ -58,10 +59,10 @@ impl Output {
     /// process was so quick that this is not sure: what is in a fifo that nobody has open is lost,
     /// and who opens it then waits for ever. A client that does not come in the time that one may
     /// take is none.
-    pub async fn finish(&mut self) {
+    pub async fn finish(&mut self, progress: &watch::Sender<u64>) {
         let fifo = match self {
             Output::Fifo(fifo) => fifo,
-            Output::Log(log) => return log.finish().await,
+            Output::Log(log) => return log.finish(progress).await,
             Output::Pipe(_) => return,
         };
         fifo.reader = None;
@@ -257,7 +258,7 @@ mod tests {
             std::thread::sleep(FIFO_CLIENT_LOOK_AGAIN * 10);
             std::fs::read_to_string(path).unwrap()
         });
-        output.finish().await;
+        output.finish(&watch::Sender::new(0)).await;
         drop(output);
         assert_eq!(client.join().unwrap(), "hello");
     }
@@ -276,9 +277,12 @@ mod tests {
             .unwrap();
         tokio::time::pause();
         tokio::time::advance(FIFO_CLIENT).await;
-        tokio::time::timeout(FIFO_CLIENT_LOOK_AGAIN, output.finish())
-            .await
-            .unwrap();
+        tokio::time::timeout(
+            FIFO_CLIENT_LOOK_AGAIN,
+            output.finish(&watch::Sender::new(0)),
+        )
+        .await
+        .unwrap();
     }
 
     #[tokio::test]
@@ -322,7 +326,7 @@ mod tests {
             for (output, text) in [(&mut host.stdout, "out "), (&mut host.stderr, "err ")] {
                 let output = output.as_mut().unwrap();
                 output.write_all(text.as_bytes()).await.unwrap();
-                output.finish().await;
+                output.finish(&watch::Sender::new(0)).await;
             }
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), "out err out err ");

@@ -6,26 +6,63 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use sys::point::{Point, reach};
 use tokio::net::unix::pipe;
-use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
-use crate::deadlines::LOG_FILE_OPEN;
+use crate::deadlines::{LOG_FILE_LOOK_AGAIN, LOG_FILE_OPEN};
 use crate::error::{Error, IoContext, Result};
 
 /// A thread needs its buffer on the heap and little else.
 const STACK: usize = 64 * 1024;
+
+/// Writers that are at work.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
+/// Waits until all log files of the process are written, for `deadline` at most. Their streams have
+/// ended by then.
+pub async fn written(deadline: Duration) {
+    let all = async {
+        while RUNNING.load(Ordering::Relaxed) > 0 {
+            sleep(LOG_FILE_LOOK_AGAIN / 10).await;
+        }
+    };
+    if timeout(deadline, all).await.is_err() {
+        tracing::warn!("a log file's disk hangs: the end of its output is lost");
+    }
+}
+
+/// One more writer, until it is dropped.
+struct Running;
+
+impl Running {
+    fn new() -> Running {
+        RUNNING.fetch_add(1, Ordering::Relaxed);
+        Running
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// One stream's way into the file.
 pub struct LogFile {
     pub(super) pipe: Option<pipe::Sender>,
     /// Closed once all that went into the pipe is written.
     written: oneshot::Receiver<()>,
+    /// Counts the chunks that are.
+    chunks: Arc<AtomicU64>,
 }
 
 impl LogFile {
@@ -68,10 +105,21 @@ impl LogFile {
         Ok([stdout, stderr])
     }
 
-    /// Waits until everything is written. Whoever calls this gives up in time.
-    pub async fn finish(&mut self) {
+    /// Waits until everything is written, and tells of progress meanwhile. Whoever calls this gives
+    /// up when there is none.
+    pub async fn finish(&mut self, progress: &watch::Sender<u64>) {
         self.pipe = None;
-        let _ = (&mut self.written).await;
+        let mut known = self.chunks.load(Ordering::Relaxed);
+        while timeout(LOG_FILE_LOOK_AGAIN, &mut self.written)
+            .await
+            .is_err()
+        {
+            let now = self.chunks.load(Ordering::Relaxed);
+            if now != known {
+                known = now;
+                progress.send_modify(|count| *count += 1);
+            }
+        }
     }
 }
 
@@ -80,8 +128,18 @@ fn stream() -> io::Result<(LogFile, Writer)> {
     let (from, to) = pipe2(OFlag::O_CLOEXEC)?;
     let (done, written) = oneshot::channel();
     let pipe = Some(pipe::Sender::from_file(File::from(to))?);
-    let log = LogFile { pipe, written };
-    Ok((log, Writer { from, _done: done }))
+    let chunks = Arc::default();
+    let writer = Writer {
+        from,
+        _done: done,
+        chunks: Arc::clone(&chunks),
+    };
+    let log = LogFile {
+        pipe,
+        written,
+        chunks,
+    };
+    Ok((log, writer))
 }
 
 fn open_twice(path: &Path) -> io::Result<(File, File)> {
@@ -102,12 +160,14 @@ fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 struct Writer {
     from: OwnedFd,
     _done: oneshot::Sender<()>,
+    chunks: Arc<AtomicU64>,
 }
 
 impl Writer {
     /// Writes until the stream ends. What a full disk does not take is lost, and what comes after
     /// it is tried again: a process does not die of its log, and logs on once there is room.
     fn run(self, mut file: File) {
+        let _running = Running::new();
         let mut from = File::from(self.from);
         let mut buffer = vec![0; BUFFER];
         let mut fails = false;
@@ -118,7 +178,10 @@ impl Writer {
             };
             let reached = reach(Point::LogFileWriting);
             match reached.and_then(|()| file.write_all(&buffer[..length])) {
-                Ok(()) => fails = false,
+                Ok(()) => {
+                    fails = false;
+                    self.chunks.fetch_add(1, Ordering::Relaxed);
+                }
                 Err(error) if !fails => {
                     fails = true;
                     tracing::warn!(%error, "output to a log file is lost");
@@ -145,7 +208,7 @@ mod tests {
             for stream in &mut streams {
                 let pipe = stream.pipe.as_mut().unwrap();
                 pipe.write_all(b"line\n").await.unwrap();
-                stream.finish().await;
+                stream.finish(&watch::Sender::new(0)).await;
             }
             let lines = std::fs::read_to_string(&path).unwrap();
             assert_eq!(lines, "line\n".repeat(2 * round), "it is appended to");
@@ -160,7 +223,7 @@ mod tests {
         for _ in 0..8 {
             pipe.write_all(&vec![b'x'; BUFFER]).await.unwrap();
         }
-        stdout.finish().await;
+        stdout.finish(&watch::Sender::new(0)).await;
     }
 
     #[tokio::test]

@@ -14,7 +14,6 @@ use tokio::time::timeout;
 
 use crate::deadlines::{LOGGER_END, LOGGER_READY};
 use crate::error::{Error, IoContext, Result};
-use crate::host::death_signal;
 
 /// A running logger. It ends when its pipes do; one that does not is killed.
 pub struct Logger {
@@ -61,8 +60,6 @@ impl Logger {
         };
         // SAFETY: the closure only makes system calls and allocates nothing.
         unsafe { command.pre_exec(pass) };
-        // SAFETY: as above.
-        unsafe { command.pre_exec(death_signal::with_the_shim()) };
         let mut command = tokio::process::Command::from(command);
         let child = command.kill_on_drop(true).spawn().doing(doing)?;
         // The command holds the child's ends; with it gone, only the logger does.

@@ -27,7 +27,7 @@
 
 mod guest;
 mod host;
-mod log_file;
+pub mod log_file;
 mod logger;
 
 use sys::point::{Point, pass};
@@ -73,8 +73,8 @@ impl Pumps {
             if let (Some(from), Some(mut to)) = (from, to) {
                 let moved = moved.clone();
                 outputs.push(tokio::spawn(async move {
-                    copy_output(from, &mut to, moved).await;
-                    to.finish().await;
+                    copy_output(from, &mut to, &moved).await;
+                    to.finish(&moved).await;
                 }));
             }
         }
@@ -151,7 +151,7 @@ async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + 
 async fn copy_output(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
-    moved: watch::Sender<u64>,
+    moved: &watch::Sender<u64>,
 ) {
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -196,7 +196,10 @@ mod tests {
         let (guest, mut process) = tokio::io::duplex(16);
         let (to_reader, _reader) = tokio::io::duplex(4);
         let (moved, progress) = watch::channel(0);
-        let pumps = pumps(tokio::spawn(copy_output(guest, to_reader, moved)), progress);
+        let pumps = pumps(
+            tokio::spawn(async move { copy_output(guest, to_reader, &moved).await }),
+            progress,
+        );
         process.write_all(b"more than fits").await.unwrap();
         let start = Instant::now();
         pumps.drain(start + OUTPUT_UNREAD * 5).await;
@@ -208,7 +211,10 @@ mod tests {
         let (guest, mut process) = tokio::io::duplex(64);
         let (to_reader, mut reader) = tokio::io::duplex(1);
         let (moved, progress) = watch::channel(0);
-        let pumps = pumps(tokio::spawn(copy_output(guest, to_reader, moved)), progress);
+        let pumps = pumps(
+            tokio::spawn(async move { copy_output(guest, to_reader, &moved).await }),
+            progress,
+        );
         process.write_all(b"slow").await.unwrap();
         drop(process);
         let read = tokio::spawn(async move {
