@@ -67,6 +67,15 @@ pub enum SignalScope {
     Container,
 }
 
+/// Whether a container's processes run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freezer {
+    /// They stand still.
+    Frozen,
+    /// They run.
+    Thawed,
+}
+
 /// Where the client wants a process's input and output: echoed in `State`, so that it can attach
 /// again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -83,10 +83,11 @@ impl HostSide {
     /// One line; nothing stays mounted.
     pub fn prepare(create: &CreateContainer, shares: &SharedVolumes) -> Result<HostSide> {
         let devices = devices::classify(&create.spec)?;
-        let (dir, name, guest_dir) = match rootfs::is_exclusive_overlay(&create.rootfs) {
+        let (dir, name, guest_dir) = if rootfs::is_exclusive_overlay(&create.rootfs) {
             // What the guest keeps in its memory has a name that comes only once.
-            true => (&shares.rootfs, shares.next_id().to_string(), GUEST_ROOTFS),
-            false => (&shares.share, create.id.clone(), GUEST_SHARE),
+            (&shares.rootfs, shares.next_id().to_string(), GUEST_ROOTFS)
+        } else {
+            (&shares.share, create.id.clone(), GUEST_SHARE)
         };
         // From here on the drop of `host` undoes everything.
         let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);

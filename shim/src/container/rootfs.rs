@@ -222,9 +222,12 @@ fn shorten(data: &[&str]) -> Option<(String, String)> {
         .collect();
     let options: Vec<String> = data
         .iter()
-        .map(|option| match option.starts_with("lowerdir=") {
-            true => format!("lowerdir={}", relative.join(":")),
-            false => (*option).to_owned(),
+        .map(|option| {
+            if option.starts_with("lowerdir=") {
+                format!("lowerdir={}", relative.join(":"))
+            } else {
+                (*option).to_owned()
+            }
         })
         .collect();
     let joined = options.join(",");

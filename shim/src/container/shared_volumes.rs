@@ -95,9 +95,10 @@ impl SharedVolumes {
             place,
             guest: format!("{GUEST_SHARE}/{NAME}/{name}"),
         });
-        let bound = match metadata.is_dir() {
-            true => mounts::bind(source, &dir.make(&name)?, how),
-            false => mounts::bind(source, &dir.make_file(&name)?, how),
+        let bound = if metadata.is_dir() {
+            mounts::bind(source, &dir.make(&name)?, how)
+        } else {
+            mounts::bind(source, &dir.make_file(&name)?, how)
         };
         bound.doing(|| format!("share {}", source.is_at.display()))?;
         inner.live.retain(|_, share| share.strong_count() > 0);

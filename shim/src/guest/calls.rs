@@ -18,7 +18,7 @@ use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::WantedSize;
 use crate::guest::preconnect::PreconnectedStdio;
 use crate::host::ledger::Ledger;
-use crate::model::{ProcessId, SignalScope, Stdio};
+use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::stdio::GuestIo;
 
 /// How a machine ended.
@@ -28,15 +28,6 @@ pub struct Ended {
     pub reason: String,
     /// Whether the host killed one of its processes because memory ran out.
     pub out_of_memory: bool,
-}
-
-/// Whether a container's processes run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Freezer {
-    /// They stand still.
-    Frozen,
-    /// They run.
-    Thawed,
 }
 
 /// What a running guest is asked. Every call that returns a future ends within its deadline or with

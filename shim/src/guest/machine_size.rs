@@ -138,9 +138,10 @@ impl MachineSize {
             .iter()
             .fold(0_u64, |sum, need| sum.saturating_add(need.memory))
             .max(pod.memory);
-        let limited = match containers.is_empty() {
-            true => pod.memory > 0,
-            false => containers.iter().all(|need| need.memory > 0),
+        let limited = if containers.is_empty() {
+            pod.memory > 0
+        } else {
+            containers.iter().all(|need| need.memory > 0)
         };
         let own = if limited {
             config.memory_mib.min(OWN_MIB)

@@ -29,7 +29,7 @@ use crate::deadlines::{
 };
 use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
-use crate::guest::calls::{Ended, Freezer, GuestCalls};
+use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::guest_spec;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, WantedSize};
@@ -37,7 +37,7 @@ use crate::guest::nics::Nics;
 use crate::guest::place::{self, HostCgroup};
 use crate::guest::preconnect::PreconnectedStdio;
 use crate::host::ledger::Ledger;
-use crate::model::{ProcessId, SignalScope, Stdio};
+use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
 use crate::stdio::GuestIo;
 

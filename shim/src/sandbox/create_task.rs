@@ -23,6 +23,7 @@ use crate::sandbox::owner::{Launching, SandboxOwner};
 use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Created, Outcome, Quiet, Reply};
 use crate::sandbox::sandbox_requests;
+use crate::sandbox::state::TaskKind;
 use crate::stdio::HostIo;
 
 impl SandboxOwner {
@@ -171,7 +172,12 @@ impl SandboxOwner {
             }
         };
         let init = ProcessId::init(&request.id);
-        let pid = self.state.created(&request.id, guest.pid(), made.is_none());
+        let kind = if made.is_some() {
+            TaskKind::Container
+        } else {
+            TaskKind::PodSandbox
+        };
+        let pid = self.state.created(&request.id, guest.pid(), kind);
         if let Some((container, mut pumps)) = made {
             self.runtimes.container(&request.id).container = Some(container);
             let kept = self.runtimes.process(&init);

@@ -17,13 +17,13 @@ use crate::container::shared_volumes::SharedVolumes;
 use crate::error::{Error, Result};
 use crate::from_guest::{Features, Stats};
 use crate::guest::boot::BootConfig;
-use crate::guest::calls::{Ended, Freezer, GuestCalls};
+use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::WantedSize;
 use crate::guest::preconnect::PreconnectedStdio;
 use crate::host::dir::Dir;
 use crate::host::ledger::Ledger;
-use crate::model::{ProcessId, SignalScope, Stdio};
+use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::sandbox::host_calls::HostCalls;
 use crate::stdio::GuestIo;
 

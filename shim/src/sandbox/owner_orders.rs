@@ -15,8 +15,7 @@ use tokio::sync::oneshot::Receiver;
 
 use super::tests::{Lab, work_begun};
 use super::*;
-use crate::guest::calls::Freezer;
-use crate::model::ProcessId;
+use crate::model::{Freezer, ProcessId};
 use crate::sandbox::double::Call;
 use crate::sandbox::random::Random;
 

@@ -27,6 +27,7 @@ use crate::protos::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodS
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::pod::{Pod, SandboxSpec, Shm};
 use crate::sandbox::request::{Outcome, Reply, SandboxStatus};
+use crate::sandbox::state::TaskKind;
 
 /// As containerd's CRI makes it for a pod.
 const SHM_BYTES: u64 = 64 << 20;
@@ -80,15 +81,18 @@ impl SandboxOwner {
         sandbox: &str,
         result: Result<Arc<dyn GuestCalls>>,
     ) -> Result<()> {
-        let guest = result.and_then(|guest| match guest.features().pod {
-            true => Ok(guest),
-            false => Err(Error::unimplemented(
-                "the Sandbox API needs Cofferdam's own guest agent",
-            )),
+        let guest = result.and_then(|guest| {
+            if !guest.features().pod {
+                return Err(Error::unimplemented(
+                    "the Sandbox API needs Cofferdam's own guest agent",
+                ));
+            }
+            Ok(guest)
         });
         match guest {
             Ok(guest) => {
-                self.state.created(sandbox, guest.pid(), true);
+                self.state
+                    .created(sandbox, guest.pid(), TaskKind::PodSandbox);
                 Ok(())
             }
             Err(error) => {

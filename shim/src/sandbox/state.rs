@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{Exit, ProcessId, Stdio};
+use crate::model::{Exit, Freezer, ProcessId, Stdio};
 use crate::refusal::Refusal;
 
 type Result<T> = std::result::Result<T, Refusal>;
@@ -22,6 +22,15 @@ const FIRST_PID: u32 = 4_194_304;
 
 /// Exit status of what ended with its virtual machine, as after SIGKILL.
 pub const KILLED: u32 = 137;
+
+/// What stands behind a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskKind {
+    /// A container in the guest.
+    Container,
+    /// The sandbox itself: a pod's sandbox has no container, whose process would only wait.
+    PodSandbox,
+}
 
 /// Where in its life a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,10 +67,8 @@ pub struct Task {
     /// The others, by exec id.
     pub execs: BTreeMap<String, Process>,
     /// Frozen by `Pause`.
-    pub paused: bool,
-    /// A pod's sandbox for which there is no container in the guest: the sandbox itself stands in
-    /// for its process.
-    pub is_pod_sandbox: bool,
+    pub freezer: Freezer,
+    pub kind: TaskKind,
     /// Init's exit, while execs are still on their way out.
     held: Option<Exit>,
     /// It has been told that this container ran out of memory: once is enough.
@@ -174,8 +181,8 @@ impl State {
             bundle: bundle.to_owned(),
             init,
             execs: BTreeMap::new(),
-            paused: false,
-            is_pod_sandbox: false,
+            freezer: Freezer::Thawed,
+            kind: TaskKind::Container,
             held: None,
             oom_told: false,
         };
@@ -186,13 +193,13 @@ impl State {
     /// The guest has made the container, or the sandbox stands in for it. The first one of a
     /// sandbox goes by the pid of the virtual machine itself, a real process in the sandbox's
     /// network namespace; pids stay unique.
-    pub fn created(&mut self, id: &str, vm_pid: u32, is_pod_sandbox: bool) -> u32 {
+    pub fn created(&mut self, id: &str, vm_pid: u32, kind: TaskKind) -> u32 {
         let taken = self.tasks.values().any(|task| task.init.pid == vm_pid);
         let Some(task) = self.tasks.get_mut(id) else {
             return vm_pid;
         };
         task.init.stage = Stage::Created;
-        task.is_pod_sandbox = is_pod_sandbox;
+        task.kind = kind;
         if !taken {
             task.init.pid = vm_pid;
         }
@@ -214,7 +221,9 @@ impl State {
 
     /// Whether the sandbox itself stands in for this container's process.
     pub fn is_pod_sandbox(&self, id: &str) -> bool {
-        self.tasks.get(id).is_some_and(|task| task.is_pod_sandbox)
+        self.tasks
+            .get(id)
+            .is_some_and(|task| task.kind == TaskKind::PodSandbox)
     }
 
     /// A further process is announced.
@@ -253,7 +262,7 @@ impl State {
         let task = self.task(&key.container)?;
         if !key.is_init() {
             task.running()?;
-            if task.paused {
+            if task.freezer == Freezer::Frozen {
                 return Err(Refusal::Paused(key.container.clone()));
             }
         }
@@ -357,10 +366,10 @@ impl State {
 
     /// Init has been dead for long enough: what is left of its container ends as killed.
     pub fn release_held(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(ProcessId, Exit)> {
-        match self.is_held(id) {
-            true => self.kill_task(id, at),
-            false => Vec::new(),
+        if !self.is_held(id) {
+            return Vec::new();
         }
+        self.kill_task(id, at)
     }
 
     fn kill_task(&mut self, id: &str, at: std::time::SystemTime) -> Vec<(ProcessId, Exit)> {
@@ -440,7 +449,7 @@ impl State {
     /// `NOT_FOUND`: no container of this sandbox, or none in the guest.
     pub fn out_of_memory(&mut self, id: &str) -> Result<bool> {
         let task = self.task_mut(id)?;
-        if task.is_pod_sandbox {
+        if task.kind == TaskKind::PodSandbox {
             return Err(Refusal::NotInGuest(id.to_owned()));
         }
         if matches!(task.init.stage, Stage::Creating | Stage::Deleting(_)) {
@@ -481,26 +490,26 @@ impl State {
         }
     }
 
-    /// Pauses (`true`) or resumes a container, after [`State::may_pause`].
-    pub fn set_paused(&mut self, id: &str, paused: bool) {
+    /// Pauses or resumes a container, after [`State::may_set_freezer`].
+    pub fn set_freezer(&mut self, id: &str, to: Freezer) {
         if let Some(task) = self.tasks.get_mut(id) {
-            task.paused = paused;
+            task.freezer = to;
         }
     }
 
-    /// Whether a container can be paused (`true`) or resumed.
+    /// Whether a container can be paused or resumed.
     ///
     /// # Errors
     /// `FAILED_PRECONDITION` if it does not run, or is in that state already.
-    pub fn may_pause(&self, id: &str, paused: bool) -> Result<()> {
+    pub fn may_set_freezer(&self, id: &str, to: Freezer) -> Result<()> {
         self.alive()?;
         let task = self.task(id)?;
         task.running()?;
         task.has_processes(id)?;
-        match (task.paused, paused) {
-            (true, true) => Err(Refusal::AlreadyPaused(id.to_owned())),
-            (false, false) => Err(Refusal::NotPaused(id.to_owned())),
-            _ => Ok(()),
+        match to {
+            _ if task.freezer != to => Ok(()),
+            Freezer::Frozen => Err(Refusal::AlreadyPaused(id.to_owned())),
+            Freezer::Thawed => Err(Refusal::NotPaused(id.to_owned())),
         }
     }
 
@@ -509,12 +518,12 @@ impl State {
     /// # Errors
     /// `NOT_FOUND`.
     pub fn status(&self, key: &ProcessId) -> Result<Status> {
-        let paused = self.task(&key.container)?.paused;
+        let freezer = self.task(&key.container)?.freezer;
         Ok(match self.process(key)?.stage {
             Stage::Creating | Stage::Created | Stage::Starting { .. } | Stage::Deleting(None) => {
                 Status::Created
             }
-            Stage::Running if paused => Status::Paused,
+            Stage::Running if freezer == Freezer::Frozen => Status::Paused,
             Stage::Running => Status::Running,
             Stage::Exited(exit) | Stage::Deleting(Some(exit)) => Status::Stopped(exit),
         })
@@ -569,7 +578,7 @@ impl Task {
     }
 
     fn has_processes(&self, id: &str) -> Result<()> {
-        if self.is_pod_sandbox {
+        if self.kind == TaskKind::PodSandbox {
             return Err(Refusal::SandboxHasNoProcesses(id.to_owned()));
         }
         Ok(())
@@ -581,7 +590,7 @@ impl Task {
 
     fn end(&mut self, exit: Exit) {
         self.init.stage = Stage::Exited(exit);
-        self.paused = false;
+        self.freezer = Freezer::Thawed;
     }
 }
 

@@ -89,7 +89,7 @@ impl World {
                         self.state.create_failed(&id);
                         return;
                     }
-                    self.state.created(&id, 7, false);
+                    self.state.created(&id, 7, TaskKind::Container);
                     self.told.insert(id.clone(), Told::default());
                     self.alive.insert(ProcessId::init(&id));
                     if self.state.alive().is_err() {

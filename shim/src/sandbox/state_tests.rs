@@ -27,7 +27,7 @@ fn exec(id: &str) -> ProcessId {
 fn created() -> State {
     let mut state = State::default();
     state.create("web", "/b", Stdio::default()).unwrap();
-    state.created("web", VM, false);
+    state.created("web", VM, TaskKind::Container);
     state
 }
 
@@ -61,7 +61,7 @@ fn order(exits: &[(ProcessId, Exit)]) -> Vec<(&str, u32)> {
 fn a_task_lives_from_create_to_delete() {
     let mut state = State::default();
     state.create("web", "/b", Stdio::default()).unwrap();
-    assert_eq!(state.created("web", VM, false), VM);
+    assert_eq!(state.created("web", VM, TaskKind::Container), VM);
     assert_eq!(state.status(&init()), Ok(Status::Created));
     state.start(&init()).unwrap();
     assert_eq!(state.started(&init()).unwrap(), (VM, None));
@@ -79,7 +79,7 @@ fn a_task_lives_from_create_to_delete() {
 fn pids_are_unique_and_never_zero() {
     let mut state = running();
     state.create("db", "/b2", Stdio::default()).unwrap();
-    let second = state.created("db", VM, false);
+    let second = state.created("db", VM, TaskKind::Container);
     state.exec(&exec("e"), Stdio::default()).unwrap();
     let third = state.process(&exec("e")).unwrap().pid;
     assert!(second > FIRST_PID && third > FIRST_PID && second != third);
@@ -205,19 +205,19 @@ fn a_paused_task_takes_no_exec_until_resumed() {
     let mut state = running();
     state.exec(&exec("e"), Stdio::default()).unwrap();
     assert_eq!(
-        code(state.may_pause("web", false)),
+        code(state.may_set_freezer("web", Freezer::Thawed)),
         Code::FAILED_PRECONDITION
     );
-    state.may_pause("web", true).unwrap();
-    state.set_paused("web", true);
+    state.may_set_freezer("web", Freezer::Frozen).unwrap();
+    state.set_freezer("web", Freezer::Frozen);
     assert_eq!(state.status(&init()), Ok(Status::Paused));
     assert_eq!(
-        code(state.may_pause("web", true)),
+        code(state.may_set_freezer("web", Freezer::Frozen)),
         Code::FAILED_PRECONDITION
     );
     assert_eq!(code(state.start(&exec("e"))), Code::FAILED_PRECONDITION);
-    state.may_pause("web", false).unwrap();
-    state.set_paused("web", false);
+    state.may_set_freezer("web", Freezer::Thawed).unwrap();
+    state.set_freezer("web", Freezer::Thawed);
     state.start(&exec("e")).unwrap();
 }
 
@@ -225,7 +225,7 @@ fn a_paused_task_takes_no_exec_until_resumed() {
 fn the_death_of_the_machine_is_the_death_of_all() {
     let mut state = running_with_exec();
     state.create("db", "/b2", Stdio::default()).unwrap();
-    state.created("db", VM, false);
+    state.created("db", VM, TaskKind::Container);
     state.create("unfinished", "/b3", Stdio::default()).unwrap();
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> = exits
@@ -264,7 +264,7 @@ fn pids_lists_what_lives() {
 fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
     let mut state = State::default();
     state.create("pod", "/b", Stdio::default()).unwrap();
-    state.created("pod", VM, true);
+    state.created("pod", VM, TaskKind::PodSandbox);
     let init = ProcessId::init("pod");
     state.start(&init).unwrap();
     state.started(&init).unwrap();
@@ -275,7 +275,7 @@ fn a_pods_sandbox_has_no_processes_to_join_or_to_freeze() {
         Code::FAILED_PRECONDITION
     );
     assert_eq!(
-        code(state.may_pause("pod", true)),
+        code(state.may_set_freezer("pod", Freezer::Frozen)),
         Code::FAILED_PRECONDITION
     );
     assert_eq!(state.exited(&init, exit(137)).len(), 1);
@@ -300,13 +300,13 @@ fn out_of_memory_is_told_once_and_only_of_what_is_there() {
         Code::NOT_FOUND,
         "nothing of it is in the guest"
     );
-    state.created("web", VM, false);
+    state.created("web", VM, TaskKind::Container);
     assert_eq!(
         state.out_of_memory("web"),
         Ok(true),
         "a new container of the same name"
     );
-    state.created("web", VM, true);
+    state.created("web", VM, TaskKind::PodSandbox);
     assert_eq!(
         code(state.out_of_memory("web")),
         Code::NOT_FOUND,
@@ -340,9 +340,9 @@ fn only_what_has_not_ended_can_be_late_with_its_end() {
 #[test]
 fn a_pods_sandbox_dies_after_its_containers() {
     let mut state = running_with_exec();
-    for (id, is_pod_sandbox) in [("a-pod", true), ("z", false)] {
+    for (id, kind) in [("a-pod", TaskKind::PodSandbox), ("z", TaskKind::Container)] {
         state.create(id, "/b", Stdio::default()).unwrap();
-        state.created(id, VM, is_pod_sandbox);
+        state.created(id, VM, kind);
     }
     let exits = state.vm_died("QEMU was killed", SystemTime::now());
     let told: Vec<_> = exits

@@ -16,10 +16,10 @@ use tokio::time::Instant;
 use crate::container::hooks::HookPhase;
 use crate::error::Result;
 use crate::from_guest::Stats;
-use crate::guest::calls::{Freezer, GuestCalls};
+use crate::guest::calls::GuestCalls;
 use crate::guest::ending::DeleteBy;
 use crate::guest::machine_size::ResourceLimits;
-use crate::model::{Exit, ProcessId, Stdio};
+use crate::model::{Exit, Freezer, ProcessId, Stdio};
 use crate::refusal::Refusal;
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::request::{Outcome, ProcessState, Reply};
@@ -300,7 +300,7 @@ impl SandboxOwner {
 
     /// `Pause` and `Resume`.
     pub(super) fn set_freezer(&mut self, container: String, to: Freezer, reply: Reply<()>) {
-        let may = self.state.may_pause(&container, to == Freezer::Frozen);
+        let may = self.state.may_set_freezer(&container, to);
         let guest = match may.and_then(|()| self.living_guest()) {
             Ok(guest) => guest,
             Err(error) => return reply.refuse(error),
@@ -317,7 +317,7 @@ impl SandboxOwner {
     }
 
     pub(super) fn freezer_set(&mut self, container_id: String, to: Freezer) {
-        self.state.set_paused(&container_id, to == Freezer::Frozen);
+        self.state.set_freezer(&container_id, to);
         pass(Point::Paused);
         if to == Freezer::Frozen {
             self.events.publish(TaskPaused {
@@ -449,9 +449,10 @@ impl SandboxOwner {
     }
 
     fn limits_of(&self, container: &str) -> Option<ResourceLimits> {
-        match self.state.is_pod_sandbox(container) {
-            true => Some(self.pod.need),
-            false => self.runtimes.known(container)?.limits,
+        if self.state.is_pod_sandbox(container) {
+            Some(self.pod.need)
+        } else {
+            self.runtimes.known(container)?.limits
         }
     }
 

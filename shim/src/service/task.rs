@@ -19,10 +19,9 @@ use ttrpc::r#async::TtrpcContext;
 use super::options;
 use crate::container::spec;
 use crate::error::Error;
-use crate::guest::calls::Freezer;
 use crate::host::cgroup;
 use crate::metrics;
-use crate::model::{ProcessId, SignalScope};
+use crate::model::{Freezer, ProcessId, SignalScope};
 use crate::sandbox::request::{Quiet, Request, SandboxHandle};
 use crate::sandbox::state::Status;
 

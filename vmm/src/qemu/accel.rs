@@ -70,10 +70,10 @@ impl Accelerator {
 /// nothing: there the CPU has no virtualization of its own.
 fn serves_stock_guests() -> Result<(), String> {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    match has_virtualization(&info) {
-        true => Ok(()),
-        false => Err("the CPU shows neither vmx nor svm".into()),
+    if !has_virtualization(&info) {
+        return Err("the CPU shows neither vmx nor svm".into());
     }
+    Ok(())
 }
 
 fn has_virtualization(cpuinfo: &str) -> bool {

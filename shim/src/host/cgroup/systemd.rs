@@ -219,12 +219,13 @@ pub fn undo(unit: &str) -> Result<()> {
     if !runs() {
         return Ok(());
     }
-    match clear(unit, SCOPE_UNDO).map_err(|error| error.context(format!("stop {unit}")))? {
-        true => Ok(()),
-        false => Err(Error::internal(format!(
+    let cleared = clear(unit, SCOPE_UNDO);
+    if !cleared.map_err(|error| error.context(format!("stop {unit}")))? {
+        return Err(Error::internal(format!(
             "stop {unit}: there are processes in it"
-        ))),
+        )));
     }
+    Ok(())
 }
 
 /// Stops and forgets a unit unless there are processes in it a second from now, which may be
