@@ -19,12 +19,11 @@ use ttrpc::context;
 use super::group::group_id;
 use super::start::ADDRESS;
 use crate::args::Args;
-use crate::deadlines::{SANDBOX_LOCK_TO_UNDO, SERVER_ANSWER, SERVER_END_BEFORE_DELETE, SWEEP};
+use crate::deadlines::{SERVER_ANSWER, SERVER_END_BEFORE_DELETE, SWEEP};
 use crate::error::{Error, IoContext, Result};
 use crate::host::exit_record;
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger;
-use crate::host::sandbox_lock::SandboxLock;
 use crate::model::Exit;
 
 /// Runs `delete` and prints a `DeleteResponse`.
@@ -41,8 +40,6 @@ pub fn run(args: &Args) -> Result<()> {
     let spared =
         || ledger::server_lives(&state_dir) && has_others(&args.bundle).is_some_and(answers);
     if group == args.id && !spared() {
-        // A sweep may be at it, begun by the `delete` of another member.
-        let _lock = SandboxLock::take_within(&state_dir, SANDBOX_LOCK_TO_UNDO);
         ledger::undo(&state_dir, SERVER_END_BEFORE_DELETE)?;
     }
     if Path::new(&args.bundle).join("rootfs").is_dir() {

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use sys::point::{Point, reach};
 use vmm::process::Identity;
 
-use crate::deadlines::{LEDGER_BEGIN, PROCESS_GONE};
+use crate::deadlines::{LEDGER_BEGIN, PROCESS_GONE, SANDBOX_LOCK_TO_UNDO};
 use crate::error::{Error, IoContext, Result};
 use crate::host::cgroup;
 use crate::host::dir::Dir;
@@ -126,12 +126,14 @@ impl Ledger {
 /// One line that names the first thing that could not be undone; the rest is undone all the same.
 pub fn undo(dir: &Path, server_deadline: Duration) -> Result<()> {
     reach(Point::DeleteWaits).doing(|| format!("read {}", dir.display()))?;
-    let resources = read(dir)?;
-    if let Some(server) = newest_server(&resources) {
+    if let Some(server) = newest_server(&read(dir)?) {
         wait_until_gone(&server, server_deadline);
     }
     reach(Point::DeleteKills).doing(|| format!("undo {}", dir.display()))?;
-    undo_all(dir, &resources)
+    // Only now: the server needs the lock for its own end. A sweep may be at it too, begun by the
+    // `delete` of another member of the group.
+    let _lock = SandboxLock::take_within(dir, SANDBOX_LOCK_TO_UNDO);
+    undo_all(dir, &read(dir)?)
 }
 
 /// The server that has the directory: one that could not be undone may have been used again.

@@ -2,6 +2,8 @@
 //! a dead server left: so neither takes the other's for its own, and a sandbox whose left-overs
 //! hang holds up no other one.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -47,7 +49,9 @@ impl SandboxLock {
     pub fn try_take(state_dir: &Path) -> Result<Option<SandboxLock>> {
         let cache = state_dir.parent().unwrap_or(state_dir).join("cache");
         let doing = || format!("lock {}", state_dir.display());
-        std::fs::create_dir_all(&cache).doing(doing)?;
+        let mut private = DirBuilder::new();
+        private.recursive(true).mode(0o700);
+        private.create(&cache).doing(doing)?;
         let locks = ByteLocks::open(&cache.join("locks")).doing(doing)?;
         let taken = locks.try_take(number(state_dir)).doing(doing)?;
         Ok(taken.then_some(SandboxLock(locks)))
