@@ -300,7 +300,11 @@ impl<'e> Trials<'e> {
     /// Does to the victim what is to be done, while `pid` is stopped at the point.
     fn harm(&self, cell: Cell, pid: u32) -> Result<(), String> {
         procs::wait_for_state(pid, 'T');
-        let victims = cell.victim.find()?;
+        let victims = match cell.victim.find() {
+            // The machine may have ended before the server came there.
+            Err(_) if cell.point >= Point::ShutdownTaken => Vec::new(),
+            found => found?,
+        };
         if BEFORE_A_REQUEST.contains(&cell.point) && cell.victim != Victim::Server {
             Victim::Qemu.find()?.iter().for_each(procs::Proc::stop);
             points::send(pid, Signal::SIGCONT);

@@ -65,6 +65,8 @@ pub struct SandboxOwner {
     pub(super) wanted: WantedSize,
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
+    /// What asks after containers that are still being made.
+    after_create: Vec<Request>,
     last_request: Instant,
     /// [`FIRST_REQUEST`], then [`IDLE_SANDBOX`].
     idle_deadline: Duration,
@@ -107,6 +109,7 @@ impl SandboxOwner {
             )),
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
+            after_create: Vec::new(),
             last_request: Instant::now(),
             idle_deadline: FIRST_REQUEST,
             shares: None,
@@ -167,6 +170,8 @@ impl SandboxOwner {
             Ok(outcome) => {
                 tracing::debug!(?outcome, "done");
                 self.finish(outcome);
+                let waited = std::mem::take(&mut self.after_create);
+                waited.into_iter().for_each(|request| self.handle(request));
             }
             // Nobody knows how far it got, so what it was for can neither go on nor be deleted:
             // containerd sees the end of the connection, and its `delete` undoes the rest.
@@ -177,8 +182,20 @@ impl SandboxOwner {
         }
     }
 
+    /// Whether it asks after a container that is still being made: it waits then. containerd asks
+    /// when it comes back, and removes a shim whose container is not made after all.
+    fn waits_for_create(&self, request: &Request) -> bool {
+        let container = match request {
+            Request::State { process, .. } => &process.container,
+            Request::Pids { container, .. } => container,
+            _ => return false,
+        };
+        self.state.is_being_created(container)
+    }
+
     fn handle(&mut self, request: Request) {
         match request {
+            request if self.waits_for_create(&request) => self.after_create.push(request),
             Request::Create {
                 request,
                 config,

@@ -14,7 +14,7 @@ use super::*;
 use crate::model::{Exit, ProcessId, SignalScope};
 use crate::sandbox::double::{Call, HostDouble, Script, VM_PID};
 use crate::sandbox::request::Quiet;
-use crate::sandbox::state::{KILLED, Stage};
+use crate::sandbox::state::{KILLED, Stage, Status};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -137,6 +137,12 @@ impl Lab {
         }
     }
 
+    /// The guest or the host answers a call, and everything goes on from there.
+    async fn answers(&mut self, call: &Call, result: Result<u32>) {
+        self.script.answer(call, result);
+        self.settle().await;
+    }
+
     /// Lets it work for so long.
     async fn drive(&mut self, time: Duration) {
         let end = Instant::now() + time + Duration::from_millis(1);
@@ -200,13 +206,10 @@ async fn two_creates_at_once_share_one_machine() {
     let (web, db) = (lab.create("web"), lab.create("db"));
     lab.settle().await;
     assert_eq!(lab.script.waiting(), [Call::Launch]);
-    lab.script.answer(&Call::Launch, Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Ok(0)).await;
     // The guest answers in the other order.
-    lab.script.answer(&Call::Create("db".into()), Ok(0));
-    lab.settle().await;
-    lab.script.answer(&Call::Create("web".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Create("db".into()), Ok(0)).await;
+    lab.answers(&Call::Create("web".into()), Ok(0)).await;
     let (web, db) = (answer(web).unwrap(), answer(db).unwrap());
     assert_eq!(db, VM_PID, "the first one has the machine's pid");
     assert_ne!(web, db);
@@ -218,18 +221,44 @@ async fn a_machine_that_does_not_come_up_fails_every_create_and_the_next_one_tri
     let mut lab = Lab::new(waits);
     let (web, db) = (lab.create("web"), lab.create("db"));
     lab.settle().await;
-    lab.script.answer(&Call::Launch, Err(gone()));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Err(gone())).await;
     assert_eq!(answer(web).unwrap_err(), gone());
     assert_eq!(answer(db).unwrap_err(), gone());
     assert!(lab.owner.state.is_empty() && lab.told().is_empty());
     let again = lab.create("web");
     lab.settle().await;
-    lab.script.answer(&Call::Launch, Ok(0));
-    lab.settle().await;
-    lab.script.answer(&Call::Create("web".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Ok(0)).await;
+    lab.answers(&Call::Create("web".into()), Ok(0)).await;
     answer(again).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_after_a_container_that_is_being_made_hears_whether_it_was() {
+    for (answered, known) in [(Ok(0), true), (Err(gone()), false)] {
+        let mut lab = Lab::new(waits);
+        let created = lab.create("web");
+        lab.settle().await;
+        lab.answers(&Call::Launch, Ok(0)).await;
+        let pids = lab.ask(|reply| Request::Pids {
+            container: "web".into(),
+            reply,
+        });
+        let state = lab.ask(|reply| Request::State {
+            process: ProcessId::init("web"),
+            reply,
+        });
+        lab.settle().await;
+        assert_eq!(lab.owner.after_create.len(), 2, "neither is answered");
+        lab.answers(&Call::Create("web".into()), answered).await;
+        assert_eq!(answer(created).is_ok(), known);
+        if known {
+            assert_eq!(answer(pids).unwrap(), [(VM_PID, None)]);
+            assert_eq!(answer(state).unwrap().status, Status::Created);
+        } else {
+            assert_eq!(answer(pids).unwrap_err().code(), Code::NOT_FOUND);
+            assert_eq!(answer(state).unwrap_err().code(), Code::NOT_FOUND);
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -237,8 +266,7 @@ async fn a_machine_that_dies_while_it_makes_a_container_fails_the_create_and_tel
     let mut lab = Lab::new(waits);
     let created = lab.create("web");
     lab.settle().await;
-    lab.script.answer(&Call::Launch, Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Ok(0)).await;
     lab.script.die("QEMU was killed");
     lab.settle().await;
     assert_eq!(answer(created).unwrap_err().code(), Code::UNAVAILABLE);
@@ -254,8 +282,7 @@ async fn a_container_that_was_made_before_its_machine_died_is_told_as_made_and_e
     let mut lab = Lab::new(waits);
     let created = lab.create("web");
     lab.settle().await;
-    lab.script.answer(&Call::Launch, Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Ok(0)).await;
     // The answer is there, and the death is heard of first.
     lab.script.answer(&Call::Create("web".into()), Ok(0));
     lab.owner.vm_died("QEMU was killed");
@@ -285,10 +312,8 @@ async fn a_container_that_is_being_made_can_neither_be_killed_nor_deleted() {
         Code::FAILED_PRECONDITION
     );
     assert_eq!(answer(again).unwrap_err().code(), Code::ALREADY_EXISTS);
-    lab.script.answer(&Call::Launch, Ok(0));
-    lab.settle().await;
-    lab.script.answer(&Call::Create("web".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Ok(0)).await;
+    lab.answers(&Call::Create("web".into()), Ok(0)).await;
     answer(created).unwrap();
 }
 
@@ -297,19 +322,15 @@ async fn an_end_that_overtakes_the_answer_to_the_start_is_told_after_it() {
     let mut lab = Lab::new(waits);
     let created = lab.create("web");
     lab.settle().await;
-    lab.script.answer(&Call::Launch, Ok(0));
-    lab.settle().await;
-    lab.script.answer(&Call::Create("web".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Launch, Ok(0)).await;
+    lab.answers(&Call::Create("web".into()), Ok(0)).await;
     answer(created).unwrap();
     let started = lab.start(ProcessId::init("web"));
     lab.settle().await;
-    lab.script
-        .answer(&Call::Wait(ProcessId::init("web")), Ok(3));
-    lab.settle().await;
+    lab.answers(&Call::Wait(ProcessId::init("web")), Ok(3))
+        .await;
     assert_eq!(lab.told(), ["/tasks/create"]);
-    lab.script.answer(&Call::Start("web".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Start("web".into()), Ok(0)).await;
     answer(started).unwrap();
     assert_eq!(lab.told(), ["/tasks/start", "/tasks/exit"]);
 }
@@ -352,8 +373,7 @@ async fn an_update_beside_a_create_waits_for_nothing_and_a_refused_one_is_taken_
         Lab::new(|call| !matches!(call, Call::Wait(_) | Call::Update(_) | Call::Create(_)));
     let web = lab.create("web");
     lab.settle().await;
-    lab.script.answer(&Call::Create("web".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Create("web".into()), Ok(0)).await;
     answer(web).unwrap();
     let before = lab.owner.wanted.get();
     let db = lab.create("db");
@@ -373,14 +393,12 @@ async fn an_update_beside_a_create_waits_for_nothing_and_a_refused_one_is_taken_
     lab.settle().await;
     assert!(lab.owner.wanted.get().memory_mib >= before.memory_mib + 8192);
     // The older one fails, and the newer one's limits stay.
-    lab.script.answer(&Call::Update("web".into()), Err(gone()));
-    lab.settle().await;
+    lab.answers(&Call::Update("web".into()), Err(gone())).await;
     assert_eq!(answer(first).unwrap_err(), gone());
     assert!(lab.owner.wanted.get().memory_mib >= before.memory_mib + 8192);
     // So does the newer one: then it is as the older one wanted, whose limits came first.
     lab.script.answer(&Call::Update("web".into()), Err(gone()));
-    lab.script.answer(&Call::Create("db".into()), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Create("db".into()), Ok(0)).await;
     assert_eq!(answer(second).unwrap_err(), gone());
     answer(db).unwrap();
     assert!(lab.owner.wanted.get().memory_mib < before.memory_mib + 8192);
@@ -392,13 +410,11 @@ async fn a_guest_that_does_not_remove_a_container_loses_its_machine() {
     let created = lab.create("web");
     lab.settle().await;
     answer(created).unwrap();
-    lab.script
-        .answer(&Call::Wait(ProcessId::init("web")), Ok(0));
-    lab.settle().await;
+    lab.answers(&Call::Wait(ProcessId::init("web")), Ok(0))
+        .await;
     let deleted = lab.delete(ProcessId::init("web"));
     lab.settle().await;
-    lab.script.answer(&Call::Remove("web".into()), Err(gone()));
-    lab.settle().await;
+    lab.answers(&Call::Remove("web".into()), Err(gone())).await;
     answer(deleted).unwrap();
     assert!(!lab.is_alive());
     assert_eq!(lab.told().last().unwrap(), "/tasks/delete");
