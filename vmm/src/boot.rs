@@ -212,12 +212,14 @@ impl Spawned {
         // QEMU only says that it refuses a device; why, its helper knows.
         for (attached, server) in [first, second].into_iter().zip(&file_servers) {
             if let Err(error) = attached {
-                return Err(server.process.explain(error, HELPER_LAST_WORDS).await);
+                let helper = &server.process;
+                return Err(helper.explain_failure(error, HELPER_LAST_WORDS).await);
             }
         }
         let vsock_id = match (vsock, &vsock_daemon) {
             (Err(error), Some(daemon)) => {
-                return Err(daemon.process.explain(error, HELPER_LAST_WORDS).await);
+                let helper = &daemon.process;
+                return Err(helper.explain_failure(error, HELPER_LAST_WORDS).await);
             }
             (vsock, _) => vsock?.id,
         };
