@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test fuzz test-kvm conformance bench killtest clean
+.PHONY: setup guest build install demo test test-qemu fuzz test-kvm conformance bench killtest clean
 
 setup:
 	scripts/setup
@@ -25,6 +25,9 @@ test:
 
 test-kvm:
 	scripts/test-kvm
+
+test-qemu:
+	scripts/test qemu
 
 fuzz:
 	scripts/fuzz

@@ -169,7 +169,7 @@ impl Suite {
     /// scope of one.
     ///
     /// With `COFFERDAM_TESTS`, whole names between blanks, those run and no others, whatever their
-    /// scope.
+    /// scope. With `COFFERDAM_SCOPE=core` the tests of [`Scope::Core`] run, each once.
     ///
     /// # Panics
     /// One of the names is not a test's.
@@ -179,6 +179,7 @@ impl Suite {
         let mut only = only
             .as_ref()
             .map(|names| names.split_whitespace().collect::<HashSet<_>>());
+        let core_only = std::env::var("COFFERDAM_SCOPE").is_ok_and(|scope| scope == "core");
         let mut trials = Vec::new();
         for &release in releases {
             for runtime in [Runtime::Cofferdam, Runtime::Runc] {
@@ -186,11 +187,11 @@ impl Suite {
                     if runtime == Runtime::Runc && matches!(scope, Scope::Ours | Scope::Long) {
                         continue;
                     }
+                    let ours = release == releases[0] && runtime == Runtime::Cofferdam;
                     let unasked = match scope {
+                        _ if core_only => ours && scope == Scope::Core,
                         Scope::Core => release == releases[0] || runtime == Runtime::Cofferdam,
-                        Scope::Once | Scope::Ours => {
-                            release == releases[0] && runtime == Runtime::Cofferdam
-                        }
+                        Scope::Once | Scope::Ours => ours,
                         Scope::Long => false,
                     };
                     let full = format!("{name}::{}::{}", runtime.short(), release.name());
