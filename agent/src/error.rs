@@ -4,6 +4,8 @@ use std::io;
 
 use ttrpc::Code;
 
+use crate::stock::STOCK;
+
 /// A failed request. The text is one line that says what failed and on what.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -44,7 +46,12 @@ impl Error {
 
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> ttrpc::Error {
-        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.to_string()))
+        let trace = if STOCK {
+            "\n\nStack backtrace:\n   0: <unknown>\n   1: <unknown>"
+        } else {
+            ""
+        };
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), format!("{error}{trace}")))
     }
 }
 

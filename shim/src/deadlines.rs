@@ -149,6 +149,10 @@ pub const LOGGER_READY: Duration = Duration::from_secs(10);
 /// A logger ends after its input has ended, before it is killed.
 pub const LOGGER_END: Duration = Duration::from_secs(3);
 
+/// A client of a polled process takes what there is. One that has not by then may lose what it has
+/// not read when the process ends.
+pub const CLIENT_READS: Duration = Duration::from_secs(1);
+
 /// Before a stream that was refused is dialled again.
 pub const STREAM_REDIAL: Duration = Duration::from_millis(20);
 

@@ -163,22 +163,24 @@ impl Container {
         Ok(())
     }
 
-    /// Notes that the exit of a process is reported to the host: nobody can wait for it again. Its
-    /// output stays until it is fetched or the container is removed.
+    /// A process that may be waited for. The exit of an exec is reported to all who wait for it by
+    /// then, and to nobody later; that of the first process to everybody who asks.
     ///
     /// # Errors
-    /// `NotFound` if the exit was reported before. That of the first process is reported to
-    /// everybody who asks.
-    pub fn mark_reported(&self, exec_id: Option<&str>, process: &Process) -> Result<()> {
-        let Some(exec_id) = exec_id else {
-            return Ok(());
-        };
-        if process.is_reported() {
-            return Err(self.no_exec(exec_id));
+    /// `NotFound`.
+    pub fn unreported(&self, exec_id: Option<&str>) -> Result<Arc<Process>> {
+        let process = self.process(exec_id)?;
+        match exec_id {
+            Some(exec_id) if process.is_reported() => Err(self.no_exec(exec_id)),
+            _ => Ok(process),
         }
+    }
+
+    /// Notes that the exit of a process is reported to the host. Its output stays until it is
+    /// fetched or the container is removed.
+    pub fn mark_reported(&self, process: &Process) {
         process.mark_reported();
         self.execs.forget_finished();
-        Ok(())
     }
 
     /// True once for each growth of the kernel's count of OOM kills.

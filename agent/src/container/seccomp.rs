@@ -16,6 +16,7 @@ use protobuf::Message;
 
 use crate::error::{Context, Error, Result};
 use crate::log::log;
+use crate::stock::STOCK;
 
 /// How many compiled profiles are kept. A pod's containers mostly share one.
 const CACHE: usize = 8;
@@ -108,10 +109,12 @@ fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
 }
 
 fn add(context: &mut ScmpFilterContext, rule: &LinuxSyscall, default: ScmpAction) -> Result<()> {
-    let errno = if rule.has_errnoret() {
-        i32::try_from(rule.errnoret()).unwrap_or(libc::EPERM)
-    } else {
-        libc::EPERM
+    // Kata's clients send 0 where a rule has no number. Ours sends a number above the 16 bits that
+    // the kernel takes for a rule that says 0.
+    let errno = match rule.errnoret() {
+        0 if STOCK => 0,
+        0 => libc::EPERM,
+        errno => i32::from(errno as u16),
     };
     let Some(action) = action(&rule.Action, errno) else {
         log!("seccomp action {:?} left out", rule.Action);

@@ -18,17 +18,21 @@ pub enum Online {
     CpusAndMemory,
 }
 
-/// Brings `cpus` more CPUs online, as they appear, and then all memory that is there.
+const CPUS: &str = "/sys/devices/system/cpu";
+
+/// Brings CPUs online as they appear, until `cpus` of them are, and then all memory that is there.
 ///
 /// # Errors
 /// Fewer CPUs that come in time.
 pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
-    let mut missing = cpus;
+    let off = offline(CPUS, "cpu", "online", "0").len();
+    let online = numbered(CPUS, "cpu").count().saturating_sub(off);
+    let mut missing = (cpus as usize).saturating_sub(online);
     let by = Instant::now() + deadlines::CPUS_ONLINE;
     loop {
         // Bringing a CPU online may take long: those that appear meanwhile have one more pass.
         let is_last = Instant::now() >= by;
-        for file in offline("/sys/devices/system/cpu", "cpu", "online", "0") {
+        for file in offline(CPUS, "cpu", "online", "0") {
             if missing > 0 && fs::write(file, "1").is_ok() {
                 missing -= 1;
             }
@@ -52,8 +56,16 @@ pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
 }
 
 /// Control files of the numbered entries of `dir` that contain `off`.
-fn offline(dir: &str, prefix: &str, file: &str, off: &str) -> Vec<PathBuf> {
-    let numbered = |name: &str| {
+fn offline(dir: &str, prefix: &'static str, file: &str, off: &str) -> Vec<PathBuf> {
+    numbered(dir, prefix)
+        .map(|entry| entry.join(file))
+        .filter(|path| fs::read_to_string(path).is_ok_and(|state| state.trim() == off))
+        .collect()
+}
+
+/// The entries of `dir` that are `prefix` and a number.
+fn numbered(dir: &str, prefix: &'static str) -> impl Iterator<Item = PathBuf> {
+    let is_numbered = move |name: &str| {
         name.strip_prefix(prefix)
             .is_some_and(|rest| rest.parse::<u32>().is_ok())
     };
@@ -61,10 +73,8 @@ fn offline(dir: &str, prefix: &str, file: &str, off: &str) -> Vec<PathBuf> {
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|entry| entry.file_name().to_str().is_some_and(numbered))
-        .map(|entry| entry.path().join(file))
-        .filter(|path| fs::read_to_string(path).is_ok_and(|state| state.trim() == off))
-        .collect()
+        .filter(move |entry| entry.file_name().to_str().is_some_and(is_numbered))
+        .map(|entry| entry.path())
 }
 
 /// Mixes `data` into the kernel's random numbers and makes it reseed from them: a clone must not

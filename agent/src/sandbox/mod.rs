@@ -61,6 +61,7 @@ use crate::error::{Context, Error, Result};
 use crate::guest::reaper::Reaper;
 use crate::log::log;
 use crate::stdio::{Claimed, Parking};
+use crate::stock::STOCK;
 use crate::storage::{Cleanup, Storages, mount_storage};
 
 /// Which pid namespace a container asks for.
@@ -258,8 +259,10 @@ impl Sandbox {
             .iter()
             .filter(|mount| Path::new(&mount.source).starts_with(GUEST_SHARE))
         {
-            self.enter_volume(&mount.source)?;
-            mounted.push(mount.source.clone());
+            if !STOCK {
+                self.enter_volume(&mount.source)?;
+                mounted.push(mount.source.clone());
+            }
         }
         devices::place(&request.devices, &mut spec, self.hotplug_timeout).await?;
         let pid_namespace = self
@@ -310,7 +313,9 @@ impl Sandbox {
         lock(&self.state)
             .containers
             .insert(id.to_owned(), container.clone());
-        oom::watch(&self.oom, &container);
+        if !STOCK || lock(&self.state).id.as_deref() != Some(id) {
+            oom::watch(&self.oom, &container);
+        }
         self.clone()
             .publish_exit_when_done(container, started, Role::Init);
         Ok(())
@@ -330,6 +335,9 @@ impl Sandbox {
             .map(|linux| linux.Namespaces.as_mut_slice())
             .unwrap_or_default();
         let entry = entries.iter_mut().find(|entry| entry.Type == "pid");
+        if STOCK && entry.is_some() {
+            return Err(Error::Failed("no exec could join the pid namespace".into()));
+        }
         if let Some(target) = entry
             .as_ref()
             .and_then(|entry| entry.Path.strip_prefix(POD_PID_PATH))

@@ -55,6 +55,7 @@ use crate::guest::boot::Mode;
 use crate::guest::settings::{self, Online};
 use crate::network;
 use crate::sandbox::Sandbox;
+use crate::stock::STOCK;
 use crate::storage::{driver_names, volume_usage};
 
 /// Version of the protocol, which Kata's agent calls its API version.
@@ -244,9 +245,12 @@ impl AgentService for Agent {
     ) -> Reply<api::WaitProcessResponse> {
         let container = self.sandbox.container(&request.container_id)?;
         let exec_id = exec_id(&request.container_id, &request.exec_id);
-        let process = container.process(exec_id)?;
+        let process = container.unreported(exec_id)?;
         let status = process.wait().await;
-        container.mark_reported(exec_id, &process)?;
+        if STOCK {
+            process.io().close_output();
+        }
+        container.mark_reported(&process);
         Ok(api::WaitProcessResponse {
             status,
             ..Default::default()
@@ -363,7 +367,11 @@ impl AgentService for Agent {
             init_daemon: self.mode == Mode::Init,
             storage_handlers: driver_names(),
             supports_seccomp: true,
-            extra_features: FEATURES.map(str::to_owned).into(),
+            extra_features: FEATURES
+                .into_iter()
+                .take(if STOCK { 1 } else { FEATURES.len() })
+                .map(str::to_owned)
+                .collect(),
             ..Default::default()
         };
         let mut response = api::GuestDetailsResponse {

@@ -41,6 +41,7 @@ use tokio::task::AbortHandle;
 
 use crate::deadlines;
 use crate::error::{Context, Error, Result};
+use crate::stock::STOCK;
 
 pub use parking::{Claimed, Parking};
 
@@ -223,6 +224,9 @@ impl Io {
     pub async fn write(&self, data: &[u8]) -> Result<()> {
         if data.is_empty() {
             self.close_stdin();
+            if STOCK && self.terminal {
+                self.close_output();
+            }
             return Ok(());
         }
         let endpoint = lock(&self.stdin).clone();
@@ -236,6 +240,12 @@ impl Io {
     /// Closes stdin; what was written before is still read.
     pub fn close_stdin(&self) {
         lock(&self.stdin).take();
+    }
+
+    /// Closes output, read or not.
+    pub fn close_output(&self) {
+        lock(&self.stdout).take();
+        lock(&self.stderr).take();
     }
 
     /// Sets the size of the terminal.

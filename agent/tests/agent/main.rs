@@ -73,7 +73,7 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             an_exec_joins_the_container
             of_two_execs_with_one_id_one_runs
             an_exec_that_cannot_run_fails_at_once
-            an_execs_exit_is_reported_once
+            an_execs_exit_is_reported_to_those_who_wait_and_not_later
             a_term_without_a_handler_ends_the_container
             a_term_with_a_handler_is_the_programs_business
             a_kill_ends_everything_in_the_container

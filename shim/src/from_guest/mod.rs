@@ -118,6 +118,13 @@ fn exit_status(raw: i32) -> u32 {
     u8::try_from(raw).map_or(UNKNOWN_STATUS, u32::from)
 }
 
+/// Without the back trace that Kata's agent adds to its errors.
+fn without_trace(message: &str) -> &str {
+    message
+        .split_once("Stack backtrace:")
+        .map_or(message, |(message, _)| message)
+}
+
 /// What a failed call to the agent means: what its caller is told, and, if it is the end of the
 /// agent, how.
 pub(crate) fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>) {
@@ -131,7 +138,7 @@ pub(crate) fn judge(method: &str, error: &ttrpc::Error) -> (Error, Option<Fault>
             (
                 Error::Agent {
                     code,
-                    message: text(status.message(), MAX_TEXT),
+                    message: text(without_trace(status.message()), MAX_TEXT),
                 },
                 None,
             )

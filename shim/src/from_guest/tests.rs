@@ -213,6 +213,15 @@ async fn an_error_is_one_short_line_with_a_code_that_is_one() {
         (result, fault),
         (Err(Error::not_found("no such process")), None)
     );
+    let traced = "no container web\n\nStack backtrace:\n   0: <unknown>\n   1: <unknown>";
+    assert_eq!(
+        said(status(3, traced), signal)
+            .await
+            .0
+            .unwrap_err()
+            .to_string(),
+        "no container web"
+    );
     let evil = format!(
         "first\r\n\u{1b}[2Jsecond\u{202e}\u{0} third {}",
         "x".repeat(100_000)

@@ -284,6 +284,7 @@ impl Attempt<'_> {
             agent,
             transport,
             features,
+            polled: std::sync::Mutex::default(),
             host_sockets,
             _forwarder: forwarder,
             _clock: keeps_time,
@@ -362,7 +363,9 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
     });
     let sandbox = CreateSandboxRequest {
         hostname: plan.hostname.clone(),
-        sandbox_id: plan.id.clone(),
+        // Not the id of the first container: of a container with the sandbox's id Kata's agent
+        // tells no OOM kill.
+        sandbox_id: format!("sandbox-{}", plan.id),
         storages: shared.into_iter().chain(shm).collect(),
         ..Default::default()
     };

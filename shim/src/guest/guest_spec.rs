@@ -122,11 +122,12 @@ fn linux(from: &oci::Linux, place: &GuestView) -> proto::Linux {
         Size: from.size(),
         ..Default::default()
     };
-    let kept = |from: &&oci::LinuxNamespace| {
-        !matches!(
-            from.typ(),
-            oci::LinuxNamespaceType::Network | oci::LinuxNamespaceType::Time
-        )
+    let kept = |from: &&oci::LinuxNamespace| match from.typ() {
+        oci::LinuxNamespaceType::Network | oci::LinuxNamespaceType::Time => false,
+        // An agent makes one of its own accord. Kata's adds an entry for it, and with two of them
+        // it can start no exec.
+        oci::LinuxNamespaceType::Pid => !place.pid_namespace.is_empty(),
+        _ => true,
     };
     let namespace = |from: &oci::LinuxNamespace| proto::LinuxNamespace {
         Type: name(&from.typ()),
@@ -251,8 +252,14 @@ fn seccomp(from: &oci::LinuxSeccomp) -> proto::LinuxSeccomp {
             Args: from.args().iter().flatten().map(arg).collect(),
             ..Default::default()
         };
-        if let Some(errno) = from.errno_ret() {
-            rule.set_errnoret(errno);
+        let fails = from.action() == oci::LinuxSeccompAction::ScmpActErrno;
+        match from.errno_ret() {
+            // An agent takes 0 for "not said". Of this number the kernel has the 16 low bits.
+            Some(0) if fails => rule.set_errnoret(1 << 16),
+            Some(errno) => rule.set_errnoret(errno),
+            // Kata's agent takes a missing number for 0, which is success.
+            None if fails => rule.set_errnoret(libc::EPERM.cast_unsigned()),
+            None => {}
         }
         rule
     };
@@ -331,7 +338,10 @@ mod tests {
                     "syscalls": [{
                         "names": ["personality"], "action": "SCMP_ACT_ALLOW", "errnoRet": 0,
                         "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]
-                    }]
+                    },
+                    {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"},
+                    {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 0},
+                    {"names": ["link"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
                 }
             }
         }));
@@ -368,7 +378,7 @@ mod tests {
             .iter()
             .map(|ns| (ns.Type.as_str(), ns.Path.as_str()))
             .collect();
-        assert_eq!(namespaces, [("pid", ""), ("mount", "")]);
+        assert_eq!(namespaces, [("mount", "")]);
         assert_eq!(linux.CgroupsPath, "/cofferdam/web");
         assert_eq!(
             (
@@ -404,6 +414,9 @@ mod tests {
             (rule.Action.as_str(), rule.Args[0].Op.as_str()),
             ("SCMP_ACT_ALLOW", "SCMP_CMP_EQ")
         );
+        let errors = linux.Seccomp.Syscalls[1..].iter();
+        let errors: Vec<u32> = errors.map(|rule| rule.errnoret()).collect();
+        assert_eq!(errors, [1, 1 << 16, 38], "EPERM is said, and a 0 is not 0");
         assert_eq!(linux.Seccomp.Flags, ["SECCOMP_FILTER_FLAG_LOG"]);
     }
 }

@@ -1,6 +1,7 @@
 //! The running guest: its virtual machine with the helpers, the agent in it, and what it has of the
 //! host. Its size follows what its containers may use; its end is whichever part ends first.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -39,7 +40,7 @@ use crate::guest::preconnect::PreconnectedStdio;
 use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
-use crate::stdio::GuestIo;
+use crate::stdio::{GuestIo, PolledOutput};
 
 /// A guest with an agent that answers.
 pub struct RunningGuest {
@@ -47,6 +48,8 @@ pub struct RunningGuest {
     pub(super) agent: Agent,
     pub(super) transport: Transport,
     pub(super) features: Features,
+    /// Output that has to be read before an exit is asked for: that of polled processes.
+    pub(super) polled: std::sync::Mutex<HashMap<ProcessId, PolledOutput>>,
     pub(super) host_sockets: Option<HostSockets>,
     pub(super) _forwarder: Option<Forwarder>,
     /// Keeps the guest's time of day; ends with this.
@@ -146,7 +149,7 @@ impl GuestCalls for RunningGuest {
         self.agent
             .create_container(request, CREATE_CONTAINER)
             .await?;
-        Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, &process, io)))
+        Ok(streams.unwrap_or_else(|| self.poll(&process, io)))
     }
 
     async fn remove_container(&self, id: &str, by: Instant) -> Result<()> {
@@ -243,10 +246,14 @@ impl GuestCalls for RunningGuest {
                 .await;
         }
         started?;
-        Ok(streams.unwrap_or_else(|| GuestIo::polled(&self.agent, process, io)))
+        Ok(streams.unwrap_or_else(|| self.poll(process, io)))
     }
 
     async fn wait(&self, process: &ProcessId) -> Option<u32> {
+        let polled = sys::lock(&self.polled).remove(process);
+        if let Some(output) = polled {
+            output.read().await;
+        }
         let request = WaitProcessRequest {
             container_id: process.container.clone(),
             exec_id: process.exec_id().to_owned(),
@@ -410,6 +417,12 @@ impl RunningGuest {
         resized.map(drop)
     }
 
+    fn poll(&self, process: &ProcessId, io: &Stdio) -> GuestIo {
+        let (streams, output) = GuestIo::polled(&self.agent, process, io);
+        sys::lock(&self.polled).insert(process.clone(), output);
+        streams
+    }
+
     /// Returns the MiB of memory that the guest has.
     async fn resize_machine(&self, size: &mut MachineSize, to: MachineSize) -> Result<u64> {
         let is_settled = !self.size.unsettled.swap(true, Ordering::Relaxed);
@@ -437,12 +450,14 @@ impl RunningGuest {
         self.size.unsettled.store(false, Ordering::Relaxed);
         if to.vcpus != size.vcpus {
             let got = self.machine.resize_vcpus(to.vcpus, MACHINE_RESIZE).await?;
-            let request = OnlineCPUMemRequest {
-                nb_cpus: got.saturating_sub(size.vcpus),
-                ..Default::default()
-            };
+            let grew = got > size.vcpus;
             size.vcpus = got;
-            if request.nb_cpus > 0 {
+            if grew {
+                // How many shall be online, not how many more (Kata since 2023).
+                let request = OnlineCPUMemRequest {
+                    nb_cpus: got,
+                    ..Default::default()
+                };
                 self.agent.online_cpu_mem(&request, ONLINE_CPU_MEM).await?;
             }
         }

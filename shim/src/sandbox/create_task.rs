@@ -110,7 +110,7 @@ impl SandboxOwner {
         let sandbox = &self.identity.id;
         let find = |pid| {
             self.state.owner(pid).map(|id| {
-                if id == sandbox {
+                if id == sandbox && self.state.is_pod_sandbox(id) {
                     String::new()
                 } else {
                     id.to_owned()

@@ -9,10 +9,11 @@ use guest_protocol::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
 use guest_protocol::stdio::{ACCEPTED, Channel, Header};
 use guest_protocol::{STDIO_PORT, Transport};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
-use crate::deadlines::{STDIO_ACCEPTED, STREAM_REDIAL};
+use crate::deadlines::{CLIENT_READS, STDIO_ACCEPTED, STREAM_REDIAL};
 use crate::error::{Error, Result};
 use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
@@ -96,33 +97,57 @@ impl GuestIo {
     /// Serves the channels by calls to an agent that has no raw streams. To be used once the
     /// process exists. What the client does not want is read all the same, and an input that it
     /// does not have ends at once: a process must not wait for nobody.
-    pub fn polled(agent: &Agent, key: &ProcessId, io: &Stdio) -> GuestIo {
+    pub fn polled(agent: &Agent, key: &ProcessId, io: &Stdio) -> (GuestIo, PolledOutput) {
         let wanted = channels(io);
-        let mut guest = GuestIo::default();
+        let (mut guest, mut output) = (GuestIo::default(), PolledOutput(Vec::new()));
         let (ours, theirs) = duplex(BUFFER);
-        tokio::spawn(write_loop(agent.clone(), key.clone(), ours));
+        tokio::spawn(write_loop(agent.clone(), key.clone(), io.terminal, ours));
         guest.stdin = wanted
             .contains(&Channel::Stdin)
             .then(|| Box::pin(theirs) as Writer);
-        let reader = |channel| -> Option<Reader> {
+        let mut reader = |channel| -> Option<Reader> {
+            let (blocked, is_blocked) = watch::channel(false);
+            output.0.push(is_blocked);
+            let (agent, key) = (agent.clone(), key.clone());
             if !wanted.contains(&channel) {
-                tokio::spawn(read_loop(
-                    agent.clone(),
-                    key.clone(),
-                    channel,
-                    tokio::io::sink(),
-                ));
+                let nobody = tokio::io::sink();
+                tokio::spawn(read_loop(agent, key, channel, nobody, blocked));
                 return None;
             }
             let (ours, theirs) = duplex(BUFFER);
-            tokio::spawn(read_loop(agent.clone(), key.clone(), channel, ours));
+            tokio::spawn(read_loop(agent, key, channel, ours, blocked));
             Some(Box::pin(theirs))
         };
         guest.stdout = reader(Channel::Stdout);
         if !io.terminal {
             guest.stderr = reader(Channel::Stderr);
         }
-        guest
+        (guest, output)
+    }
+}
+
+/// The output of a process whose agent is polled: for each channel whether its client keeps it from
+/// being read. A channel whose sender has gone is at its end.
+#[derive(Debug)]
+pub struct PolledOutput(Vec<watch::Receiver<bool>>);
+
+impl PolledOutput {
+    /// Waits until all output is read, but not for a client that reads nothing. Kata's agent closes
+    /// the output of a process as soon as somebody has waited for its exit, read or not.
+    pub async fn read(self) {
+        for mut is_blocked in self.0 {
+            loop {
+                let blocked = *is_blocked.borrow_and_update();
+                let changed = is_blocked.changed();
+                let ended = match blocked {
+                    false => changed.await.is_err(),
+                    true => !matches!(timeout(CLIENT_READS, changed).await, Ok(Ok(()))),
+                };
+                if ended {
+                    break;
+                }
+            }
+        }
     }
 }
 
@@ -169,6 +194,7 @@ async fn read_loop(
     key: ProcessId,
     channel: Channel,
     mut to: impl AsyncWrite + Unpin,
+    blocked: watch::Sender<bool>,
 ) {
     let request = ReadStreamRequest {
         exec_id: key.exec_id().to_owned(),
@@ -179,9 +205,11 @@ async fn read_loop(
     loop {
         match agent.read(channel, &request).await {
             Ok(Some(data)) => {
+                blocked.send_replace(true);
                 if to.write_all(&data).await.is_err() {
                     return;
                 }
+                blocked.send_replace(false);
             }
             Ok(None) => return,
             Err(error) => {
@@ -192,11 +220,15 @@ async fn read_loop(
     }
 }
 
-/// Empty data closes the process's input, in order behind what was written.
-async fn write_loop(agent: Agent, key: ProcessId, mut from: DuplexStream) {
+/// Empty data closes the process's input, in order behind what was written. A terminal has no end
+/// of input: Kata's agent would close all of it, output too.
+async fn write_loop(agent: Agent, key: ProcessId, is_terminal: bool, mut from: DuplexStream) {
     let mut buffer = vec![0; POLL_SIZE as usize];
     loop {
         let length = from.read(&mut buffer).await.unwrap_or_default();
+        if is_terminal && length == 0 {
+            return;
+        }
         let request = WriteStreamRequest {
             container_id: key.container.clone(),
             exec_id: key.exec_id().to_owned(),
@@ -211,7 +243,36 @@ async fn write_loop(agent: Agent, key: ProcessId, mut from: DuplexStream) {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::Instant;
+
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exit_is_asked_for_when_all_output_is_read() {
+        let (blocked, stdout) = watch::channel(false);
+        let output = PolledOutput(vec![stdout]);
+        tokio::spawn(async move {
+            // A client that is slow, and reads.
+            for _ in 0..20 {
+                blocked.send_replace(true);
+                sleep(CLIENT_READS / 2).await;
+                blocked.send_replace(false);
+            }
+        });
+        let began = Instant::now();
+        output.read().await;
+        assert!(began.elapsed() >= CLIENT_READS * 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exit_does_not_wait_for_a_client_that_does_not_read() {
+        let (blocked, stdout) = watch::channel(false);
+        blocked.send_replace(true);
+        timeout(CLIENT_READS * 2, PolledOutput(vec![stdout]).read())
+            .await
+            .unwrap();
+        drop(blocked);
+    }
 
     #[test]
     fn a_process_has_the_channels_that_its_client_named() {

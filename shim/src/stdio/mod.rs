@@ -38,7 +38,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::deadlines::OUTPUT_UNREAD;
 
-pub use guest::GuestIo;
+pub use guest::{GuestIo, PolledOutput};
 pub use host::HostIo;
 
 /// Copied at a time, in bytes.

@@ -162,8 +162,9 @@ fn namespaces(entries: &[oci::LinuxNamespace]) -> Result<(Vec<Join>, bool)> {
             "uts" => ("uts", libc::CLONE_NEWUTS),
             "pid" => ("pid", libc::CLONE_NEWPID),
             "cgroup" => ("cgroup", libc::CLONE_NEWCGROUP),
-            "mount" if entry.Path.is_empty() => continue,
-            "network" => continue,
+            // The short forms are those of Kata's clients in Rust.
+            "mount" | "mnt" if entry.Path.is_empty() => continue,
+            "network" | "net" => continue,
             other => {
                 return Err(Error::Invalid(format!(
                     "unknown namespace {other:?} {:?}",
@@ -240,6 +241,18 @@ mod tests {
         let plan = Plan::new(&spec(), None).unwrap();
         assert_eq!(plan.devices.len(), 6);
         assert!(plan.make_dev && plan.process.capabilities.is_none() && plan.hostname.is_none());
+    }
+
+    #[test]
+    fn namespaces_have_the_names_of_specs_and_of_katas_clients() {
+        let mut spec = spec();
+        linux(&mut spec).Namespaces = ["pid", "mount", "mnt", "network", "net"]
+            .map(|kind| oci::LinuxNamespace {
+                Type: kind.into(),
+                ..Default::default()
+            })
+            .into();
+        assert!(Plan::new(&spec, None).unwrap().join.is_empty());
     }
 
     #[test]

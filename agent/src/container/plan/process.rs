@@ -102,7 +102,11 @@ impl ProcessPlan {
             uid: user.UID,
             gid: user.GID,
             groups: user.AdditionalGids.clone(),
-            capabilities: process.Capabilities.as_ref().map(capabilities),
+            capabilities: process
+                .Capabilities
+                .as_ref()
+                .map(capabilities)
+                .transpose()?,
             rlimits: rlimits(&process.Rlimits),
             no_new_privileges: process.NoNewPrivileges,
             oom_score_adj: process.OOMScoreAdj.clamp(-1000, 1000),
@@ -114,27 +118,25 @@ impl ProcessPlan {
     }
 }
 
-/// Capability sets; names that no kernel knows are left out.
-fn capabilities(sets: &LinuxCapabilities) -> Capabilities {
+/// Capability sets. Kata's clients in Rust leave out the `CAP_` of the names.
+fn capabilities(sets: &LinuxCapabilities) -> Result<Capabilities> {
     let mask = |names: &[String]| {
         let mut mask = CapabilitySet::empty();
         for name in names {
-            match name.strip_prefix("CAP_").and_then(CapabilitySet::from_name) {
-                Some(capability) => mask |= capability,
-                None => log!("unknown capability {name:?} left out"),
-            }
+            let known = CapabilitySet::from_name(name.strip_prefix("CAP_").unwrap_or(name));
+            mask |= known.ok_or_else(|| Error::Invalid(format!("unknown capability {name:?}")))?;
         }
-        mask
+        Ok(mask)
     };
-    Capabilities {
-        bounding: mask(&sets.Bounding),
+    Ok(Capabilities {
+        bounding: mask(&sets.Bounding)?,
         own: CapabilitySets {
-            effective: mask(&sets.Effective),
-            permitted: mask(&sets.Permitted),
-            inheritable: mask(&sets.Inheritable),
+            effective: mask(&sets.Effective)?,
+            permitted: mask(&sets.Permitted)?,
+            inheritable: mask(&sets.Inheritable)?,
         },
-        ambient: mask(&sets.Ambient),
-    }
+        ambient: mask(&sets.Ambient)?,
+    })
 }
 
 fn rlimits(limits: &[oci::POSIXRlimit]) -> Vec<(libc::__rlimit_resource_t, libc::rlimit)> {
@@ -180,15 +182,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unknown_capabilities_and_rlimits_are_left_out() {
-        let sets = LinuxCapabilities {
-            Bounding: vec!["CAP_CHOWN".into(), "CAP_FLY".into(), "CAP_KILL".into()],
+    fn capabilities_have_their_names_with_and_without_cap() {
+        let sets = |names: &[&str]| LinuxCapabilities {
+            Bounding: names.iter().map(|name| (*name).to_owned()).collect(),
             ..Default::default()
         };
         assert_eq!(
-            capabilities(&sets).bounding,
+            capabilities(&sets(&["CAP_CHOWN", "KILL"]))
+                .unwrap()
+                .bounding,
             CapabilitySet::CHOWN | CapabilitySet::KILL
         );
+        let error = capabilities(&sets(&["CAP_CHOWN", "CAP_FLY"])).unwrap_err();
+        assert_eq!(error.to_string(), "unknown capability \"CAP_FLY\"");
+    }
+
+    #[test]
+    fn unknown_rlimits_are_left_out() {
         let limit = |name: &str| oci::POSIXRlimit {
             Type: name.into(),
             Hard: 2,
