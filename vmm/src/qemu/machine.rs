@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::accel::Resolved;
 use super::args::{Arguments, Properties};
-use super::capabilities::{Capabilities, QBOOT, monitor};
+use super::capabilities::{
+    Capabilities, KVM, QBOOT, TCG, VIRTCONSOLE, VIRTIO_MEM, VIRTIO_SERIAL, monitor,
+};
 use crate::confine::Confinement;
 use crate::devices::memory::region_mib;
 use crate::error::{Error, Result};
@@ -132,7 +134,6 @@ pub(crate) fn arguments(
 
 fn check(config: &MachineConfig) -> Result<()> {
     let no = |what: String| Err(Error::Unsupported(what));
-    let capabilities = &config.capabilities;
     let most = LAST_PORT_SLOT - FIRST_PORT_SLOT + 1;
     if !(1..=most).contains(&config.root_ports) {
         return no(format!(
@@ -157,26 +158,36 @@ fn check(config: &MachineConfig) -> Result<()> {
             "{memory_mib} MiB of memory are more than the most there shall be, {max_memory_mib}"
         ));
     }
-    if config.accel.kvm && !capabilities.kvm {
-        return no(format!("{} was built without KVM", config.qemu.display()));
+    check_binary(config)
+}
+
+/// Whether the binary has what this machine takes, beyond what every machine does
+/// ([`super::capabilities::query`] has refused those that lack that).
+fn check_binary(config: &MachineConfig) -> Result<()> {
+    let capabilities = &config.capabilities;
+    let need = |there: bool, what, instead| match there {
+        true => Ok(()),
+        false => Err(capabilities.lack(&config.qemu, what, instead)),
+    };
+    let has = |typename| capabilities.has(typename);
+    if config.accel.kvm {
+        let instead = Some("accelerator = \"tcg\"");
+        need(has(KVM), "KVM (kvm-accel)", instead)?;
+    } else {
+        need(has(TCG), "emulation (tcg-accel) and gets no KVM", None)?;
     }
-    if !capabilities.sandbox
-        && config
-            .confinement
-            .as_ref()
-            .is_some_and(|confinement| confinement.seccomp)
-    {
-        return no(format!(
-            "{} was built without its seccomp filter (-sandbox): use another, or set confinement \
-             = \"no-seccomp\"",
-            config.qemu.display()
-        ));
+    // Unconfined it is not insisted on.
+    if config.confinement.as_ref().is_some_and(|jail| jail.seccomp) {
+        let instead = Some("confinement = \"no-seccomp\"");
+        need(capabilities.sandbox, "seccomp filter (-sandbox)", instead)?;
     }
-    if !config.accel.kvm && !capabilities.tcg {
-        return no(format!(
-            "{} was built without emulation, and KVM cannot be used",
-            config.qemu.display()
-        ));
+    if config.max_memory_mib > config.memory_mib {
+        need(has(VIRTIO_MEM), VIRTIO_MEM, None)?;
+    }
+    if config.console.is_some() {
+        for part in [VIRTIO_SERIAL, VIRTCONSOLE] {
+            need(has(part), part, Some("debug = false"))?;
+        }
     }
     Ok(())
 }
@@ -327,13 +338,13 @@ fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<Ra
                 .with("id", "console")
                 .with("fd", console.to_string()),
         );
-        let serial = on_root_bus("virtio-serial-pci", 3)
+        let serial = on_root_bus(VIRTIO_SERIAL, 3)
             .with("id", "serial")
             .on("disable-legacy");
         arguments.list("-device", serial.number("max_ports", 1_u32));
         arguments.list(
             "-device",
-            Properties::new("virtconsole")
+            Properties::new(VIRTCONSOLE)
                 .with("id", "hvc0")
                 .with("chardev", "console"),
         );
@@ -504,46 +515,89 @@ mod tests {
         }
     }
 
+    /// A binary that has everything but `missing`.
+    fn without(missing: &str, config: MachineConfig) -> MachineConfig {
+        let mut config = config;
+        if !config.capabilities.types.remove(missing) {
+            assert_eq!(missing, "-sandbox");
+            config.capabilities.sandbox = false;
+        }
+        config
+    }
+
     #[test]
-    fn what_a_binary_lacks_is_left_out_or_refused() {
-        let full = config();
-        let capabilities = Capabilities {
-            sandbox: false,
-            kvm: false,
-            ..full.capabilities.clone()
+    fn what_a_machine_takes_and_a_binary_lacks_is_said_before_anything_starts() {
+        let accel = |kvm| Resolved {
+            kvm,
+            reason: String::new(),
         };
-        let lesser = MachineConfig {
-            capabilities,
-            ..full
+        let jail = |seccomp| Confinement {
+            mount_point: "/jail".into(),
+            uid: 1,
+            user_namespace: None,
+            seccomp,
         };
-        assert!(!line(&lesser).contains("-sandbox"));
+        let plain = config();
         let kvm = MachineConfig {
-            accel: Resolved {
-                kvm: true,
-                reason: String::new(),
-            },
-            ..lesser.clone()
+            accel: accel(true),
+            ..plain.clone()
         };
-        assert!(
-            arguments(&kvm)
-                .unwrap_err()
-                .to_string()
-                .ends_with("was built without KVM")
-        );
-        assert!(
-            arguments(&MachineConfig {
-                root_ports: 28,
-                ..lesser.clone()
-            })
-            .is_err()
-        );
-        assert!(
-            arguments(&MachineConfig {
-                root_ports: 0,
-                ..lesser
-            })
-            .is_err()
-        );
+        let confined = MachineConfig {
+            confinement: Some(jail(true)),
+            ..plain.clone()
+        };
+        let unfiltered = MachineConfig {
+            confinement: Some(jail(false)),
+            ..plain.clone()
+        };
+        let grows = MachineConfig {
+            max_memory_mib: 512,
+            ..plain.clone()
+        };
+        let debugged = MachineConfig {
+            console: Some("/log".into()),
+            ..plain.clone()
+        };
+        for (missing, wants_it, other, instead) in [
+            (KVM, &kvm, &plain, ", or set accelerator = \"tcg\""),
+            (TCG, &plain, &kvm, ""),
+            (
+                "-sandbox",
+                &confined,
+                &unfiltered,
+                ", or set confinement = \"no-seccomp\"",
+            ),
+            (VIRTIO_MEM, &grows, &plain, ""),
+            (VIRTIO_SERIAL, &debugged, &plain, ", or set debug = false"),
+            (VIRTCONSOLE, &debugged, &plain, ", or set debug = false"),
+        ] {
+            let error = arguments(&without(missing, wants_it.clone()));
+            let error = error.unwrap_err().to_string();
+            let begin = "/usr/bin/qemu-system-x86_64 (QEMU 7.2.22) has no ";
+            assert!(
+                error.starts_with(begin)
+                    && error.contains(missing)
+                    && error.ends_with(&format!(": use another{instead}")),
+                "{missing}: {error}"
+            );
+            assert!(arguments(wants_it).is_ok(), "{missing}");
+            let fits = arguments(&without(missing, other.clone()));
+            assert!(fits.is_ok(), "{missing} is wanted without need: {fits:?}");
+        }
+        // Without confinement it is taken where it is there.
+        assert!(line(&plain).contains("-sandbox"));
+        assert!(!line(&without("-sandbox", plain)).contains("-sandbox"));
+    }
+
+    #[test]
+    fn there_are_as_many_ports_as_the_bus_has_room_for() {
+        for (root_ports, fits) in [(0, false), (1, true), (27, true), (28, false)] {
+            let config = MachineConfig {
+                root_ports,
+                ..config()
+            };
+            assert_eq!(arguments(&config).is_ok(), fits, "{root_ports}");
+        }
     }
 
     #[test]
