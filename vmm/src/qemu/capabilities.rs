@@ -3,6 +3,7 @@
 //! that.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
@@ -172,16 +173,10 @@ pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
 
 async fn ask(qemu: &Path) -> Result<Capabilities> {
     let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
-    let mut arguments = Arguments::default();
-    for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
-        arguments.flag(flag);
-    }
-    arguments.plain("-display", "none");
-    arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
-    monitor(&mut arguments, theirs.as_raw_fd());
+    let arguments = arguments(theirs.as_raw_fd());
     let child = Child::spawn(Spawn {
         fds: vec![OwnedFd::from(theirs)],
-        ..Spawn::new(qemu, arguments.into_vec())
+        ..Spawn::new(qemu, arguments)
     })?;
     reach(Point::CapabilitiesAsked).doing(|| format!("ask {}", qemu.display()))?;
     match interview(qemu, ours).await {
@@ -194,6 +189,18 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
         }
         told => told,
     }
+}
+
+/// The command line of a binary that is only asked.
+pub(crate) fn arguments(socket: RawFd) -> Vec<OsString> {
+    let mut arguments = Arguments::default();
+    for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
+        arguments.flag(flag);
+    }
+    arguments.plain("-display", "none");
+    arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
+    monitor(&mut arguments, socket);
+    arguments.into_vec()
 }
 
 pub(crate) async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
