@@ -90,7 +90,20 @@ async fn what_is_no_qemu_is_one_line_that_names_it() {
         "garbage",
         &format!("exec bash -c '{hello}' bash \"$@\""),
     );
+    // One without our machine, as those are that have a few others only.
+    let bare = program(
+        dir.path(),
+        "bare",
+        &format!(
+            "exec bash -c 'exec {} \"${{@/q35,/q34,}}\"' bash \"$@\"",
+            qemu().display()
+        ),
+    );
     for (binary, wanted) in [
+        (
+            &*bare,
+            "bare exited with status 1: qemu-system-x86_64: unsupported machine type",
+        ),
         (Path::new("/no/qemu"), "cannot use /no/qemu: No such file"),
         (dir.path(), "not an executable file"),
         (&plain, "not an executable file"),

@@ -54,11 +54,11 @@ async fn record() {
     std::fs::write(variable("COFFERDAM_RECORDING"), written(&recording)).unwrap();
 }
 
-/// What a binary says without a machine.
+/// What a binary says of itself.
 fn asked(qemu: &Path) -> Map<String, Value> {
     let mut child = Command::new(qemu)
-        .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-machine", "none,accel=tcg:kvm", "-qmp", "stdio"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-S"])
+        .args(["-machine", "q35,accel=tcg:kvm", "-qmp", "stdio"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -67,35 +67,36 @@ fn asked(qemu: &Path) -> Map<String, Value> {
         to: child.stdin.take().unwrap(),
         from: BufReader::new(child.stdout.take().unwrap()),
     };
-    let greeting = monitor.hear();
-    let ask = |monitor: &mut Monitor, command: &str| monitor.ask(command, json!({})).unwrap();
-    ask(&mut monitor, "qmp_capabilities");
-    let machines = ask(&mut monitor, "query-machines");
-    let q35 = items(&machines)
-        .find(|machine| machine["name"] == "q35" || machine["alias"] == "q35")
-        .cloned()
-        .unwrap_or_default();
-    let machine = format!("{}-machine", q35["name"].as_str().unwrap_or("q35"));
-    let mut types: Vec<&str> = capabilities::types().collect();
-    types.extend(CPUS);
-    types.push(&machine);
-    let types: Map<String, Value> = types
-        .into_iter()
+    let greeting = monitor.hear("its start");
+    let ask = |monitor: &mut Monitor, command: &str, arguments| {
+        let answer = monitor.ask(command, arguments);
+        answer.unwrap_or_else(|error| panic!("{command}: {error}"))
+    };
+    ask(&mut monitor, "qmp_capabilities", json!({}));
+    // Not every version survives the question about a machine's type: this one is there.
+    let machine = ask(&mut monitor, "qom-list", json!({"path": "/machine"}));
+    let mut machine = kinds(&machine);
+    let options = machine.as_object_mut().unwrap();
+    options.retain(|_, kind| !text(kind).starts_with("child<"));
+    let mut types: Map<String, Value> = capabilities::types()
+        .chain(CPUS)
         .map(|typename| (typename.to_owned(), monitor.properties(typename)))
         .collect();
-    let settings: Map<String, Value> = items(&ask(&mut monitor, "query-command-line-options"))
-        .map(|option| (text(&option["option"]), kinds(&option["parameters"])))
-        .collect();
-    let schema = ask(&mut monitor, "query-qmp-schema");
+    types.insert("q35".into(), machine);
+    let settings: Map<String, Value> =
+        items(&ask(&mut monitor, "query-command-line-options", json!({})))
+            .map(|option| (text(&option["option"]), kinds(&option["parameters"])))
+            .collect();
+    let schema = ask(&mut monitor, "query-qmp-schema", json!({}));
     let version = &greeting["QMP"]["version"]["qemu"];
     let version = ["major", "minor", "micro"].map(|part| version[part].to_string());
-    ask(&mut monitor, "quit");
+    // Not every version answers this.
+    monitor.say("quit", json!({}));
     child.wait().unwrap();
     Map::from_iter(
         [
             ("version", json!(version.join("."))),
             ("greeting", greeting),
-            ("machine", q35),
             ("settings", json!(settings)),
             ("types", json!(types)),
             ("schema", schema),
@@ -111,18 +112,25 @@ struct Monitor {
 }
 
 impl Monitor {
-    fn hear(&mut self) -> Value {
+    /// The next line, after `what`.
+    fn hear(&mut self, what: &str) -> Value {
         let mut line = String::new();
         self.from.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).expect("QEMU speaks JSON; is it QEMU?")
+        let read = serde_json::from_str(&line);
+        read.unwrap_or_else(|error| panic!("no answer to {what}: {error} in {line:?}"))
     }
 
-    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
+    fn say(&mut self, command: &str, arguments: Value) {
         let line = json!({"execute": command, "arguments": arguments});
         // In one piece: QEMU takes a command at its last brace, and after `quit` nothing more.
         self.to.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
+        let what = format!("{command} {arguments}");
+        self.say(command, arguments);
         loop {
-            let answer = self.hear();
+            let answer = self.hear(&what);
             if let Some(value) = answer.get("return") {
                 return Ok(value.clone());
             }
@@ -379,10 +387,9 @@ fn said() -> Value {
 
 /// The parts of a recording in their order, each with how deep it is laid out: so that a line is
 /// what changes by itself, as a property, an entity of the schema, a line of the monitor.
-const PARTS: [(&str, usize); 8] = [
+const PARTS: [(&str, usize); 7] = [
     ("version", 0),
     ("greeting", 0),
-    ("machine", 0),
     ("options", 1),
     ("settings", 1),
     ("types", 2),

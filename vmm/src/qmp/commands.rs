@@ -98,8 +98,6 @@ commands! {
     QomList { path: String } = "qom-list" -> Vec<Named>;
     /// The settings of a type; an error if there is none of that name.
     QomListProperties { typename: String } = "qom-list-properties" -> Vec<Named>;
-    /// Every machine the binary knows.
-    QueryMachines {} = "query-machines" -> Vec<Machine>;
     /// Every QMP command the binary knows.
     QueryCommands {} = "query-commands" -> Vec<Named>;
     /// Command line options with their settings.
@@ -156,13 +154,6 @@ impl HotpluggableCpu {
         ["socket-id", "die-id", "module-id", "core-id", "thread-id"]
             .map(|id| self.props.get(id)?.as_u64())
     }
-}
-
-/// An item of `query-machines`.
-#[derive(Debug, serde::Deserialize)]
-pub(crate) struct Machine {
-    pub name: String,
-    pub alias: Option<String>,
 }
 
 /// An item of `query-command-line-options`.

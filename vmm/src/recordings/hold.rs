@@ -6,10 +6,10 @@ use std::ffi::OsString;
 
 use serde_json::{Map, Value, json};
 
-use super::Recording;
 use super::peer::Sent;
 use super::reading::unread;
 use super::schema::{has_value, list, text};
+use super::{MACHINE, Recording};
 use crate::devices::block::HOST_DEVICE;
 use crate::qmp::commands::{self, Command, QueryVirtioStatus};
 use crate::qmp::events::{self, Known, SHUTDOWN_REASONS, Shutdown};
@@ -222,7 +222,7 @@ pub(super) fn line(recording: &Recording, line: &[OsString]) -> Vec<String> {
                 // A word for another option, which no list has.
                 (Kind::Machine, "accel") => continue,
                 (Kind::Machine, "") => continue,
-                (Kind::Machine, key) => recording.property(&recording.machine_type(), key),
+                (Kind::Machine, key) => recording.property(MACHINE, key),
                 (Kind::Setting(setting), "id") => recording.setting(setting, None),
                 (Kind::Setting(setting), key) => recording.setting(setting, Some(key)),
             };
@@ -278,10 +278,6 @@ impl Recording {
         let kind = self.a_type(typename)?.get(name);
         kind.map(String::as_str)
             .ok_or_else(|| format!("{typename}: no property {name}"))
-    }
-
-    fn machine_type(&self) -> String {
-        format!("{}-machine", text(&self.machine["name"]))
     }
 
     /// The type of a setting of an option of the command line.

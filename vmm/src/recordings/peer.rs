@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use super::Recording;
 use super::schema::{list, text};
+use super::{MACHINE, Recording};
 
 /// A command as it was sent: its name and its arguments.
 pub(super) type Sent = (String, Value);
@@ -78,15 +78,18 @@ impl Peer {
         }
         let recording = &self.recording;
         Ok(match command {
-            "qom-list-properties" => {
-                let typename = text(&arguments["typename"]);
+            "qom-list-properties" | "qom-list" => {
+                let typename = match arguments["path"].as_str() {
+                    Some("/machine") => MACHINE.to_owned(),
+                    // There is nothing any more.
+                    Some(_) => return Ok(json!([])),
+                    None => text(&arguments["typename"]),
+                };
                 let properties = recording.types.get(&typename).cloned().flatten();
                 let properties = properties.ok_or("no such type")?;
                 let named = |(name, kind)| json!({"name": name, "type": kind});
                 properties.iter().map(named).collect()
             }
-            "query-machines" if recording.machine.is_null() => json!([]),
-            "query-machines" => json!([recording.machine]),
             "query-commands" => {
                 let named = |name| json!({"name": name});
                 recording.schema().commands().map(named).collect()
@@ -117,7 +120,6 @@ impl Peer {
                 json!({})
             }
             "qom-get" => self.set.clone(),
-            "qom-list" => json!([]),
             "add-fd" => json!({"fd": 9, "fdset-id": 1}),
             "x-query-virtio-status" => json!({"status": {"statuses": []}}),
             _ => json!({}),
