@@ -17,6 +17,7 @@ use crate::helpers::{FsCache, Virtiofsd, VirtiofsdConfig, VsockDaemon, VsockDaem
 use crate::machine::Machine;
 use crate::process::Identity;
 use crate::qemu::MachineConfig;
+use crate::qemu::capabilities::{VHOST_USER_VSOCK, VHOST_VSOCK};
 use crate::vm::Vm;
 
 /// Root ports for the vsock and the two shared directories.
@@ -163,23 +164,15 @@ pub async fn spawn<E: From<Error>>(
 
 /// Whether QEMU has the device that the way to the guest takes.
 fn check_vsock(machine: &MachineConfig, vsock: &Vsock) -> Result<()> {
-    let capabilities = &machine.capabilities;
-    let (there, device, other) = match vsock {
-        Vsock::Kernel(_) => (capabilities.vhost_vsock, "vhost-vsock-pci", "vhost-user"),
-        Vsock::Daemon { .. } => (
-            capabilities.vhost_user_vsock,
-            "vhost-user-vsock-pci",
-            "vhost",
-        ),
+    let (device, instead) = match vsock {
+        Vsock::Kernel(_) => (VHOST_VSOCK, "vsock = \"vhost-user\""),
+        Vsock::Daemon { .. } => (VHOST_USER_VSOCK, "vsock = \"vhost\""),
     };
-    if there {
+    let capabilities = &machine.capabilities;
+    if capabilities.has(device) {
         return Ok(());
     }
-    Err(Error::Unsupported(format!(
-        "{} (QEMU {}) has no {device}: use another, or set vsock = \"{other}\"",
-        machine.qemu.display(),
-        capabilities.version
-    )))
+    Err(capabilities.lack(&machine.qemu, device, Some(instead)))
 }
 
 impl Spawned {

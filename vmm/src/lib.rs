@@ -12,6 +12,7 @@
 //!   helpers           the vhost-user back ends
 //!   process, confine  children of any kind, and the jail that the crate `launcher` puts them in
 //!   deadlines, cache  how long everything waits; what is known of a program between runs
+//!   recordings        tests: all of the above held against what each version of QEMU knows
 //! ```
 //!
 //! What a change must not break:
@@ -25,6 +26,8 @@
 //!   before the CPUs run and after, undone in reverse order if one fails.
 //! * **An error says what the dead one said.** QEMU reports a closed socket; its helper's last line
 //!   has the reason, and QEMU's own last line has the reason of a closed monitor.
+//! * **What QEMU is sent is in a list** ([`qmp::commands`], [`qmp::events`],
+//!   [`capabilities::types`]), because a test holds the lists against every recorded QEMU.
 //! * **Every wait has a deadline** ([`deadlines`]), and whoever is waited for may be killed.
 //!
 //! It knows nothing of containerd, containers or the guest agent, and it keeps nothing on disk but
@@ -45,6 +48,8 @@ mod qemu;
 mod qmp;
 #[cfg(fuzzing)]
 pub mod qmp;
+#[cfg(test)]
+mod recordings;
 mod vm;
 
 pub use confine::Confinement;

@@ -2,6 +2,8 @@
 //! death. [`crate::boot`] and [`crate::machine`] make a machine of it and the helpers.
 
 mod resize;
+#[cfg(test)]
+pub(crate) mod scripted;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -165,6 +167,7 @@ impl Vm {
     }
 
     async fn attach_nameless(&self, device: Device) -> Result<Attached> {
+        device.check()?;
         let (id, port) = {
             let mut devices = self.devices();
             let Some(port) = devices.free.pop() else {
@@ -235,8 +238,8 @@ impl Vm {
         let until = Instant::now() + timeout;
         let refused = loop {
             match timeout_at(until.min(Instant::now() + UNPLUG_LOOK_AGAIN), events.recv()).await {
-                Ok(Ok(event)) if event.is_about("DEVICE_DELETED", id) => return Ok(()),
-                Ok(Ok(event)) if event.is_about("DEVICE_UNPLUG_GUEST_ERROR", id) => break true,
+                Ok(Ok(event)) if event.is_end_of(id) => return Ok(()),
+                Ok(Ok(event)) if event.is_refusal_of(id) => break true,
                 Ok(Ok(_)) => {}
                 Ok(Err(RecvError::Closed)) => break false,
                 Err(_) if Instant::now() >= until => break false,

@@ -199,7 +199,8 @@ async fn a_helper_that_does_not_start_is_the_error_and_qemu_goes() {
 async fn a_qemu_without_the_vsock_device_is_said_before_it_starts() {
     let (lab, shared, told) = (Lab::new("").await, shared(), Told::default());
     let mut config = config(&lab, shared.path());
-    config.machine.capabilities.vhost_user_vsock = false;
+    let types = &mut config.machine.capabilities.types;
+    assert!(types.remove("vhost-user-vsock-pci"));
     let error = spawn(config, |one| told.tell(one)).await.unwrap_err();
     assert!(
         error

@@ -11,6 +11,10 @@ use super::{Plug, Undo};
 use crate::error::{Doing, Error, Result};
 use crate::qmp::commands::BlockdevAdd;
 
+/// QEMU's drivers, of a file and of a block device.
+const FILE: &str = "file";
+pub(crate) const HOST_DEVICE: &str = "host_device";
+
 /// A disk.
 #[derive(Clone, Debug)]
 pub struct Block {
@@ -40,9 +44,9 @@ impl Block {
             )));
         }
         let driver = if kind.is_block_device() {
-            "host_device"
+            HOST_DEVICE
         } else {
-            "file"
+            FILE
         };
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::Unsupported(format!(

@@ -6,6 +6,7 @@ use serde_json::{Map, json};
 
 use super::{Plug, Undo};
 use crate::error::Result;
+use crate::qemu::capabilities::VIRTIO_MEM;
 use crate::qmp::commands::ObjectAdd;
 
 /// First part of the device's id.
@@ -43,7 +44,7 @@ impl Memory {
         let properties = json!({"memdev": backend, "block-size": BLOCK,
             "requested-size": self.requested,
             "unplugged-inaccessible": "on"});
-        plug.device_add("virtio-mem-pci", properties).await
+        plug.device_add(VIRTIO_MEM, properties).await
     }
 }
 

@@ -62,6 +62,14 @@ impl Device {
         }
     }
 
+    /// Whether it can be plugged at all: what QEMU would find out too late.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Device::Net(net) => net.check(),
+            _ => Ok(()),
+        }
+    }
+
     /// Sends what it takes, and notes in `plug` what undoes it.
     pub(crate) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
         match self {

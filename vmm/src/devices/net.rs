@@ -30,7 +30,9 @@ pub struct Net {
 }
 
 impl Net {
-    pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
+    /// QEMU finds out too, but a bad queue behind a good one leaves it with half a netdev that
+    /// cannot be removed.
+    pub(super) fn check(&self) -> Result<()> {
         let queues = self.taps.len();
         if queues == 0 || !(self.vhost.is_empty() || self.vhost.len() == queues) {
             let vhost = self.vhost.len();
@@ -38,9 +40,11 @@ impl Net {
                 "a network card of {queues} tap queues and {vhost} of vhost-net"
             )));
         }
-        // QEMU finds out too, but a bad queue behind a good one leaves it with half a netdev that
-        // cannot be removed.
-        self.taps.iter().try_for_each(check_tap)?;
+        self.taps.iter().try_for_each(check_tap)
+    }
+
+    pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
+        let queues = self.taps.len();
         let steps_before = plug.undo.len();
         let netdev = format!("{}-tap", plug.id);
         let mut arguments = Map::from_iter([

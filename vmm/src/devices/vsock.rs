@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::{Plug, Undo};
 use crate::error::{Doing, Error, Result};
+use crate::qemu::capabilities::{VHOST_USER_VSOCK, VHOST_VSOCK};
 
 const DEVICE: &str = "/dev/vhost-vsock";
 
@@ -47,17 +48,14 @@ impl VsockDevice {
                 let name = format!("{}-fd", plug.id);
                 plug.qmp.pass_fd(&name, fd).await?;
                 plug.undo.push(Undo::CloseFd(name.clone()));
-                plug.device_add(
-                    "vhost-vsock-pci",
-                    json!({"guest-cid": cid, "vhostfd": name}),
-                )
-                .await?;
+                plug.device_add(VHOST_VSOCK, json!({"guest-cid": cid, "vhostfd": name}))
+                    .await?;
                 plug.undo.pop();
                 Ok(())
             }
             VsockDevice::User { connection } => {
                 let chardev = plug.vhost_user(connection).await?;
-                plug.device_add("vhost-user-vsock-pci", json!({"chardev": chardev}))
+                plug.device_add(VHOST_USER_VSOCK, json!({"chardev": chardev}))
                     .await
             }
         }

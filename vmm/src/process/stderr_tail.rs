@@ -52,10 +52,11 @@ fn printable(line: &[u8]) -> String {
         .collect()
 }
 
-/// The last line that may say why a process ended: QEMU's warnings do not.
+/// The last line that may say why a process ended: QEMU's warnings do not, nor its advice ("Use
+/// -machine help to list supported machines").
 pub(crate) fn last_words(stderr: &[String]) -> Option<&str> {
     stderr
         .iter()
         .map(String::as_str)
-        .rfind(|line| !line.contains(": warning: "))
+        .rfind(|line| !line.contains(": warning: ") && !line.starts_with("Use -"))
 }

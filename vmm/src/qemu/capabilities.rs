@@ -1,8 +1,8 @@
-//! What a QEMU binary can do. It is asked once, over QMP and without a machine, and the answer is
-//! kept in the cache: asking takes about 0.1 s, and no start of a sandbox but the first one pays
-//! that.
+//! What a QEMU binary can do. It is asked once, over QMP, and the answer is kept in the cache: asking
+//! takes about 0.1 s, and no start of a sandbox but the first one pays that.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
@@ -17,7 +17,8 @@ use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Spawn, stdout_of};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{
-    QomListProperties, QueryCommandLineOptions, QueryCommands, QueryMachines, Quit,
+    Command, QomList, QomListProperties, QueryCommandLineOptions, QueryCommands, QueryVirtioStatus,
+    Quit,
 };
 
 /// A firmware that does no more than our guests need, by the name that QEMU finds it by.
@@ -28,14 +29,8 @@ pub(super) const QBOOT: &str = "qboot.rom";
 pub struct Capabilities {
     /// `7.2.22`.
     pub version: String,
-    /// Compiled with KVM; whether the host has it is another question.
-    pub kvm: bool,
-    /// Compiled with emulation.
-    pub tcg: bool,
-    /// `vhost-vsock-pci` is there.
-    pub vhost_vsock: bool,
-    /// `vhost-user-vsock-pci` is there.
-    pub vhost_user_vsock: bool,
+    /// Which of [`types`] are there.
+    pub types: BTreeSet<String>,
     /// `-sandbox` (a seccomp filter) is there.
     pub sandbox: bool,
     /// `x-query-virtio-status` is there.
@@ -53,15 +48,32 @@ impl Capabilities {
     pub(crate) fn full() -> Capabilities {
         Capabilities {
             version: "7.2.22".into(),
-            kvm: true,
-            tcg: true,
-            vhost_vsock: true,
-            vhost_user_vsock: true,
+            types: types().map(String::from).collect(),
             sandbox: true,
             data_dirs: Vec::new(),
             virtio_status: true,
-            machine_options: ["usb", "sata"].map(String::from).into(),
+            machine_options: NEEDED_OPTIONS
+                .into_iter()
+                .chain(["usb", "sata"])
+                .map(String::from)
+                .collect(),
         }
+    }
+
+    /// Whether one of [`types`] is there.
+    pub fn has(&self, typename: &str) -> bool {
+        self.types.contains(typename)
+    }
+
+    /// The error of a binary that lacks `what`; `instead` is what to do but take another one.
+    pub(crate) fn lack(&self, qemu: &Path, what: &str, instead: Option<&str>) -> Error {
+        let instead = instead.map(|instead| format!(", or set {instead}"));
+        Error::Unsupported(format!(
+            "{} (QEMU {}) has no {what}: use another{}",
+            qemu.display(),
+            self.version,
+            instead.unwrap_or_default()
+        ))
     }
 
     /// Directories of firmware and the like, as far as they are there.
@@ -87,15 +99,52 @@ impl Capabilities {
     }
 }
 
-/// What our machine is made of: without one of these a binary is of no use.
-const NEEDED: [&str; 6] = [
+/// What every machine is made of or may be given later: without one of these a binary is of no use.
+const NEEDED: [&str; 8] = [
+    "memory-backend-memfd",
     "pcie-root-port",
-    "virtio-rng-pci",
+    "rng-builtin",
+    "vhost-user-fs-pci",
     "virtio-balloon-pci",
     "virtio-blk-pci",
-    "vhost-user-fs-pci",
-    "memory-backend-memfd",
+    "virtio-net-pci",
+    "virtio-rng-pci",
 ];
+
+/// What some machines are made of.
+const WANTED: [&str; 7] = [
+    KVM,
+    TCG,
+    VHOST_VSOCK,
+    VHOST_USER_VSOCK,
+    VIRTIO_MEM,
+    VIRTIO_SERIAL,
+    VIRTCONSOLE,
+];
+
+/// Every type of QEMU's that the command line or a command names. CPUs and the machine itself are
+/// not among them: their names differ with version and accelerator.
+pub fn types() -> impl Iterator<Item = &'static str> {
+    NEEDED.into_iter().chain(WANTED)
+}
+
+/// The accelerators, as far as they are compiled in; whether the host has KVM is another question.
+pub(crate) const KVM: &str = "kvm-accel";
+pub(crate) const TCG: &str = "tcg-accel";
+
+/// The ways to the guest.
+pub(crate) const VHOST_VSOCK: &str = "vhost-vsock-pci";
+pub(crate) const VHOST_USER_VSOCK: &str = "vhost-user-vsock-pci";
+
+/// What a machine that may grow has.
+pub(crate) const VIRTIO_MEM: &str = "virtio-mem-pci";
+
+/// What a machine with a console has.
+pub(crate) const VIRTIO_SERIAL: &str = "virtio-serial-pci";
+pub(crate) const VIRTCONSOLE: &str = "virtconsole";
+
+/// Settings of the q35 machine that every command line has.
+pub(super) const NEEDED_OPTIONS: [&str; 2] = ["memory-backend", "dump-guest-core"];
 
 /// Takes the answer from the cache, or asks the binary and keeps the answer.
 ///
@@ -123,16 +172,10 @@ pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
 
 async fn ask(qemu: &Path) -> Result<Capabilities> {
     let (ours, theirs) = UnixStream::pair().doing(|| "make a socket pair".into())?;
-    let mut arguments = Arguments::default();
-    for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
-        arguments.flag(flag);
-    }
-    arguments.plain("-display", "none");
-    arguments.list("-machine", Properties::new("none").with("accel", "tcg:kvm"));
-    monitor(&mut arguments, theirs.as_raw_fd());
+    let arguments = arguments(theirs.as_raw_fd());
     let child = Child::spawn(Spawn {
         fds: vec![OwnedFd::from(theirs)],
-        ..Spawn::new(qemu, arguments.into_vec())
+        ..Spawn::new(qemu, arguments)
     })?;
     reach(Point::CapabilitiesAsked).doing(|| format!("ask {}", qemu.display()))?;
     match interview(qemu, ours).await {
@@ -147,53 +190,58 @@ async fn ask(qemu: &Path) -> Result<Capabilities> {
     }
 }
 
-async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
+/// The command line of a binary that is only asked. It makes a machine, whose options are then
+/// looked at: QEMU 9.2 does not survive the same question about the type of a machine.
+pub(crate) fn arguments(socket: RawFd) -> Vec<OsString> {
+    let mut arguments = Arguments::default();
+    for flag in ["-nodefaults", "-no-user-config", "-nographic", "-S"] {
+        arguments.flag(flag);
+    }
+    arguments.plain("-display", "none");
+    arguments.list("-machine", Properties::new("q35").with("accel", "tcg:kvm"));
+    monitor(&mut arguments, socket);
+    arguments.into_vec()
+}
+
+pub(crate) async fn interview(qemu: &Path, monitor: UnixStream) -> Result<Capabilities> {
     let (qmp, version) = Qmp::open(monitor, CAPABILITIES).await?;
-    let unfit = |what: &str| {
-        Err(Error::Unsupported(format!(
-            "{} (QEMU {version}) has no {what}",
-            qemu.display()
-        )))
+    let mut found = Capabilities {
+        version,
+        types: BTreeSet::new(),
+        sandbox: false,
+        virtio_status: false,
+        data_dirs: Vec::new(),
+        machine_options: BTreeSet::new(),
     };
-    for needed in NEEDED {
-        if !has(&qmp, needed).await? {
-            return unfit(needed);
+    for typename in types() {
+        if has(&qmp, typename).await? {
+            found.types.insert(typename.into());
         }
     }
-    let machines = qmp.execute(&QueryMachines {}).await?;
-    let Some(q35) = machines
+    if let Some(missing) = NEEDED.iter().find(|needed| !found.has(needed)) {
+        return Err(found.lack(qemu, missing, None));
+    }
+    let path = "/machine".into();
+    let options = qmp.execute(&QomList { path }).await?;
+    found.machine_options = options.into_iter().map(|item| item.name).collect();
+    if let Some(missing) = NEEDED_OPTIONS
         .iter()
-        .find(|machine| machine.name == "q35" || machine.alias.as_deref() == Some("q35"))
-    else {
-        return unfit("q35 machine; use the full qemu-system-x86_64");
-    };
-    let typename = format!("{}-machine", q35.name);
-    let machine_options = qmp
-        .execute(&QomListProperties { typename })
-        .await?
-        .into_iter()
-        .map(|item| item.name)
-        .collect();
-    let commands = qmp.execute(&QueryCommands {}).await?;
+        .find(|needed| !found.machine_options.contains(**needed))
+    {
+        return Err(found.lack(qemu, &format!("option {missing} of the q35 machine"), None));
+    }
     let options = qmp.execute(&QueryCommandLineOptions {}).await?;
+    found.sandbox = options.iter().any(|option| option.option == "sandbox");
+    let commands = qmp.execute(&QueryCommands {}).await?;
+    found.virtio_status = commands
+        .iter()
+        .any(|command| command.name == QueryVirtioStatus::NAME);
     let data_dirs = stdout_of(qemu, &["-L", "help"], CAPABILITIES).await?;
-    let found = Capabilities {
-        kvm: has(&qmp, "kvm-accel").await?,
-        tcg: has(&qmp, "tcg-accel").await?,
-        vhost_vsock: has(&qmp, "vhost-vsock-pci").await?,
-        vhost_user_vsock: has(&qmp, "vhost-user-vsock-pci").await?,
-        sandbox: options.iter().any(|option| option.option == "sandbox"),
-        virtio_status: commands
-            .iter()
-            .any(|command| command.name == "x-query-virtio-status"),
-        data_dirs: data_dirs
-            .lines()
-            .map(plain)
-            .filter(|dir| dir.is_absolute())
-            .collect(),
-        machine_options,
-        version,
-    };
+    found.data_dirs = data_dirs
+        .lines()
+        .map(plain)
+        .filter(|dir| dir.is_absolute())
+        .collect();
     // The answers are here; how it ends does not matter, and it dies with its handle.
     let _ = qmp.execute_within(&Quit {}, CAPABILITIES_QUIT).await;
     Ok(found)

@@ -10,18 +10,16 @@ use std::time::{Duration, Instant};
 
 use super::accel::Resolved;
 use super::args::{Arguments, Properties};
-use super::capabilities::{Capabilities, QBOOT, monitor};
+use super::capabilities::{Capabilities, QBOOT, VIRTCONSOLE, VIRTIO_SERIAL, monitor};
+use super::check::check;
 use crate::confine::Confinement;
 use crate::devices::memory::region_mib;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Slots of the root bus: 0 is the host bridge, 0x1f the chip set; the machine's own devices come
 /// first, then the ports.
 pub(crate) const FIRST_PORT_SLOT: u8 = 4;
-const LAST_PORT_SLOT: u8 = 0x1e;
-
-/// What x86 firmware and kernels number without further ado.
-const MOST_VCPUS: u32 = 240;
+pub(super) const LAST_PORT_SLOT: u8 = 0x1e;
 
 /// MiB of translated code that QEMU keeps under emulation. Less than a boot needs makes it
 /// translate all of it again.
@@ -128,57 +126,6 @@ pub(crate) fn arguments(
     boot(&mut arguments, config, inherited);
     devices(&mut arguments, config, inherited.console);
     Ok(arguments.into_vec())
-}
-
-fn check(config: &MachineConfig) -> Result<()> {
-    let no = |what: String| Err(Error::Unsupported(what));
-    let capabilities = &config.capabilities;
-    let most = LAST_PORT_SLOT - FIRST_PORT_SLOT + 1;
-    if !(1..=most).contains(&config.root_ports) {
-        return no(format!(
-            "{} root ports: there can be 1 to {most}",
-            config.root_ports
-        ));
-    }
-    let MachineConfig {
-        vcpus,
-        max_vcpus,
-        memory_mib,
-        max_memory_mib,
-        ..
-    } = config;
-    if !(1..=*max_vcpus).contains(vcpus) || *max_vcpus > MOST_VCPUS {
-        return no(format!(
-            "{vcpus} to {max_vcpus} CPUs: there can be 1 to {MOST_VCPUS}"
-        ));
-    }
-    if memory_mib > max_memory_mib {
-        return no(format!(
-            "{memory_mib} MiB of memory are more than the most there shall be, {max_memory_mib}"
-        ));
-    }
-    if config.accel.kvm && !capabilities.kvm {
-        return no(format!("{} was built without KVM", config.qemu.display()));
-    }
-    if !capabilities.sandbox
-        && config
-            .confinement
-            .as_ref()
-            .is_some_and(|confinement| confinement.seccomp)
-    {
-        return no(format!(
-            "{} was built without its seccomp filter (-sandbox): use another, or set confinement \
-             = \"no-seccomp\"",
-            config.qemu.display()
-        ));
-    }
-    if !config.accel.kvm && !capabilities.tcg {
-        return no(format!(
-            "{} was built without emulation, and KVM cannot be used",
-            config.qemu.display()
-        ));
-    }
-    Ok(())
 }
 
 fn machine(arguments: &mut Arguments, config: &MachineConfig) {
@@ -327,13 +274,13 @@ fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<Ra
                 .with("id", "console")
                 .with("fd", console.to_string()),
         );
-        let serial = on_root_bus("virtio-serial-pci", 3)
+        let serial = on_root_bus(VIRTIO_SERIAL, 3)
             .with("id", "serial")
             .on("disable-legacy");
         arguments.list("-device", serial.number("max_ports", 1_u32));
         arguments.list(
             "-device",
-            Properties::new("virtconsole")
+            Properties::new(VIRTCONSOLE)
                 .with("id", "hvc0")
                 .with("chardev", "console"),
         );
@@ -353,10 +300,10 @@ fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<Ra
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    pub(crate) fn config() -> MachineConfig {
+    pub(in crate::qemu) fn config() -> MachineConfig {
         MachineConfig {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             capabilities: Capabilities::full(),
@@ -505,45 +452,12 @@ mod tests {
     }
 
     #[test]
-    fn what_a_binary_lacks_is_left_out_or_refused() {
-        let full = config();
-        let capabilities = Capabilities {
-            sandbox: false,
-            kvm: false,
-            ..full.capabilities.clone()
-        };
-        let lesser = MachineConfig {
-            capabilities,
-            ..full
-        };
+    fn an_unconfined_qemu_filters_its_calls_where_it_can() {
+        let filtered = config();
+        assert!(line(&filtered).contains("-sandbox"));
+        let mut lesser = filtered;
+        lesser.capabilities.sandbox = false;
         assert!(!line(&lesser).contains("-sandbox"));
-        let kvm = MachineConfig {
-            accel: Resolved {
-                kvm: true,
-                reason: String::new(),
-            },
-            ..lesser.clone()
-        };
-        assert!(
-            arguments(&kvm)
-                .unwrap_err()
-                .to_string()
-                .ends_with("was built without KVM")
-        );
-        assert!(
-            arguments(&MachineConfig {
-                root_ports: 28,
-                ..lesser.clone()
-            })
-            .is_err()
-        );
-        assert!(
-            arguments(&MachineConfig {
-                root_ports: 0,
-                ..lesser
-            })
-            .is_err()
-        );
     }
 
     #[test]

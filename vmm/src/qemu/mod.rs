@@ -3,6 +3,7 @@
 pub(crate) mod accel;
 mod args;
 pub mod capabilities;
+mod check;
 mod machine;
 
 pub use machine::MachineConfig;

@@ -14,6 +14,9 @@ use super::Event;
 /// while an unplug listens.
 const MAX_LINE: usize = 1 << 20;
 
+/// Target of the trace of every line, as it is sent or received.
+pub(super) const LINES: &str = "vmm::qmp";
+
 /// What QEMU says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
@@ -71,6 +74,7 @@ impl Decoder {
             self.searched = 0;
             let line = trim(&line);
             if !line.is_empty() {
+                tracing::trace!(target: LINES, received = %String::from_utf8_lossy(line));
                 return parse(line).map(Some);
             }
         }

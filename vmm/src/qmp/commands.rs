@@ -1,5 +1,5 @@
-//! The QMP commands in use, as types: arguments, name and what they return. All exist in QEMU 7.2
-//! and in 11.
+//! The QMP commands in use, as types: arguments, name and what they return. Each is held against
+//! every recorded QEMU (`recordings/`).
 
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -13,8 +13,25 @@ pub trait Command: Serialize {
     type Reply: DeserializeOwned;
 }
 
+/// What is told of each command in use; for tests.
+#[cfg(test)]
+pub(crate) trait Visit {
+    /// The next one, with names and types of its arguments as they are here; or none if they are
+    /// whatever the caller says.
+    fn command<C: Command>(&mut self, arguments: Option<&[(&str, &str)]>);
+}
+
+/// Commands with arguments of their own in the first list, in the second those of which every
+/// driver, type or backend has others.
 macro_rules! commands {
-    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* } = $wire:literal -> $reply:ty;)*) => {
+    (
+        $(
+            $(#[$doc:meta])*
+            $name:ident { $($field:ident: $type:ty),* } = $wire:literal -> $reply:ty;
+        )*
+        ---
+        $($(#[$open_doc:meta])* $open_name:ident = $open_wire:literal;)*
+    ) => {
         $(
             $(#[$doc])*
             #[derive(Debug, Serialize)]
@@ -25,6 +42,22 @@ macro_rules! commands {
                 type Reply = $reply;
             }
         )*
+        $(
+            $(#[$open_doc])*
+            #[derive(Debug, Serialize)]
+            pub(crate) struct $open_name(pub Map<String, Value>);
+            impl Command for $open_name {
+                const NAME: &'static str = $open_wire;
+                type Reply = IgnoredAny;
+            }
+        )*
+
+        /// Shows `visitor` every command in use.
+        #[cfg(test)]
+        pub(crate) fn each(visitor: &mut impl Visit) {
+            $(visitor.command::<$name>(Some(&[$((stringify!($field), stringify!($type))),*]));)*
+            $(visitor.command::<$open_name>(None);)*
+        }
     };
 }
 
@@ -65,14 +98,22 @@ commands! {
     QomList { path: String } = "qom-list" -> Vec<Named>;
     /// The settings of a type; an error if there is none of that name.
     QomListProperties { typename: String } = "qom-list-properties" -> Vec<Named>;
-    /// Every machine the binary knows.
-    QueryMachines {} = "query-machines" -> Vec<Machine>;
     /// Every QMP command the binary knows.
     QueryCommands {} = "query-commands" -> Vec<Named>;
     /// Command line options with their settings.
     QueryCommandLineOptions {} = "query-command-line-options" -> Vec<CommandLineOption>;
     /// State of a virtio device. Unstable by name; since 7.2.
     QueryVirtioStatus { path: String } = "x-query-virtio-status" -> VirtioStatus;
+    ---
+    /// Adds a device; every driver has arguments of its own. Values must have the type that QEMU
+    /// gives them: from 9.2 on a number in quotes is refused.
+    DeviceAdd = "device_add";
+    /// Adds a block node.
+    BlockdevAdd = "blockdev-add";
+    /// Adds a network back end; every type has arguments of its own.
+    NetdevAdd = "netdev_add";
+    /// Adds an object; every type has arguments of its own.
+    ObjectAdd = "object-add";
 }
 
 /// What `add-fd` returns.
@@ -81,43 +122,6 @@ commands! {
 pub struct FdSet {
     /// The number that QEMU chose.
     pub fdset_id: u64,
-}
-
-/// Adds a device; every driver has arguments of its own. Values must have the type that QEMU gives
-/// them: from 9.2 on a number in quotes is refused.
-#[derive(Debug, Serialize)]
-pub(crate) struct DeviceAdd(pub Map<String, Value>);
-
-impl Command for DeviceAdd {
-    const NAME: &'static str = "device_add";
-    type Reply = IgnoredAny;
-}
-
-/// Adds a block node.
-#[derive(Debug, Serialize)]
-pub(crate) struct BlockdevAdd(pub Map<String, Value>);
-
-impl Command for BlockdevAdd {
-    const NAME: &'static str = "blockdev-add";
-    type Reply = IgnoredAny;
-}
-
-/// Adds a network back end; every type has arguments of its own.
-#[derive(Debug, Serialize)]
-pub(crate) struct NetdevAdd(pub Map<String, Value>);
-
-impl Command for NetdevAdd {
-    const NAME: &'static str = "netdev_add";
-    type Reply = IgnoredAny;
-}
-
-/// Adds an object; every type has arguments of its own.
-#[derive(Debug, Serialize)]
-pub(crate) struct ObjectAdd(pub Map<String, Value>);
-
-impl Command for ObjectAdd {
-    const NAME: &'static str = "object-add";
-    type Reply = IgnoredAny;
 }
 
 /// The socket of a vhost-user device: a connected descriptor that `getfd` gave this name.
@@ -150,13 +154,6 @@ impl HotpluggableCpu {
         ["socket-id", "die-id", "module-id", "core-id", "thread-id"]
             .map(|id| self.props.get(id)?.as_u64())
     }
-}
-
-/// An item of `query-machines`.
-#[derive(Debug, serde::Deserialize)]
-pub(crate) struct Machine {
-    pub name: String,
-    pub alias: Option<String>,
 }
 
 /// An item of `query-command-line-options`.

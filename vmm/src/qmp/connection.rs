@@ -22,7 +22,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
-use super::codec::{Decoder, Message, encode};
+use super::codec::{Decoder, LINES, Message, encode};
 use super::commands::{AddFd, Closefd, Command, Getfd, QmpCapabilities};
 use super::events::Event;
 use crate::deadlines::QMP_COMMAND;
@@ -343,6 +343,7 @@ impl Task {
         if request.waiter.reply.is_closed() {
             return;
         }
+        tracing::trace!(target: LINES, sent = %String::from_utf8_lossy(&request.line).trim_end());
         self.waiting.insert(request.id, request.waiter);
         self.outgoing.push_back((request.line, request.fd));
     }

@@ -24,10 +24,10 @@
 //! * **The end of the connection is the end of QEMU**, or becomes it: [`crate::vm`] kills a QEMU
 //!   whose monitor is gone.
 
-mod codec;
+pub(crate) mod codec;
 pub(crate) mod commands;
 mod connection;
-mod events;
+pub(crate) mod events;
 #[cfg(test)]
 mod hostile_monitor;
 

@@ -1,6 +1,8 @@
 //! What the tests against a real QEMU share: where its pieces are, and a guest whose init is a
 //! shell script.
 
+pub mod tap;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -47,8 +49,12 @@ pub struct Lab {
 impl Lab {
     /// `script` is what the guest's init does, in busybox's shell; its output is the console.
     pub async fn new(script: &str) -> Lab {
+        Lab::with(qemu(), script).await
+    }
+
+    /// The same with this QEMU.
+    pub async fn with(qemu: PathBuf, script: &str) -> Lab {
         let dir = tempfile::tempdir().unwrap();
-        let qemu = qemu();
         let initramfs = dir.path().join("initramfs.cpio");
         std::fs::write(&initramfs, initramfs_of(script)).unwrap();
         let jail = dir.path().join("jail");
