@@ -101,6 +101,8 @@ pub(crate) fn arguments(
         "-nodefaults",
         "-no-user-config",
         "-nographic",
+        // Under emulation also for the translations of code, which outlive a reset: the kernel's
+        // marks do not (configs/kernel/patches/0004-emulated-code.patch).
         "-no-reboot",
         "-S",
     ] {
