@@ -87,6 +87,13 @@ install_for_tests() {
     install -m 644 "$("$root/scripts/initramfs" cofferdam-hostile-agent)" "$prefix/share/cofferdam/hostile.cpio"
 }
 
+# The product with an agent that stands in for Kata's (agent/src/stock.rs), in target/prefix-stock.
+install_with_stock_agent() {
+    rm -rf "$root/target/prefix-stock"
+    cp -a "$prefix" "$root/target/prefix-stock"
+    install -m 644 "$("$root/scripts/initramfs" cofferdam-agent stock)" "$root/target/prefix-stock/share/cofferdam/initramfs.cpio"
+}
+
 # The same with kill points (sys/src/point.rs), for the suite kill_points: before the above, so
 # that the shim that stays in the build directory is the free one.
 install_with_points() {
