@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test test-qemu fuzz test-kvm conformance bench killtest clean
+.PHONY: setup guest build install demo test test-qemu test-stock fuzz test-kvm conformance bench killtest clean
 
 setup:
 	scripts/setup
@@ -28,6 +28,9 @@ test-kvm:
 
 test-qemu:
 	scripts/test qemu
+
+test-stock:
+	scripts/test stock
 
 fuzz:
 	scripts/fuzz

@@ -109,6 +109,8 @@ struct State {
     removed: RemovedPaths,
     /// The sandbox's own id: a container of this name is its pause container.
     id: Option<String>,
+    /// The first container, which is the pause container of a stock agent's sandbox.
+    first: Option<String>,
 }
 
 /// A container id that no other request can use; given up by its drop.
@@ -310,9 +312,11 @@ impl Sandbox {
             }
         };
         let container = Arc::new(container);
-        lock(&self.state)
-            .containers
-            .insert(id.to_owned(), container.clone());
+        {
+            let mut state = lock(&self.state);
+            state.first.get_or_insert_with(|| id.to_owned());
+            state.containers.insert(id.to_owned(), container.clone());
+        }
         if !STOCK || lock(&self.state).id.as_deref() != Some(id) {
             oom::watch(&self.oom, &container);
         }
@@ -354,10 +358,11 @@ impl Sandbox {
         }
         let pause = {
             let state = lock(&self.state);
-            if state.id.as_deref() == Some(id) {
+            let pause = if STOCK { &state.first } else { &state.id };
+            if pause.as_deref() == Some(id) {
                 return Ok(None);
             }
-            let pause = state.id.as_ref().and_then(|id| state.containers.get(id));
+            let pause = pause.as_ref().and_then(|id| state.containers.get(id));
             pause.cloned()
         };
         if let Some(pause) = pause {

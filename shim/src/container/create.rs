@@ -23,6 +23,7 @@ use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, OfPod, Volumes};
 use crate::deadlines::{DISK_DETACH, DISK_DETACH_AT_LEAST, MOUNTS_RELEASE, REMOVE_CONTAINER};
 use crate::error::{Error, IoContext, Result};
+use crate::from_guest::needs_own_agent;
 use crate::guest::calls::GuestCalls;
 use crate::guest::guest_spec::{self, GuestView};
 use crate::guest::host_sockets::{HostSockets, Users};
@@ -41,6 +42,8 @@ pub struct CreateContainer {
     pub io: Stdio,
     /// Whose processes it sees.
     pub pid_namespace: PidNamespace,
+    /// The container whose first process is the sandbox's, unless the sandbox has none.
+    pub first: Option<String>,
     /// Sysctls of its pod.
     pub sysctls: HashMap<String, String>,
     /// Source of the mount that stands for its pod's /dev/shm.
@@ -210,18 +213,24 @@ impl Container {
             rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
         }
+        let own_agent = guest.features().pod;
+        let pid_namespace = match &create.pid_namespace {
+            PidNamespace::Own => None,
+            // A stock agent knows which container was the first.
+            PidNamespace::Pod => create.first.as_ref().filter(|_| own_agent),
+            PidNamespace::Of(_) if !own_agent => {
+                return Err(needs_own_agent("the pid namespace of another container"));
+            }
+            PidNamespace::Of(id) => Some(id),
+        };
+        let pid_namespace = pid_namespace.map(|id| format!("{POD_PID_PATH}{id}"));
+        let sandbox_pidns = create.pid_namespace == PidNamespace::Pod && pid_namespace.is_none();
         let place = GuestView {
             rootfs,
             mounts: std::mem::take(&mut self.host.volumes.mounts),
             devices: std::mem::take(&mut self.host.devices.entries),
             device_rules: std::mem::take(&mut self.host.devices.rules),
-            pid_namespace: match &create.pid_namespace {
-                PidNamespace::Own | PidNamespace::Pod => String::new(),
-                PidNamespace::Of(_) if !guest.features().pod => {
-                    return Err(needs_own_agent("the pid namespace of another container"));
-                }
-                PidNamespace::Of(id) => format!("{POD_PID_PATH}{id}"),
-            },
+            pid_namespace: pid_namespace.unwrap_or_default(),
             sysctls: create.sysctls.clone(),
             cgroup: format!("/cofferdam/{}", create.id),
             seccomp: guest.features().seccomp,
@@ -231,7 +240,7 @@ impl Container {
             storages,
             devices: self.plug_devices(guest).await?,
             OCI: Some(guest_spec::spec(&create.spec, place)).into(),
-            sandbox_pidns: create.pid_namespace == PidNamespace::Pod,
+            sandbox_pidns,
             ..Default::default()
         };
         let created = guest.create_container(&request, &create.io).await;
@@ -346,10 +355,4 @@ pub async fn release(containers: Vec<Container>) {
 fn host_sockets(guest: &dyn GuestCalls) -> Result<&HostSockets> {
     let missing = || needs_own_agent("a unix socket of the host as a volume");
     guest.host_sockets().ok_or_else(missing)
-}
-
-fn needs_own_agent(what: &str) -> Error {
-    Error::unimplemented(format!(
-        "{what} needs Cofferdam's own guest agent: use the initramfs of this installation"
-    ))
 }

@@ -64,6 +64,13 @@ pub struct Features {
     pub pod: bool,
 }
 
+/// The refusal of what only our own agent can do.
+pub fn needs_own_agent(what: &str) -> Error {
+    Error::unimplemented(format!(
+        "{what} needs Cofferdam's own guest agent: use the initramfs of this installation"
+    ))
+}
+
 impl Features {
     pub(crate) fn of(details: &AgentDetails) -> Features {
         let has = |feature| {

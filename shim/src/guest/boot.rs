@@ -277,6 +277,12 @@ impl Attempt<'_> {
             raw_stdio = features.raw_stdio,
             "guest agent"
         );
+        if !features.pod {
+            tracing::warn!(
+                "a guest agent without Cofferdam's extensions: docs/interoperability.md says what \
+                 does not work with it"
+            );
+        }
         let mut keeps_time = JoinSet::new();
         keeps_time.spawn(clock::follow(agent.clone()));
         Ok(RunningGuest {

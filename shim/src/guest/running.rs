@@ -29,7 +29,7 @@ use crate::deadlines::{
     MACHINE_RESIZE, ONLINE_CPU_MEM, START_PROCESS, STATS,
 };
 use crate::error::{IoContext, Result};
-use crate::from_guest::{Agent, Fault, Features, Stats, watch_oom};
+use crate::from_guest::{Agent, Fault, Features, Stats, needs_own_agent, watch_oom};
 use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::guest_spec;
 use crate::guest::host_sockets::HostSockets;
@@ -270,6 +270,11 @@ impl GuestCalls for RunningGuest {
         deadline: Duration,
     ) -> Result<()> {
         let all = scope == SignalScope::Container && self.features.signal_all;
+        // A SIGKILL of the first process ends the others with it.
+        let is_sigkill = signal == libc::SIGKILL.cast_unsigned();
+        if scope == SignalScope::Container && !all && !is_sigkill {
+            return Err(needs_own_agent("a signal to all processes of a container"));
+        }
         let exec_id = if all {
             ALL_PROCESSES
         } else {

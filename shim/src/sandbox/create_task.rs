@@ -110,7 +110,7 @@ impl SandboxOwner {
         let sandbox = &self.identity.id;
         let find = |pid| {
             self.state.owner(pid).map(|id| {
-                if id == sandbox && self.state.is_pod_sandbox(id) {
+                if id == sandbox {
                     String::new()
                 } else {
                     id.to_owned()
@@ -136,6 +136,7 @@ impl SandboxOwner {
             spec,
             io,
             pid_namespace,
+            first: (!self.state.is_pod_sandbox(sandbox)).then(|| sandbox.clone()),
             sysctls: if role == Role::Member {
                 self.pod.sysctls.clone()
             } else {
