@@ -99,6 +99,10 @@ pub const MEMORY_RECLAIM: Duration = Duration::from_secs(8);
 /// How long an exit waits for its OOM event to be fetched, if a caller waits for events.
 pub const OOM_EVENT_FETCHED: Duration = Duration::from_millis(200);
 
+/// After its process has exited a polled output that was silent for so long is at its end, though a
+/// child may hold it open. Kata's agent says so too.
+pub const OUTPUT_AFTER_EXIT: Duration = Duration::from_millis(500);
+
 /// How long output may still be delivered after its container was removed.
 pub const OUTPUT_AFTER_REMOVAL: Duration = Duration::from_secs(10);
 

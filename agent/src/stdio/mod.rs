@@ -37,6 +37,7 @@ use nix::unistd::pipe2;
 use sys::{check, lock};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::deadlines;
@@ -100,6 +101,7 @@ pub struct Io {
     stdout: Slot,
     stderr: Slot,
     terminal: bool,
+    exited: watch::Sender<bool>,
     stdin_pump: Mutex<Option<AbortHandle>>,
     output_pumps: Mutex<Vec<AbortHandle>>,
 }
@@ -197,7 +199,9 @@ impl Io {
         }
     }
 
-    /// Up to `limit` bytes of an output channel; none is the end.
+    /// Up to `limit` bytes of an output channel; none is the end. After the exit of the process
+    /// that is also the silence of what it left behind: Kata's clients ask for the exit only when
+    /// they have read all.
     ///
     /// # Errors
     /// The failed read.
@@ -206,15 +210,21 @@ impl Io {
             return Ok(Vec::new());
         };
         let mut buffer = vec![0; limit.clamp(1, CHUNK)];
-        let length = endpoint
-            .read(&mut buffer)
-            .await
-            .context(|| format!("read {channel:?}"))?;
+        let length = tokio::select! {
+            read = endpoint.read(&mut buffer) => read.context(|| format!("read {channel:?}"))?,
+            () = self.silence_after_exit() => 0,
+        };
         buffer.truncate(length);
         if length == 0 {
             lock(self.slot(channel)).take();
         }
         Ok(buffer)
+    }
+
+    async fn silence_after_exit(&self) {
+        // The sender lives as long as self.
+        let _ = self.exited.subscribe().wait_for(|exited| *exited).await;
+        tokio::time::sleep(deadlines::OUTPUT_AFTER_EXIT).await;
     }
 
     /// Writes all of `data` to stdin; no data closes it.
@@ -281,6 +291,7 @@ impl Io {
 
     /// After the exit of the process nobody reads its stdin any more.
     pub fn process_exited(&self) {
+        self.exited.send_replace(true);
         if let Some(pump) = lock(&self.stdin_pump).take() {
             pump.abort();
         }

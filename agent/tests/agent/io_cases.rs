@@ -218,6 +218,18 @@ pub async fn stdio_can_be_polled(client: &Client<'_>) {
         Code::NOT_FOUND
     );
     assert_eq!(poll(client, false, "polled", "e1").await, "late\n");
+
+    // A child that keeps the output open keeps nobody waiting.
+    client
+        .exec(
+            "polled",
+            "e2",
+            client.process(&["sh", "-c", "sleep 1000 & echo parent"]),
+        )
+        .await
+        .unwrap();
+    assert_eq!(poll(client, false, "polled", "e2").await, "parent\n");
+    assert_eq!(client.wait("polled", "e2").await.unwrap(), 0);
     client.remove("polled").await.unwrap();
 }
 
