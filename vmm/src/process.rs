@@ -241,7 +241,7 @@ impl Process {
         timeout(within, self.ended()).await.unwrap_or(error)
     }
 
-    /// As [`Child::explain`], but not by an end in order: a helper ends so when QEMU hangs up.
+    /// As [`Self::explain`], but not by an end in order: a helper ends so when QEMU hangs up.
     pub(crate) async fn explain_failure(&self, error: Error, within: Duration) -> Error {
         match timeout(within, self.exited()).await {
             Ok(exit) if exit != Exit::Code(0) => self.died(exit),
