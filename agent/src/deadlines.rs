@@ -38,6 +38,10 @@ pub const CPUS_ONLINE: Duration = Duration::from_secs(5);
 /// Between two looks at sysfs for CPUs.
 pub const CPUS_ONLINE_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long the lookups of the mounts below the host's share may take: each asks the host's file
+/// server. Only clients of Kata's ask for them; their own limit is 30 s or more.
+pub const SHARE_LOOKUPS: Duration = Duration::from_secs(10);
+
 /// How long the kernel may take to answer a netlink request. It answers before it returns from the
 /// request, so this is for a kernel that is broken: the agent's one thread waits.
 pub const NETLINK_ANSWER: Duration = Duration::from_secs(5);

@@ -10,7 +10,7 @@
 //!                 │ ttrpc 1024   │ stdio 1028   │ port forwarding 1030
 //! server          one method for each call of the protocol; raw stdio streams
 //! sandbox         all state: which containers and storages there are
-//! storage         what the host asks to be mounted
+//! storage         what the host asks to be mounted, or copies into the guest
 //! container       one container: spec, first process, execs, removal
 //! stdio           pipes and terminals of processes; streams that wait for theirs
 //! relay           connections carried between host and guest: TCP ports, unix sockets

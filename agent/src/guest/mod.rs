@@ -9,6 +9,7 @@
 //!     ⋮
 //!    pci       waits for what the host plugs in        for storages, devices, network cards
 //!    settings  CPUs, memory, random numbers, clock     the host's calls
+//!    metrics   figures of agent and machine as text       the host's call
 //!     ⋮
 //!    boot      sync, power off                         boot::power_off
 //! ```
@@ -27,6 +28,7 @@
 //!   cannot read, are left alone.
 
 pub mod boot;
+pub mod metrics;
 pub mod pci;
 pub mod ready;
 pub mod reaper;

@@ -62,7 +62,7 @@ use crate::guest::reaper::Reaper;
 use crate::log::log;
 use crate::stdio::{Claimed, Parking};
 use crate::stock::STOCK;
-use crate::storage::{Cleanup, Storages, mount_storage};
+use crate::storage::{Cleanup, Storages, mount_storage, update_ephemeral};
 
 /// Which pid namespace a container asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,6 +189,20 @@ impl Sandbox {
         let made = mount_storage(storage, self.hotplug_timeout, &self.host).await?;
         lock(&self.state).storages.add(storage, made);
         Ok(())
+    }
+
+    /// Changes options, such as the size, of storages in the guest's memory.
+    ///
+    /// # Errors
+    /// A storage that is not there or of another kind, or an option that the kernel refuses.
+    pub fn update_ephemeral(&self, storages: &[Storage]) -> Result<()> {
+        {
+            let state = lock(&self.state);
+            for storage in storages {
+                state.storages.check_mounted(storage)?;
+            }
+        }
+        update_ephemeral(storages)
     }
 
     /// Steps into a shared volume, because virtio-fs mounts the volume's file system at the first

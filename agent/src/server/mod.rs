@@ -52,11 +52,12 @@ use crate::cgroup::stats;
 use crate::container::{Process, Recipient};
 use crate::error::{Error, Result};
 use crate::guest::boot::Mode;
+use crate::guest::metrics;
 use crate::guest::settings::{self, Online};
 use crate::network;
 use crate::sandbox::Sandbox;
 use crate::stock::STOCK;
-use crate::storage::{driver_names, volume_usage};
+use crate::storage::{copy, driver_names, look_up_mounts, volume_usage};
 
 /// Version of the protocol, which Kata's agent calls its API version.
 const API_VERSION: &str = "0.0.1";
@@ -72,14 +73,16 @@ const FEATURES: [&str; 6] = [
 ];
 
 /// The methods that the trait below implements.
-const METHODS: [&str; 28] = [
+const METHODS: [&str; 32] = [
     "AddARPNeighbors",
     "CloseStdin",
+    "CopyFile",
     "CreateContainer",
     "CreateSandbox",
     "DestroySandbox",
     "ExecProcess",
     "GetGuestDetails",
+    "GetMetrics",
     "GetOOMEvent",
     "GetVolumeStats",
     "ListInterfaces",
@@ -89,6 +92,7 @@ const METHODS: [&str; 28] = [
     "ReadStderr",
     "ReadStdout",
     "RemoveContainer",
+    "RemoveStaleVirtiofsShareMounts",
     "ReseedRandomDev",
     "ResumeContainer",
     "SetGuestDateTime",
@@ -97,6 +101,7 @@ const METHODS: [&str; 28] = [
     "StatsContainer",
     "TtyWinResize",
     "UpdateContainer",
+    "UpdateEphemeralMounts",
     "UpdateInterface",
     "UpdateRoutes",
     "WaitProcess",
@@ -435,6 +440,39 @@ impl AgentService for Agent {
     ) -> Reply<Empty> {
         network::add_neighbours(request.neighbors.get_or_default())?;
         Ok(Empty::new())
+    }
+
+    async fn copy_file(&self, _: &TtrpcContext, request: api::CopyFileRequest) -> Reply<Empty> {
+        copy(&request)?;
+        Ok(Empty::new())
+    }
+
+    async fn update_ephemeral_mounts(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateEphemeralMountsRequest,
+    ) -> Reply<Empty> {
+        self.sandbox.update_ephemeral(&request.storages)?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_stale_virtiofs_share_mounts(
+        &self,
+        _: &TtrpcContext,
+        _: api::RemoveStaleVirtiofsShareMountsRequest,
+    ) -> Reply<Empty> {
+        finish_empty(look_up_mounts()).await
+    }
+
+    async fn get_metrics(
+        &self,
+        _: &TtrpcContext,
+        _: api::GetMetricsRequest,
+    ) -> Reply<api::Metrics> {
+        Ok(api::Metrics {
+            metrics: metrics::text(),
+            ..Default::default()
+        })
     }
 
     async fn get_volume_stats(

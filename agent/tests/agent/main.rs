@@ -13,6 +13,7 @@ mod client;
 mod container_cases;
 mod guest;
 mod io_cases;
+mod kata_cases;
 mod limit_cases;
 mod network_cases;
 mod process_cases;
@@ -101,6 +102,15 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             stats_are_there_until_removal
             garbage_on_the_stdio_port_is_dropped
             nothing_is_left_of_many_processes;
+        Nothing kata_cases:
+            a_file_comes_in_pieces
+            directories_and_links_are_copied
+            a_copy_cannot_be_led_elsewhere_by_a_container
+            a_copy_that_makes_no_sense_is_refused
+            a_memory_volume_gets_another_size
+            only_memory_volumes_get_another_size
+            mounts_of_a_share_are_looked_up_again
+            figures_are_text_for_prometheus;
         Nothing network_cases:
             an_interface_gets_its_name_and_addresses
             a_name_that_is_taken_is_swapped

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use guest_protocol::STDIO_PORT;
 use guest_protocol::protocols::agent::{
-    CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
-    GetMetricsRequest, GuestDetailsRequest, PauseContainerRequest, ReseedRandomDevRequest,
-    ResumeContainerRequest, SetGuestDateTimeRequest, SetPolicyRequest, StatsContainerRequest,
-    Storage, UpdateContainerRequest,
+    AddSwapPathRequest, AddSwapRequest, CreateContainerRequest, CreateSandboxRequest,
+    DestroySandboxRequest, GetDiagnosticDataRequest, GetIPTablesRequest, GuestDetailsRequest,
+    MemAgentCompactConfig, MemAgentMemcgConfig, MemHotplugByProbeRequest, PauseContainerRequest,
+    ReseedRandomDevRequest, ResizeVolumeRequest, ResumeContainerRequest, SetGuestDateTimeRequest,
+    SetIPTablesRequest, SetPolicyRequest, StatsContainerRequest, Storage, UpdateContainerRequest,
 };
 use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::stdio::Channel;
@@ -67,19 +68,29 @@ pub async fn the_guest_tells_what_it_is(client: &Client<'_>) {
 
 pub async fn calls_that_are_missing_say_so(client: &Client<'_>) {
     let agent = &client.rpc.agent;
-    let codes = [
-        refusal(
-            agent
-                .get_metrics(soon(), &GetMetricsRequest::default())
-                .await,
-        ),
-        refusal(agent.set_policy(soon(), &SetPolicyRequest::default()).await),
-        refusal(agent.copy_file(soon(), &CopyFileRequest::default()).await),
-    ];
-    assert!(
-        codes.iter().all(|(code, _)| *code == Code::UNIMPLEMENTED),
-        "{codes:?}"
-    );
+    /// The name of each call, how it is made, and its request.
+    macro_rules! missing {
+        ($($name:literal $call:ident $request:ident;)*) => {
+            $(
+                let answer = agent.$call(soon(), &$request::default()).await;
+                let (code, text) = refusal(answer);
+                assert_eq!(code, Code::UNIMPLEMENTED, "{text}");
+                assert!(text.contains($name), "{text}");
+            )*
+        };
+    }
+    missing! {
+        "GetIPTables" get_ip_tables GetIPTablesRequest;
+        "SetIPTables" set_ip_tables SetIPTablesRequest;
+        "ResizeVolume" resize_volume ResizeVolumeRequest;
+        "GetDiagnosticData" get_diagnostic_data GetDiagnosticDataRequest;
+        "AddSwap" add_swap AddSwapRequest;
+        "AddSwapPath" add_swap_path AddSwapPathRequest;
+        "SetPolicy" set_policy SetPolicyRequest;
+        "MemAgentMemcgSet" mem_agent_memcg_set MemAgentMemcgConfig;
+        "MemAgentCompactSet" mem_agent_compact_set MemAgentCompactConfig;
+        "MemHotplugByProbe" mem_hotplug_by_probe MemHotplugByProbeRequest;
+    }
     let unknown = UpdateContainerRequest {
         container_id: "nobody".into(),
         ..Default::default()

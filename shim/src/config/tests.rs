@@ -94,6 +94,18 @@ fn every_key_of_the_shipped_file_is_known() {
 }
 
 #[test]
+fn the_configuration_for_katas_agent_is_one() {
+    let text = std::fs::read_to_string("../configs/kata-agent.toml").unwrap();
+    let config = parse(&text).unwrap();
+    assert_eq!(
+        config.kernel_params,
+        ["cgroup_no_v1=all", "systemd.unified_cgroup_hierarchy=1"]
+    );
+    assert_ne!(config.initramfs, Config::default().initramfs);
+    parse(&text.replace("#=", "")).unwrap();
+}
+
+#[test]
 fn a_mistake_names_file_line_key_and_what_was_expected() {
     for (text, part) in [
         (

@@ -1,8 +1,13 @@
-//! Storages: what the host asks to be mounted in the guest, counted by mount point.
+//! Storages: what the host asks to be mounted in the guest, counted by mount point. Beside them,
+//! what it copies into the guest (`copied`) and wants looked up again in its shares (`shares`).
 //!
 //! [`mount_storage`] makes one, by its driver. [`Storages`] counts the users of each; the last
 //! one's release undoes it, unless one of them has asked for a storage that stays as long as the
 //! sandbox.
+
+mod copied;
+mod ephemeral;
+mod shares;
 
 use std::collections::HashMap;
 use std::fs;
@@ -25,6 +30,10 @@ use crate::guest::pci;
 use crate::log::log;
 use crate::mount_options::Options;
 use crate::relay::unix;
+
+pub use copied::copy;
+pub use ephemeral::update as update_ephemeral;
+pub use shares::look_up_mounts;
 
 /// How a storage is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +107,23 @@ impl Storages {
         );
     }
 
+    /// Makes sure that a file system was mounted there as a storage.
+    ///
+    /// # Errors
+    /// It was not.
+    pub fn check_mounted(&self, storage: &Storage) -> Result<()> {
+        match self.0.get(&storage.mount_point) {
+            Some(Entry {
+                cleanup: Cleanup::Unmount,
+                ..
+            }) => Ok(()),
+            _ => Err(Error::Invalid(format!(
+                "nothing is mounted for a storage at {:?}",
+                storage.mount_point
+            ))),
+        }
+    }
+
     /// One user less; the last one unmounts.
     pub fn release(&mut self, mount_point: &str) {
         let Some(entry) = self.0.get_mut(mount_point) else {
@@ -145,11 +171,7 @@ pub async fn mount_storage(
     device_deadline: Duration,
     host: &Transport,
 ) -> Result<Cleanup> {
-    let Storage {
-        driver,
-        mount_point,
-        ..
-    } = storage;
+    let mount_point = &storage.mount_point;
     let plain = Path::new(mount_point)
         .components()
         .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
@@ -163,15 +185,9 @@ pub async fn mount_storage(
             "fs_group of storage {mount_point} is not supported"
         )));
     }
-    let known = DRIVERS.iter().find(|(name, _)| name == driver);
-    let (_, driver) = known.ok_or_else(|| {
-        Error::Invalid(format!(
-            "unknown storage driver {driver:?} for {mount_point}"
-        ))
-    })?;
-    match driver {
+    match driver_of(storage)? {
         Driver::Local => local(storage).map(|()| Cleanup::Nothing),
-        Driver::Ephemeral => ephemeral(storage).map(|()| Cleanup::Unmount),
+        Driver::Ephemeral => ephemeral::make(storage).map(|()| Cleanup::Unmount),
         Driver::VirtioFs => share(storage, device_deadline)
             .await
             .map(|()| Cleanup::Unmount),
@@ -186,6 +202,20 @@ pub async fn mount_storage(
             plain_mount(storage, &device, &storage.options).map(|()| Cleanup::Unmount)
         }
     }
+}
+
+fn driver_of(storage: &Storage) -> Result<Driver> {
+    let Storage {
+        driver,
+        mount_point,
+        ..
+    } = storage;
+    let known = DRIVERS.iter().find(|(name, _)| name == driver);
+    known.map(|(_, driver)| *driver).ok_or_else(|| {
+        Error::Invalid(format!(
+            "unknown storage driver {driver:?} for {mount_point}"
+        ))
+    })
 }
 
 /// A share that was just plugged in may not have its driver yet; its tag is unknown until then.
@@ -267,60 +297,6 @@ fn local(storage: &Storage) -> Result<()> {
     let (mode, group, _) = permissions(&storage.options)?;
     fs::create_dir_all(path).context(|| format!("create {path}"))?;
     apply(path, mode, group)
-}
-
-/// A tmpfs in the guest's memory, with the size and mode that were asked for.
-fn ephemeral(storage: &Storage) -> Result<()> {
-    let (_, group, rest) = permissions(&storage.options)?;
-    let mut rest: Vec<String> = rest.into_iter().map(str::to_owned).collect();
-    if storage.fstype == "hugetlbfs" {
-        reserve_huge_pages(&rest)?;
-    } else {
-        // The mode is the file system's own option here.
-        rest.extend(
-            storage
-                .options
-                .iter()
-                .filter(|option| option.starts_with("mode="))
-                .cloned(),
-        );
-    }
-    plain_mount(storage, &storage.source, &rest)?;
-    apply(&storage.mount_point, None, group)
-}
-
-/// `pagesize=` and `size=` are bytes; the pages must be there before they can be mounted.
-fn reserve_huge_pages(options: &[String]) -> Result<()> {
-    let value = |key: &str| {
-        options
-            .iter()
-            .find_map(|option| option.strip_prefix(key)?.parse::<u64>().ok())
-    };
-    let (Some(page), Some(size)) = (value("pagesize="), value("size=")) else {
-        return Err(Error::Invalid(
-            "a hugetlbfs storage needs pagesize= and size=".into(),
-        ));
-    };
-    let file = format!(
-        "/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
-        page / 1024
-    );
-    let present: u64 = fs::read_to_string(&file)
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0);
-    let wanted = present + size / page.max(1);
-    fs::write(&file, wanted.to_string()).context(|| format!("reserve huge pages in {file}"))?;
-    let got: u64 = fs::read_to_string(&file)
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0);
-    if got < wanted {
-        return Err(Error::Failed(format!(
-            "the guest has room for {got} huge pages of {page} bytes, not {wanted}"
-        )));
-    }
-    Ok(())
 }
 
 /// `mode=` (octal) and `fsgid=`, and what is left.
