@@ -9,6 +9,7 @@
 //! * The empty write of a terminal's input closes the terminal.
 //! * Of a container with the sandbox's id no OOM kill is told.
 //! * An error ends with a back trace.
+//! * File systems in memory are made without their options, such as a size.
 //! * It does not step into shared volumes: sockets and fifos there are each container's own.
 
 /// Whether it stands in for Kata's agent.

@@ -11,6 +11,7 @@ use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_string, fspi
 use super::{Driver, apply, driver_of, permissions, plain_mount};
 use crate::error::{Context, Error, Result};
 use crate::mount_options::Options;
+use crate::stock::STOCK;
 
 const HUGETLBFS: &str = "hugetlbfs";
 
@@ -29,6 +30,9 @@ pub(super) fn make(storage: &Storage) -> Result<()> {
                 .filter(|option| option.starts_with("mode="))
                 .cloned(),
         );
+    }
+    if STOCK {
+        rest.clear();
     }
     plain_mount(storage, &storage.source, &rest)?;
     apply(&storage.mount_point, None, group)

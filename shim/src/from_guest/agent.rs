@@ -9,8 +9,8 @@ use guest_protocol::protocols::agent::{
     GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest, PauseContainerRequest,
     ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, SetGuestDateTimeRequest,
     SignalProcessRequest, StartContainerRequest, StatsContainerRequest, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
-    WriteStreamRequest,
+    UpdateContainerRequest, UpdateEphemeralMountsRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::stdio::Channel;
@@ -56,6 +56,8 @@ macro_rules! calls {
 calls! {
     /// Sets up the sandbox.
     create_sandbox(CreateSandboxRequest) "CreateSandbox";
+    /// Gives file systems in the guest's memory another size.
+    update_ephemeral_mounts(UpdateEphemeralMountsRequest) "UpdateEphemeralMounts";
     /// Brings CPUs to life that were plugged in.
     online_cpu_mem(OnlineCPUMemRequest) "OnlineCPUMem";
     /// Sets up a network card.

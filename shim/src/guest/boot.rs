@@ -8,7 +8,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use guest_protocol::protocols::agent::{CreateSandboxRequest, Storage};
+use guest_protocol::protocols::agent::{
+    CreateSandboxRequest, Storage, UpdateEphemeralMountsRequest,
+};
 use guest_protocol::{
     AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, Listener, READY_PARAMETER,
     ROOTFS_TAG, SHARE_TAG, Stream, Transport, UDS_PORT,
@@ -381,5 +383,29 @@ async fn create_sandbox(agent: &Agent, plan: &BootConfig) -> Result<Features> {
         agent.features(AGENT_CALL)
     );
     created.map_err(|error| error.context("the guest agent cannot set up the sandbox"))?;
-    features.map_err(|error| error.context("the guest agent does not say what it can do"))
+    let features =
+        features.map_err(|error| error.context("the guest agent does not say what it can do"))?;
+    if !features.pod {
+        set_sizes(agent, &sandbox.storages).await?;
+    }
+    Ok(features)
+}
+
+/// Kata's agent makes file systems in memory without their options: it is asked again for sizes.
+///
+/// # Errors
+/// The agent's own.
+pub(super) async fn set_sizes(agent: &Agent, storages: &[Storage]) -> Result<()> {
+    let mut request = UpdateEphemeralMountsRequest::new();
+    for storage in storages.iter().filter(|one| one.driver == "ephemeral") {
+        let size = storage.options.iter().find(|one| one.starts_with("size="));
+        request.storages.extend(size.map(|size| Storage {
+            options: vec!["remount".to_owned(), size.clone()],
+            ..storage.clone()
+        }));
+    }
+    if request.storages.is_empty() {
+        return Ok(());
+    }
+    agent.update_ephemeral_mounts(&request, AGENT_CALL).await
 }

@@ -30,6 +30,7 @@ use crate::deadlines::{
 };
 use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, needs_own_agent, watch_oom};
+use crate::guest::boot::set_sizes;
 use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::guest_spec;
 use crate::guest::host_sockets::HostSockets;
@@ -149,6 +150,19 @@ impl GuestCalls for RunningGuest {
         self.agent
             .create_container(request, CREATE_CONTAINER)
             .await?;
+        if !self.features.pod
+            && let Err(error) = set_sizes(&self.agent, &request.storages).await
+        {
+            let request = RemoveContainerRequest {
+                container_id: request.container_id.clone(),
+                ..Default::default()
+            };
+            let _ = self
+                .agent
+                .remove_container(&request, CHANGE_CONTAINER)
+                .await;
+            return Err(error);
+        }
         Ok(streams.unwrap_or_else(|| self.poll(&process, io)))
     }
 
