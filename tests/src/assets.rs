@@ -127,3 +127,20 @@ pub fn busybox_tree(dir: &Path) {
     command.args(["-c", script]).current_dir(dir);
     run(command, Duration::from_secs(60)).ok();
 }
+
+/// tests/images/code.c with so many pages of code, and with the number that the first one returns.
+/// Two of a size have their code at the same addresses.
+///
+/// # Panics
+/// It does not compile.
+pub fn code_program(dir: &Path, pages: u32, number: u32) -> PathBuf {
+    let path = dir.join(format!("code-{pages}-{number}"));
+    let mut compiler = Command::new("gcc");
+    compiler.args(["-static", "-no-pie", "-O1", "-Wall", "-Werror"]);
+    compiler.arg(format!("-DPAGES={pages}"));
+    compiler.arg(format!("-DSALT={number}"));
+    compiler.arg("-o").arg(&path);
+    compiler.arg(root().join("tests/images/code.c"));
+    run(compiler, Duration::from_secs(60)).ok();
+    path
+}

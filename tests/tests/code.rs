@@ -9,11 +9,12 @@
 )]
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
+use cofferdam_tests::assets::code_program;
 use cofferdam_tests::command::{Running, run};
-use cofferdam_tests::{Container, Env, PATIENCE, Suite, assets, cases, eventually};
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually};
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
@@ -21,20 +22,6 @@ fn main() -> ExitCode {
             program_replaced_on_the_host, code_read_past_the_page_cache;
         Ours: programs_after_the_guest_dropped_its_caches, code_made_by_a_program_that_has_ended;
     ])
-}
-
-/// tests/images/code.c with so many pages of code, and with the number that the first one returns.
-/// Two of a size have their code at the same addresses.
-fn program(dir: &Path, pages: u32, number: u32) -> PathBuf {
-    let path = dir.join(format!("code-{pages}-{number}"));
-    let mut compiler = Command::new("gcc");
-    compiler.args(["-static", "-no-pie", "-O1", "-Wall", "-Werror"]);
-    compiler.arg(format!("-DPAGES={pages}"));
-    compiler.arg(format!("-DSALT={number}"));
-    compiler.arg("-o").arg(&path);
-    compiler.arg(assets::root().join("tests/images/code.c"));
-    run(compiler, PATIENCE).ok();
-    path
 }
 
 /// A directory of this test's, and the flags that put it at /code.
@@ -52,8 +39,8 @@ fn right(number: u32, times: usize) -> String {
 
 fn programs_after_the_guest_dropped_its_caches(env: &Env) {
     let (dir, mount) = dir(env);
-    program(&dir, 2048, 1_000_000);
-    program(&dir, 2048, 2_000_000);
+    code_program(&dir, 2048, 1_000_000);
+    code_program(&dir, 2048, 2_000_000);
     let script = "for turn in 1 2 3; do for code in /code/*; do
         echo 3 >/proc/sys/vm/drop_caches; $code; done; done";
     let flags = ["--privileged", "--mount", &mount];
@@ -64,8 +51,8 @@ fn programs_after_the_guest_dropped_its_caches(env: &Env) {
 
 fn program_larger_than_its_memory_limit(env: &Env) {
     let (dir, mount) = dir(env);
-    program(&dir, 12_288, 1_000_000);
-    program(&dir, 12_288, 2_000_000);
+    code_program(&dir, 12_288, 1_000_000);
+    code_program(&dir, 12_288, 2_000_000);
     let limit = (32 << 20).to_string();
     let flags = ["--memory-limit", &limit, "--mount", &mount];
     let script = "for code in /code/*; do $code 2 || exit; done; true";
@@ -80,7 +67,7 @@ fn program_larger_than_its_memory_limit(env: &Env) {
 fn programs_of_two_containers_with_small_limits(env: &Env) {
     let (dir, mount) = dir(env);
     let numbers = [1_000_000, 2_000_000];
-    let programs = numbers.map(|number| program(&dir, 6144, number));
+    let programs = numbers.map(|number| code_program(&dir, 6144, number));
     let limit = (16 << 20).to_string();
     let first = env.id();
     let group = format!("io.containerd.runc.v2.group={first}");
@@ -121,8 +108,8 @@ fn program_replaced_on_the_host(env: &Env) {
     let (dir, mount) = dir(env);
     let other = env.dir.join(env.id());
     fs::create_dir(&other).unwrap();
-    let old = program(&other, 2048, 1_000_000);
-    let new = program(&other, 2048, 2_000_000);
+    let old = code_program(&other, 2048, 1_000_000);
+    let new = code_program(&other, 2048, 2_000_000);
     let place = dir.join("program");
     fs::copy(&old, &place).unwrap();
     let container = env.detached(&["--mount", &mount], &["sleep", "3600"]);
@@ -152,8 +139,8 @@ fn program_replaced_on_the_host(env: &Env) {
 
 fn code_made_by_a_program_that_has_ended(env: &Env) {
     let (dir, mount) = dir(env);
-    program(&dir, 4096, 1_000_000);
-    program(&dir, 4096, 2_000_000);
+    code_program(&dir, 4096, 1_000_000);
+    code_program(&dir, 4096, 2_000_000);
     let script = "for code in /code/*; do $code copy; $code; done;
         echo 3 >/proc/sys/vm/drop_caches; for code in /code/*; do $code; done";
     let flags = ["--privileged", "--mount", &mount];
@@ -165,8 +152,8 @@ fn code_made_by_a_program_that_has_ended(env: &Env) {
 
 fn code_read_past_the_page_cache(env: &Env) {
     let (dir, mount) = dir(env);
-    program(&dir, 512, 1_000_000);
-    program(&dir, 512, 2_000_000);
+    code_program(&dir, 512, 1_000_000);
+    code_program(&dir, 512, 2_000_000);
     let script = "cd /code; ./code-512-1000000 write /code/a; ./code-512-2000000 write /code/b;
         ./code-512-1000000 read a b a b";
     let said = env

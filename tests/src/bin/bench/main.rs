@@ -108,6 +108,14 @@ fn measure(envs: &[Env; 2]) -> Vec<Row> {
         [idle_memory(&envs[0], &open), idle[1]],
         Some(floor),
     );
+    say("code that is dropped");
+    rows.push(Row {
+        name: "code.dropped",
+        unit: "ms",
+        ours: Some(code_dropped(&envs[0])),
+        runc: None,
+        floor: None,
+    });
     rows.insert(
         1,
         Row {
@@ -119,6 +127,23 @@ fn measure(envs: &[Env; 2]) -> Vec<Row> {
         },
     );
     rows
+}
+
+/// An exec that runs 16 MiB of code, and then drops the guest's page cache.
+fn code_dropped(env: &Env) -> f64 {
+    let dir = env.dir.join("code");
+    fs::create_dir(&dir).unwrap();
+    let program = assets::code_program(&dir, 4096, 1_000_000);
+    let mount = format!("type=bind,src={},dst=/code,options=rbind:ro", dir.display());
+    let name = program.file_name().unwrap().to_string_lossy();
+    let script = format!("/code/{name} && echo 3 >/proc/sys/vm/drop_caches");
+    let flags = ["--null-io", "--privileged", "--mount", &mount];
+    let container = env.detached(&flags, &["sleep", "3600"]);
+    let times = (0..7).map(|_| millis(container.exec(&["sh", "-c", &script]).ok().took));
+    let took = median(times.collect());
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+    took
 }
 
 /// Medians of `count` measurements in one container of each runtime, alternating.
