@@ -41,7 +41,7 @@ use crate::sandbox::host_calls::HostCalls;
 use crate::sandbox::pod::{Pod, SandboxSpec};
 use crate::sandbox::request::{Outcome, Reply, Request, Requests, SandboxHandle};
 use crate::sandbox::runtime::Runtimes;
-use crate::sandbox::state::State;
+use crate::sandbox::state::{Stage, State};
 
 /// How often a guest's talk of containers that are not there comes into the log.
 const STRANGERS: (u32, Duration) = (5, Duration::from_secs(60));
@@ -65,8 +65,8 @@ pub struct SandboxOwner {
     pub(super) wanted: WantedSize,
     pub(super) strangers: Bucket,
     pub(super) ended: bool,
-    /// What asks after containers that are still being made.
-    after_create: Vec<Request>,
+    /// What asks after containers that are being made or deleted.
+    deferred: Vec<Request>,
     last_request: Instant,
     /// [`FIRST_REQUEST`], then [`IDLE_SANDBOX`].
     idle_deadline: Duration,
@@ -109,7 +109,7 @@ impl SandboxOwner {
             )),
             strangers: Bucket::new(STRANGERS.0, STRANGERS.1),
             ended: false,
-            after_create: Vec::new(),
+            deferred: Vec::new(),
             last_request: Instant::now(),
             idle_deadline: FIRST_REQUEST,
             shares: None,
@@ -170,8 +170,10 @@ impl SandboxOwner {
             Ok(outcome) => {
                 tracing::debug!(?outcome, "done");
                 self.finish(outcome);
-                let waited = std::mem::take(&mut self.after_create);
-                waited.into_iter().for_each(|request| self.handle(request));
+                let deferred = std::mem::take(&mut self.deferred);
+                deferred
+                    .into_iter()
+                    .for_each(|request| self.handle(request));
             }
             // Nobody knows how far it got, so what it was for can neither go on nor be deleted:
             // containerd sees the end of the connection, and its `delete` undoes the rest.
@@ -182,20 +184,25 @@ impl SandboxOwner {
         }
     }
 
-    /// Whether it asks after a container that is still being made: it waits then. containerd asks
-    /// when it comes back, and removes a shim whose container is not made after all.
-    fn waits_for_create(&self, request: &Request) -> bool {
-        let container = match request {
-            Request::State { process, .. } => &process.container,
-            Request::Pids { container, .. } => container,
+    /// Whether it asks after a container that is being made, or whose pids nobody will know in a
+    /// moment: it waits then. containerd asks when it comes back, and removes a shim that has no
+    /// container.
+    fn must_wait(&self, request: &Request) -> bool {
+        let (container, deleted_too) = match request {
+            Request::State { process, .. } => (&process.container, false),
+            Request::Pids { container, .. } => (container, true),
             _ => return false,
         };
-        self.state.is_being_created(container)
+        match self.state.task(container).map(|task| task.init.stage) {
+            Ok(Stage::Creating) => true,
+            Ok(Stage::Deleting(_)) => deleted_too,
+            _ => false,
+        }
     }
 
     fn handle(&mut self, request: Request) {
         match request {
-            request if self.waits_for_create(&request) => self.after_create.push(request),
+            request if self.must_wait(&request) => self.deferred.push(request),
             Request::Create {
                 request,
                 config,

@@ -248,7 +248,7 @@ async fn who_asks_after_a_container_that_is_being_made_hears_whether_it_was() {
             reply,
         });
         lab.settle().await;
-        assert_eq!(lab.owner.after_create.len(), 2, "neither is answered");
+        assert_eq!(lab.owner.deferred.len(), 2, "neither is answered");
         lab.answers(&Call::Create("web".into()), answered).await;
         assert_eq!(answer(created).is_ok(), known);
         if known {
@@ -414,8 +414,15 @@ async fn a_guest_that_does_not_remove_a_container_loses_its_machine() {
         .await;
     let deleted = lab.delete(ProcessId::init("web"));
     lab.settle().await;
+    let pids = lab.ask(|reply| Request::Pids {
+        container: "web".into(),
+        reply,
+    });
+    lab.settle().await;
+    assert_eq!(lab.owner.deferred.len(), 1, "there are none in a moment");
     lab.answers(&Call::Remove("web".into()), Err(gone())).await;
     answer(deleted).unwrap();
+    assert_eq!(answer(pids).unwrap_err().code(), Code::NOT_FOUND);
     assert!(!lab.is_alive());
     assert_eq!(lab.told().last().unwrap(), "/tasks/delete");
 }

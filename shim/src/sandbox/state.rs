@@ -211,13 +211,6 @@ impl State {
         self.tasks.remove(id);
     }
 
-    /// Whether a container is announced, and not made yet.
-    pub fn is_being_created(&self, id: &str) -> bool {
-        self.tasks
-            .get(id)
-            .is_some_and(|task| task.init.stage == Stage::Creating)
-    }
-
     /// The container whose init goes by this pid.
     pub fn owner(&self, pid: u32) -> Option<&str> {
         self.tasks
