@@ -1,5 +1,6 @@
-//! The agent as a test's stand-in for Kata's own: with the cargo feature `stock` it does what a stock
-//! kata-agent 4.1.0 does otherwise than ours, as far as a shim can tell. A release is built without.
+//! The agent as a test's stand-in for Kata's own: with the cargo feature `stock` it does what a
+//! stock kata-agent 4.1.0 does otherwise than ours, as far as a shim can tell. A release is built
+//! without.
 //!
 //! * It announces no extension.
 //! * The output of a process is closed, read or not, as soon as somebody has waited for its exit.

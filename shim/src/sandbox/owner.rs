@@ -130,6 +130,7 @@ impl SandboxOwner {
         }
         // Who asks from now on is told at once that there is nobody.
         drop(requests);
+        self.deferred.clear();
         let containers = self.runtimes.clear();
         self.ending.send_replace(true);
         self.launching = None;

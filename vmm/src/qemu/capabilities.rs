@@ -1,5 +1,5 @@
-//! What a QEMU binary can do. It is asked once, over QMP, and the answer is kept in the cache: asking
-//! takes about 0.1 s, and no start of a sandbox but the first one pays that.
+//! What a QEMU binary can do. It is asked once, over QMP, and the answer is kept in the cache:
+//! asking takes about 0.1 s, and no start of a sandbox but the first one pays that.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
