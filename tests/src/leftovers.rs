@@ -156,10 +156,11 @@ fn memory_files(found: &mut BTreeSet<String>) {
     }
 }
 
+/// Loop devices on files of this run's directory: all runs of a machine see all of them.
 fn loop_devices(found: &mut BTreeSet<String>) {
     for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let file = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-        if file.contains("cofferdam") {
+        if file.contains(procs::mark()) {
             found.insert(format!("loop device {} {file}", device.path().display()));
         }
     }

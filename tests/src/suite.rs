@@ -16,6 +16,7 @@ use crate::command::Output;
 use crate::container::Container;
 use crate::daemon::{Daemon, namespace};
 use crate::leftovers::Snapshot;
+use crate::procs;
 
 /// A release of containerd that is tested with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -157,7 +158,7 @@ impl Suite {
         )
         .unwrap();
         let dir = tempfile::Builder::new()
-            .prefix("cofferdam-e2e-")
+            .prefix(&format!("cofferdam-{}-", procs::mark()))
             .tempdir()
             .unwrap();
         Suite {
@@ -252,9 +253,7 @@ impl Suite {
         if let Err(left) = &left {
             eprintln!("error: {left}");
             // A failed test may leave a virtual machine; it must not outlive the suite.
-            crate::procs::ours()
-                .iter()
-                .for_each(crate::procs::Proc::kill9);
+            procs::ours().iter().for_each(procs::Proc::kill9);
         }
         if failed || left.is_err() {
             ExitCode::from(101)

@@ -39,8 +39,9 @@ use sys::point::{DIRECTORY, Point};
 /// machine that is stopped has 10 s to be killed.
 const CLEAN: Duration = Duration::from_secs(20);
 
-/// How long a client waits for what hangs, before it gives up and removes the container.
-const CLIENT: Duration = Duration::from_secs(25);
+/// How long a client waits for what hangs, before it gives up and removes the container: longer
+/// than a boot may take here.
+const CLIENT: Duration = Duration::from_secs(15);
 
 /// How long a process is stopped that nobody but who stopped it can get going again.
 const HELD: Duration = Duration::from_secs(2);
@@ -417,8 +418,9 @@ impl<'e> Trials<'e> {
 
     /// The container can be removed, whatever became of it.
     fn remove(&self, id: &str) -> Result<(), String> {
-        let ctr =
-            |args: &[&str]| Running::start(self.env.daemon.ctr_command(args), None).outcome(CLIENT);
+        let ctr = |args: &[&str]| {
+            Running::start(self.env.daemon.ctr_command(args), None).outcome(PATIENCE)
+        };
         let gone = wait_for(CLEAN, || {
             let tried = ctr(&["tasks", "rm", "-f", id])
                 .and_then(|task| Ok((task, ctr(&["containers", "rm", id])?)));
