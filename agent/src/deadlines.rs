@@ -42,6 +42,10 @@ pub const CPUS_ONLINE_PAUSE: Duration = Duration::from_millis(50);
 /// server. Only clients of Kata's ask for them; their own limit is 30 s or more.
 pub const SHARE_LOOKUPS: Duration = Duration::from_secs(10);
 
+/// Between two looks at a volume whose changes a container shall be told of, as in Kata's agent. The
+/// kubelet itself takes up to a minute to write one.
+pub const WATCHED_VOLUME_PAUSE: Duration = Duration::from_secs(2);
+
 /// How long the kernel may take to answer a netlink request. It answers before it returns from the
 /// request, so this is for a kernel that is broken: the agent's one thread waits.
 pub const NETLINK_ANSWER: Duration = Duration::from_secs(5);

@@ -74,6 +74,11 @@ pub const ALL_PROCESSES: &str = "*";
 /// Below it the guest has what belongs to the sandbox and is no share.
 pub const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
 
+/// Driver of a storage that is copied into the guest, and again when it changes: a volume as the
+/// kubelet writes ConfigMaps and Secrets. Kata's name; there the mount point has to be in a
+/// directory of its own.
+pub const WATCHED_DRIVER: &str = "watchable-bind";
+
 /// Where the guest has the pod's /dev/shm.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
 

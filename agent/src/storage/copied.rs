@@ -12,7 +12,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, fchown};
+use std::os::unix::fs::{FileExt, MetadataExt, fchown};
 use std::path::{Component, Path, PathBuf};
 
 use guest_protocol::GUEST_SHARE;
@@ -28,15 +28,24 @@ use crate::error::{Context, Error, Result};
 /// else has such a name; the key of a ConfigMap may well end with ".tmp".
 const PARTIAL: &str = ".cofferdam-partial";
 
-const DIRECTORY: OFlag = OFlag::O_RDONLY
+pub(super) const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_CLOEXEC);
 
 /// Who is to own what is copied. -1 on the wire changes nothing: what is new is the agent's.
 #[derive(Clone, Copy)]
-struct Owner {
-    uid: u32,
-    gid: u32,
+pub(super) struct Owner {
+    pub uid: u32,
+    pub gid: u32,
+}
+
+impl Owner {
+    pub fn of(metadata: &fs::Metadata) -> Owner {
+        Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        }
+    }
 }
 
 /// Makes a directory or a link, or writes a piece of a file.
@@ -93,11 +102,11 @@ fn place(path: &Path) -> Result<(Vec<&OsStr>, &OsStr)> {
 }
 
 /// Opens what is there, through no link.
-fn open(directory: impl AsFd, name: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+pub(super) fn open(directory: impl AsFd, name: &Path, flags: OFlag) -> io::Result<OwnedFd> {
     open_with_mode(directory, name, flags, 0)
 }
 
-fn open_with_mode(
+pub(super) fn open_with_mode(
     directory: impl AsFd,
     name: &Path,
     flags: OFlag,
@@ -123,7 +132,7 @@ fn make_parent(directory: BorrowedFd<'_>, name: &OsStr, mode: u32) -> io::Result
     }
 }
 
-fn make_directory(
+pub(super) fn make_directory(
     directory: BorrowedFd<'_>,
     name: &OsStr,
     mode: u32,
@@ -136,7 +145,7 @@ fn make_directory(
 }
 
 /// A link, in the place of whatever file or link is there.
-fn make_link(
+pub(super) fn make_link(
     directory: BorrowedFd<'_>,
     name: &OsStr,
     target: &[u8],
@@ -240,7 +249,7 @@ fn remove(directory: BorrowedFd<'_>, name: &Path) -> io::Result<()> {
     }
 }
 
-fn set_mode(file: impl AsFd, mode: u32) -> io::Result<()> {
+pub(super) fn set_mode(file: impl AsFd, mode: u32) -> io::Result<()> {
     Ok(fchmod(file, Mode::from_bits_truncate(mode & 0o7777))?)
 }
 

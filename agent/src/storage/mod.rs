@@ -8,6 +8,7 @@
 mod copied;
 mod ephemeral;
 mod shares;
+mod watched;
 
 use std::collections::HashMap;
 use std::fs;
@@ -18,7 +19,7 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::protocols::csi::volume_usage::Unit;
 use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage};
-use guest_protocol::{Transport, UDS_DRIVER};
+use guest_protocol::{Transport, UDS_DRIVER, WATCHED_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use sys::mount::Extent;
@@ -44,16 +45,18 @@ enum Driver {
     Local,
     Overlay,
     VirtioFs,
+    WatchableBind,
 }
 
 /// Storage drivers by their names on the wire.
-const DRIVERS: [(&str, Driver); 6] = [
+const DRIVERS: [(&str, Driver); 7] = [
     ("blk", Driver::Block),
     (UDS_DRIVER, Driver::HostSocket),
     ("ephemeral", Driver::Ephemeral),
     ("local", Driver::Local),
     ("overlayfs", Driver::Overlay),
     ("virtio-fs", Driver::VirtioFs),
+    (WATCHED_DRIVER, Driver::WatchableBind),
 ];
 
 /// The names of the storage drivers, as GetGuestDetails lists them.
@@ -81,6 +84,8 @@ pub enum Cleanup {
     Unmount,
     /// Its drop ends the socket.
     CloseSocket(unix::Socket),
+    /// Its drop ends the copying.
+    StopWatching(watched::Watched),
 }
 
 impl Storages {
@@ -152,12 +157,18 @@ impl Storages {
 fn clean_up(mount_point: &str, cleanup: Cleanup) {
     match cleanup {
         Cleanup::Nothing => {}
-        Cleanup::Unmount => {
-            if let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
-                log!("unmount {mount_point}: {error}");
-            }
-        }
+        Cleanup::Unmount => unmount(mount_point),
         Cleanup::CloseSocket(socket) => drop(socket),
+        Cleanup::StopWatching(watched) => {
+            drop(watched);
+            unmount(mount_point);
+        }
+    }
+}
+
+fn unmount(mount_point: &str) {
+    if let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
+        log!("unmount {mount_point}: {error}");
     }
 }
 
@@ -193,6 +204,7 @@ pub async fn mount_storage(
             .map(|()| Cleanup::Unmount),
         Driver::HostSocket => unix::listen(storage, host.clone()).map(Cleanup::CloseSocket),
         Driver::Overlay => overlay(storage).map(|()| Cleanup::Unmount),
+        Driver::WatchableBind => watched::make(storage).await,
         Driver::Block => {
             let device = if storage.source.starts_with("/dev/") {
                 storage.source.clone()

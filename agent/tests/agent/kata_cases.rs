@@ -294,6 +294,82 @@ pub async fn only_memory_volumes_get_another_size(client: &Client<'_>) {
     client.remove("local").await.unwrap();
 }
 
+pub async fn a_watched_volume_is_copied_when_it_changes(client: &Client<'_>) {
+    let version = async |version: &str, keys: &[&str]| {
+        let path = |name: &str| format!("watched/{name}");
+        let mut requests = vec![special(&path(version), libc::S_IFDIR | 0o750, b"")];
+        for key in keys {
+            let key = format!("{version}/{key}");
+            requests.push(piece(&path(&key), version.len(), 0, version.as_bytes()));
+        }
+        let leads_to = version.as_bytes();
+        requests.push(special(&path("..data"), libc::S_IFLNK | 0o777, leads_to));
+        for request in requests {
+            copy(client, &request).await.unwrap();
+        }
+    };
+    version("..1", &["key", "deep/old"]).await;
+    let storage = Storage {
+        driver: "watchable-bind".into(),
+        source: format!("{GUEST_SHARE}/watched"),
+        mount_point: "/run/kata-containers/sandbox/watched/1".into(),
+        ..Default::default()
+    };
+    sleeper_with(client, "watcher", &storage).await;
+    let look = "cd /cache; cat key; echo; ls -A; readlink key; stat -c '%a %u %g' key/ ..1 ..2 \
+                2>/dev/null";
+    let seen = client.exec_script("watcher", "first", look).await;
+    let expected = "..1\n..1\n..data\ndeep\nkey\n..data/key\n750 33 44\n";
+    assert_eq!(seen.stdout, expected);
+    // Whoever may write there leads no copy elsewhere.
+    let plant = "cd /cache; ln -s /run/stolen ..2; ln -s /run/stolen new
+                 ln -s /run/stolen ..data.cofferdam-partial; mkdir other; echo x >other/file";
+    let planted = client.exec_script("watcher", "plant", plant).await;
+    assert_eq!(planted.stderr, "");
+    version("..2", &["key", "new"]).await;
+    let wait = "while ! grep -q '^..2' /cache/new; do sleep 0.1; done 2>/dev/null";
+    client.exec_script("watcher", "wait", wait).await;
+    let gone = "while ls -d /cache/..1 /cache/other; do sleep 0.1; done >/dev/null 2>&1";
+    client.exec_script("watcher", "gone", gone).await;
+    let seen = client.exec_script("watcher", "second", look).await;
+    let expected = "..2\n..2\n..data\nkey\nnew\n..data/key\n750 33 44\n";
+    assert_eq!(seen.stdout, expected);
+    client.remove("watcher").await.unwrap();
+}
+
+pub async fn what_has_no_versions_is_not_copied(client: &Client<'_>) {
+    copy(client, &piece("plain/file", 1, 0, b"1"))
+        .await
+        .unwrap();
+    let storage = Storage {
+        driver: "watchable-bind".into(),
+        source: format!("{GUEST_SHARE}/plain"),
+        mount_point: "/run/kata-containers/sandbox/watched/2".into(),
+        ..Default::default()
+    };
+    sleeper_with(client, "plain", &storage).await;
+    copy(client, &piece("plain/file", 1, 0, b"2"))
+        .await
+        .unwrap();
+    let seen = client.exec_script("plain", "now", "cat /cache/file").await;
+    assert_eq!(seen.stdout, "2");
+    client.remove("plain").await.unwrap();
+    let gone = Storage {
+        source: format!("{GUEST_SHARE}/nowhere"),
+        ..storage
+    };
+    let request = CreateContainerRequest {
+        container_id: "nowhere".into(),
+        OCI: Some(client.spec(&["true"])).into(),
+        storages: vec![gone],
+        ..Default::default()
+    };
+    let made = client.rpc.agent.create_container(soon(), &request).await;
+    let (code, text) = refusal(made.map(drop));
+    assert_eq!(code, Code::INTERNAL, "{text}");
+    assert!(text.contains("nowhere"), "{text}");
+}
+
 pub async fn mounts_of_a_share_are_looked_up_again(client: &Client<'_>) {
     let below = Storage {
         mount_point: format!("{GUEST_SHARE}/mounted here"),

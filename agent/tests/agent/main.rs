@@ -109,6 +109,8 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             a_copy_that_makes_no_sense_is_refused
             a_memory_volume_gets_another_size
             only_memory_volumes_get_another_size
+            a_watched_volume_is_copied_when_it_changes
+            what_has_no_versions_is_not_copied
             mounts_of_a_share_are_looked_up_again
             figures_are_text_for_prometheus;
         Nothing network_cases:
