@@ -43,6 +43,15 @@ impl Attributes {
         }
     }
 
+    /// Clears `MOUNT_ATTR_*` and sets none.
+    pub const fn clear(clear: u64) -> Attributes {
+        Attributes {
+            set: 0,
+            clear,
+            propagation: 0,
+        }
+    }
+
     /// Changes the propagation type only.
     pub const fn propagation(propagation: u64) -> Attributes {
         Attributes {

@@ -24,8 +24,8 @@ use serde_json::{Value, json};
 fn main() -> ExitCode {
     Suite::of_pods().run(cases![
         Core: directory_and_file_of_the_host, unix_socket_between_two_containers,
-            config_map_is_updated_live;
-        Once: empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes,
+            config_map_is_updated_live, program_is_told_of_a_new_configuration;
+        Once: volume_of_a_reader_and_a_writer, empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes,
             recursively_read_only,
             sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm, block_device,
             directory_that_is_missing_is_made, owners_and_modes_are_the_hosts;
@@ -204,22 +204,101 @@ fn root_of_the_host_read_only(env: &Env) {
 
 /// As the kubelet writes a configMap: each version in a directory of its own, which `..data` points
 /// to.
+/// Writes a volume as the kubelet does: `version` is a directory in it, and its contents.
+fn swap_in(volume: &Path, version: &str, keys: &[&str]) {
+    let old = fs::read_link(volume.join("..data")).ok();
+    fs::create_dir(volume.join(version)).unwrap();
+    for key in keys {
+        fs::write(volume.join(version).join(key), version).unwrap();
+    }
+    symlink(version, volume.join("..tmp")).unwrap();
+    fs::rename(volume.join("..tmp"), volume.join("..data")).unwrap();
+    for key in keys.iter().filter(|key| !volume.join(key).is_symlink()) {
+        symlink(Path::new("..data").join(key), volume.join(key)).unwrap();
+    }
+    for entry in fs::read_dir(volume).unwrap().flatten() {
+        if entry.path().is_symlink() && !entry.path().exists() {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    if let Some(old) = old {
+        fs::remove_dir_all(volume.join(old)).unwrap();
+    }
+}
+
 fn config_map_is_updated_live(env: &Env) {
     let map = dir(env, "map");
-    let write = |version: &str| {
-        fs::create_dir(map.join(version)).unwrap();
-        fs::write(map.join(version).join("key"), version).unwrap();
-        symlink(version, map.join("..tmp")).unwrap();
-        fs::rename(map.join("..tmp"), map.join("..data")).unwrap();
-    };
-    write("..one");
-    symlink("..data/key", map.join("key")).unwrap();
+    swap_in(&map, "..one", &["key"]);
     let pod = Pod::new(env);
     let container = idle(&pod, "main", &[read_only(&map, "/etc/map")]);
     assert_eq!(container.sh("cat /etc/map/key"), "..one");
-    write("..two");
-    fs::remove_dir_all(map.join("..one")).unwrap();
+    swap_in(&map, "..two", &["key"]);
     container.wait_until("grep -q two /etc/map/key");
+}
+
+fn program_is_told_of_a_new_configuration(env: &Env) {
+    let pod = pod_with_uid(env);
+    for kind in ["configmap", "secret", "projected", "downward-api"] {
+        let volume = dir(env, &format!("pods/uid/volumes/kubernetes.io~{kind}/it"));
+        swap_in(&volume, "..one", &["key", "old"]);
+        nix::unistd::chown(&volume.join("..one/key"), None, Some(2000.into())).unwrap();
+        let mounts = [read_only(&volume, "/it")];
+        let watcher = pod.run_with(kind, &["inotify", "/it"], json!({ "mounts": mounts }));
+        let other = idle(&pod, &format!("{kind}-2"), &mounts);
+        watcher.wait_for_log("watching");
+        assert_eq!(
+            watcher.sh("cat /it/key; stat -Lc ' %g' /it/key"),
+            "..one 2000"
+        );
+        swap_in(&volume, "..two", &["key", "new"]);
+        watcher.wait_for_log("moved ..data");
+        watcher.wait_until("! test -e /it/..one");
+        let look = "cat /it/key; echo; ls -A /it";
+        assert_eq!(watcher.sh(look), "..two\n..data\n..two\nkey\nnew");
+        assert_eq!(other.sh(look), watcher.sh(look));
+        let output = other.exec(&["sh", "-c", "echo x >/it/mine"]);
+        assert_ne!(output.status, 0, "{output:?}");
+        watcher.remove(&["-f"]);
+        swap_in(&volume, "..three", &["key"]);
+        other.wait_until("grep -q three /it/key");
+    }
+}
+
+/// Whichever of the two comes first, they meet in one file system.
+fn volume_of_a_reader_and_a_writer(env: &Env) {
+    let pod = Pod::new(env);
+    for order in ["reader-first", "writer-first"] {
+        let data = dir(env, order);
+        let reader = || {
+            let mounts = json!({"mounts": [read_only(&data, "/r")]});
+            pod.run_with(&format!("{order}-r"), &["inotify", "/r"], mounts)
+        };
+        let writer = || {
+            let mounts = json!({"mounts": [volume(&data, "/w")]});
+            let server = ["talk", "serve", "unix", "/w/s.sock"];
+            pod.run_with(&format!("{order}-w"), &server, mounts)
+        };
+        let (reader, writer) = if order == "reader-first" {
+            let reader = reader();
+            reader.wait_for_log("watching");
+            (reader, writer())
+        } else {
+            let writer = writer();
+            writer.wait_until("test -S /w/s.sock");
+            (reader(), writer)
+        };
+        reader.wait_for_log("watching");
+        writer.sh("echo from the writer >/w/file");
+        reader.wait_for_log("made file");
+        assert_eq!(reader.sh("cat /r/file"), "from the writer");
+        assert_eq!(reader.sh("talk ask unix /r/s.sock hello"), "you said hello");
+        let output = reader.exec(&["sh", "-c", "echo x >/r/file"]);
+        assert!(output.errors().contains("ead-only"), "{output:?}");
+        assert_eq!(
+            fs::read_to_string(data.join("file")).unwrap(),
+            "from the writer\n"
+        );
+    }
 }
 
 fn empty_dir_of_two_containers(env: &Env) {

@@ -1,6 +1,7 @@
 //! A machine that runs: QEMU and its helpers as one thing, which ends with whichever part of it
 //! ends first. [`crate::boot`] makes it.
 
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -51,6 +52,15 @@ impl Machine {
     /// No such device, the guest's refusal, or the deadline; the device is still there then.
     pub async fn detach(&self, id: &str, within: Duration) -> Result<()> {
         self.vm.detach(id, within).await
+    }
+
+    /// Lets the guest write through a mount that came read-only at `below` the first shared
+    /// directory ([`Virtiofsd::allow_writes`]).
+    ///
+    /// # Errors
+    /// No such mount, one that cannot be written to, or the deadline.
+    pub async fn allow_writes(&self, below: &Path, within: Duration) -> Result<()> {
+        self.file_servers[0].allow_writes(below, within).await
     }
 
     /// Brings the number of CPUs as near to `wanted` as it can, and returns how many there are now

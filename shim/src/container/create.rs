@@ -175,6 +175,10 @@ impl Container {
             .process()
             .iter()
             .for_each(|process| self.runs_as(process.user()));
+        let own_agent = guest.features().pod;
+        if !own_agent {
+            self.host.volumes.watch_none();
+        }
         let mut storages = std::mem::take(&mut self.host.volumes.storages);
         for storage in storages
             .iter_mut()
@@ -208,12 +212,14 @@ impl Container {
             sockets.add(&name, &path, &self.users).doing(doing)?;
             self.sockets.push(name);
         }
+        for volume in self.host.volumes.to_be_writable() {
+            guest.allow_writes(volume).await?;
+        }
         let mut rootfs = std::mem::take(&mut self.host.rootfs);
         if let Some(disk) = self.host.disk.clone() {
             rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
         }
-        let own_agent = guest.features().pod;
         let pid_namespace = match &create.pid_namespace {
             PidNamespace::Own => None,
             // A stock agent knows which container was the first.

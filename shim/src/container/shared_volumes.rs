@@ -3,11 +3,12 @@
 //!
 //! Once, because a file that the guest saw through two binds would be two files to it: containers
 //! of one pod could neither meet at a unix socket of a shared volume, nor lock each other's files,
-//! nor share a mapping.
+//! nor share a mapping. So a container that only reads and one that writes have the same bind too,
+//! which can be written to from then on; the guest keeps the reader from it.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 
 use guest_protocol::GUEST_SHARE;
@@ -37,7 +38,7 @@ struct Inner {
 }
 
 /// The source as it was found: a path may lead elsewhere later.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct ShareKey {
     source: PathBuf,
     device: u64,
@@ -50,6 +51,8 @@ struct ShareKey {
 pub struct SharedVolume {
     place: Entry,
     guest: String,
+    /// Whether the bind is one to read from only.
+    made_read_only: bool,
 }
 
 impl SharedVolumes {
@@ -69,7 +72,8 @@ impl SharedVolumes {
         inner.next
     }
 
-    /// The bind of a source, made if there is none like it.
+    /// The bind of a source, made if there is none like it. It may be one that the guest cannot
+    /// write to yet, or one that it can, whatever `how` says.
     ///
     /// # Errors
     /// One line that names the source or the place.
@@ -88,12 +92,27 @@ impl SharedVolumes {
         if let Some(share) = inner.live.get(&key).and_then(Weak::upgrade) {
             return Ok(share);
         }
+        let other = ShareKey {
+            how: Bind {
+                read_only: !how.read_only,
+                ..how
+            },
+            ..key.clone()
+        };
+        // What is mounted below stays as writable as it is, for which host and guest have to differ.
+        if !how.read_only_below
+            && let Some(share) = inner.live.get(&other).and_then(Weak::upgrade)
+            && !share.has_mounts_below()?
+        {
+            return Ok(share);
+        }
         let (dir, name) = (Arc::new(self.share.make(NAME)?), number.to_string());
         // From here on its drop undoes it.
         let place = Entry::new(&dir, &name);
         let share = Arc::new(SharedVolume {
             place,
             guest: format!("{GUEST_SHARE}/{NAME}/{name}"),
+            made_read_only: how.read_only,
         });
         let bound = if metadata.is_dir() {
             mounts::bind(source, &dir.make(&name)?, how)
@@ -111,6 +130,12 @@ impl SharedVolume {
     /// Where the guest sees it.
     pub fn guest_path(&self) -> &str {
         &self.guest
+    }
+
+    /// Its path below the shared directory, if it was made for readers only.
+    pub fn read_only_path(&self) -> Option<&Path> {
+        let below = Path::new(&self.guest).strip_prefix(GUEST_SHARE).ok();
+        below.filter(|_| self.made_read_only)
     }
 
     /// Whether anything is mounted below it.

@@ -6,6 +6,7 @@
 //! | proc, sysfs, tmpfs, devpts, mqueue, cgroup, and binds of /proc, /sys, /dev | made in the guest |
 //! | /dev/shm of a pod | the pod's own tmpfs in the guest |
 //! | emptyDir in memory | a tmpfs in the guest, of the same size |
+//! | a ConfigMap, a Secret, a projected volume, the downward API | shared, and copied by the agent, so that its changes raise events |
 //! | a unix socket of the host | a socket of the agent, joined to the host's through vsock |
 //! | every other bind | shared by virtio-fs |
 
@@ -17,7 +18,7 @@ use std::sync::Arc;
 
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::protocols::oci as proto;
-use guest_protocol::{GUEST_SANDBOX, GUEST_SHM, UDS_DRIVER};
+use guest_protocol::{GUEST_SANDBOX, GUEST_SHM, UDS_DRIVER, WATCHED_DRIVER};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -31,6 +32,14 @@ use crate::host::mounts::{self, Bind};
 /// The kubelet's directory for volumes that live as long as their pod.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
+/// The kubelet's directories for volumes that it writes anew when the cluster's objects change.
+const CONFIGURATION: [&str; 4] = [
+    "kubernetes.io~configmap",
+    "kubernetes.io~secret",
+    "kubernetes.io~projected",
+    "kubernetes.io~downward-api",
+];
+
 /// What the guest needs to know, and what the host holds for it.
 #[derive(Debug, Default)]
 pub struct Volumes {
@@ -41,6 +50,8 @@ pub struct Volumes {
     /// Sockets of the host, by the names in their storages.
     pub sockets: Vec<(String, PathBuf)>,
     shares: Vec<Arc<SharedVolume>>,
+    /// Those that the container may write to.
+    written: Vec<Arc<SharedVolume>>,
 }
 
 /// What a container's mounts may be of its pod's own.
@@ -165,7 +176,7 @@ impl Volumes {
                 // A pod's own scratch space is written by some of its containers and only read by
                 // others, which must see the same files: there the guest alone keeps readers from
                 // writing.
-                read_only: read_only && !is_empty_dir(&source, pod.uid),
+                read_only: read_only && kind_of_volume(&source, pod.uid) != Some(EMPTY_DIR),
                 // The kernel's own file systems are closed to writers also where other mounts below
                 // are not.
                 read_only_below: has(&["rro"])
@@ -174,14 +185,56 @@ impl Volumes {
             };
             let share = shares.get(&pinned, how)?;
             to.source = share.guest_path().to_owned();
+            let kind = kind_of_volume(&source, pod.uid);
+            if read_only
+                && metadata.is_dir()
+                && kind.is_some_and(|kind| CONFIGURATION.contains(&kind))
+            {
+                self.watch(&mut to);
+            }
             if how.read_only && !how.read_only_below && share.has_mounts_below()? {
                 // What is mounted below the source stays writable, and in the guest it takes its
                 // parent's flags.
                 to.options.retain(|option| option != "ro");
             }
+            if !how.read_only {
+                self.written.push(share.clone());
+            }
             self.shares.push(share);
         }
         Ok(to)
+    }
+
+    /// Shares that were made for readers, and that the container may write to: their paths below the
+    /// shared directory.
+    pub fn to_be_writable(&self) -> impl Iterator<Item = &Path> {
+        self.written
+            .iter()
+            .filter_map(|share| share.read_only_path())
+    }
+
+    /// Has the guest copy a shared directory, again when it changes.
+    fn watch(&mut self, to: &mut proto::Mount) {
+        let share = std::mem::take(&mut to.source);
+        let name = share.rsplit('/').next().unwrap_or_default();
+        to.source = format!("{GUEST_SANDBOX}/watched/{name}");
+        self.storages.push(Storage {
+            driver: WATCHED_DRIVER.to_owned(),
+            source: share,
+            mount_point: to.source.clone(),
+            ..Default::default()
+        });
+    }
+
+    /// For an agent that cannot copy them: the shared directories themselves.
+    pub fn watch_none(&mut self) {
+        let is_watched = |storage: &mut Storage| storage.driver == WATCHED_DRIVER;
+        for storage in self.storages.extract_if(.., is_watched) {
+            let mut mounts = self.mounts.iter_mut();
+            if let Some(mount) = mounts.find(|mount| mount.source == storage.mount_point) {
+                mount.source = storage.source;
+            }
+        }
     }
 }
 
@@ -255,15 +308,15 @@ fn is_the_guests(path: &Path) -> bool {
         .any(|root| path.starts_with(root))
 }
 
-/// Whether this is in an emptyDir of this very pod:
-/// `…/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`, as the kubelet names it. Another pod's is
-/// a directory of the host like any other.
-fn is_empty_dir(source: &Path, uid: Option<&str>) -> bool {
-    let Some(uid) = uid else { return false };
+/// The kind of volume of this very pod that this is, or is in:
+/// `…/pods/<uid>/volumes/<kind>/<name>`, as the kubelet names it. Another pod's is a directory of
+/// the host like any other.
+fn kind_of_volume<'a>(source: &'a Path, uid: Option<&str>) -> Option<&'a str> {
+    let uid = uid?;
     let parts: Vec<_> = source.iter().collect();
-    parts
-        .windows(4)
-        .any(|window| window == ["pods", uid, "volumes", EMPTY_DIR])
+    let mut found = parts.windows(4);
+    let found = found.find(|window| window[..3] == ["pods", uid, "volumes"])?;
+    found[3].to_str()
 }
 
 /// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its
@@ -274,8 +327,8 @@ fn memory_volume(source: &Pinned, uid: Option<&str>) -> Option<Storage> {
         is_at,
         metadata,
     } = source;
-    if !metadata.is_dir() || is_at.parent()?.file_name()? != EMPTY_DIR || !is_empty_dir(is_at, uid)
-    {
+    let is_volume = is_at.parent()?.file_name()? == EMPTY_DIR;
+    if !metadata.is_dir() || !is_volume || kind_of_volume(is_at, uid) != Some(EMPTY_DIR) {
         return None;
     }
     let parent = openat(file, "..", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;

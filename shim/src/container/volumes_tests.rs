@@ -1,5 +1,6 @@
 //! What becomes of each kind of mount, and of sources that change.
 
+use guest_protocol::GUEST_SHARE;
 use nix::mount::{MsFlags, mount};
 use serde_json::json;
 
@@ -130,23 +131,83 @@ fn a_reader_cannot_write_on_the_host_but_for_a_pods_scratch_space() {
 }
 
 #[test]
-fn another_pods_scratch_space_is_a_directory_like_any_other() {
-    for (path, uid, own) in [
-        (
-            "/k/pods/u1/volumes/kubernetes.io~empty-dir/c",
-            Some("u1"),
-            true,
-        ),
-        ("/k/pods/u1/volumes/kubernetes.io~empty-dir/c", None, false),
-        (
-            "/k/pods/u2/volumes/kubernetes.io~empty-dir/c",
-            Some("u1"),
-            false,
-        ),
-        ("/srv/kubernetes.io~empty-dir/u1", Some("u1"), false),
-    ] {
-        assert_eq!(is_empty_dir(Path::new(path), uid), own, "{path} {uid:?}");
-    }
+fn a_reader_and_a_writer_have_one_volume() {
+    alone(|dir| {
+        let shares = shares(dir);
+        let prepare = |path: &Path, options: &[&str]| {
+            let list = mounts_of(json!([{"destination": "/d", "type": "bind", "source": path,
+                    "options": options}]));
+            prepare(&list, &shares, POD).unwrap()
+        };
+        let data = source(dir, "data");
+        let reader = prepare(&data, &["rbind", "ro"]);
+        assert_eq!(reader.to_be_writable().count(), 0);
+        let writer = prepare(&data, &["rbind"]);
+        assert_eq!(reader.mounts[0].source, writer.mounts[0].source);
+        let volume = writer.to_be_writable().next().unwrap();
+        assert!(writer.mounts[0].source.ends_with(volume.to_str().unwrap()));
+        let other = source(dir, "other");
+        let writer = prepare(&other, &["rbind"]);
+        let reader = prepare(&other, &["rbind", "ro"]);
+        assert_eq!(reader.mounts[0].source, writer.mounts[0].source);
+        assert_eq!(writer.to_be_writable().count(), 0);
+        assert!(reader.mounts[0].options.contains(&"ro".to_owned()));
+        let strict = prepare(&other, &["rbind", "rro"]);
+        assert_ne!(strict.mounts[0].source, writer.mounts[0].source);
+        // What is mounted below stays writable to a reader too, and not because of a flag.
+        let below = source(dir, "other/below");
+        let flags = MsFlags::empty();
+        mount(Some("tmpfs"), &below, Some("tmpfs"), flags, None::<&str>).unwrap();
+        drop((writer, reader));
+        let writer = prepare(&other, &["rbind"]);
+        let reader = prepare(&other, &["rbind", "ro"]);
+        assert_ne!(reader.mounts[0].source, writer.mounts[0].source);
+        drop((writer, reader, strict));
+        nix::mount::umount(&below).unwrap();
+    });
+}
+
+#[test]
+fn another_pods_volume_is_a_directory_like_any_other() {
+    let kind = |path, uid| kind_of_volume(Path::new(path), uid);
+    let scratch = "/k/pods/u1/volumes/kubernetes.io~empty-dir/c";
+    assert_eq!(kind(scratch, Some("u1")), Some(EMPTY_DIR));
+    assert_eq!(kind(scratch, None), None);
+    assert_eq!(kind(scratch, Some("u2")), None);
+    assert_eq!(kind("/srv/kubernetes.io~empty-dir/u1", Some("u1")), None);
+}
+
+#[test]
+fn configuration_is_copied_in_the_guest() {
+    alone(|dir| {
+        let shares = shares(dir);
+        let prepare = |path: &str, options: &[&str]| {
+            let list = mounts_of(json!([{"destination": "/d", "type": "bind",
+                    "source": source(dir, path), "options": options}]));
+            prepare(&list, &shares, POD).unwrap()
+        };
+        let secret = "pods/u1/volumes/kubernetes.io~secret/s";
+        let mut first = prepare(secret, &["rbind", "ro"]);
+        let second = prepare(secret, &["rbind", "ro"]);
+        assert_eq!(first.storages, second.storages, "one copy for both");
+        let storage = first.storages[0].clone();
+        assert_eq!(storage.driver, WATCHED_DRIVER);
+        assert!(storage.source.starts_with(GUEST_SHARE), "{storage:?}");
+        assert_eq!(first.mounts[0].source, storage.mount_point);
+        first.watch_none();
+        assert_eq!(first.mounts[0].source, storage.source);
+        assert!(first.storages.is_empty());
+        for (path, options) in [
+            (secret, &["rbind"][..]),
+            ("pods/u1/volumes/kubernetes.io~csi/s", &["rbind", "ro"]),
+            ("pods/u2/volumes/kubernetes.io~secret/s", &["rbind", "ro"]),
+        ] {
+            assert!(
+                prepare(path, options).storages.is_empty(),
+                "{path} {options:?}"
+            );
+        }
+    });
 }
 
 #[test]

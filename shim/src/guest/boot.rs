@@ -281,8 +281,11 @@ impl Attempt<'_> {
         );
         if !features.pod {
             tracing::warn!(
-                "a guest agent without Cofferdam's extensions: docs/interoperability.md says what \
-                 does not work with it"
+                "a guest agent without Cofferdam's extensions: no port-forward, no guest devices \
+                 in privileged containers, no inotify events of ConfigMaps, no fifo or unix \
+                 socket between containers; refused are signals to all processes, unix sockets of \
+                 the host, the pid namespace of another container and the Sandbox API \
+                 (docs/interoperability.md)"
             );
         }
         let mut keeps_time = JoinSet::new();

@@ -61,6 +61,10 @@ pub trait GuestCalls: Debug + Send + Sync {
     /// Pulls a disk out, within `deadline`.
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()>;
 
+    /// Lets the guest write to a shared volume, named by its path below the shared directory, that
+    /// it could only read until now.
+    async fn allow_writes(&self, volume: &Path) -> Result<()>;
+
     /// Lets a container's init run.
     async fn start_container(&self, id: &str) -> Result<()>;
 

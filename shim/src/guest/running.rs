@@ -26,7 +26,7 @@ use vmm::{Attached, Block, Device, Machine};
 
 use crate::deadlines::{
     AGENT_CALL, AGENT_LAST_WORDS, CHANGE_CONTAINER, CONTAINER_REMOVE_AGAIN, CREATE_CONTAINER,
-    MACHINE_RESIZE, ONLINE_CPU_MEM, START_PROCESS, STATS,
+    HOST_MOUNTS, MACHINE_RESIZE, ONLINE_CPU_MEM, START_PROCESS, STATS,
 };
 use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, needs_own_agent, watch_oom};
@@ -209,6 +209,10 @@ impl GuestCalls for RunningGuest {
 
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
         Ok(self.machine.detach(id, deadline).await?)
+    }
+
+    async fn allow_writes(&self, volume: &Path) -> Result<()> {
+        Ok(self.machine.allow_writes(volume, HOST_MOUNTS).await?)
     }
 
     async fn start_container(&self, id: &str) -> Result<()> {

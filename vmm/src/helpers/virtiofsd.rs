@@ -5,11 +5,16 @@
 //! for, and no path to find it by: whoever comes later finds no socket.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sched::{CloneFlags, setns, unshare};
+use sys::mount::{Attributes, Extent, set_attributes};
 use sys::point::{Point, pass, reach};
 use tokio::time::timeout;
 
@@ -65,6 +70,8 @@ impl VirtiofsdConfig {
 pub struct Virtiofsd {
     /// Its outer process; the one that serves is a child of that, in a pid namespace.
     pub process: Child,
+    /// Where it sees the shared directory.
+    sees: &'static str,
 }
 
 impl Virtiofsd {
@@ -98,7 +105,11 @@ impl Virtiofsd {
             ..Spawn::new(&config.binary, arguments)
         })?;
         reach(Point::VirtiofsdForked).doing(|| format!("start {}", config.binary.display()))?;
-        Ok((Virtiofsd { process }, connection.into()))
+        let sees = match config.confinement {
+            Some(_) => SHARED,
+            None => "/",
+        };
+        Ok((Virtiofsd { process, sees }, connection.into()))
     }
 
     /// The processes that it has forked: without our confinement, the one that serves.
@@ -109,6 +120,37 @@ impl Virtiofsd {
         let pids = list.split_ascii_whitespace();
         pids.filter_map(|pid| Identity::of(pid.parse().ok()?).ok())
             .collect()
+    }
+
+    /// Lets the guest write through a mount that came read-only at `below` the shared directory. A
+    /// server has copies of its parent's mounts, which get no later change of those, so this is
+    /// done in the server's mount namespace.
+    ///
+    /// # Errors
+    /// No such mount, or a mount that cannot be written to; the deadline, as the mount's storage
+    /// may hang.
+    pub async fn allow_writes(&self, below: &Path, within: Duration) -> Result<()> {
+        let outer = self.process.identity();
+        let serves = self.children().first().copied().unwrap_or(outer);
+        let mount = Path::new(self.sees).join(below);
+        let doing = format!("let the guest write to {}", mount.display());
+        let clearing = tokio::task::spawn_blocking(move || {
+            let namespace = File::open(format!("/proc/{}/ns/mnt", serves.pid))?;
+            // A thread that ends: it never comes back from there.
+            let there = std::thread::spawn(move || clear_read_only(&namespace, &mount));
+            there
+                .join()
+                .unwrap_or_else(|_| Err(ErrorKind::Other.into()))
+        });
+        let cleared = timeout(within, clearing).await;
+        let cleared = cleared.map_err(|_| Error::Deadline {
+            doing: doing.clone(),
+            timeout: within,
+        })?;
+        cleared
+            .map_err(std::io::Error::other)
+            .flatten()
+            .doing(|| doing)
     }
 
     /// Waits until it is dead. It ends by itself when QEMU has, which is why QEMU is stopped first;
@@ -131,6 +173,19 @@ impl Virtiofsd {
         }
         self.process.kill_and_wait(within).await.map(drop)
     }
+}
+
+/// Clears the flag of a mount in another mount namespace, in which the calling thread stays.
+fn clear_read_only(namespace: &File, mount: &Path) -> std::io::Result<()> {
+    // Root and working directory must be the thread's own (setns(2)).
+    unshare(CloneFlags::CLONE_FS)?;
+    setns(namespace, CloneFlags::CLONE_NEWNS)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let mount = openat2(AT_FDCWD, mount, how)?;
+    let writable = Attributes::clear(nix::libc::MOUNT_ATTR_RDONLY);
+    set_attributes(mount, &writable, Extent::Mount)
 }
 
 /// A listening socket with one connection waiting on it, and that connection. The path is gone when
