@@ -39,9 +39,9 @@ use sys::point::{DIRECTORY, Point};
 /// machine that is stopped has 10 s to be killed.
 const CLEAN: Duration = Duration::from_secs(20);
 
-/// How long a client waits for what hangs, before it gives up and removes the container: longer
-/// than a boot may take here.
-const CLIENT: Duration = Duration::from_secs(15);
+/// How long a client waits for what hangs, before it gives up and removes the container: longer than
+/// two boots may take here, one that hangs and its second try.
+const CLIENT: Duration = Duration::from_secs(25);
 
 /// How long a process is stopped that nobody but who stopped it can get going again.
 const HELD: Duration = Duration::from_secs(2);
