@@ -1,5 +1,8 @@
 //! A client of the task API, for what `ctr` cannot ask. Every call has a deadline.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -10,6 +13,8 @@ use containerd_shim_protos::api::{
     StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse,
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use nix::libc;
+use nix::sys::stat::Mode;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::Value;
@@ -18,7 +23,7 @@ use tokio::time::timeout;
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 
-use crate::PATIENCE;
+use crate::{Env, PATIENCE, eventually};
 
 /// A refused call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -436,4 +441,41 @@ pub fn refused<T: std::fmt::Debug>(answer: Answer<T>, code: Code) -> String {
         refused.message
     );
     refused.message
+}
+
+/// Ends a task as containerd does.
+pub fn end(task: &Task) {
+    let _ = task.kill("", 9, true);
+    task.wait("").unwrap();
+    task.delete("").unwrap();
+    let _ = task.shutdown(false);
+}
+
+/// A named pipe that the test holds open as containerd does.
+pub fn fifo(env: &Env, name: &str) -> (String, File) {
+    let path = env.dir.join(name);
+    nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+    // Opened for reading only, and without waiting for a writer: end of file is seen once the shim
+    // has closed its end.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&path)
+        .unwrap();
+    (path.to_string_lossy().into_owned(), file)
+}
+
+/// Reads a fifo to its end.
+pub fn drain(file: &mut File) -> Vec<u8> {
+    let (mut all, mut buffer) = (Vec::new(), [0; 65536]);
+    eventually("the end of the output", PATIENCE, || {
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => return Some(()),
+                Ok(count) => all.extend_from_slice(&buffer[..count]),
+                Err(_) => return None,
+            }
+        }
+    });
+    all
 }

@@ -8,23 +8,19 @@
 )]
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use cofferdam_tests::bundle::{Bundle, tree};
-use cofferdam_tests::command::run;
-use cofferdam_tests::task::{Task, join, refused};
-use cofferdam_tests::{Env, PATIENCE, Suite, assets, cases, eventually, procs};
-use containerd_shim_protos::api::{Empty, Mount};
+use cofferdam_tests::task::{Task, drain, end, fifo, join, refused};
+use cofferdam_tests::{Env, PATIENCE, Suite, cases, eventually, procs};
+use containerd_shim_protos::api::Empty;
 use containerd_shim_protos::cgroups::metrics::Metrics as V1;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics as V2;
 use containerd_shim_protos::shim::oci::ProcessDetails;
-use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
@@ -42,8 +38,7 @@ fn main() -> ExitCode {
             size_of_a_terminal_any_time,
             input_ends_after_what_is_buffered, output_is_complete_before_it_ends,
             stats_are_of_the_hosts_kind,
-            state_answers_beside_parked_waits, overlay_with_very_long_options, bind_mount_as_root,
-            image_file_as_root;
+            state_answers_beside_parked_waits;
         Ours: duplicate_ids, delete_of_what_runs, unknown_ids, exec_after_the_end,
             what_is_not_implemented,
             both_versions_answer_the_same, connect_knows_the_sandbox,
@@ -64,14 +59,6 @@ fn running(bundle: &Bundle) -> Task {
     task.create().unwrap();
     task.start("").unwrap();
     task
-}
-
-/// Ends a task as containerd does.
-fn end(task: &Task) {
-    let _ = task.kill("", KILL, true);
-    task.wait("").unwrap();
-    task.delete("").unwrap();
-    let _ = task.shutdown(false);
 }
 
 fn states_of_a_task(env: &Env) {
@@ -280,35 +267,6 @@ fn size_of_a_terminal_any_time(env: &Env) {
     end(&task);
 }
 
-/// A named pipe that the test holds open as containerd does.
-fn fifo(env: &Env, name: &str) -> (String, File) {
-    let path = env.dir.join(name);
-    nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-    // Opened for reading only, and without waiting for a writer: end of file is seen once the shim
-    // has closed its end.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(&path)
-        .unwrap();
-    (path.to_string_lossy().into_owned(), file)
-}
-
-/// Reads a fifo to its end.
-fn drain(file: &mut File) -> Vec<u8> {
-    let (mut all, mut buffer) = (Vec::new(), [0; 65536]);
-    eventually("the end of the output", PATIENCE, || {
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => return Some(()),
-                Ok(count) => all.extend_from_slice(&buffer[..count]),
-                Err(_) => return None,
-            }
-        }
-    });
-    all
-}
-
 fn input_ends_after_what_is_buffered(env: &Env) {
     let bundle = Bundle::new(env, &["cat"]);
     let ((stdin, _), (stdout, mut output), (stderr, _errors)) =
@@ -427,109 +385,6 @@ fn state_answers_beside_parked_waits(env: &Env) {
         assert_eq!(join(wait, PATIENCE).unwrap().exit_status, 137);
     }
     end(&task);
-}
-
-/// Runs `script` with these mounts as the root file system; gives its output.
-fn output_on(env: &Env, rootfs: Vec<Mount>, script: &str) -> String {
-    let bundle = Bundle::new(env, &["/bin/sh", "-c", script]);
-    bundle.edit(|spec| spec["root"] = json!({"path": "rootfs"}));
-    let named = |what: &str| fifo(env, &format!("{}-{what}", bundle.id));
-    let ((stdout, mut output), (stderr, _errors)) = (named("out"), named("err"));
-    let task = bundle.start();
-    let io = (rootfs, stdout, stderr);
-    task.create_with(|request| (request.rootfs, request.stdout, request.stderr) = io)
-        .unwrap();
-    task.start("").unwrap();
-    let status = task.wait("").unwrap().exit_status;
-    let text = String::from_utf8_lossy(&drain(&mut output)).into_owned();
-    assert_eq!(status, 0, "{text}");
-    end(&task);
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    assert!(
-        !mounts.contains(&*bundle.dir.to_string_lossy()),
-        "still mounted after Delete"
-    );
-    fs::remove_dir(bundle.dir.join("rootfs")).expect("containerd can remove the bundle");
-    text
-}
-
-fn mount(kind: &str, source: &str, options: &[String]) -> Mount {
-    Mount {
-        type_: kind.into(),
-        source: source.into(),
-        options: options.to_vec(),
-        ..Default::default()
-    }
-}
-
-fn overlay_with_very_long_options(env: &Env) {
-    let dir = |name: &str| {
-        let path = env.dir.join(name);
-        fs::create_dir_all(&path).unwrap();
-        path.to_string_lossy().into_owned()
-    };
-    let mut layers: Vec<String> = (0..100)
-        .map(|number| {
-            let layer = dir(&format!("snapshots/with-a-name-of-some-length/{number}/fs"));
-            fs::write(PathBuf::from(&layer).join(format!("file{number}")), "").unwrap();
-            layer
-        })
-        .collect();
-    layers.push(dir("snapshots/with-a-name-of-some-length/base/fs"));
-    assets::busybox_tree(Path::new(layers.last().unwrap()));
-    let lower = format!("lowerdir={}", layers.join(":"));
-    assert!(lower.len() > 4096);
-    let options = [
-        format!("workdir={}", dir("work")),
-        format!("upperdir={}", dir("upper")),
-        lower,
-    ];
-    let text = output_on(
-        env,
-        vec![mount("overlay", "overlay", &options)],
-        "ls -d /file* | wc -l; echo new >/file1",
-    );
-    assert_eq!(text.trim(), "100");
-    assert_eq!(
-        fs::read_to_string(env.dir.join("upper/file1")).unwrap(),
-        "new\n"
-    );
-}
-
-/// As the blockfile snapshotter gives it; devmapper gives a device in the same way.
-fn image_file_as_root(env: &Env) {
-    let image = env.dir.join("image");
-    File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    let mut mkfs = Command::new("mke2fs");
-    mkfs.args(["-q", "-F", "-t", "ext4", "-d"])
-        .arg(tree())
-        .arg(&image);
-    run(mkfs, PATIENCE).ok();
-    let rootfs = || {
-        vec![mount(
-            "ext4",
-            &image.to_string_lossy(),
-            &["loop".to_owned()],
-        )]
-    };
-    output_on(env, rootfs(), "echo kept >/file");
-    let text = output_on(
-        env,
-        rootfs(),
-        "cat /file; grep ' / ' /proc/mounts | cut -d' ' -f3",
-    );
-    assert_eq!(text.trim(), "kept\next4");
-}
-
-fn bind_mount_as_root(env: &Env) {
-    let options = ["rbind".to_owned(), "ro".to_owned()];
-    let source = tree().to_string_lossy().into_owned();
-    let text = output_on(
-        env,
-        vec![mount("bind", &source, &options)],
-        "touch /x || echo read-only",
-    );
-    assert_eq!(text.trim(), "read-only");
 }
 
 fn what_is_not_implemented(env: &Env) {

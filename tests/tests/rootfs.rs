@@ -1,0 +1,127 @@
+//! Root file systems as snapshotters give them: overlays, disks in files, directories.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed condition is a failed test"
+)]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use cofferdam_tests::bundle::{Bundle, tree};
+use cofferdam_tests::command::run;
+use cofferdam_tests::task::{drain, end, fifo};
+use cofferdam_tests::{Env, PATIENCE, Suite, assets, cases};
+use containerd_shim_protos::api::Mount;
+use serde_json::json;
+
+fn main() -> ExitCode {
+    Suite::new().run(cases![
+        Once: overlay_with_very_long_options, bind_mount_as_root, image_file_as_root;
+    ])
+}
+
+/// Runs `script` with these mounts as the root file system; gives its output.
+fn output_on(env: &Env, rootfs: Vec<Mount>, script: &str) -> String {
+    let bundle = Bundle::new(env, &["/bin/sh", "-c", script]);
+    bundle.edit(|spec| spec["root"] = json!({"path": "rootfs"}));
+    let named = |what: &str| fifo(env, &format!("{}-{what}", bundle.id));
+    let ((stdout, mut output), (stderr, _errors)) = (named("out"), named("err"));
+    let task = bundle.start();
+    let io = (rootfs, stdout, stderr);
+    task.create_with(|request| (request.rootfs, request.stdout, request.stderr) = io)
+        .unwrap();
+    task.start("").unwrap();
+    let status = task.wait("").unwrap().exit_status;
+    let text = String::from_utf8_lossy(&drain(&mut output)).into_owned();
+    assert_eq!(status, 0, "{text}");
+    end(&task);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(
+        !mounts.contains(&*bundle.dir.to_string_lossy()),
+        "still mounted after Delete"
+    );
+    fs::remove_dir(bundle.dir.join("rootfs")).expect("containerd can remove the bundle");
+    text
+}
+
+fn mount(kind: &str, source: &str, options: &[String]) -> Mount {
+    Mount {
+        type_: kind.into(),
+        source: source.into(),
+        options: options.to_vec(),
+        ..Default::default()
+    }
+}
+
+fn overlay_with_very_long_options(env: &Env) {
+    let dir = |name: &str| {
+        let path = env.dir.join(name);
+        fs::create_dir_all(&path).unwrap();
+        path.to_string_lossy().into_owned()
+    };
+    let mut layers: Vec<String> = (0..100)
+        .map(|number| {
+            let layer = dir(&format!("snapshots/with-a-name-of-some-length/{number}/fs"));
+            fs::write(PathBuf::from(&layer).join(format!("file{number}")), "").unwrap();
+            layer
+        })
+        .collect();
+    layers.push(dir("snapshots/with-a-name-of-some-length/base/fs"));
+    assets::busybox_tree(Path::new(layers.last().unwrap()));
+    let lower = format!("lowerdir={}", layers.join(":"));
+    assert!(lower.len() > 4096);
+    let options = [
+        format!("workdir={}", dir("work")),
+        format!("upperdir={}", dir("upper")),
+        lower,
+    ];
+    let text = output_on(
+        env,
+        vec![mount("overlay", "overlay", &options)],
+        "ls -d /file* | wc -l; echo new >/file1",
+    );
+    assert_eq!(text.trim(), "100");
+    assert_eq!(
+        fs::read_to_string(env.dir.join("upper/file1")).unwrap(),
+        "new\n"
+    );
+}
+
+/// As the blockfile snapshotter gives it; devmapper gives a device in the same way.
+fn image_file_as_root(env: &Env) {
+    let image = env.dir.join("image");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let mut mkfs = Command::new("mke2fs");
+    mkfs.args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(tree())
+        .arg(&image);
+    run(mkfs, PATIENCE).ok();
+    let rootfs = || {
+        vec![mount(
+            "ext4",
+            &image.to_string_lossy(),
+            &["loop".to_owned()],
+        )]
+    };
+    output_on(env, rootfs(), "echo kept >/file");
+    let text = output_on(
+        env,
+        rootfs(),
+        "cat /file; grep ' / ' /proc/mounts | cut -d' ' -f3",
+    );
+    assert_eq!(text.trim(), "kept\next4");
+}
+
+fn bind_mount_as_root(env: &Env) {
+    let options = ["rbind".to_owned(), "ro".to_owned()];
+    let source = tree().to_string_lossy().into_owned();
+    let text = output_on(
+        env,
+        vec![mount("bind", &source, &options)],
+        "touch /x || echo read-only",
+    );
+    assert_eq!(text.trim(), "read-only");
+}
