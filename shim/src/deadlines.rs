@@ -13,8 +13,11 @@ pub use guest_protocol::deadlines::*;
 /// A running agent answers a plain call, which only changes something inside the guest.
 pub const AGENT_CALL: Duration = Duration::from_secs(10);
 
-/// One attempt to reach an agent that does not say when it is ready.
+/// One attempt to connect to the agent.
 pub const AGENT_DIAL: Duration = Duration::from_secs(1);
+
+/// The agent answers over a new connection; the next one may be better.
+pub const AGENT_FIRST_ANSWER: Duration = Duration::from_secs(3);
 
 /// Between two such attempts, and between two looks whether the guest has its vsock driver.
 pub const AGENT_DIAL_AGAIN: Duration = Duration::from_millis(50);
@@ -225,7 +228,11 @@ mod tests {
             (vmm::deadlines::VSOCK_DAEMON_SOCKET, boot),
             (vmm::deadlines::QMP_COMMAND, boot),
             (NETLINK, boot),
-            (AGENT_NOTICE_AFTER_START + AGENT_DIAL, boot),
+            (
+                AGENT_NOTICE_AFTER_START + AGENT_DIAL + AGENT_FIRST_ANSWER,
+                boot,
+            ),
+            (AGENT_DIAL + AGENT_FIRST_ANSWER, AGENT_CALL),
             (AGENT_CALL, boot),
             (ATTEMPTS * boot, KUBELET),
             (CREATE_CONTAINER, KUBELET),

@@ -12,8 +12,8 @@ use guest_protocol::protocols::agent::{
     CreateSandboxRequest, Storage, UpdateEphemeralMountsRequest,
 };
 use guest_protocol::{
-    AgentClient, GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, Listener, READY_PARAMETER,
-    ROOTFS_TAG, SHARE_TAG, Stream, Transport, UDS_PORT,
+    GUEST_ROOTFS, GUEST_SHARE, GUEST_SHM, KEY_PARAMETER, Listener, READY_PARAMETER, ROOTFS_TAG,
+    SHARE_TAG, Transport, UDS_PORT,
 };
 use launcher::UidLease;
 use sys::point::{Point, reach};
@@ -256,8 +256,7 @@ impl Attempt<'_> {
             record(process)?;
         }
         let machine = built.run().await?;
-        let (stream, transport) = agent_of(&machine, &transport, &ready).await?;
-        let agent = Agent::new(AgentClient::new(stream));
+        let (agent, transport) = agent_of(&machine, &transport, &ready).await?;
         nics.set_up(&agent).await?;
         let features = create_sandbox(&agent, plan).await?;
         let host_sockets = if features.uds {
@@ -335,7 +334,7 @@ async fn agent_of(
     machine: &Machine,
     transport: &Transport,
     ready: &Listener,
-) -> Result<(Stream, Transport)> {
+) -> Result<(Agent, Transport)> {
     let ended = |why| Error::internal(format!("the guest ended while it booted: {why}"));
     let reached = tokio::select! {
         reached = reach_agent::agent(transport, ready, machine) => reached,

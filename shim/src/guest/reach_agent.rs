@@ -5,7 +5,7 @@ use std::fs::{DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 
-use guest_protocol::{AGENT_PORT, Key, Listener, READY_PORT, Transport};
+use guest_protocol::{AGENT_PORT, AgentClient, Key, Listener, READY_PORT, Transport};
 use sys::point::{Point, reach};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
@@ -14,10 +14,11 @@ use vmm::boot::Vsock;
 
 use crate::config::{Config, VsockDevice, find_program};
 use crate::deadlines::{
-    AGENT_CALL, AGENT_DIAL, AGENT_DIAL_AGAIN, AGENT_NOTICE_AFTER_DRIVER, AGENT_NOTICE_AFTER_START,
-    AGENT_REDIAL,
+    AGENT_CALL, AGENT_DIAL, AGENT_DIAL_AGAIN, AGENT_FIRST_ANSWER, AGENT_NOTICE_AFTER_DRIVER,
+    AGENT_NOTICE_AFTER_START, AGENT_REDIAL,
 };
 use crate::error::{Error, IoContext, Result};
+use crate::from_guest::Agent;
 
 /// Directory of vhost-device-vsock's sockets below the state directory.
 const SOCKETS: &str = "vsock";
@@ -101,7 +102,7 @@ pub async fn agent(
     transport: &Transport,
     ready: &Listener,
     machine: &Machine,
-) -> Result<(guest_protocol::Stream, Transport)> {
+) -> Result<(Agent, Transport)> {
     let doing = || "reach the guest agent".to_owned();
     tokio::select! {
         notice = ready.accept() => {
@@ -118,34 +119,40 @@ pub async fn agent(
                 .map_err(|_| Error::deadline("the guest's ready notice is incomplete"))?
                 .doing(doing)?;
             let transport = Transport::Keyed { way: Box::new(transport.clone()), key };
-            // vhost-device-vsock now and then drops a first connection.
             let end = Instant::now() + AGENT_CALL;
             loop {
-                match transport.dial(AGENT_PORT, AGENT_CALL).await {
+                match dial(&transport).await {
                     Err(error) if Instant::now() < end => {
                         tracing::debug!(%error, "dialling the agent again");
                         sleep(AGENT_REDIAL).await;
                     }
                     result => {
                         reach(Point::AgentDialled).doing(doing)?;
-                        return result.doing(doing).map(|stream| (stream, transport));
+                        return result.map(|agent| (agent, transport));
                     }
                 }
             }
         }
-        stream = dial_silent_agent(transport, machine) => {
+        agent = dial_silent_agent(transport, machine) => {
             if matches!(transport, Transport::Vsock { .. }) {
                 tracing::warn!("this guest agent takes no key: every local user can talk to it over vsock");
             }
-            stream.map(|stream| (stream, transport.clone()))
+            agent.map(|agent| (agent, transport.clone()))
         }
     }
 }
 
-async fn dial_silent_agent(
-    transport: &Transport,
-    machine: &Machine,
-) -> Result<guest_protocol::Stream> {
+/// A connection over which the agent has answered. One that was taken may still be dropped, with
+/// what it carried: vhost-device-vsock does that to a first one now and then.
+async fn dial(transport: &Transport) -> Result<Agent> {
+    let dialled = transport.dial(AGENT_PORT, AGENT_DIAL).await;
+    let stream = dialled.doing(|| "reach the guest agent".to_owned())?;
+    let agent = Agent::new(AgentClient::new(stream));
+    agent.ping(AGENT_FIRST_ANSWER).await?;
+    Ok(agent)
+}
+
+async fn dial_silent_agent(transport: &Transport, machine: &Machine) -> Result<Agent> {
     let grace = loop {
         match machine.has_vsock_driver().await? {
             Some(true) => break AGENT_NOTICE_AFTER_DRIVER,
@@ -155,8 +162,8 @@ async fn dial_silent_agent(
     };
     sleep(grace).await;
     loop {
-        if let Ok(stream) = transport.dial(AGENT_PORT, AGENT_DIAL).await {
-            return Ok(stream);
+        if let Ok(agent) = dial(transport).await {
+            return Ok(agent);
         }
         sleep(AGENT_DIAL_AGAIN).await;
     }
