@@ -94,13 +94,15 @@ macro_rules! cases {
 }
 
 /// What no agent but ours can do: docs/interoperability.md.
-const NEED_OWN_AGENT: [&str; 6] = [
+const NEED_OWN_AGENT: [&str; 8] = [
     "empty_dir_of_two_containers",
     "pid_namespace_of_another_container",
     "port_forward_reaches_a_server_on_loopback",
+    "program_is_told_of_a_new_configuration",
     "signal_to_all_reaches_children",
     "socket_of_the_host",
     "unix_socket_between_two_containers",
+    "volume_of_a_reader_and_a_writer",
 ];
 
 /// One test binary.
