@@ -94,12 +94,14 @@ macro_rules! cases {
 }
 
 /// What no agent but ours can do: docs/interoperability.md.
-const NEED_OWN_AGENT: [&str; 6] = [
+const NEED_OWN_AGENT: [&str; 8] = [
     "empty_dir_of_two_containers",
+    "out_of_memory_kills_the_whole_container",
     "pid_namespace_of_another_container",
     "port_forward_reaches_a_server_on_loopback",
     "signal_to_all_reaches_children",
     "socket_of_the_host",
+    "stop_in_a_shared_pid_namespace_is_a_sigterm",
     "unix_socket_between_two_containers",
 ];
 
