@@ -15,8 +15,8 @@ enum Carried {
     Not(u64),
     /// Every number: the kernel's own goes by the memory of the machine.
     Always,
-    /// 1. A guest that is told never to promise more memory than it has (2) could not run what the
-    /// same setting lets run on a node, which is larger.
+    /// Only 1, always promise memory. A guest that is told never to promise more than it has (2)
+    /// could not run what the same setting lets run on a node, which is larger.
     One,
     /// A name of a file in the working directory of a process. A path or a program of the node is
     /// none of the guest's.
