@@ -70,9 +70,9 @@ pub const HOST_DIAL: Duration = Duration::from_secs(5);
 /// How long the host may take to connect to its unix socket and say so.
 pub const HOST_SOCKET_ANSWER: Duration = Duration::from_secs(12);
 
-/// How long a stdio stream waits for its process to be made. The shim gives up a stream of its own
-/// after 20 s.
-pub const STDIO_STREAM_UNCLAIMED: Duration = Duration::from_secs(30);
+/// How long a stdio stream waits for its process to be made. A process that came later would run
+/// without it, and nobody would know.
+pub const STDIO_STREAM_UNCLAIMED: Duration = Duration::from_secs(90);
 
 // Containers.
 
@@ -138,8 +138,10 @@ mod tests {
         assert!(CPUS_ONLINE < host::ONLINE_CPU_MEM);
         assert!(DEVICE_HOTPLUG + NETLINK_ANSWER < host::UPDATE_NETWORK);
         assert!(REQUEST_LINE < host::STDIO_ACCEPTED);
-        assert!(2 * LOOPBACK_CONNECT < host::FORWARD_ACCEPTED);
         // Here the agent is the one who waits for the other.
+        assert!(STDIO_STREAM_UNCLAIMED > host::STREAMS_HELD + host::START_PROCESS);
+        assert!(2 * LOOPBACK_CONNECT < host::FORWARD_ACCEPTED);
+        // Here too.
         assert!(HOST_SOCKET_ANSWER > host::HOST_SOCKET_CONNECTED);
     }
 

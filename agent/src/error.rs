@@ -34,6 +34,14 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// The kernel's number of a system call that failed.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Error::Io { source, .. } => source.raw_os_error(),
+            _ => None,
+        }
+    }
+
     fn code(&self) -> Code {
         match self {
             Error::Invalid(_) => Code::INVALID_ARGUMENT,

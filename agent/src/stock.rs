@@ -4,7 +4,9 @@
 //!
 //! * It announces no extension.
 //! * The output of a process is closed, read or not, as soon as somebody has waited for its exit.
+//! * A SIGTERM to a first process that would not notice it is a SIGKILL.
 //! * A seccomp rule without a number of an error, or with 0, lets the call succeed and do nothing.
+//!   One that is newer than the profile gets the profile's default action.
 //! * A spec with an entry for the pid namespace is refused. (Kata's takes the spec, and starts no
 //!   exec then.)
 //! * The empty write of a terminal's input closes the terminal.

@@ -32,6 +32,10 @@ pub const UPDATE_NETWORK: Duration = Duration::from_secs(10);
 /// A stdio stream, from the dial to the agent's answer.
 pub const STDIO_ACCEPTED: Duration = Duration::from_secs(10);
 
+/// How long the host counts on a stdio stream that the agent holds for a process to come. Those of a
+/// client that takes longer are made again.
+pub const STREAMS_HELD: Duration = Duration::from_secs(20);
+
 /// A forwarded TCP connection, from the dial to the agent's answer.
 pub const FORWARD_ACCEPTED: Duration = Duration::from_secs(10);
 

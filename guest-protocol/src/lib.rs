@@ -65,6 +65,10 @@ pub const FEATURE_SIGNAL_ALL: &str = "cofferdam.signal-all";
 /// container's.
 pub const FEATURE_POD: &str = "cofferdam.pod";
 
+/// Entry of `AgentDetails.extra_features`: the fields `Own` of messages (`protos/cofferdam.proto`)
+/// are understood. Who sends one to an agent without has it ignored.
+pub const FEATURE_OWN_FIELDS: &str = "cofferdam.own-fields";
+
 /// See [`FEATURE_POD`].
 pub const POD_PID_PATH: &str = "container:";
 

@@ -43,10 +43,6 @@ pub const CONTAINER_REMOVE_AGAIN: Duration = Duration::from_millis(100);
 /// The guest tells statistics. containerd's collector waits 2 s for those of one shim.
 pub const STATS: Duration = Duration::from_secs(2);
 
-/// An agent gives up streams that nobody claims after 30 s; those of a client that takes nearly as
-/// long are made again.
-pub const STREAMS_HELD: Duration = Duration::from_secs(20);
-
 /// Growing takes the guest well below a second; what it cannot give back in this time it keeps for
 /// now.
 pub const MACHINE_RESIZE: Duration = Duration::from_secs(10);

@@ -144,3 +144,17 @@ pub fn code_program(dir: &Path, pages: u32, number: u32) -> PathBuf {
     run(compiler, Duration::from_secs(60)).ok();
     path
 }
+
+/// tests/images/limits.c, which tries what a kernel limits.
+///
+/// # Panics
+/// It does not compile.
+pub fn limits_program(dir: &Path) -> PathBuf {
+    let path = dir.join("limits");
+    let mut compiler = Command::new("gcc");
+    compiler.args(["-static", "-Os", "-s", "-pthread", "-Wall", "-Werror"]);
+    compiler.arg("-o").arg(&path);
+    compiler.arg(root().join("tests/images/limits.c"));
+    run(compiler, Duration::from_secs(60)).ok();
+    path
+}

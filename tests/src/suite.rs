@@ -96,11 +96,13 @@ macro_rules! cases {
 /// What no agent but ours can do: docs/interoperability.md.
 const NEED_OWN_AGENT: [&str; 8] = [
     "empty_dir_of_two_containers",
+    "out_of_memory_kills_the_whole_container",
     "pid_namespace_of_another_container",
     "port_forward_reaches_a_server_on_loopback",
     "program_is_told_of_a_new_configuration",
     "signal_to_all_reaches_children",
     "socket_of_the_host",
+    "stop_in_a_shared_pid_namespace_is_a_sigterm",
     "unix_socket_between_two_containers",
     "volume_of_a_reader_and_a_writer",
 ];

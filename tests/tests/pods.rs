@@ -25,7 +25,7 @@ fn main() -> ExitCode {
             shared_pid_namespace_has_a_reaper, containerd_crashes_and_the_pod_stays;
         Once: pid_namespace_of_ones_own, pid_namespace_of_another_container, terminal_and_its_size,
             exec_with_input, exec_times_out, attach_reads_and_writes, logs_go_on_after_rotation,
-            stop_waits_for_a_trapped_signal, stop_kills_after_the_grace_period, fifty_execs_at_once,
+            stop_waits_for_a_trapped_signal, stop_in_a_shared_pid_namespace_is_a_sigterm, stop_kills_after_the_grace_period, fifty_execs_at_once,
             container_starts_again_after_its_end, pod_is_stopped_before_its_containers,
             removal_by_force,
             containers_are_removed_in_any_order, pause_and_resume, container_and_pod_statistics,
@@ -98,6 +98,14 @@ fn only_container_is_replaced(env: &Env) {
         container.remove(&[]);
     }
     assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_READY");
+}
+
+fn stop_in_a_shared_pid_namespace_is_a_sigterm(env: &Env) {
+    let pod = Pod::with(env, shares_pids());
+    let container = pod.run("main", &["sleep", "3600"]);
+    let took = container.stop(30);
+    assert!(took.as_secs() < 25, "it had to be killed: {took:?}");
+    assert_eq!(container.exit_code(), 143, "it is not the first process");
 }
 
 fn shared_pid_namespace_has_a_reaper(env: &Env) {

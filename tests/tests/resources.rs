@@ -21,8 +21,10 @@ fn main() -> ExitCode {
     Suite::of_pods().run(cases![
         Core: container_uses_its_gibibyte, memory_is_raised_and_lowered;
         Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered,
-            update_of_one_limit_keeps_the_others;
-        Ours: machine_has_the_cpus_of_its_containers, refused_update_leaves_the_machine_as_it_was,
+            update_of_one_limit_keeps_the_others, cpus_of_a_cpuset_without_a_quota;
+        // The control has to have cgroup v2.
+        Ours: out_of_memory_kills_the_whole_container,
+            machine_has_the_cpus_of_its_containers, refused_update_leaves_the_machine_as_it_was,
             qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
             idle_pod_uses_no_cpu, processes_on_the_host_are_limited_and_scored_as_the_container,
             cgroup_of_somebody_else_keeps_its_limits,
@@ -434,4 +436,36 @@ fn kill_by_the_host_for_memory_is_told(env: &Env) {
         log.contains("killed by the host for lack of memory in the sandbox's cgroup"),
         "{log}"
     );
+}
+
+fn cpus_of_a_cpuset_without_a_quota(env: &Env) {
+    let pod = Pod::new(env);
+    let bound = |cpus: &str| limits(json!({"cpuset_cpus": cpus}));
+    let both = pod.run_with("both", &["sleep", "3600"], bound("0-1"));
+    eventually("two CPUs", PATIENCE, || {
+        (both.sh("nproc") == "2").then_some(())
+    });
+    if !env.is_vm() {
+        // Containers of one machine see all of its CPUs.
+        let one = pod.run_with("one", &["sleep", "3600"], bound("0"));
+        assert_eq!(one.sh("nproc"), "1");
+    }
+}
+
+fn out_of_memory_kills_the_whole_container(env: &Env) {
+    let pod = Pod::new(env);
+    // What the kubelet says for every container since 1.28, on cgroup v2.
+    let group = limits(json!({
+        "memory_limit_in_bytes": 64 * MIB,
+        "unified": {"memory.oom.group": "1"},
+    }));
+    let script = "tail /dev/zero; sleep 1; echo survived; sleep 3600";
+    let container = pod.run_with("main", &["sh", "-c", script], group);
+    let status = container.wait();
+    assert_eq!(
+        (status["exitCode"].as_i64(), status["reason"].as_str()),
+        (Some(137), Some("OOMKilled")),
+        "{status}"
+    );
+    assert_eq!(container.logs(), "");
 }

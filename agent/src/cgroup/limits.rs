@@ -1,5 +1,6 @@
 //! OCI resources as cgroup v2 files and values, by the rules that runc uses.
 
+use guest_protocol::protocols::cofferdam::ResourceFields;
 use guest_protocol::protocols::oci::{
     LinuxBlockIO, LinuxCPU, LinuxMemory, LinuxResources, LinuxThrottleDevice,
 };
@@ -55,7 +56,37 @@ pub fn settings(resources: &LinuxResources, read: impl Fn(&str) -> String) -> Ve
             out.push(may(format!("hugetlb.{}.max", huge.Pagesize), huge.Limit));
         }
     }
+    if let Some(own) = resources.Own.as_ref() {
+        own_settings(own, &mut out);
+    }
     out
+}
+
+/// What only our host sends. `unified` comes last, because it is what runc writes last.
+fn own_settings(own: &ResourceFields, out: &mut Vec<Setting>) {
+    if let Some(burst) = own.cpu_burst {
+        out.push(must("cpu.max.burst", burst));
+    }
+    if let Some(idle) = own.cpu_idle {
+        if idle != 0 {
+            // The kernel gives none to what is idle.
+            out.retain(|setting| setting.file != "cpu.weight");
+        }
+        out.push(must("cpu.idle", idle));
+    }
+    let mut unified: Vec<_> = own.unified.iter().collect();
+    unified.sort();
+    out.extend(unified.into_iter().map(|(file, value)| must(file, value)));
+}
+
+/// Whether `unified` may set this file: one of the cgroup itself, and none of those that decide
+/// which processes and cgroups there are.
+pub fn is_unified(file: &str) -> bool {
+    let is_name = file
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+    let controller = file.split_once('.').map(|(controller, _)| controller);
+    is_name && !matches!(controller, None | Some("" | "cgroup"))
 }
 
 fn limited(value: i64) -> String {
@@ -251,6 +282,44 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(written(&resources), [pair("hugetlb.2MB.max", "4")]);
+    }
+
+    #[test]
+    fn unified_sets_files_of_the_cgroup_and_of_no_other() {
+        let unified = [("memory.oom.group", "1"), ("memory.high", "max")]
+            .map(|(file, value)| (file.to_owned(), value.to_owned()));
+        let own = ResourceFields {
+            unified: unified.into(),
+            cpu_idle: Some(1),
+            ..Default::default()
+        };
+        let resources = LinuxResources {
+            Own: Some(own).into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            written(&resources),
+            [
+                pair("cpu.idle", "1"),
+                pair("memory.high", "max"),
+                pair("memory.oom.group", "1")
+            ]
+        );
+        for good in ["memory.oom.group", "hugetlb.2MB.max", "cpu.weight"] {
+            assert!(is_unified(good), "{good}");
+        }
+        for bad in [
+            "",
+            "x",
+            ".",
+            "../memory.max",
+            "cgroup.procs",
+            "cgroup.freeze",
+            ".max",
+            "a.b/c",
+        ] {
+            assert!(!is_unified(bad), "{bad}");
+        }
     }
 
     #[test]

@@ -29,9 +29,11 @@ pub mod devices;
 mod limits;
 pub mod stats;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use guest_protocol::protocols::oci::LinuxResources;
@@ -41,6 +43,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::deadlines;
 use crate::error::{Context, Error, Result};
+use crate::guest::boot::CGROUP_ROOT;
 use crate::log::log;
 use crate::spawn;
 
@@ -99,13 +102,33 @@ impl Cgroup {
         self.path.join(name)
     }
 
+    /// The cgroup in which a process of it is: itself, or one that its processes have made below.
+    ///
+    /// # Errors
+    /// A process that has ended, or is in none of these.
+    pub fn of_process(&self, pid: libc::pid_t) -> Result<OwnedFd> {
+        let file = format!("/proc/{pid}/cgroup");
+        let text = fs::read(&file).context(|| format!("read {file}"))?;
+        let mut lines = text.split(|byte| *byte == b'\n');
+        let path = lines.find_map(|line| line.strip_prefix(b"0::/"));
+        let path = path.map(|path| Path::new(CGROUP_ROOT).join(OsStr::from_bytes(path)));
+        let path = path.filter(|path| path.starts_with(&self.path));
+        let path = path.ok_or_else(|| {
+            Error::Failed(format!("process {pid} is not in {}", self.path.display()))
+        })?;
+        let dir = File::open(&path).context(|| format!("open cgroup {}", path.display()))?;
+        Ok(dir.into())
+    }
+
     /// Applies the limits that are set; those not set (zero or absent) stay as they are.
     ///
     /// # Errors
-    /// A limit that the kernel refuses, by file and value. Memory that the kernel cannot bring below
+    /// A limit that the kernel refuses, by file and value; a file that the kernel does not have; a
+    /// memory limit below what is used, if that is to be checked. Memory that the kernel cannot bring below
     /// its new limit in time is no error: the limit is in force, and the kernel's to keep.
     pub async fn limit(&self, resources: &LinuxResources) -> Result<()> {
         let _alone = self.limits.lock().await;
+        self.check(resources)?;
         let read = |name: &str| fs::read_to_string(self.file(name)).unwrap_or_default();
         for setting in limits::settings(resources, read) {
             let file = self.file(&setting.file);
@@ -131,11 +154,51 @@ impl Cgroup {
         Ok(())
     }
 
+    /// What has to be known before anything is changed.
+    fn check(&self, resources: &LinuxResources) -> Result<()> {
+        let own = resources.Own.get_or_default();
+        let mut unified: Vec<_> = own.unified.keys().collect();
+        unified.sort();
+        for name in unified {
+            if !limits::is_unified(name) {
+                return Err(Error::Invalid(format!(
+                    "linux.resources.unified sets {name:?}, which is no limit of a cgroup: leave \
+                     it out"
+                )));
+            }
+            if !self.file(name).exists() {
+                return Err(Error::Invalid(format!(
+                    "linux.resources.unified sets {name:?}, which the cgroups of this guest do \
+                     not have: leave it out"
+                )));
+            }
+        }
+        let limit = resources.Memory.get_or_default().Limit;
+        let used = self.number("memory.current");
+        match u64::try_from(limit) {
+            Ok(limit) if own.check_before_update && limit > 0 && limit < used => {
+                Err(Error::Failed(format!(
+                    "the new memory limit of {limit} bytes is below the {used} bytes that the \
+                     container uses"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A file that is one number; 0 if it is not.
+    fn number(&self, file: &str) -> u64 {
+        let text = fs::read_to_string(self.file(file)).unwrap_or_default();
+        text.trim().parse().unwrap_or_default()
+    }
+
     /// Whether the kernel has to take memory away before it returns from the write.
     fn reclaims(&self, setting: &limits::Setting) -> bool {
-        let usage = || fs::read_to_string(self.file("memory.current")).unwrap_or_default();
-        let below = |limit: u64| usage().trim().parse().is_ok_and(|used: u64| limit < used);
-        setting.file == "memory.max" && setting.value.parse().is_ok_and(below)
+        let below = |limit: u64| limit < self.number("memory.current");
+        // What is no plain number may be one with a unit.
+        matches!(setting.file.as_str(), "memory.max" | "memory.high")
+            && setting.value != "max"
+            && setting.value.parse().map_or(true, below)
     }
 
     async fn write_in_child(&self, setting: &limits::Setting) -> Result<()> {

@@ -1,6 +1,7 @@
 //! The processes that joined a container: their table, and how one more joins.
 
 use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -16,6 +17,7 @@ use super::{Container, Process, Started};
 use crate::deadlines;
 use crate::error::{Error, Result};
 use crate::guest::reaper::Reaper;
+use crate::spawn::step::Step;
 use crate::spawn::{self, Child, Report};
 use crate::stdio::{self, Claimed, Io};
 
@@ -101,6 +103,12 @@ impl Container {
         if plan.oom_score_adj == 0 {
             plan.oom_score_adj = self.defaults.oom_score_adj;
         }
+        if process.Own.get_or_default().umask.is_none() {
+            plan.umask = self.defaults.umask;
+        }
+        plan.scheduler = plan.scheduler.or(self.defaults.scheduler);
+        plan.io_priority = plan.io_priority.or(self.defaults.io_priority);
+        plan.personality = self.defaults.personality;
         let (stdio, pipes) = if plan.terminal {
             (None, None)
         } else {
@@ -116,8 +124,7 @@ impl Container {
                 handle,
             )
         };
-        let dir = Some(self.cgroup.dir());
-        let mut child = in_pid_namespace(target, || spawn::spawn(0, dir, body))?;
+        let mut child = in_pid_namespace(target, || self.spawn_in_cgroup(body))?;
         let exit = reaper.watch(child.pid);
         drop(stdio);
         let io = match become_program(&mut child, pipes).await {
@@ -133,6 +140,25 @@ impl Container {
         lock(&self.execs.started).insert(exec_id.to_owned(), process.clone());
         drop(reservation);
         Ok(Started { process, exit })
+    }
+}
+
+impl Container {
+    /// Starts a process in the container's cgroup, or, where the kernel takes none there because
+    /// the container has divided it among cgroups of its own (as systemd does), in the one that its
+    /// first process is in.
+    fn spawn_in_cgroup(
+        &self,
+        body: impl FnOnce(&mut spawn::Handle) -> Step<Infallible> + Copy,
+    ) -> Result<Child> {
+        match spawn::spawn(0, Some(self.cgroup.dir()), body) {
+            // Without processes of its own because of its controllers, or of threads' cgroups below.
+            Err(error) if matches!(error.errno(), Some(libc::EBUSY | libc::EOPNOTSUPP)) => {
+                let inner = self.cgroup.of_process(self.init.pid())?;
+                spawn::spawn(0, Some(inner.as_fd()), body)
+            }
+            result => result,
+        }
     }
 }
 

@@ -25,6 +25,7 @@
 //!
 //! * The agent does not open a path inside a container. What a container's file system needs is
 //!   done by the child, in the container's mount namespace, with its root as the boundary.
+//! * A signal is sent as it came, and a process that has no handler for it is the kernel's business.
 //! * The exit of a process is published even if nobody reads its output, and an OOM event before
 //!   the exit that it caused.
 //! * A process that the host hears failed does not run: whoever gives up on a child kills it.
@@ -55,6 +56,7 @@ use crate::cgroup::{Cgroup, Freezer};
 use crate::deadlines;
 use crate::error::{Error, Result};
 use crate::spawn::Child;
+use crate::stock::STOCK;
 
 pub use create::Parts;
 pub use pod_init::PodInit;
@@ -150,13 +152,19 @@ impl Container {
         }
     }
 
-    /// The kernel drops a SIGTERM to the first process of a pid namespace that has no handler for
-    /// it. The sender wants the container to end, so such a SIGTERM becomes a SIGKILL.
+    /// The signal as it is: the kernel drops one that the first process of a pid namespace has no
+    /// handler for. Kata's agent makes a SIGKILL of a SIGTERM then.
     fn signal_init(&self, signal: i32) -> Result<()> {
         let init = &self.init;
-        let is_dropped =
-            signal == libc::SIGTERM && init.exited().is_none() && !init.would_notice(libc::SIGTERM);
-        init.signal(if is_dropped { libc::SIGKILL } else { signal })?;
+        let becomes_sigkill = STOCK
+            && signal == libc::SIGTERM
+            && init.exited().is_none()
+            && !init.would_notice(libc::SIGTERM);
+        init.signal(if becomes_sigkill {
+            libc::SIGKILL
+        } else {
+            signal
+        })?;
         if signal == libc::SIGKILL {
             self.cgroup.kill();
         }

@@ -1,5 +1,10 @@
 //! Seccomp profiles: compiled once per profile by libseccomp in the agent, loaded by the child with
 //! one system call.
+//!
+//! A profile lists what its author knew. A program that tries a newer system call falls back to an
+//! older one if the kernel says that there is none (ENOSYS), and fails if it says that it may not
+//! (EPERM). So, as with runc, a call with a number above all that the profile names is answered
+//! ENOSYS by a few instructions before libseccomp's.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -69,7 +74,10 @@ fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
     let refused = |error: libseccomp::error::SeccompError| {
         Error::Invalid(format!("seccomp profile: {error}"))
     };
-    let default = action(&profile.DefaultAction, libc::EPERM).ok_or_else(|| {
+    let default_errno = profile.Own.get_or_default().default_errno;
+    // Of this number the kernel has the 16 low bits.
+    let errno = default_errno.map_or(libc::EPERM, |errno| i32::from(errno as u16));
+    let default = action(&profile.DefaultAction, errno).ok_or_else(|| {
         Error::Invalid(format!(
             "seccomp profile has unknown default action {:?}",
             profile.DefaultAction
@@ -102,10 +110,79 @@ fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
             }
         };
     }
-    Ok(Filter {
-        program: export(&context)?,
-        flags,
-    })
+    let mut program = Vec::new();
+    let allows = matches!(default, ScmpAction::Allow | ScmpAction::Log);
+    if !STOCK && !allows && default != ScmpAction::Errno(libc::ENOSYS) {
+        answer_newer_calls(profile, &mut program);
+    }
+    program.extend(export(&context)?);
+    Ok(Filter { program, flags })
+}
+
+/// The architectures that a guest can run programs of, with the kernel's numbers for them
+/// (linux/audit.h).
+const ARCHITECTURES: [(ScmpArch, u32); 4] = [
+    (ScmpArch::X8664, 0xc000_003e),
+    (ScmpArch::X86, 0x4000_0003),
+    (ScmpArch::Aarch64, 0xc000_00b7),
+    (ScmpArch::Arm, 0x4000_0028),
+];
+
+/// From this number on a call is another ABI's (x32), or none at all (-1).
+const OTHER_ABI: u32 = 0x4000_0000;
+
+/// Instructions that answer ENOSYS to calls that are newer than the profile's newest one. All others
+/// fall through to what comes behind.
+fn answer_newer_calls(profile: &LinuxSeccomp, program: &mut Vec<libc::sock_filter>) {
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    const JUMP_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const JUMP_GREATER: u32 = libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    const NUMBER: u32 = std::mem::offset_of!(libc::seccomp_data, nr) as u32;
+    const ARCHITECTURE: u32 = std::mem::offset_of!(libc::seccomp_data, arch) as u32;
+    let op = |code: u32, k, jt, jf| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let listed = |arch| {
+        let names = profile.Architectures.iter();
+        arch == ScmpArch::native()
+            || names
+                .filter_map(|name| ScmpArch::from_str(name).ok())
+                .any(|listed| listed == arch)
+    };
+    let newest = ARCHITECTURES
+        .into_iter()
+        .filter(|(arch, _)| listed(*arch))
+        .filter_map(|(arch, audit)| Some((audit, newest_call(profile, arch)?)));
+    for (audit, newest) in newest {
+        // The next architecture is six instructions on.
+        program.extend([
+            op(LOAD, ARCHITECTURE, 0, 0),
+            op(JUMP_EQUAL, audit, 0, 4),
+            op(LOAD, NUMBER, 0, 0),
+            op(JUMP_GREATER, newest, 0, 2),
+            op(JUMP_GREATER, OTHER_ABI - 1, 1, 0),
+            op(
+                RETURN,
+                libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(),
+                0,
+                0,
+            ),
+        ]);
+    }
+}
+
+/// The highest number that a call of the profile has on an architecture.
+fn newest_call(profile: &LinuxSeccomp, arch: ScmpArch) -> Option<u32> {
+    let names = profile.Syscalls.iter().flat_map(|rule| &rule.Names);
+    // Calls that the architecture does not have are negative.
+    names
+        .filter_map(|name| ScmpSyscall::from_name_by_arch(name, arch).ok())
+        .filter_map(|call| u32::try_from(i32::from(call)).ok())
+        .max()
 }
 
 fn add(context: &mut ScmpFilterContext, rule: &LinuxSyscall, default: ScmpAction) -> Result<()> {
@@ -248,6 +325,77 @@ mod tests {
         assert!(one.program.len() > 4 && Arc::ptr_eq(&one, &two));
         let other = cache.filter(&profile("SCMP_ACT_ERRNO", &["read"])).unwrap();
         assert!(!Arc::ptr_eq(&one, &other));
+    }
+
+    /// What a program returns for a call, by the rules of linux/filter.h for the few instructions
+    /// that are used here.
+    fn answer(program: &[libc::sock_filter], arch: u32, number: u32) -> u32 {
+        let (mut at, mut value) = (0, 0);
+        loop {
+            let op = &program[at];
+            let jump = |holds| 1 + usize::from(if holds { op.jt } else { op.jf });
+            at += match u32::from(op.code) {
+                0x20 => {
+                    value = if op.k == 4 { arch } else { number };
+                    1
+                }
+                0x15 => jump(value == op.k),
+                0x25 => jump(value > op.k),
+                0x35 => jump(value >= op.k),
+                0x05 => 1 + op.k as usize,
+                0x06 => return op.k,
+                other => panic!("instruction {other:#x}"),
+            };
+        }
+    }
+
+    #[test]
+    fn calls_that_are_newer_than_the_profile_do_not_exist() {
+        let (x86_64, x86) = (ARCHITECTURES[0].1, ARCHITECTURES[1].1);
+        let mut profile = profile("SCMP_ACT_ERRNO", &["read", "execveat"]);
+        profile.Architectures.push("SCMP_ARCH_X86".into());
+        let filter = compile(&profile).unwrap();
+        let said = |arch, number| answer(&filter.program, arch, number);
+        let errno = |number: i32| libc::SECCOMP_RET_ERRNO | number.cast_unsigned();
+        // execveat is 322, and 358 of 32 bits.
+        assert_eq!(said(x86_64, 0), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(said(x86_64, 1), errno(libc::EPERM));
+        assert_eq!(said(x86_64, 322), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(said(x86_64, 323), errno(libc::ENOSYS));
+        assert_eq!(said(x86, 358), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(said(x86, 359), errno(libc::ENOSYS));
+        assert_eq!(said(x86, 357), errno(libc::EPERM));
+        // x32, and what a tracer has cancelled: libseccomp decides.
+        for other in [OTHER_ABI, u32::MAX] {
+            assert_ne!(said(x86_64, other), errno(libc::ENOSYS));
+        }
+        // Another architecture, which the profile does not have.
+        assert_ne!(said(ARCHITECTURES[2].1, 9999), errno(libc::ENOSYS));
+    }
+
+    #[test]
+    fn a_profile_that_allows_what_it_does_not_list_allows_what_is_new() {
+        let filter = compile(&profile("SCMP_ACT_ALLOW", &["read"])).unwrap();
+        let said = answer(&filter.program, ARCHITECTURES[0].1, 9999);
+        assert_eq!(said, libc::SECCOMP_RET_ALLOW);
+    }
+
+    #[test]
+    fn the_default_error_is_the_profiles() {
+        let mut profile = profile("SCMP_ACT_ERRNO", &["read"]);
+        profile.Own.mut_or_insert_default().default_errno = Some(libc::ENOTTY.cast_unsigned());
+        let filter = compile(&profile).unwrap();
+        let write = answer(&filter.program, ARCHITECTURES[0].1, 1);
+        let errno = |number: i32| libc::SECCOMP_RET_ERRNO | number.cast_unsigned();
+        assert_eq!(
+            write,
+            errno(libc::ENOSYS),
+            "newer than the only call that is listed"
+        );
+        profile.Syscalls[0].Names.push("close".into());
+        let filter = compile(&profile).unwrap();
+        let write = answer(&filter.program, ARCHITECTURES[0].1, 1);
+        assert_eq!(write, errno(libc::ENOTTY));
     }
 
     #[test]

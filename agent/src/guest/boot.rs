@@ -77,8 +77,13 @@ impl Parameters {
     }
 }
 
-/// Open files of a process: the kernel's own highest limit, fs.nr_open.
+/// Open files of a process whose spec sets no limit: as many as the kernel lets a process have by
+/// itself.
 const MAX_FILES: libc::rlim_t = 1 << 20;
+
+/// Queued signals and timers of a user: what a host of 16 GiB has. The kernel's own is by the memory
+/// of the guest.
+const MAX_SIGNALS: libc::rlim_t = 1 << 16;
 
 struct Mount {
     source: &'static str,
@@ -150,10 +155,20 @@ const SYSCTLS: &[(&str, &str)] = &[
     // A guest out of memory kills a process, not the sandbox.
     ("vm/panic_on_oom", "0"),
     ("kernel/panic", "1"),
-    // Limits that a host sets for all of its containers; one sandbox must not meet them first.
-    ("fs/inotify/max_user_instances", "8192"),
-    ("fs/inotify/max_user_watches", "524288"),
-    ("kernel/keys/maxkeys", "10000"),
+    // What a spec may ask for as RLIMIT_NOFILE; the kernel's own highest.
+    ("fs/nr_open", "2147483584"),
+];
+
+/// Limits that a host sets for all of its containers, and the kernel by the memory of the machine:
+/// one sandbox must not meet them first. They are raised to this, if they are lower; the host's own
+/// may have come on the kernel command line.
+const AT_LEAST: &[(&str, u64)] = &[
+    ("fs/file-max", i64::MAX as u64),
+    ("fs/inotify/max_user_instances", 8192),
+    ("fs/inotify/max_user_watches", 524_288),
+    ("fs/epoll/max_user_watches", 524_288),
+    ("kernel/keys/maxkeys", 10_000),
+    ("kernel/threads-max", 65_536),
 ];
 
 /// Makes the guest a place where containers can run, and returns what the command line asks for.
@@ -181,13 +196,19 @@ pub fn boot() -> Result<Parameters> {
         log::to(kmsg);
     }
     // As on hosts where containerd has no limit: a process of a container takes over what its spec
-    // does not set.
-    let limit = libc::rlimit {
-        rlim_cur: MAX_FILES,
-        rlim_max: MAX_FILES,
-    };
-    // SAFETY: the limit lives over the call.
-    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    // does not set. Not so for core dumps: a host that keeps them does so in its own place.
+    for (resource, most) in [
+        (libc::RLIMIT_NOFILE, MAX_FILES),
+        (libc::RLIMIT_NPROC, libc::RLIM_INFINITY),
+        (libc::RLIMIT_SIGPENDING, MAX_SIGNALS),
+    ] {
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: most,
+        };
+        // SAFETY: the limit lives over the call.
+        unsafe { libc::setrlimit(resource, &raw const limit) };
+    }
     Ok(parameters)
 }
 
@@ -197,6 +218,13 @@ pub fn finish_boot() {
     enable_controllers(Path::new(CGROUP_ROOT));
     for (key, value) in SYSCTLS {
         let _ = fs::write(Path::new("/proc/sys").join(key), value);
+    }
+    for (key, least) in AT_LEAST {
+        let path = Path::new("/proc/sys").join(key);
+        let now = fs::read_to_string(&path).unwrap_or_default();
+        if now.trim().parse().is_ok_and(|now: u64| now < *least) {
+            let _ = fs::write(&path, least.to_string());
+        }
     }
     // The kernel's "(none)" is not a valid name. CreateSandbox sets the sandbox's own.
     let _ = nix::unistd::sethostname("localhost");

@@ -505,8 +505,13 @@ impl Sandbox {
         removed.into_iter().collect()
     }
 
+    /// Whether a raw stream can be kept until its process is made.
+    pub fn can_park(&self, header: &Header) -> bool {
+        lock(&self.state).parking.has_room(header)
+    }
+
     /// Keeps a raw stream until its process is made.
-    pub fn park(&self, header: Header, stream: Stream) -> Option<u64> {
+    pub fn park(&self, header: Header, stream: Stream) -> u64 {
         lock(&self.state).parking.park(header, stream)
     }
 

@@ -41,8 +41,8 @@ use guest_protocol::protocols::health_ttrpc::{Health, create_health};
 use guest_protocol::protocols::types;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{
-    ALL_PROCESSES, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
-    FEATURE_UDS,
+    ALL_PROCESSES, FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO,
+    FEATURE_SIGNAL_ALL, FEATURE_UDS,
 };
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -63,13 +63,14 @@ use crate::storage::{copy, driver_names, look_up_mounts, volume_usage};
 const API_VERSION: &str = "0.0.1";
 
 /// What GetGuestDetails announces beside the version.
-const FEATURES: [&str; 6] = [
+const FEATURES: [&str; 7] = [
     "seccomp",
     FEATURE_RAW_STDIO,
     FEATURE_SIGNAL_ALL,
     FEATURE_PORT_FORWARD,
     FEATURE_UDS,
     FEATURE_POD,
+    FEATURE_OWN_FIELDS,
 ];
 
 /// The methods that the trait below implements.

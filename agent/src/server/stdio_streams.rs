@@ -44,14 +44,19 @@ async fn take(mut stream: Stream, sandbox: &Arc<Sandbox>) -> io::Result<()> {
         header.exec_id.clear();
     }
     let exec_id = exec_id(&header.container_id, &header.exec_id);
+    let has_process = || sandbox.process(&header.container_id, exec_id).is_ok();
+    // Before the answer: whoever has it may count on the stream.
+    if !has_process() && !sandbox.can_park(&header) {
+        return Err(io::Error::other(
+            "too many stdio streams wait for their process",
+        ));
+    }
     stream.write_all(&[ACCEPTED]).await?;
     if let Ok(process) = sandbox.process(&header.container_id, exec_id) {
         process.io().attach(header.channel, stream);
         return Ok(());
     }
-    let ticket = sandbox
-        .park(header.clone(), stream)
-        .ok_or_else(|| io::Error::other("too many stdio streams wait for their process"))?;
+    let ticket = sandbox.park(header.clone(), stream);
     sleep(deadlines::STDIO_STREAM_UNCLAIMED).await;
     sandbox.expire(&header, ticket);
     Ok(())

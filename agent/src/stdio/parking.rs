@@ -5,27 +5,42 @@ use std::collections::HashMap;
 use guest_protocol::Stream;
 use guest_protocol::stdio::{Channel, Header};
 
-/// Streams that can be parked; one more is refused.
-const MAX_STREAMS: usize = 256;
+/// Streams that can be parked; one more is refused. Three for each of more execs than anybody starts
+/// at once.
+const MAX_STREAMS: usize = 8192;
 
 /// Streams by the channel they are for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Parking {
     /// With their tickets.
     streams: HashMap<Header, (u64, Stream)>,
     last_ticket: u64,
+    most: usize,
+}
+
+impl Default for Parking {
+    fn default() -> Parking {
+        Parking {
+            streams: HashMap::new(),
+            last_ticket: 0,
+            most: MAX_STREAMS,
+        }
+    }
 }
 
 impl Parking {
+    /// Whether a stream may be parked. Whoever is told so parks it, after a moment in which others
+    /// may: there can be a few more than the limit.
+    pub fn has_room(&self, header: &Header) -> bool {
+        self.streams.len() < self.most || self.streams.contains_key(header)
+    }
+
     /// Keeps a stream until it is claimed; a second one for the same channel replaces the first.
-    /// The ticket is for [`Parking::expire`]; none means that there is no room.
-    pub fn park(&mut self, header: Header, stream: Stream) -> Option<u64> {
-        if self.streams.len() >= MAX_STREAMS && !self.streams.contains_key(&header) {
-            return None;
-        }
+    /// The ticket is for [`Parking::expire`].
+    pub fn park(&mut self, header: Header, stream: Stream) -> u64 {
         self.last_ticket += 1;
         self.streams.insert(header, (self.last_ticket, stream));
-        Some(self.last_ticket)
+        self.last_ticket
     }
 
     /// Drops a stream that nobody claimed in time.
@@ -121,10 +136,8 @@ mod tests {
     #[tokio::test]
     async fn a_process_gets_its_own_streams_and_only_once() {
         let mut parking = Parking::default();
-        parking
-            .park(header(Channel::Stdout, "a"), stream())
-            .unwrap();
-        parking.park(header(Channel::Stdin, "b"), stream()).unwrap();
+        parking.park(header(Channel::Stdout, "a"), stream());
+        parking.park(header(Channel::Stdin, "b"), stream());
         let claimed = parking.claim("a", None);
         assert!(
             claimed.any()
@@ -140,12 +153,8 @@ mod tests {
     #[tokio::test]
     async fn an_old_ticket_does_not_drop_a_new_stream() {
         let mut parking = Parking::default();
-        let old = parking
-            .park(header(Channel::Stdout, "a"), stream())
-            .unwrap();
-        let new = parking
-            .park(header(Channel::Stdout, "a"), stream())
-            .unwrap();
+        let old = parking.park(header(Channel::Stdout, "a"), stream());
+        let new = parking.park(header(Channel::Stdout, "a"), stream());
         parking.expire(&header(Channel::Stdout, "a"), old);
         assert!(parking.streams.len() == 1);
         parking.expire(&header(Channel::Stdout, "a"), new);
@@ -154,21 +163,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_flood_of_streams_is_refused() {
-        let mut parking = Parking::default();
-        for number in 0..MAX_STREAMS {
-            parking
-                .park(header(Channel::Stdout, &format!("c{number}")), stream())
-                .unwrap();
+        let mut parking = Parking {
+            most: 3,
+            ..Parking::default()
+        };
+        let header = |id| header(Channel::Stdout, id);
+        for id in ["a", "b", "c"] {
+            assert!(parking.has_room(&header(id)));
+            parking.park(header(id), stream());
         }
-        assert!(
-            parking
-                .park(header(Channel::Stdout, "more"), stream())
-                .is_none()
-        );
-        assert!(
-            parking
-                .park(header(Channel::Stdout, "c1"), stream())
-                .is_some()
-        );
+        assert!(!parking.has_room(&header("more")));
+        assert!(parking.has_room(&header("b")), "in the place of another");
     }
 }

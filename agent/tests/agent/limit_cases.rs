@@ -8,10 +8,10 @@ use guest_protocol::protocols::agent::{
     UpdateContainerRequest,
 };
 use guest_protocol::protocols::oci::{
-    LinuxCPU, LinuxDevice, LinuxDeviceCgroup, LinuxMemory, LinuxPids, LinuxResources,
+    LinuxCPU, LinuxDevice, LinuxDeviceCgroup, LinuxMemory, LinuxPids, LinuxResources, Spec,
 };
 use guest_protocol::stdio::Channel;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::client::{Client, DEADLINE, linux, mount, read_all, refusal, resources, soon};
@@ -68,6 +68,60 @@ pub async fn a_memory_limit_kills_and_the_event_comes_before_the_exit(client: &C
         );
         client.remove(&id).await.unwrap();
     }
+}
+
+pub async fn unified_sets_what_the_cgroup_has_and_refuses_the_rest(client: &Client<'_>) {
+    let unified = |spec: &mut Spec, key: &str, value: &str| {
+        let own = resources(spec).Own.mut_or_insert_default();
+        own.unified.insert(key.into(), value.into());
+    };
+    // The shell would live on without its child.
+    let mut spec = client.spec(&["sh", "-c", "tail /dev/zero; sleep 1; exit 3"]);
+    resources(&mut spec).Memory = Some(LinuxMemory {
+        Limit: 32 << 20,
+        ..Default::default()
+    })
+    .into();
+    unified(&mut spec, "memory.oom.group", "1");
+    client.create("group", spec).await.unwrap();
+    client.start("group").await.unwrap();
+    assert_eq!(client.wait("group", "").await.unwrap(), 137);
+    client.remove("group").await.unwrap();
+    for (key, value, words) in [
+        ("cgroup.procs", "1", "no limit of a cgroup"),
+        ("../memory.max", "1", "no limit of a cgroup"),
+        ("memory.wishes", "1", "of this guest do not have"),
+        (
+            "memory.high",
+            "much",
+            "set memory.high to \"much\": invalid argument",
+        ),
+    ] {
+        let mut spec = client.spec(&["true"]);
+        unified(&mut spec, key, value);
+        let (_, text) = refusal(client.create("refused", spec).await);
+        assert!(text.contains(words), "{key}: {text}");
+    }
+}
+
+pub async fn an_exec_joins_a_container_that_divided_its_cgroup(client: &Client<'_>) {
+    let script = "cd /sys/fs/cgroup && mkdir init && echo 1 >init/cgroup.procs &&
+        echo +memory >cgroup.subtree_control && echo divided; exec sleep 1000";
+    let mut spec = client.spec(&["sh", "-c", script]);
+    let cgroup = mount("/sys/fs/cgroup", "cgroup", "cgroup", &["rw", "nosuid"]);
+    spec.Mounts.push(cgroup);
+    let mut stdout = client.stream(Channel::Stdout, "divided", "").await;
+    client.create("divided", spec).await.unwrap();
+    client.start("divided").await.unwrap();
+    let mut said = [0; 8];
+    stdout.read_exact(&mut said).await.unwrap();
+    let output = client
+        .exec_script("divided", "e1", "grep ^0: /proc/self/cgroup; exit 4")
+        .await;
+    assert_eq!((output.status, output.stdout.as_str()), (4, "0::/init\n"));
+    client.kill("divided", "", libc::SIGKILL).await.unwrap();
+    assert_eq!(client.wait("divided", "").await.unwrap(), 137);
+    client.remove("divided").await.unwrap();
 }
 
 pub async fn a_memory_limit_below_the_usage_ends_the_container(client: &Client<'_>) {

@@ -69,13 +69,14 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             a_process_has_user_groups_and_capabilities_as_told
             no_new_privileges_and_seccomp_hold
             limits_and_oom_score_are_set
+            mask_scheduling_and_personality_are_as_told
             home_comes_from_passwd
             nothing_of_the_agent_leaks_into_a_process
             an_exec_joins_the_container
             of_two_execs_with_one_id_one_runs
             an_exec_that_cannot_run_fails_at_once
             an_execs_exit_is_reported_to_those_who_wait_and_not_later
-            a_term_without_a_handler_ends_the_container
+            a_term_without_a_handler_is_none_to_a_first_process
             a_term_with_a_handler_is_the_programs_business
             a_kill_ends_everything_in_the_container
             a_process_that_is_gone_cannot_be_signalled
@@ -131,6 +132,8 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
         Vm limit_cases:
             a_memory_limit_kills_and_the_event_comes_before_the_exit
             a_memory_limit_below_the_usage_ends_the_container
+            unified_sets_what_the_cgroup_has_and_refuses_the_rest
+            an_exec_joins_a_container_that_divided_its_cgroup
             limits_reach_the_kernel_and_can_be_changed
             a_disk_of_the_guest_cannot_be_opened
             a_disk_is_mounted_or_passed_on

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use guest_protocol::protocols::oci::{LinuxSeccomp, LinuxSyscall, POSIXRlimit, User};
+use guest_protocol::protocols::cofferdam::{IOPriority, Scheduler};
+use guest_protocol::protocols::oci::{LinuxSeccomp, LinuxSyscall, POSIXRlimit, Spec, User};
 use guest_protocol::stdio::Channel;
 use tokio::io::AsyncReadExt;
 use ttrpc::Code;
@@ -154,6 +155,41 @@ pub async fn limits_and_oom_score_are_set(client: &Client<'_>) {
     assert_eq!(output.stdout, "100\n200\n321\n", "{output:?}");
 }
 
+pub async fn mask_scheduling_and_personality_are_as_told(client: &Client<'_>) {
+    // Of stat, 19 is nice and 41 the policy, SCHED_BATCH.
+    let script = "umask; cut -d ' ' -f 19,41 /proc/self/stat; cat /proc/self/personality";
+    let told = |spec: &mut Spec| {
+        let own = process(spec).Own.mut_or_insert_default();
+        own.umask = Some(0o027);
+        own.scheduler = Some(Scheduler {
+            policy: "SCHED_BATCH".into(),
+            nice: 4,
+            ..Default::default()
+        })
+        .into();
+        own.io_priority = Some(IOPriority {
+            class: "IOPRIO_CLASS_IDLE".into(),
+            ..Default::default()
+        })
+        .into();
+        linux(spec).Own.mut_or_insert_default().personality = "LINUX32".into();
+    };
+    let wanted = "0027\n4 3\n00000008\n";
+    let output = client.script("scheduled", script, told).await;
+    assert_eq!(output.stdout, wanted, "{output:?}");
+    let mut spec = client.spec(&["sleep", "1000"]);
+    told(&mut spec);
+    client.create("scheduled-exec", spec).await.unwrap();
+    client.start("scheduled-exec").await.unwrap();
+    let output = client.exec_script("scheduled-exec", "e1", script).await;
+    assert_eq!(output.stdout, wanted, "an exec takes them over");
+    client.remove("scheduled-exec").await.unwrap();
+    let mut spec = client.spec(&["true"]);
+    process(&mut spec).Own.mut_or_insert_default().umask = Some(0o1000);
+    let (_, text) = refusal(client.create("masked", spec).await);
+    assert_eq!(text, "umask 0o1000 is more than 0777");
+}
+
 pub async fn home_comes_from_passwd(client: &Client<'_>) {
     let home = async |id: &str, uid: u32| {
         let change = |spec: &mut _| process(spec).User.mut_or_insert_default().UID = uid;
@@ -275,9 +311,14 @@ pub async fn an_execs_exit_is_reported_to_those_who_wait_and_not_later(client: &
     client.remove("once").await.unwrap();
 }
 
-pub async fn a_term_without_a_handler_ends_the_container(client: &Client<'_>) {
+pub async fn a_term_without_a_handler_is_none_to_a_first_process(client: &Client<'_>) {
     client.sleeper("term").await;
     client.kill("term", "", libc::SIGTERM).await.unwrap();
+    let exec = client.exec("term", "e1", client.process(&["sleep", "1000"]));
+    exec.await.unwrap();
+    client.kill("term", "e1", libc::SIGTERM).await.unwrap();
+    assert_eq!(client.wait("term", "e1").await.unwrap(), 143, "of an exec");
+    client.kill("term", "", libc::SIGKILL).await.unwrap();
     assert_eq!(client.wait("term", "").await.unwrap(), 137);
     client.remove("term").await.unwrap();
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! config.json ─▶ spec      read; what the parser does not know is replaced or refused
+//!                 │          (unsupported: what a virtual machine cannot keep)
 //!                 │
 //!                 ├▶ role        single, a pod's sandbox, a pod's member; whose pids it sees
 //!                 ├▶ rootfs      an overlay mounted here, a directory bound, or a disk plugged in
@@ -22,7 +23,7 @@
 //! The spec is a tenant's. So:
 //!
 //! * A field is kept, refused in words, or documented as meaningless in a virtual machine
-//!   (docs/security.md); never dropped in silence. What restricts is only ever made stricter.
+//!   (docs/oci-fields.md); never dropped in silence. What restricts is only ever made stricter.
 //! * A source is opened once, judged by its descriptor and bound from it (`volumes::Pinned`): what
 //!   its path leads to later is of no interest.
 //! * A name below the guest's share is made by descriptor, in directories that the guest cannot
@@ -39,4 +40,5 @@ pub mod role;
 mod rootfs;
 pub mod shared_volumes;
 pub mod spec;
+mod unsupported;
 pub mod volumes;

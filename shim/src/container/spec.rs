@@ -14,6 +14,7 @@ use oci_spec::runtime::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::container::unsupported;
 use crate::error::{Error, Result};
 
 /// What an action of a seccomp profile becomes that cannot be kept: the strictest that lets the
@@ -97,11 +98,13 @@ pub fn parse_process(text: &[u8]) -> Result<Process> {
 /// # Errors
 /// `INVALID_ARGUMENT`.
 pub fn parse_resources(text: &[u8]) -> Result<LinuxResources> {
-    serde_json::from_slice(text).map_err(|error| {
+    let resources = serde_json::from_slice(text).map_err(|error| {
         Error::invalid(format!(
             "the update's resources are not OCI linux resources: {error}"
         ))
-    })
+    })?;
+    unsupported::check_resources(&resources).map_err(|error| error.context("the update"))?;
+    Ok(resources)
 }
 
 fn known<T: DeserializeOwned>(value: &Value) -> bool {
@@ -127,6 +130,18 @@ fn filter_process(process: &mut Value) -> Result<()> {
     {
         sets.values_mut()
             .for_each(|set| retain_known::<Capability>(set, "capability"));
+    }
+    if let Some(flags) = process.pointer_mut("/scheduler/flags") {
+        let flags = flags.as_array_mut().into_iter().flatten();
+        flags.for_each(|flag| {
+            // The parser has names of its own for two of them.
+            let known = match flag.as_str() {
+                Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+                Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+                _ => return,
+            };
+            *flag = known.into();
+        });
     }
     let rlimits = process["rlimits"].as_array().into_iter().flatten();
     match rlimits
@@ -207,7 +222,7 @@ fn check(spec: &Spec) -> Result<()> {
             "has no mount namespace: a container needs one of its own",
         ));
     }
-    Ok(())
+    unsupported::check_spec(spec)
 }
 
 fn check_process(process: &Process) -> Result<()> {

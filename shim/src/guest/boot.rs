@@ -17,6 +17,7 @@ use guest_protocol::{
 };
 use launcher::UidLease;
 use sys::point::{Point, reach};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmm::boot::{self, Share};
@@ -33,10 +34,11 @@ use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
 use crate::guest::place::HostCgroup;
 use crate::guest::reach_agent::{self, Address};
-use crate::guest::running::{RunningGuest, Size};
+use crate::guest::running::{RunningGuest, STARTING_EXECS, Size};
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
+use crate::host::node_sysctls;
 
 /// How often a boot is tried, if the agent does not answer within `boot_timeout_seconds`.
 pub const ATTEMPTS: u32 = 2;
@@ -110,7 +112,8 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
         name: plan.id.clone(),
         kernel: config.kernel.clone(),
         initramfs: Some(config.initramfs.clone()),
-        kernel_params: config.kernel_params.clone(),
+        // The administrator's own come later and win.
+        kernel_params: [node_sysctls::kernel_params(), config.kernel_params.clone()].concat(),
         memory_mib: plan.sizing.memory_mib,
         max_memory_mib: host_memory_mib().max(plan.sizing.memory_mib),
         vcpus: plan.sizing.vcpus,
@@ -294,6 +297,7 @@ impl Attempt<'_> {
             agent,
             transport,
             features,
+            starting_execs: Semaphore::new(STARTING_EXECS),
             polled: std::sync::Mutex::default(),
             host_sockets,
             _forwarder: forwarder,

@@ -1,7 +1,10 @@
 //! The OCI spec in the agent's protobuf, field by field, with what must differ inside the guest.
+//! `docs/oci-fields.md` is the table of all fields. Those that Kata's messages do not have go in
+//! messages of ours (`guest-protocol/protos/cofferdam.proto`), which only our agent reads.
 
 use std::collections::HashMap;
 
+use guest_protocol::protocols::cofferdam as own;
 use guest_protocol::protocols::oci as proto;
 use oci_spec::runtime as oci;
 use serde::Serialize;
@@ -38,12 +41,17 @@ pub struct GuestView {
     pub seccomp: bool,
 }
 
+/// Sysctl that sets the name of the NIS domain, which the messages have no field for.
+const DOMAINNAME: &str = "kernel.domainname";
+
+/// The mask that an agent sets by itself.
+const UMASK: u32 = 0o022;
+
 /// The whole spec.
 ///
-/// Left out, because the guest has its own: hooks (they would run on the host), network and time
+/// Left out, because the guest has its own: hooks (they run on the host), network and time
 /// namespaces (the guest's network is the container's), namespace paths, labels of the host's
-/// security modules, host CPU and memory node numbers, and block and network classes of host
-/// devices.
+/// security modules, host CPU and memory node numbers.
 pub fn spec(spec: &oci::Spec, place: GuestView) -> proto::Spec {
     let root = spec.root().as_ref();
     proto::Spec {
@@ -57,7 +65,11 @@ pub fn spec(spec: &oci::Spec, place: GuestView) -> proto::Spec {
         .into(),
         Hostname: spec.hostname().clone().unwrap_or_default(),
         Annotations: spec.annotations().clone().unwrap_or_default(),
-        Linux: spec.linux().as_ref().map(|from| linux(from, &place)).into(),
+        Linux: spec
+            .linux()
+            .as_ref()
+            .map(|from| linux(from, &place, spec.domainname()))
+            .into(),
         Mounts: place.mounts,
         ..Default::default()
     }
@@ -95,8 +107,96 @@ pub fn process(from: &oci::Process) -> proto::Process {
         Rlimits: from.rlimits().iter().flatten().map(rlimit).collect(),
         NoNewPrivileges: from.no_new_privileges().unwrap_or_default(),
         OOMScoreAdj: from.oom_score_adj().unwrap_or_default().into(),
+        Own: own_process(from).into(),
         ..Default::default()
     }
+}
+
+/// A flag by the name that the runtime specification has for it.
+fn flag(flag: &oci::LinuxSchedulerFlag) -> String {
+    match flag {
+        oci::LinuxSchedulerFlag::SchedResetOnFork => "SCHED_FLAG_RESET_ON_FORK".to_owned(),
+        oci::LinuxSchedulerFlag::SchedFlagDLOverrun => "SCHED_FLAG_DL_OVERRUN".to_owned(),
+        other => name(other),
+    }
+}
+
+/// None if there is nothing in it, so that an agent without it is not asked for it.
+fn own_process(from: &oci::Process) -> Option<own::ProcessFields> {
+    let scheduler = |from: &oci::Scheduler| own::Scheduler {
+        policy: name(from.policy()),
+        nice: from.nice().unwrap_or_default(),
+        // A negative one is none, and the agent says so.
+        priority: from.priority().unwrap_or_default().cast_unsigned(),
+        flags: from.flags().iter().flatten().map(flag).collect(),
+        runtime: from.runtime().unwrap_or_default(),
+        deadline: from.deadline().unwrap_or_default(),
+        period: from.period().unwrap_or_default(),
+        ..Default::default()
+    };
+    let io_priority = |from: &oci::LinuxIOPriority| own::IOPriority {
+        class: name(&from.class()),
+        priority: u32::try_from(from.priority()).unwrap_or(u32::MAX),
+        ..Default::default()
+    };
+    let fields = own::ProcessFields {
+        umask: from.user().umask(),
+        scheduler: from.scheduler().as_ref().map(scheduler).into(),
+        io_priority: from.io_priority().as_ref().map(io_priority).into(),
+        ..Default::default()
+    };
+    Some(fields).filter(|fields| *fields != own::ProcessFields::default())
+}
+
+/// What of a process only our own agent does.
+pub fn own_fields_of_process(process: &proto::Process) -> Option<&'static str> {
+    let own = process.Own.as_ref()?;
+    let used = [
+        (
+            own.umask.is_some_and(|umask| umask != UMASK),
+            "process.user.umask",
+        ),
+        (own.scheduler.is_some(), "process.scheduler"),
+        (own.io_priority.is_some(), "process.ioPriority"),
+    ];
+    first_used(&used)
+}
+
+fn first_used(fields: &[(bool, &'static str)]) -> Option<&'static str> {
+    fields.iter().find(|(used, _)| *used).map(|(_, name)| *name)
+}
+
+/// What of resources only our own agent does.
+pub fn own_fields_of_resources(resources: &proto::LinuxResources) -> Option<&'static str> {
+    let own = resources.Own.as_ref()?;
+    let used = [
+        (!own.unified.is_empty(), "linux.resources.unified"),
+        (
+            own.cpu_burst.unwrap_or_default() != 0,
+            "linux.resources.cpu.burst",
+        ),
+        (
+            own.cpu_idle.unwrap_or_default() != 0,
+            "linux.resources.cpu.idle",
+        ),
+        (
+            own.check_before_update,
+            "linux.resources.memory.checkBeforeUpdate",
+        ),
+    ];
+    first_used(&used)
+}
+
+/// What of a whole spec only our own agent does.
+pub fn own_fields(spec: &proto::Spec) -> Option<&'static str> {
+    let linux = spec.Linux.get_or_default();
+    own_fields_of_process(spec.Process.get_or_default())
+        .or_else(|| own_fields_of_resources(linux.Resources.get_or_default()))
+        .or_else(|| linux.Own.is_some().then_some("linux.personality"))
+        .or_else(|| {
+            let errno = linux.Seccomp.get_or_default().Own.is_some();
+            errno.then_some("linux.seccomp.defaultErrnoRet")
+        })
 }
 
 fn capabilities(from: &oci::LinuxCapabilities) -> proto::LinuxCapabilities {
@@ -115,7 +215,7 @@ fn capabilities(from: &oci::LinuxCapabilities) -> proto::LinuxCapabilities {
     }
 }
 
-fn linux(from: &oci::Linux, place: &GuestView) -> proto::Linux {
+fn linux(from: &oci::Linux, place: &GuestView, domainname: &Option<String>) -> proto::Linux {
     let mapping = |from: &oci::LinuxIdMapping| proto::LinuxIDMapping {
         HostID: from.host_id(),
         ContainerID: from.container_id(),
@@ -159,6 +259,12 @@ fn linux(from: &oci::Linux, place: &GuestView) -> proto::Linux {
             .sysctls
             .clone()
             .into_iter()
+            .chain(
+                domainname
+                    .iter()
+                    .filter(|name| !name.is_empty())
+                    .map(|name| (DOMAINNAME.to_owned(), name.clone())),
+            )
             .chain(from.sysctl().clone().unwrap_or_default())
             .collect(),
         Resources: from.resources().as_ref().map(limits).into(),
@@ -180,6 +286,16 @@ fn linux(from: &oci::Linux, place: &GuestView) -> proto::Linux {
         RootfsPropagation: from.rootfs_propagation().clone().unwrap_or_default(),
         MaskedPaths: from.masked_paths().clone().unwrap_or_default(),
         ReadonlyPaths: from.readonly_paths().clone().unwrap_or_default(),
+        // A process has the standard one by itself.
+        Own: from
+            .personality()
+            .as_ref()
+            .filter(|personality| personality.domain() != oci::LinuxPersonalityDomain::PerLinux)
+            .map(|personality| own::LinuxFields {
+                personality: name(&personality.domain()),
+                ..Default::default()
+            })
+            .into(),
         ..Default::default()
     }
 }
@@ -205,6 +321,10 @@ pub fn resources(from: &oci::LinuxResources) -> proto::LinuxResources {
         Limit: from.limit().cast_unsigned(),
         ..Default::default()
     };
+    let block_io = |from: &oci::LinuxBlockIo| proto::LinuxBlockIO {
+        Weight: from.weight().unwrap_or_default().into(),
+        ..Default::default()
+    };
     proto::LinuxResources {
         Memory: from.memory().as_ref().map(memory).into(),
         CPU: from.cpu().as_ref().map(cpu).into(),
@@ -221,8 +341,26 @@ pub fn resources(from: &oci::LinuxResources) -> proto::LinuxResources {
             .flatten()
             .map(hugepages)
             .collect(),
+        BlockIO: from.block_io().as_ref().map(block_io).into(),
+        Own: own_resources(from).into(),
         ..Default::default()
     }
+}
+
+/// None if there is nothing in it.
+fn own_resources(from: &oci::LinuxResources) -> Option<own::ResourceFields> {
+    let cpu = from.cpu().as_ref();
+    let memory = from.memory().as_ref();
+    let fields = own::ResourceFields {
+        unified: from.unified().clone().unwrap_or_default(),
+        cpu_burst: cpu.and_then(|cpu| cpu.burst()),
+        cpu_idle: cpu.and_then(|cpu| cpu.idle()),
+        check_before_update: memory
+            .and_then(|memory| memory.check_before_update())
+            .unwrap_or_default(),
+        ..Default::default()
+    };
+    Some(fields).filter(|fields| *fields != own::ResourceFields::default())
 }
 
 fn device_rule(from: &oci::LinuxDeviceCgroup) -> proto::LinuxDeviceCgroup {
@@ -268,155 +406,18 @@ fn seccomp(from: &oci::LinuxSeccomp) -> proto::LinuxSeccomp {
         Architectures: from.architectures().iter().flatten().map(name).collect(),
         Flags: from.flags().iter().flatten().map(name).collect(),
         Syscalls: from.syscalls().iter().flatten().map(rule).collect(),
+        // An agent takes EPERM by itself.
+        Own: from
+            .default_errno_ret()
+            .filter(|errno| *errno != libc::EPERM.cast_unsigned())
+            .map(|errno| own::SeccompFields {
+                default_errno: Some(errno),
+                ..Default::default()
+            })
+            .into(),
         ..Default::default()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn convert(json: serde_json::Value) -> proto::Spec {
-        let from: oci::Spec = serde_json::from_value(json).unwrap();
-        let place = GuestView {
-            rootfs: "/guest/rootfs".into(),
-            mounts: Vec::new(),
-            devices: from.linux().as_ref().unwrap().devices().clone().unwrap(),
-            device_rules: from
-                .linux()
-                .as_ref()
-                .unwrap()
-                .resources()
-                .as_ref()
-                .unwrap()
-                .devices()
-                .clone()
-                .unwrap(),
-            pid_namespace: String::new(),
-            sysctls: [("net.core.somaxconn", "1"), ("net.ipv4.ip_forward", "1")]
-                .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                .into(),
-            cgroup: "/cofferdam/web".into(),
-            seccomp: true,
-        };
-        spec(&from, place)
-    }
-
-    #[test]
-    fn the_guest_gets_what_the_client_asked_for() {
-        let spec = convert(json!({
-            "ociVersion": "1.1.0", "hostname": "web", "root": {"path": "rootfs", "readonly": true},
-            "process": {
-                "terminal": true, "consoleSize": {"height": 24, "width": 80},
-                "user": {"uid": 1000, "gid": 100, "additionalGids": [5, 6]}, "args": ["sh", "-c",
-                    "id"],
-                "env": ["A=b"], "cwd": "/tmp", "noNewPrivileges": true, "oomScoreAdj": -5,
-                "capabilities": {"bounding": ["CAP_KILL", "CAP_CHOWN"], "ambient": ["CAP_KILL"]},
-                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 2, "soft": 1}]
-            },
-            "linux": {
-                "namespaces": [
-                    {"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "network"},
-                        {"type": "time"}, {"type": "mount"}
-                ],
-                "cgroupsPath": "/default/web", "sysctl": {"net.core.somaxconn": "7"},
-                "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"],
-                "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229,
-                    "fileMode": 438}],
-                "resources": {
-                    "devices": [{"allow": false, "access": "rwm"}, {"allow": true, "type": "c",
-                        "major": 1, "minor": 0}],
-                    "memory": {"limit": 64}, "cpu": {"shares": 2, "quota": 5, "period": 6,
-                        "cpus": "0-3"},
-                    "pids": {"limit": 9}
-                },
-                "seccomp": {
-                    "defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"],
-                    "flags": ["SECCOMP_FILTER_FLAG_LOG"],
-                    "syscalls": [{
-                        "names": ["personality"], "action": "SCMP_ACT_ALLOW", "errnoRet": 0,
-                        "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]
-                    },
-                    {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"},
-                    {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 0},
-                    {"names": ["link"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
-                }
-            }
-        }));
-        let process = &spec.Process;
-        assert!(process.Terminal && process.NoNewPrivileges && spec.Root.Readonly);
-        assert_eq!(
-            (
-                process.ConsoleSize.Height,
-                process.ConsoleSize.Width,
-                process.OOMScoreAdj
-            ),
-            (24, 80, -5)
-        );
-        assert_eq!(
-            (
-                process.User.UID,
-                process.User.GID,
-                process.User.AdditionalGids.as_slice()
-            ),
-            (1000, 100, &[5, 6][..])
-        );
-        assert_eq!(process.Capabilities.Bounding, ["CAP_CHOWN", "CAP_KILL"]);
-        assert_eq!(
-            (process.Rlimits[0].Type.as_str(), process.Rlimits[0].Hard),
-            ("RLIMIT_NOFILE", 2)
-        );
-        assert_eq!(
-            (spec.Root.Path.as_str(), spec.Hostname.as_str()),
-            ("/guest/rootfs", "web")
-        );
-        let linux = &spec.Linux;
-        let namespaces: Vec<_> = linux
-            .Namespaces
-            .iter()
-            .map(|ns| (ns.Type.as_str(), ns.Path.as_str()))
-            .collect();
-        assert_eq!(namespaces, [("mount", "")]);
-        assert_eq!(linux.CgroupsPath, "/cofferdam/web");
-        assert_eq!(
-            (
-                linux.Sysctl["net.core.somaxconn"].as_str(),
-                linux.Sysctl["net.ipv4.ip_forward"].as_str()
-            ),
-            ("7", "1")
-        );
-        assert_eq!(
-            (linux.Devices[0].Type.as_str(), linux.Devices[0].FileMode),
-            ("c", 438)
-        );
-        let resources = &linux.Resources;
-        assert_eq!(
-            (resources.Devices[0].Major, resources.Devices[1].Minor),
-            (-1, 0)
-        );
-        assert_eq!(
-            (
-                resources.Memory.Limit,
-                resources.CPU.Quota,
-                resources.Pids.Limit
-            ),
-            (64, 5, 9)
-        );
-        assert_eq!(
-            resources.CPU.Cpus, "",
-            "host CPU numbers mean nothing in the guest"
-        );
-        let rule = &linux.Seccomp.Syscalls[0];
-        assert!(rule.has_errnoret());
-        assert_eq!(
-            (rule.Action.as_str(), rule.Args[0].Op.as_str()),
-            ("SCMP_ACT_ALLOW", "SCMP_CMP_EQ")
-        );
-        let errors = linux.Seccomp.Syscalls[1..].iter();
-        let errors: Vec<u32> = errors.map(|rule| rule.errnoret()).collect();
-        assert_eq!(errors, [1, 1 << 16, 38], "EPERM is said, and a 0 is not 0");
-        assert_eq!(linux.Seccomp.Flags, ["SECCOMP_FILTER_FLAG_LOG"]);
-    }
-}
+mod tests;

@@ -35,6 +35,8 @@ pub struct ResourceLimits {
     pub quota: u64,
     /// … of each so many.
     pub period: u64,
+    /// How many CPUs of the host it may run on. What counts where there is no quota.
+    pub cpus: u32,
     /// `oom_score_adj` of its process.
     pub oom_score_adj: i32,
 }
@@ -69,19 +71,22 @@ impl ResourceLimits {
             memory: limit(number(POD_MEMORY)),
             quota: limit(number(POD_QUOTA)),
             period: limit(number(POD_PERIOD)),
+            cpus: 0,
             // Every pause container has -998, also that of a pod that is the first to go: its
             // containers decide.
             oom_score_adj: 0,
         }
     }
 
-    /// After an update, which may name only a part of it.
+    /// After an update, which may name only a part of it. What `unified` says is the last word, as
+    /// with runc.
     pub fn updated(self, resources: &LinuxResources) -> ResourceLimits {
         let cpu = resources.cpu().as_ref();
         let new = |given: Option<i64>, old| {
             given.map_or(old, |value| if value == 0 { old } else { limit(value) })
         };
-        ResourceLimits {
+        let unified = |key| resources.unified().as_ref().and_then(|all| all.get(key));
+        let updated = ResourceLimits {
             memory: new(
                 resources
                     .memory()
@@ -94,7 +99,23 @@ impl ResourceLimits {
                 .and_then(|cpu| cpu.period())
                 .filter(|period| *period > 0)
                 .unwrap_or(self.period),
+            cpus: cpu
+                .and_then(|cpu| cpu.cpus().as_deref())
+                .map_or(self.cpus, cpu_count),
             ..self
+        };
+        let (quota, period) = unified("cpu.max").map_or((updated.quota, updated.period), |text| {
+            let mut words = text.split_whitespace();
+            let mut number = || words.next().and_then(|word| word.parse().ok());
+            // "max" is no number and no limit.
+            let quota = number().map_or(0, limit);
+            (quota, number().map_or(updated.period, limit))
+        });
+        ResourceLimits {
+            memory: unified("memory.max").map_or(updated.memory, |text| bytes(text)),
+            quota,
+            period,
+            ..updated
         }
     }
 
@@ -104,8 +125,43 @@ impl ResourceLimits {
         } else {
             self.period
         };
-        self.quota.saturating_mul(1000).div_ceil(period)
+        match self.quota {
+            0 => u64::from(self.cpus) * 1000,
+            quota => quota.saturating_mul(1000).div_ceil(period),
+        }
     }
+}
+
+/// How many CPUs a list such as `0-3,7` names. One that cannot be read names none: the kernel would
+/// refuse it.
+fn cpu_count(list: &str) -> u32 {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let number = |text: &str| text.trim().parse::<u32>().ok();
+        number(last)?.checked_sub(number(first)?)?.checked_add(1)
+    };
+    let parts = list.trim().split(',').filter(|part| !part.is_empty());
+    parts
+        .map(range)
+        .try_fold(0_u32, |sum, count| sum.checked_add(count?))
+        .unwrap_or_default()
+}
+
+/// A number of bytes as the files of a cgroup take it; "max" is no limit.
+fn bytes(text: &str) -> u64 {
+    let text = text.trim();
+    let unit = text.chars().last().map(|unit| unit.to_ascii_uppercase());
+    let shift = match unit {
+        Some('K') => 10,
+        Some('M') => 20,
+        Some('G') => 30,
+        Some('T') => 40,
+        _ => 0,
+    };
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number = digits.parse::<u64>().ok();
+    let number = number.and_then(|number| number.checked_mul(1 << shift));
+    number.filter(|bytes| *bytes < NO_LIMIT).unwrap_or_default()
 }
 
 fn limit(value: i64) -> u64 {
@@ -130,7 +186,8 @@ pub struct MachineSize {
 }
 
 impl MachineSize {
-    /// The memory that its containers may use, and as many CPUs as their quotas can use. A pod's
+    /// The memory that its containers may use, and as many CPUs as their quotas can use, or without
+    /// one the CPUs that they are bound to. A pod's
     /// own sums count where they are more. The machine's own need comes on top, or with a container
     /// that has no limit, the configured size.
     pub fn of(config: &Config, pod: ResourceLimits, containers: &[ResourceLimits]) -> MachineSize {
@@ -290,6 +347,38 @@ mod tests {
     }
 
     #[test]
+    fn without_a_quota_the_cpus_count_that_a_container_is_bound_to() {
+        let none = ResourceLimits::default();
+        for (list, count) in [("0", 1), ("0-1", 2), ("0,2-3,7", 4), ("", 0), ("a-b", 0)] {
+            assert_eq!(cpu_count(list), count, "{list:?}");
+        }
+        for absurd in ["3-1", "0-4294967295", "0-4294967294,1"] {
+            assert_eq!(cpu_count(absurd), 0, "{absurd:?}");
+        }
+        let bound = need(json!({"cpu": {"cpus": "0-1"}}));
+        assert_eq!(sizing(none, &[bound]).vcpus, 2.min(host_cpus()));
+        assert_eq!(sizing(none, &[bound]).milli_cpus, None, "no limit of time");
+        let half = need(json!({"cpu": {"cpus": "0-3", "quota": 50_000, "period": 100_000}}));
+        assert_eq!(sizing(none, &[half]).vcpus, 1);
+        let update = serde_json::from_value(json!({"cpu": {"cpus": "1"}})).unwrap();
+        assert_eq!(bound.updated(&update).cpus, 1);
+    }
+
+    #[test]
+    fn limits_of_unified_are_limits() {
+        let base = Config::default().memory_mib;
+        let none = ResourceLimits::default();
+        let unified = |key: &str, value: &str| need(json!({"unified": {key: value}}));
+        let memory = |value| sizing(none, &[unified("memory.max", value)]).memory_mib;
+        assert_eq!(memory("67108864"), OWN_MIB + 64);
+        assert_eq!(memory("64M"), OWN_MIB + 64);
+        assert_eq!(memory("max"), base);
+        let cpu = unified("cpu.max", "150000 100000");
+        assert_eq!((cpu.quota, cpu.period), (150_000, 100_000));
+        assert_eq!(unified("cpu.max", "max 100000").quota, 0);
+    }
+
+    #[test]
     fn a_pod_is_as_large_as_its_annotations_say() {
         let spec = json!({"ociVersion": "1.1.0", "root": {"path": "r"}, "annotations": {
             POD_MEMORY: "1073741824", POD_QUOTA: "150000", POD_PERIOD: "100000"}});
@@ -300,6 +389,7 @@ mod tests {
                 memory: 1 << 30,
                 quota: 150_000,
                 period: 100_000,
+                cpus: 0,
                 oom_score_adj: 0
             }
         );

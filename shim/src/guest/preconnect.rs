@@ -14,8 +14,8 @@ use crate::stdio::GuestIo;
 
 /// Streams that are being connected, or are. A drop closes them.
 pub struct PreconnectedStdio {
-    begun: Instant,
-    streams: JoinHandle<Result<GuestIo>>,
+    /// With the time at which they were there.
+    streams: JoinHandle<Result<(Instant, GuestIo)>>,
 }
 
 impl std::fmt::Debug for PreconnectedStdio {
@@ -33,19 +33,19 @@ impl PreconnectedStdio {
     ) -> PreconnectedStdio {
         let (agent, transport) = (agent.clone(), transport.clone());
         let (process, io) = (process.clone(), io.clone());
-        let dial = async move { GuestIo::raw(&agent, &transport, &process, &io).await };
+        let dial = async move {
+            let streams = GuestIo::raw(&agent, &transport, &process, &io).await?;
+            Ok((Instant::now(), streams))
+        };
         PreconnectedStdio {
-            begun: Instant::now(),
             streams: tokio::spawn(dial),
         }
     }
 
     /// The streams, if the agent still holds them for the process.
     pub(super) async fn take(mut self) -> Option<GuestIo> {
-        if self.begun.elapsed() > STREAMS_HELD {
-            return None;
-        }
-        (&mut self.streams).await.ok()?.ok()
+        let (connected, streams) = (&mut self.streams).await.ok()?.ok()?;
+        (connected.elapsed() < STREAMS_HELD).then_some(streams)
     }
 }
 

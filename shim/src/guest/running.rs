@@ -18,7 +18,7 @@ use guest_protocol::{ALL_PROCESSES, Transport};
 use launcher::UidLease;
 use oci_spec::runtime::{LinuxResources, Process};
 use sys::point::{Point, reach};
-use tokio::sync::{Mutex, MutexGuard, watch};
+use tokio::sync::{Mutex, MutexGuard, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
@@ -43,12 +43,18 @@ use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
 use crate::stdio::{GuestIo, PolledOutput};
 
+/// Execs that the agent is asked for at a time: each begins as a copy of the agent. The deadline of
+/// one begins with its turn.
+pub(super) const STARTING_EXECS: usize = 64;
+
 /// A guest with an agent that answers.
 pub struct RunningGuest {
     pub(super) machine: Machine,
     pub(super) agent: Agent,
     pub(super) transport: Transport,
     pub(super) features: Features,
+    /// [`STARTING_EXECS`].
+    pub(super) starting_execs: Semaphore,
     /// Output that has to be read before an exit is asked for: that of polled processes.
     pub(super) polled: std::sync::Mutex<HashMap<ProcessId, PolledOutput>>,
     pub(super) host_sockets: Option<HostSockets>,
@@ -140,6 +146,7 @@ impl GuestCalls for RunningGuest {
         io: &Stdio,
     ) -> Result<GuestIo> {
         let process = ProcessId::init(&request.container_id);
+        self.check_own_fields(guest_spec::own_fields(&request.OCI))?;
         let streams = if self.features.raw_stdio {
             Some(GuestIo::raw(&self.agent, &self.transport, &process, io).await?)
         } else {
@@ -236,6 +243,10 @@ impl GuestCalls for RunningGuest {
         io: &Stdio,
         preconnected: Option<PreconnectedStdio>,
     ) -> Result<GuestIo> {
+        let spec = guest_spec::process(spec);
+        self.check_own_fields(guest_spec::own_fields_of_process(&spec))?;
+        // It is never closed. The streams come after it: the agent does not hold them for ever.
+        let _turn = self.starting_execs.acquire().await;
         let streams = match preconnected {
             Some(preconnected) => preconnected.take().await,
             None => None,
@@ -248,7 +259,7 @@ impl GuestCalls for RunningGuest {
         let request = ExecProcessRequest {
             container_id: process.container.clone(),
             exec_id: process.exec_id().to_owned(),
-            process: Some(guest_spec::process(spec)).into(),
+            process: Some(spec).into(),
             ..Default::default()
         };
         reach(Point::ExecStarting).doing(|| format!("ask the guest to start {process}"))?;
@@ -354,9 +365,11 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<()> {
+        let resources = guest_spec::resources(resources);
+        self.check_own_fields(guest_spec::own_fields_of_resources(&resources))?;
         let request = UpdateContainerRequest {
             container_id: id.to_owned(),
-            resources: Some(guest_spec::resources(resources)).into(),
+            resources: Some(resources).into(),
             ..Default::default()
         };
         self.agent
@@ -410,6 +423,14 @@ impl GuestCalls for RunningGuest {
 }
 
 impl RunningGuest {
+    /// Refuses what the agent would ignore.
+    fn check_own_fields(&self, used: Option<&'static str>) -> Result<()> {
+        match used {
+            Some(field) if !self.features.own_fields => Err(needs_own_agent(field)),
+            _ => Ok(()),
+        }
+    }
+
     async fn end(&self) -> String {
         let mut death = pin!(self.machine.died());
         let fault = tokio::select! {

@@ -19,6 +19,7 @@
 //! * `sandbox_lock`: whoever makes a sandbox's server, or undoes what a dead one left, has it.
 //! * `exit_record`: a container's exit status in its bundle, for `delete`, which containerd asks
 //!   when the server can no longer be asked.
+//! * `node_sysctls`: which settings of the node's kernel a guest's kernel begins with.
 //!
 //! Rules: a path that a tenant can change is walked once, and what was found is kept by descriptor.
 //! Whatever may hang (a dead NFS, a frozen cgroup) is done on a blocking thread with a deadline, and
@@ -33,4 +34,5 @@ pub mod identity;
 pub mod ledger;
 pub mod mount_table;
 pub mod mounts;
+pub mod node_sysctls;
 pub mod sandbox_lock;

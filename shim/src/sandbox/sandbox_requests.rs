@@ -208,6 +208,7 @@ fn need(resources: &LinuxContainerResources) -> ResourceLimits {
         memory: number(resources.memory_limit_in_bytes),
         quota: number(resources.cpu_quota),
         period: number(resources.cpu_period),
+        cpus: 0,
         oom_score_adj: 0,
     }
 }

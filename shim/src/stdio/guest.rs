@@ -9,7 +9,7 @@ use guest_protocol::protocols::agent::{ReadStreamRequest, WriteStreamRequest};
 use guest_protocol::stdio::{ACCEPTED, Channel, Header};
 use guest_protocol::{STDIO_PORT, Transport};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use super::BUFFER;
@@ -17,6 +17,10 @@ use crate::deadlines::{CLIENT_READS, STDIO_ACCEPTED, STREAM_REDIAL};
 use crate::error::{Error, Result};
 use crate::from_guest::Agent;
 use crate::model::{ProcessId, Stdio};
+
+/// How many processes have their streams connected at a time. More would only fill the guest's
+/// queue of connections, and their deadlines would run meanwhile.
+static DIALLING: Semaphore = Semaphore::const_new(32);
 
 /// Asked for at a time by a polling call, in bytes.
 const POLL_SIZE: u32 = 32 * 1024;
@@ -73,9 +77,14 @@ impl GuestIo {
             // ends at once, and what has no stream beside it goes to /dev/null.
             wanted.push(Channel::Stdin);
         }
-        let dials = wanted.iter().map(|channel| dial(transport, key, *channel));
+        let dials = async {
+            // It is never closed.
+            let _turn = DIALLING.acquire().await;
+            let dials = wanted.iter().map(|channel| dial(transport, key, *channel));
+            try_join_all(dials).await
+        };
         let streams = tokio::select! {
-            streams = try_join_all(dials) => streams?,
+            streams = dials => streams?,
             // Whoever dials would take a refusal for a queue that is full for the moment.
             _ = agent.failed() => {
                 return Err(Error::unavailable(format!(
@@ -165,7 +174,13 @@ async fn dial(
         // The agent is there: a refusal is a queue that is full for the moment.
         let mut stream = loop {
             match transport.dial(STDIO_PORT, STDIO_ACCEPTED).await {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                // The kernel's vsock resets, the user space one refuses.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset
+                    ) =>
+                {
                     sleep(STREAM_REDIAL).await
                 }
                 result => break result?,

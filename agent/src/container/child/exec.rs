@@ -41,7 +41,7 @@ pub fn run(
     if user_namespace == UserNamespace::Own {
         super::become_root()?;
     }
-    super::set_umask(0o022);
+    super::set_umask(plan.umask);
     let console = match stdio {
         Some(stdio) => {
             super::take_stdio(stdio, plan.uid)?;

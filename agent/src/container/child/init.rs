@@ -56,7 +56,7 @@ pub fn run(plan: &Plan, inherited: &Inherited, handle: &mut Handle) -> Step<Infa
     rootfs::write_sysctls(&plan.sysctls)?;
     super::set_umask(0);
     rootfs::build(plan)?;
-    super::set_umask(0o022);
+    super::set_umask(plan.process.umask);
     let stdio = match &inherited.stdio {
         Some(stdio) => {
             super::take_stdio(stdio, plan.process.uid)?;

@@ -8,7 +8,7 @@
 //!    ┌───────────────── this file, for both ─────────────────┐
 //!    detach              session, signals, not dumpable
 //!    take_stdio or open_console
-//!    take_identity       limits, user, working directory, the program's path
+//!    take_identity       limits, scheduling, user, working directory, the program's path
 //!    report "ready", wait to go on               exec: with a terminal only
 //!    exec_program        no_new_privs, seccomp, capabilities, execve
 //! ```
@@ -30,6 +30,7 @@ mod copy_up;
 pub mod exec;
 pub mod init;
 mod rootfs;
+mod schedule;
 
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsStr};
@@ -208,6 +209,7 @@ pub fn take_identity(plan: &ProcessPlan) -> Step<Program> {
             ),
         )?;
     }
+    schedule::take_on(plan)?;
     let env = environment(plan);
     let cwd = OsStr::from_bytes(plan.cwd.as_bytes());
     let capabilities = plan.capabilities.unwrap_or(Capabilities::NONE);

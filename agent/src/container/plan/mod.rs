@@ -1,7 +1,7 @@
 //! An OCI spec, checked and turned into what a container's first process will do, step by step.
 //!
 //! ```text
-//!  oci::Spec ─┬─ Process ── process ──> ProcessPlan   args, user, capabilities, rlimits
+//!  oci::Spec ─┬─ Process ── process ──> ProcessPlan   args, user, capabilities, rlimits, scheduling
 //!             ├─ Mounts  ── mounts ───> MountPlan     kind of mount, options
 //!             ├─ Devices ── mounts ───> DevicePlan    the default devices and the container's
 //!             ├─ Sysctl  ── sysctls ──> path, value   those with a namespace only
@@ -17,6 +17,7 @@
 
 mod mounts;
 mod process;
+mod schedule;
 mod sysctls;
 
 use std::ffi::CString;
@@ -117,8 +118,12 @@ impl Plan {
                 "a user namespace needs uidMappings and gidMappings".into(),
             ));
         }
+        let personality = &linux.Own.get_or_default().personality;
         Ok(Plan {
-            process: ProcessPlan::new(process, seccomp)?,
+            process: ProcessPlan {
+                personality: schedule::personality(personality)?,
+                ..ProcessPlan::new(process, seccomp)?
+            },
             root: c_string(&root.Path)?,
             root_readonly: root.Readonly,
             root_propagation,

@@ -1,4 +1,5 @@
-//! What a process needs before and at exec(2), checked: arguments, user, capabilities, limits.
+//! What a process needs before and at exec(2), checked: arguments, user, capabilities, limits,
+//! scheduling.
 
 use std::ffi::CString;
 use std::sync::Arc;
@@ -8,8 +9,12 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::super::seccomp::Filter;
 use super::c_string;
+use super::schedule::{self, SchedulerPlan};
 use crate::error::{Error, Result};
 use crate::log::log;
+
+/// The mask of permissions for new files, where a spec says none.
+const UMASK: libc::mode_t = 0o022;
 
 /// How a process presents itself once it runs: everything that exec(2) and the calls before it
 /// need.
@@ -21,11 +26,17 @@ pub struct ProcessPlan {
     pub uid: libc::uid_t,
     pub gid: libc::gid_t,
     pub groups: Vec<libc::gid_t>,
+    pub umask: libc::mode_t,
     /// None for an exec that takes over the container's.
     pub capabilities: Option<Capabilities>,
     pub rlimits: Vec<(libc::__rlimit_resource_t, libc::rlimit)>,
     pub no_new_privileges: bool,
     pub oom_score_adj: i64,
+    pub scheduler: Option<SchedulerPlan>,
+    /// As ioprio_set(2) takes it.
+    pub io_priority: Option<libc::c_int>,
+    /// As personality(2) takes it. It is the container's, also for an exec.
+    pub personality: Option<libc::c_ulong>,
     pub seccomp: Option<Arc<Filter>>,
     pub terminal: bool,
     /// Of the terminal at the start.
@@ -82,6 +93,13 @@ impl ProcessPlan {
             )));
         }
         let user = process.User.get_or_default();
+        let own = process.Own.get_or_default();
+        let umask = own.umask.unwrap_or(UMASK);
+        if umask > 0o777 {
+            return Err(Error::Invalid(format!(
+                "umask {umask:#o} is more than 0777"
+            )));
+        }
         let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
         let size = process.ConsoleSize.as_ref().map(|size| TerminalSize {
             rows: cells(size.Height),
@@ -102,6 +120,7 @@ impl ProcessPlan {
             uid: user.UID,
             gid: user.GID,
             groups: user.AdditionalGids.clone(),
+            umask,
             capabilities: process
                 .Capabilities
                 .as_ref()
@@ -110,6 +129,17 @@ impl ProcessPlan {
             rlimits: rlimits(&process.Rlimits),
             no_new_privileges: process.NoNewPrivileges,
             oom_score_adj: process.OOMScoreAdj.clamp(-1000, 1000),
+            scheduler: own
+                .scheduler
+                .as_ref()
+                .map(schedule::scheduler)
+                .transpose()?,
+            io_priority: own
+                .io_priority
+                .as_ref()
+                .map(schedule::io_priority)
+                .transpose()?,
+            personality: None,
             seccomp,
             terminal: process.Terminal,
             // Zero is unknown.
