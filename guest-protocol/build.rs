@@ -6,8 +6,8 @@ use std::path::Path;
 use ttrpc_codegen::{Codegen, Customize};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos =
-        ["agent", "csi", "health", "oci", "types"].map(|name| format!("protos/{name}.proto"));
+    let protos = ["agent", "clock", "csi", "health", "oci", "types"]
+        .map(|name| format!("protos/{name}.proto"));
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }
@@ -28,6 +28,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for name in [
         "agent",
         "agent_ttrpc",
+        "clock",
+        "clock_ttrpc",
         "csi",
         "health",
         "health_ttrpc",

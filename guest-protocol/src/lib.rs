@@ -68,6 +68,9 @@ pub const FEATURE_POD: &str = "cofferdam.pod";
 /// See [`FEATURE_POD`].
 pub const POD_PID_PATH: &str = "container:";
 
+/// Entry of `AgentDetails.extra_features`: the service of `protos/clock.proto`.
+pub const FEATURE_CLOCK: &str = "cofferdam.clock";
+
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 

@@ -26,7 +26,8 @@ mod stats;
 
 use guest_protocol::protocols::agent::AgentDetails;
 use guest_protocol::{
-    FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
+    FEATURE_CLOCK, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
+    FEATURE_UDS,
 };
 use ttrpc::Code;
 
@@ -62,6 +63,8 @@ pub struct Features {
     pub uds: bool,
     /// See [`FEATURE_POD`].
     pub pod: bool,
+    /// See [`FEATURE_CLOCK`].
+    pub clock: bool,
 }
 
 /// The refusal of what only our own agent can do.
@@ -87,6 +90,7 @@ impl Features {
             port_forward: has(FEATURE_PORT_FORWARD),
             uds: has(FEATURE_UDS),
             pod: has(FEATURE_POD),
+            clock: has(FEATURE_CLOCK),
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::config::{Config, ConfinementLevel, find_file, find_program};
 use crate::deadlines::{AGENT_CALL, CREATE_SANDBOX};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
-use crate::guest::clock;
+use crate::guest::clock::GuestClock;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
@@ -288,8 +288,10 @@ impl Attempt<'_> {
                  (docs/interoperability.md)"
             );
         }
+        let clock = GuestClock::new(agent.clone(), features.clock);
+        clock.set_first().await;
         let mut keeps_time = JoinSet::new();
-        keeps_time.spawn(clock::follow(agent.clone()));
+        keeps_time.spawn(clock.follow());
         Ok(RunningGuest {
             machine,
             agent,
