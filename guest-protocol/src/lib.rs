@@ -12,6 +12,7 @@ mod frames;
 pub mod host_socket;
 mod key;
 mod line;
+pub mod packets;
 pub mod stdio;
 mod transport;
 
@@ -31,7 +32,8 @@ pub use client::{AgentClient, context};
 pub use forward::{FEATURE_PORT_FORWARD, FORWARD_PORT, ForwardRequest};
 pub use frames::MAX_FRAME;
 pub use host_socket::{
-    FEATURE_UDS, HostSocketRequest, UDS_DRIVER, UDS_PORT, UDS_PORT_OPTION, is_socket_name,
+    FEATURE_UDS, FEATURE_UDS_BELOW, HostSocketRequest, SocketKind, UDS_BELOW_DRIVER, UDS_DRIVER,
+    UDS_PORT, UDS_PORT_OPTION, is_socket_name,
 };
 pub use key::{KEY_LINE, KEY_PARAMETER, Key};
 pub use line::{BadLine, Line, read_line};

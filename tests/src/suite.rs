@@ -94,12 +94,20 @@ macro_rules! cases {
 }
 
 /// What no agent but ours can do: docs/interoperability.md.
-const NEED_OWN_AGENT: [&str; 6] = [
+const NEED_OWN_AGENT: [&str; 14] = [
+    "datagrams_stay_apart",
     "empty_dir_of_two_containers",
+    "links_in_a_volume_lead_to_no_socket",
+    "owner_of_a_socket_below_a_directory_is_the_hosts",
     "pid_namespace_of_another_container",
     "port_forward_reaches_a_server_on_loopback",
+    "sequenced_packets_stay_apart",
     "signal_to_all_reaches_children",
+    "socket_below_a_mounted_directory",
+    "socket_in_a_directory_that_came_later",
     "socket_of_the_host",
+    "stranger_may_not_connect_and_the_mode_is_the_hosts",
+    "syslog_of_the_host",
     "unix_socket_between_two_containers",
 ];
 

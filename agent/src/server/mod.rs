@@ -44,7 +44,7 @@ use guest_protocol::protocols::types;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{
     ALL_PROCESSES, FEATURE_CLOCK, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO,
-    FEATURE_SIGNAL_ALL, FEATURE_UDS,
+    FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -65,7 +65,7 @@ use crate::storage::{copy, driver_names, look_up_mounts, volume_usage};
 const API_VERSION: &str = "0.0.1";
 
 /// What GetGuestDetails announces beside the version.
-const FEATURES: [&str; 7] = [
+const FEATURES: [&str; 8] = [
     "seccomp",
     FEATURE_RAW_STDIO,
     FEATURE_SIGNAL_ALL,
@@ -73,6 +73,7 @@ const FEATURES: [&str; 7] = [
     FEATURE_UDS,
     FEATURE_POD,
     FEATURE_CLOCK,
+    FEATURE_UDS_BELOW,
 ];
 
 /// The methods that the trait below implements.

@@ -124,6 +124,8 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             nonsense_on_the_forward_port_is_dropped
             many_forwarded_connections_leave_nothing
             a_host_socket_is_reached_from_the_guest
+            datagrams_are_carried_each_by_itself
+            a_descriptor_that_is_passed_ends_the_connection
             a_host_that_refuses_closes_the_connection
             a_released_host_socket_is_gone;
         Vm sandbox_cases:

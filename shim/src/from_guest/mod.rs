@@ -27,7 +27,7 @@ mod stats;
 use guest_protocol::protocols::agent::AgentDetails;
 use guest_protocol::{
     FEATURE_CLOCK, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
-    FEATURE_UDS,
+    FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use ttrpc::Code;
 
@@ -61,6 +61,8 @@ pub struct Features {
     pub port_forward: bool,
     /// See [`FEATURE_UDS`].
     pub uds: bool,
+    /// See [`FEATURE_UDS_BELOW`].
+    pub uds_below: bool,
     /// See [`FEATURE_POD`].
     pub pod: bool,
     /// See [`FEATURE_CLOCK`].
@@ -89,6 +91,7 @@ impl Features {
             signal_all: has(FEATURE_SIGNAL_ALL),
             port_forward: has(FEATURE_PORT_FORWARD),
             uds: has(FEATURE_UDS),
+            uds_below: has(FEATURE_UDS_BELOW),
             pod: has(FEATURE_POD),
             clock: has(FEATURE_CLOCK),
         }

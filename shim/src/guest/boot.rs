@@ -34,6 +34,7 @@ use crate::guest::nics::Nics;
 use crate::guest::place::HostCgroup;
 use crate::guest::reach_agent::{self, Address};
 use crate::guest::running::{RunningGuest, Size};
+use crate::guest::sockets_below::SocketsBelow;
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
@@ -264,7 +265,10 @@ impl Attempt<'_> {
             let doing = || "listen for the guest's connections to unix sockets".to_owned();
             let listener = reach_agent::listen(&transport, UDS_PORT).doing(doing)?;
             let port = listener.port(UDS_PORT).doing(doing)?;
-            Some(HostSockets::serve(listener, port))
+            let mut host = HostSockets::serve(listener, port);
+            let below = || SocketsBelow::new(agent.clone(), host.sockets.clone(), port);
+            host.below = features.uds_below.then(below);
+            Some(host)
         } else {
             None
         };
