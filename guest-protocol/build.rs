@@ -6,8 +6,16 @@ use std::path::Path;
 use ttrpc_codegen::{Codegen, Customize};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos = ["agent", "cofferdam", "csi", "health", "oci", "types"]
-        .map(|name| format!("protos/{name}.proto"));
+    let protos = [
+        "agent",
+        "clock",
+        "cofferdam",
+        "csi",
+        "health",
+        "oci",
+        "types",
+    ]
+    .map(|name| format!("protos/{name}.proto"));
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }
@@ -28,6 +36,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for name in [
         "agent",
         "agent_ttrpc",
+        "clock",
+        "clock_ttrpc",
         "cofferdam",
         "csi",
         "health",

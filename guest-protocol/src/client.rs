@@ -8,6 +8,7 @@ use ttrpc::context::Context;
 
 use crate::frames::{Verdict, Watched};
 use crate::protocols::agent_ttrpc::AgentServiceClient;
+use crate::protocols::clock_ttrpc::ClockClient;
 use crate::protocols::health_ttrpc::HealthClient;
 use crate::transport::Stream;
 
@@ -18,6 +19,8 @@ pub struct AgentClient {
     pub agent: AgentServiceClient,
     /// Health and version.
     pub health: HealthClient,
+    /// The time of day, see [`crate::FEATURE_CLOCK`].
+    pub clock: ClockClient,
     verdict: Verdict,
 }
 
@@ -41,7 +44,8 @@ impl AgentClient {
             ttrpc::r#async::Client::new(Socket::new(Watched::new(stream, verdict.clone())));
         AgentClient {
             agent: AgentServiceClient::new(client.clone()),
-            health: HealthClient::new(client),
+            health: HealthClient::new(client.clone()),
+            clock: ClockClient::new(client),
             verdict,
         }
     }

@@ -11,7 +11,9 @@
 //! ```
 //!
 //! The storage's options `mode=` (octal), `uid=` and `gid=` are the permissions and the owner of
-//! the socket in the guest.
+//! the socket in the guest, `type=` is its kind ([`SocketKind`]). What follows the line are the
+//! bytes of a stream, or the messages of the other kinds ([`crate::packets`]); those of a datagram
+//! socket go to the host alone, each user's over a connection of its own.
 
 use std::fmt;
 use std::str::FromStr;
@@ -24,11 +26,56 @@ pub const FEATURE_UDS: &str = "cofferdam.uds";
 /// Storage driver for a unix socket of the host, see [`crate::host_socket`].
 pub const UDS_DRIVER: &str = "cofferdam.uds";
 
+/// Driver of the sockets below a shared directory, its mount point, in an UpdateEphemeralMounts: a
+/// socket of the agent's is mounted over each. Its options are all that there are, one line each:
+/// `<source> <type> <mode> <uid> <gid> <path>`, the path from the directory.
+pub const UDS_BELOW_DRIVER: &str = "cofferdam.uds-below";
+
+/// Entry of `AgentDetails.extra_features`: [`UDS_BELOW_DRIVER`].
+pub const FEATURE_UDS_BELOW: &str = "cofferdam.uds-below";
+
 /// Driver option of [`UDS_DRIVER`]: the decimal number of the host's vsock port follows it.
 pub const UDS_PORT_OPTION: &str = "port=";
 
 /// Port on the host's end of a hybrid transport to which connections to the host's unix sockets go.
 pub const UDS_PORT: u32 = 1031;
+
+/// What kind of socket it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SocketKind {
+    /// A connection of bytes.
+    #[default]
+    Stream,
+    /// A connection of messages.
+    SeqPacket,
+    /// Messages without a connection.
+    Datagram,
+}
+
+/// The kinds by their names on the wire.
+const KINDS: [(SocketKind, &str); 3] = [
+    (SocketKind::Stream, "stream"),
+    (SocketKind::SeqPacket, "seqpacket"),
+    (SocketKind::Datagram, "datagram"),
+];
+
+impl fmt::Display for SocketKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = KINDS.iter().find(|(kind, _)| kind == self);
+        f.write_str(known.map_or("", |(_, name)| name))
+    }
+}
+
+impl FromStr for SocketKind {
+    type Err = BadLine;
+
+    fn from_str(text: &str) -> Result<SocketKind, BadLine> {
+        let known = KINDS.iter().find(|(_, name)| *name == text);
+        known
+            .map(|(kind, _)| *kind)
+            .ok_or_else(|| BadLine::new("kind of socket", text))
+    }
+}
 
 const MAGIC: &str = "cofferdam-uds/2";
 
@@ -116,6 +163,14 @@ mod tests {
                 gid: 44
             })
         );
+    }
+
+    #[test]
+    fn a_kind_reads_back_as_it_was_written() {
+        for (kind, _) in KINDS {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        assert!("raw".parse::<SocketKind>().is_err());
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod frames;
 pub mod host_socket;
 mod key;
 mod line;
+pub mod packets;
 pub mod stdio;
 mod transport;
 
@@ -31,7 +32,8 @@ pub use client::{AgentClient, context};
 pub use forward::{FEATURE_PORT_FORWARD, FORWARD_PORT, ForwardRequest};
 pub use frames::MAX_FRAME;
 pub use host_socket::{
-    FEATURE_UDS, HostSocketRequest, UDS_DRIVER, UDS_PORT, UDS_PORT_OPTION, is_socket_name,
+    FEATURE_UDS, FEATURE_UDS_BELOW, HostSocketRequest, SocketKind, UDS_BELOW_DRIVER, UDS_DRIVER,
+    UDS_PORT, UDS_PORT_OPTION, is_socket_name,
 };
 pub use key::{KEY_LINE, KEY_PARAMETER, Key};
 pub use line::{BadLine, Line, read_line};
@@ -71,6 +73,9 @@ pub const FEATURE_OWN_FIELDS: &str = "cofferdam.own-fields";
 
 /// See [`FEATURE_POD`].
 pub const POD_PID_PATH: &str = "container:";
+
+/// Entry of `AgentDetails.extra_features`: the service of `protos/clock.proto`.
+pub const FEATURE_CLOCK: &str = "cofferdam.clock";
 
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";

@@ -69,6 +69,23 @@ pub const MOUNTS_RELEASE: Duration = Duration::from_secs(2);
 /// Between two looks at the host's clock: so long may the guest's be behind.
 pub const CLOCK_LOOK_AGAIN: Duration = Duration::from_secs(60);
 
+/// A volume is searched for sockets of the host before its container is made.
+pub const SOCKETS_FIRST_SCAN: Duration = Duration::from_secs(1);
+
+/// From the first change in a directory to the look at it: a server binds its socket, and then
+/// says whose it is.
+pub const SOCKETS_SETTLE: Duration = Duration::from_millis(10);
+
+/// Between two looks, at least.
+pub const SOCKETS_PAUSE: Duration = Duration::from_millis(100);
+
+/// After which the agent is told again what there is: longer than a guest's kernel believes a name
+/// (virtiofsd's default is one second).
+pub const SOCKETS_CONFIRM: Duration = Duration::from_millis(1500);
+
+/// Between two looks without notice of changes.
+pub const SOCKETS_LOOK_AGAIN: Duration = Duration::from_secs(5);
+
 /// The agent sends its line for a socket of the host.
 pub const HOST_SOCKET: Duration = Duration::from_secs(10);
 

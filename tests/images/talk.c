@@ -6,6 +6,10 @@
  *   talk ask unix /run/x.sock hello
  * A client tries for 20 s, as its server may not be there yet.
  *
+ * A client that sends each text by itself, once, and wants no answer; unixgram and
+ * unixpacket are the other kinds of unix sockets:
+ *   talk tell unixgram /dev/log one two
+ *
  * And one end of a measurement, whose other end is there and has the clock: it sends so
  * many MiB, or reads up to the end, or sends back what it reads.
  *   talk send tcp 10.88.1.1 7000 64
@@ -34,7 +38,11 @@ static int parse(char **argv, int *type)
 	struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)&address;
 
 	*type = strcmp(argv[0], "udp") ? SOCK_STREAM : SOCK_DGRAM;
-	if (!strcmp(argv[0], "unix")) {
+	if (!strncmp(argv[0], "unix", 4)) {
+		if (!strcmp(argv[0], "unixgram"))
+			*type = SOCK_DGRAM;
+		if (!strcmp(argv[0], "unixpacket"))
+			*type = SOCK_SEQPACKET;
 		path->sun_family = AF_UNIX;
 		strncpy(path->sun_path, argv[1], sizeof(path->sun_path) - 1);
 		length = sizeof(*path);
@@ -113,6 +121,23 @@ static int ask(int type, const char *text)
 	return got > 0 && write(1, answer, got) == got ? 0 : 1;
 }
 
+static int tell(int type, char **texts)
+{
+	int client = socket(address.ss_family, type, 0);
+
+	if (connect(client, (struct sockaddr *)&address, length)) {
+		perror("talk: connect");
+		return 1;
+	}
+	for (; *texts; texts++) {
+		if (send(client, *texts, strlen(*texts), MSG_NOSIGNAL) < 0) {
+			perror("talk: send");
+			return 1;
+		}
+	}
+	return 0;
+}
+
 /* Sends all of it. */
 static int put(int to, const char *data, ssize_t size)
 {
@@ -159,10 +184,12 @@ int main(int argc, char **argv)
 		return serve(type);
 	if (used && argc == 3 + used && !strcmp(argv[1], "ask"))
 		return ask(type, argv[2 + used]);
+	if (used && argc >= 3 + used && !strcmp(argv[1], "tell"))
+		return tell(type, argv + 2 + used);
 	if (used && argc == 3 + used && !strcmp(argv[1], "send"))
 		return measure(type, atol(argv[2 + used]), 0);
 	if (used && argc == 2 + used && (!strcmp(argv[1], "drain") || !strcmp(argv[1], "echo")))
 		return measure(type, 0, argv[1][0] == 'e');
-	fprintf(stderr, "usage: talk serve|ask|send|drain|echo tcp|udp|unix ADDRESS [PORT] [TEXT|MIB]\n");
+	fprintf(stderr, "usage: talk serve|ask|tell|send|drain|echo tcp|udp|unix ADDRESS [PORT] [TEXT|MIB]\n");
 	return 2;
 }

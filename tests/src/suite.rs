@@ -94,15 +94,23 @@ macro_rules! cases {
 }
 
 /// What no agent but ours can do: docs/interoperability.md.
-const NEED_OWN_AGENT: [&str; 8] = [
+const NEED_OWN_AGENT: [&str; 18] = [
+    "datagrams_stay_apart",
     "empty_dir_of_two_containers",
+    "links_in_a_volume_lead_to_no_socket",
     "out_of_memory_kills_the_whole_container",
+    "owner_of_a_socket_below_a_directory_is_the_hosts",
     "pid_namespace_of_another_container",
     "port_forward_reaches_a_server_on_loopback",
     "program_is_told_of_a_new_configuration",
+    "sequenced_packets_stay_apart",
     "signal_to_all_reaches_children",
+    "socket_below_a_mounted_directory",
+    "socket_in_a_directory_that_came_later",
     "socket_of_the_host",
     "stop_in_a_shared_pid_namespace_is_a_sigterm",
+    "stranger_may_not_connect_and_the_mode_is_the_hosts",
+    "syslog_of_the_host",
     "unix_socket_between_two_containers",
     "volume_of_a_reader_and_a_writer",
 ];

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
             id_that_is_taken, kill_everything_in_it, signal_to_all_reaches_children,
             kill_of_what_has_ended, processes_are_listed, large_exec_arguments,
             fifty_execs_at_once, two_at_once, created_started_and_started_again,
-            host_processes_are_not_visible;
+            host_processes_are_not_visible, clock_is_the_hosts;
     ])
 }
 
@@ -51,6 +51,32 @@ fn first_container_of_a_group_goes_before_the_others(env: &Env) {
     }
     second.kill("SIGKILL", &[]).ok();
     second.finish();
+}
+
+/// As make and tar see it, which complain of files that come from the future.
+fn clock_is_the_hosts(env: &Env) {
+    let dir = env.dir.join("volume");
+    std::fs::create_dir(&dir).unwrap();
+    let mount = format!("type=bind,src={},dst=/v,options=rbind:rw", dir.display());
+    let container = env.detached(&["--null-io", "--mount", &mount], &["sleep", "3600"]);
+    let now = || std::time::UNIX_EPOCH.elapsed().unwrap().as_micros();
+    let in_time = || {
+        std::fs::write(dir.join("new"), "").unwrap();
+        let before = now();
+        let script = "adjtimex | awk '/tv_sec/ {s = $2} /tv_usec/ {printf \"%d%06d\", s, $2}'; \
+                      touch /dev/shm/now; test /v/new -nt /dev/shm/now && echo future";
+        let seen = container.exec(&["sh", "-c", script]).text();
+        let (seen, after): (u128, _) = (seen.parse().expect(&seen), now());
+        let wrong = before.saturating_sub(seen).max(seen.saturating_sub(after));
+        assert!(wrong < 5000, "{wrong} µs from {before} to {after}: {seen}");
+    };
+    in_time();
+    env.ctr(&["tasks", "pause", &container.id]).ok();
+    std::thread::sleep(Duration::from_secs(2));
+    env.ctr(&["tasks", "resume", &container.id]).ok();
+    in_time();
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
 }
 
 fn output_and_exit_code(env: &Env) {

@@ -125,3 +125,41 @@ pub fn set_clock(seconds: i64, microseconds: i64) -> Result<()> {
         .context(|| format!("set the clock to {seconds} s since 1970"))
         .map(|_| ())
 }
+
+/// The guest's clock (CLOCK_REALTIME) in nanoseconds since 1970.
+///
+/// # Errors
+/// A time that has more of them than fit.
+pub fn read_clock() -> Result<i64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
+        .context(|| "read the clock".into())?;
+    now.tv_sec()
+        .checked_mul(1_000_000_000)
+        .and_then(|seconds| seconds.checked_add(now.tv_nsec()))
+        .ok_or_else(|| Error::Failed("the clock is centuries away from 1970".into()))
+}
+
+/// Changes the guest's clock by some nanoseconds, at once or `slowly`: then no time comes twice,
+/// and none is left out. A later call replaces what is left of a slow one. Whole microseconds of
+/// it: to count in nanoseconds is a state of the kernel's that others in the guest would see.
+///
+/// # Errors
+/// The kernel's: a time that is before the boot.
+pub fn correct_clock(nanoseconds: i64, slowly: bool) -> Result<()> {
+    let microseconds = nanoseconds.div_euclid(1000);
+    // SAFETY: an all-zero `timex` is one that changes nothing.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    if slowly {
+        change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+        change.offset = microseconds;
+    } else {
+        change.modes = libc::ADJ_SETOFFSET;
+        // Of a time before zero the microseconds count up all the same (adjtimex(2)).
+        change.time.tv_sec = microseconds.div_euclid(1_000_000);
+        change.time.tv_usec = microseconds.rem_euclid(1_000_000);
+    }
+    // SAFETY: the struct lives over the call.
+    check(unsafe { libc::adjtimex(&raw mut change) }.into())
+        .context(|| format!("change the clock by {nanoseconds} ns"))
+        .map(|_| ())
+}

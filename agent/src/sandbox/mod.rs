@@ -46,8 +46,12 @@ use futures::future::join_all;
 use guest_protocol::protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use guest_protocol::protocols::oci;
 use guest_protocol::stdio::Header;
-use guest_protocol::{GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport};
+use guest_protocol::{
+    GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, Stream, Transport, UDS_BELOW_DRIVER,
+};
+use nix::fcntl::OFlag;
 use sys::lock;
+use sys::mount::{Attributes, Extent};
 use tokio::time::Instant;
 
 use self::removed_paths::RemovedPaths;
@@ -62,7 +66,7 @@ use crate::guest::reaper::Reaper;
 use crate::log::log;
 use crate::stdio::{Claimed, Parking};
 use crate::stock::STOCK;
-use crate::storage::{Cleanup, Storages, mount_storage, update_ephemeral};
+use crate::storage::{Cleanup, SocketsBelow, Storages, mount_storage, update_ephemeral};
 
 /// Which pid namespace a container asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +96,8 @@ pub struct Sandbox {
     /// OOM kills that nobody has fetched yet.
     pub oom: Arc<oom::Queue>,
     state: Mutex<State>,
+    /// Sockets of the host below volumes. Its lock is held over lookups in a share.
+    sockets_below: Mutex<SocketsBelow>,
     /// PID 1 of the pid namespace that containers share, once one of them does. Held while it is
     /// made.
     pod_init: tokio::sync::Mutex<Option<PodInit>>,
@@ -137,6 +143,7 @@ impl Sandbox {
             reaper,
             oom: Arc::default(),
             state: Mutex::default(),
+            sockets_below: Mutex::default(),
             pod_init: tokio::sync::Mutex::default(),
         })
     }
@@ -191,11 +198,17 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Changes options, such as the size, of storages in the guest's memory.
+    /// Changes options, such as the size, of storages in the guest's memory, and which sockets of
+    /// the host there are below a volume.
     ///
     /// # Errors
     /// A storage that is not there or of another kind, or an option that the kernel refuses.
     pub fn update_ephemeral(&self, storages: &[Storage]) -> Result<()> {
+        if let [storage] = storages
+            && storage.driver == UDS_BELOW_DRIVER
+        {
+            return lock(&self.sockets_below).update(storage, &self.host);
+        }
         {
             let state = lock(&self.state);
             for storage in storages {
@@ -227,6 +240,9 @@ impl Sandbox {
         let cleanup = if inside == outside {
             Cleanup::Nothing
         } else {
+            // Sockets of the host that are mounted in it later are to appear in containers.
+            let shared = Attributes::propagation(libc::MS_SHARED);
+            set_attributes_at(Path::new(path), &shared).context(attempt)?;
             Cleanup::Unmount
         };
         lock(&self.state).storages.add(&storage, cleanup);
@@ -476,7 +492,12 @@ impl Sandbox {
             .map(String::as_str)
             .chain([container.root()]);
         state.removed.extend(used);
+        let gone = |path: &&String| !state.storages.has(path);
+        let gone: Vec<&String> = container.storages().iter().filter(gone).collect();
         drop(state);
+        for volume in gone {
+            lock(&self.sockets_below).forget(volume);
+        }
         self.revalidate_removed_paths();
         Ok(())
     }
@@ -536,6 +557,13 @@ impl Sandbox {
         }
         Ok(Reservation(self, id))
     }
+}
+
+/// Changes the mount at a path, which may be made by this lookup.
+fn set_attributes_at(path: &Path, attributes: &Attributes) -> std::io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let mount = nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty())?;
+    sys::mount::set_attributes(mount, attributes, Extent::Mount)
 }
 
 fn pid_namespace_of(container: &Container) -> Result<OwnedFd> {

@@ -35,14 +35,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use guest_protocol::protocols::agent as api;
 use guest_protocol::protocols::agent_ttrpc::{AgentService, create_agent_service};
+use guest_protocol::protocols::clock::{Correction, TimeOfDay};
+use guest_protocol::protocols::clock_ttrpc::{Clock, create_clock};
 use guest_protocol::protocols::csi;
 use guest_protocol::protocols::health as health_api;
 use guest_protocol::protocols::health_ttrpc::{Health, create_health};
 use guest_protocol::protocols::types;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{
-    ALL_PROCESSES, FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO,
-    FEATURE_SIGNAL_ALL, FEATURE_UDS,
+    ALL_PROCESSES, FEATURE_CLOCK, FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD,
+    FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -63,7 +65,7 @@ use crate::storage::{copy, driver_names, look_up_mounts, volume_usage};
 const API_VERSION: &str = "0.0.1";
 
 /// What GetGuestDetails announces beside the version.
-const FEATURES: [&str; 7] = [
+const FEATURES: [&str; 9] = [
     "seccomp",
     FEATURE_RAW_STDIO,
     FEATURE_SIGNAL_ALL,
@@ -71,6 +73,8 @@ const FEATURES: [&str; 7] = [
     FEATURE_UDS,
     FEATURE_POD,
     FEATURE_OWN_FIELDS,
+    FEATURE_CLOCK,
+    FEATURE_UDS_BELOW,
 ];
 
 /// The methods that the trait below implements.
@@ -128,7 +132,10 @@ pub fn services(
             .methods
             .retain(|name, _| METHODS.contains(&name.as_str()));
     }
-    services.extend(create_health(agent));
+    services.extend(create_health(agent.clone()));
+    if !STOCK {
+        services.extend(create_clock(agent));
+    }
     services
 }
 
@@ -534,6 +541,21 @@ impl Agent {
             data,
             ..Default::default()
         })
+    }
+}
+
+#[async_trait]
+impl Clock for Agent {
+    async fn read(&self, _: &TtrpcContext, _: Empty) -> Reply<TimeOfDay> {
+        Ok(TimeOfDay {
+            nanoseconds: settings::read_clock()?,
+            ..Default::default()
+        })
+    }
+
+    async fn correct(&self, _: &TtrpcContext, by: Correction) -> Reply<Empty> {
+        settings::correct_clock(by.nanoseconds, by.slowly)?;
+        Ok(Empty::new())
     }
 }
 

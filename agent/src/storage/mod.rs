@@ -1,5 +1,6 @@
 //! Storages: what the host asks to be mounted in the guest, counted by mount point. Beside them,
-//! what it copies into the guest (`copied`) and wants looked up again in its shares (`shares`).
+//! what it copies into the guest (`copied`), wants looked up again in its shares (`shares`), and has
+//! of sockets below them (`sockets_below`).
 //!
 //! [`mount_storage`] makes one, by its driver. [`Storages`] counts the users of each; the last
 //! one's release undoes it, unless one of them has asked for a storage that stays as long as the
@@ -8,6 +9,7 @@
 mod copied;
 mod ephemeral;
 mod shares;
+mod sockets_below;
 mod watched;
 
 use std::collections::HashMap;
@@ -35,6 +37,7 @@ use crate::relay::unix;
 pub use copied::copy;
 pub use ephemeral::update as update_ephemeral;
 pub use shares::look_up_mounts;
+pub use sockets_below::SocketsBelow;
 
 /// How a storage is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +144,11 @@ impl Storages {
         {
             clean_up(mount_point, entry.cleanup);
         }
+    }
+
+    /// Whether there is one at this mount point.
+    pub fn has(&self, mount_point: &str) -> bool {
+        self.0.contains_key(mount_point)
     }
 
     /// Unmounts everything.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use guest_protocol::packets::{MAX_PACKET, read_packet};
 use guest_protocol::protocols::agent::{CreateContainerRequest, Storage};
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{FORWARD_PORT, Stream, UDS_DRIVER, UDS_PORT};
@@ -152,6 +153,10 @@ pub async fn many_forwarded_connections_leave_nothing(client: &Client<'_>) {
 
 /// Makes a container with a socket of the host in it; the path of the socket as the agent sees it.
 async fn with_socket(client: &Client<'_>, id: &str) -> String {
+    with_socket_of_kind(client, id, "stream").await
+}
+
+async fn with_socket_of_kind(client: &Client<'_>, id: &str, kind: &str) -> String {
     let place = client
         .guest
         .rootfs
@@ -164,7 +169,9 @@ async fn with_socket(client: &Client<'_>, id: &str) -> String {
         driver: UDS_DRIVER.into(),
         driver_options: vec![format!("port={UDS_PORT}")],
         source: "csi".into(),
-        options: ["mode=0620", "uid=12", "gid=34"].map(str::to_owned).into(),
+        options: [&format!("type={kind}"), "mode=0620", "uid=12", "gid=34"]
+            .map(str::to_owned)
+            .into(),
         mount_point: place.clone(),
         ..Default::default()
     };
@@ -230,6 +237,54 @@ pub async fn a_host_socket_is_reached_from_the_guest(client: &Client<'_>) {
         assert_eq!(read_all(Some(Stream::Unix(inside))).await, b"answer");
     }
     client.remove("reaches").await.unwrap();
+}
+
+pub async fn datagrams_are_carried_each_by_itself(client: &Client<'_>) {
+    if client.guest.is_vm {
+        return;
+    }
+    let listener = client.guest.transport.listen(UDS_PORT).unwrap();
+    let place = with_socket_of_kind(client, "grams", "datagram").await;
+    let inside = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    inside.connect(&place).unwrap();
+    let mut buffer = vec![0; MAX_PACKET];
+    // The host ends a connection, as when its server begins anew.
+    for _ in 0..2 {
+        inside.send(b"one").unwrap();
+        inside.send(&[7; 50_000]).unwrap();
+        let mut outside = accept(&listener).await;
+        outside.write_all(&[ACCEPTED]).await.unwrap();
+        for length in [3, 50_000] {
+            let reading = read_packet(&mut outside, &mut buffer);
+            let got = timeout(DEADLINE, reading).await.unwrap().unwrap();
+            assert_eq!(got.map(<[u8]>::len), Some(length));
+        }
+        drop(outside);
+        sleep(Duration::from_millis(100)).await;
+    }
+    client.remove("grams").await.unwrap();
+}
+
+pub async fn a_descriptor_that_is_passed_ends_the_connection(client: &Client<'_>) {
+    use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+    use std::os::fd::AsRawFd;
+    if client.guest.is_vm {
+        return;
+    }
+    let listener = client.guest.transport.listen(UDS_PORT).unwrap();
+    let place = with_socket(client, "passes").await;
+    let mut inside = UnixStream::connect(&place).await.unwrap();
+    let mut outside = accept(&listener).await;
+    outside.write_all(&[ACCEPTED]).await.unwrap();
+    let passed = [0];
+    let control = [ControlMessage::ScmRights(&passed)];
+    let parts = [std::io::IoSlice::new(b"take this")];
+    let socket = inside.as_raw_fd();
+    sendmsg::<UnixAddr>(socket, &parts, &control, MsgFlags::empty(), None).unwrap();
+    assert_eq!(read_all(Some(outside)).await, b"");
+    let end = timeout(DEADLINE, inside.read(&mut [0])).await.unwrap();
+    assert_eq!(end.unwrap_or(0), 0);
+    client.remove("passes").await.unwrap();
 }
 
 pub async fn a_host_that_refuses_closes_the_connection(client: &Client<'_>) {

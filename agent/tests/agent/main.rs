@@ -125,10 +125,13 @@ fn cases() -> Vec<(&'static str, Needs, Case)> {
             nonsense_on_the_forward_port_is_dropped
             many_forwarded_connections_leave_nothing
             a_host_socket_is_reached_from_the_guest
+            datagrams_are_carried_each_by_itself
+            a_descriptor_that_is_passed_ends_the_connection
             a_host_that_refuses_closes_the_connection
             a_released_host_socket_is_gone;
         Vm sandbox_cases:
-            the_clock_can_be_set;
+            the_clock_can_be_set
+            the_clock_can_be_asked_and_corrected;
         Vm limit_cases:
             a_memory_limit_kills_and_the_event_comes_before_the_exit
             a_memory_limit_below_the_usage_ends_the_container

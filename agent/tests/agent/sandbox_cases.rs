@@ -10,6 +10,7 @@ use guest_protocol::protocols::agent::{
     ReseedRandomDevRequest, ResizeVolumeRequest, ResumeContainerRequest, SetGuestDateTimeRequest,
     SetIPTablesRequest, SetPolicyRequest, StatsContainerRequest, Storage, UpdateContainerRequest,
 };
+use guest_protocol::protocols::clock::Correction;
 use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::stdio::Channel;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -490,4 +491,33 @@ pub async fn the_clock_can_be_set(client: &Client<'_>) {
     set(now.unwrap().as_secs().try_into().unwrap(), 0)
         .await
         .unwrap();
+}
+
+pub async fn the_clock_can_be_asked_and_corrected(client: &Client<'_>) {
+    let read = async || {
+        let nothing = protobuf::well_known_types::empty::Empty::new();
+        let answer = client.rpc.clock.read(soon(), &nothing).await;
+        answer.unwrap().nanoseconds
+    };
+    let correct = async |nanoseconds, slowly| {
+        let by = Correction {
+            nanoseconds,
+            slowly,
+            ..Default::default()
+        };
+        client.rpc.clock.correct(soon(), &by).await.unwrap();
+    };
+    const SECOND: i64 = 1_000_000_000;
+    let before = read().await;
+    correct(100 * SECOND + 1, false).await;
+    let after = read().await;
+    assert!(after - before > 100 * SECOND, "{before} {after}");
+    correct(-100 * SECOND - 1, false).await;
+    let back = read().await;
+    assert!(back >= before && back < after, "{before} {back} {after}");
+    // Half a millisecond in a second: nothing that is seen at once.
+    correct(-SECOND / 10, true).await;
+    let later = read().await;
+    assert!(later > back, "{back} {later}");
+    correct(0, true).await;
 }

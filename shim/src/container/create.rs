@@ -20,13 +20,14 @@ use crate::container::devices::{self, Devices};
 use crate::container::role::PidNamespace;
 use crate::container::rootfs::{self, Disk};
 use crate::container::shared_volumes::SharedVolumes;
-use crate::container::volumes::{self, OfPod, Volumes};
+use crate::container::volumes::{self, HostSocket, OfPod, Volumes};
 use crate::deadlines::{DISK_DETACH, DISK_DETACH_AT_LEAST, MOUNTS_RELEASE, REMOVE_CONTAINER};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::needs_own_agent;
 use crate::guest::calls::GuestCalls;
 use crate::guest::guest_spec::{self, GuestView};
-use crate::guest::host_sockets::{HostSockets, Users};
+use crate::guest::host_sockets::{HostSockets, PinnedSocket, Users};
+use crate::guest::sockets_below::WatchedDirectory;
 use crate::host::dir::Entry;
 use crate::model::Stdio;
 use crate::stdio::{GuestIo, HostIo, Pumps};
@@ -69,6 +70,8 @@ pub struct Container {
     plugged: Vec<String>,
     /// Names of the host's sockets that it may connect to.
     sockets: Vec<String>,
+    /// Its volumes that may have more of them below.
+    directories: Vec<Arc<WatchedDirectory>>,
     /// As whom its processes may speak to them.
     users: Users,
 }
@@ -140,6 +143,7 @@ pub async fn in_guest(
         host,
         plugged: Vec::new(),
         sockets: Vec::new(),
+        directories: Vec::new(),
         users: Users::default(),
     };
     match container.make(guest, create).await {
@@ -170,11 +174,6 @@ impl Container {
         {
             return Err(needs_own_agent("a seccomp profile"));
         }
-        create
-            .spec
-            .process()
-            .iter()
-            .for_each(|process| self.runs_as(process.user()));
         let own_agent = guest.features().pod;
         if !own_agent {
             self.host.volumes.watch_none();
@@ -192,13 +191,9 @@ impl Container {
             .linux()
             .as_ref()
             .and_then(|linux| linux.uid_mappings().as_ref());
-        if let Some((_, path)) = self
-            .host
-            .volumes
-            .sockets
-            .first()
-            .filter(|_| maps.is_some_and(|maps| !maps.is_empty()))
-        {
+        let has_maps = maps.is_some_and(|maps| !maps.is_empty());
+        let first = self.host.volumes.sockets.first();
+        if let Some(HostSocket { path, .. }) = first.filter(|_| has_maps) {
             return Err(Error::invalid(format!(
                 "mount source {} is a unix socket of the host, and its server would take the \
                  users of a container with a \
@@ -206,15 +201,24 @@ impl Container {
                 path.display()
             )));
         }
-        for (name, path) in std::mem::take(&mut self.host.volumes.sockets) {
+        for HostSocket { name, path, kind } in std::mem::take(&mut self.host.volumes.sockets) {
             let doing = || format!("open the directory of the socket {}", path.display());
-            let sockets = &host_sockets(guest)?.sockets;
-            sockets.add(&name, &path, &self.users).doing(doing)?;
+            let socket = PinnedSocket::mounted(&path, kind, &self.users).doing(doing)?;
+            host_sockets(guest)?.sockets.add(&name, socket);
             self.sockets.push(name);
         }
         for volume in self.host.volumes.to_be_writable() {
             guest.allow_writes(volume).await?;
         }
+        if !has_maps && let Some(below) = guest.host_sockets().and_then(|host| host.below.as_ref())
+        {
+            for volume in self.host.volumes.may_have_sockets() {
+                let watched = below.watch(volume.open()?, volume.guest_path()).await;
+                self.directories.push(watched);
+            }
+        }
+        let process = create.spec.process().as_ref();
+        process.inspect(|process| self.runs_as(process.user()));
         let mut rootfs = std::mem::take(&mut self.host.rootfs);
         if let Some(disk) = self.host.disk.clone() {
             rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
@@ -291,6 +295,7 @@ impl Container {
     /// Lets processes of this user speak to the host's sockets: the container's first or an exec.
     pub fn runs_as(&self, user: &oci_spec::runtime::User) {
         self.users.add(user);
+        self.directories.iter().for_each(|one| one.runs_as(user));
     }
 
     /// Removes the container from the guest, where there still is one, and from the host. The guest
@@ -322,6 +327,7 @@ impl Container {
     }
 
     fn forget_sockets(&mut self, guest: &dyn GuestCalls) {
+        self.directories.clear();
         for name in self.sockets.drain(..) {
             if let Some(host) = guest.host_sockets() {
                 host.sockets.remove(&name);

@@ -7,6 +7,8 @@
 //! which can be written to from then on; the guest keeps the reader from it.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
@@ -50,6 +52,9 @@ struct ShareKey {
 #[derive(Debug)]
 pub struct SharedVolume {
     place: Entry,
+    /// Where that is.
+    dir: Arc<Dir>,
+    name: String,
     guest: String,
     /// Whether the bind is one to read from only.
     made_read_only: bool,
@@ -111,6 +116,8 @@ impl SharedVolumes {
         let place = Entry::new(&dir, &name);
         let share = Arc::new(SharedVolume {
             place,
+            dir: dir.clone(),
+            name: name.clone(),
             guest: format!("{GUEST_SHARE}/{NAME}/{name}"),
             made_read_only: how.read_only,
         });
@@ -136,6 +143,16 @@ impl SharedVolume {
     pub fn read_only_path(&self) -> Option<&Path> {
         let below = Path::new(&self.guest).strip_prefix(GUEST_SHARE).ok();
         below.filter(|_| self.made_read_only)
+    }
+
+    /// What is bound there, as the guest has it.
+    ///
+    /// # Errors
+    /// One line that names the place.
+    pub fn open(&self) -> Result<File> {
+        self.dir
+            .get(&self.name)
+            .map(|dir| OwnedFd::from(dir).into())
     }
 
     /// Whether anything is mounted below it.

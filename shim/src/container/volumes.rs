@@ -3,12 +3,13 @@
 //!
 //! | mount | becomes |
 //! |---|---|
-//! | proc, sysfs, tmpfs, devpts, mqueue, cgroup, and binds of /proc, /sys, /dev | made in the guest |
+//! | proc, sysfs, tmpfs, devpts, mqueue, cgroup; binds of /proc, /sys, /sys/fs/cgroup, /dev, and of devices that are no disks | made in the guest |
 //! | /dev/shm of a pod | the pod's own tmpfs in the guest |
 //! | emptyDir in memory | a tmpfs in the guest, of the same size |
 //! | a ConfigMap, a Secret, a projected volume, the downward API | shared, and copied by the agent, so that its changes raise events |
 //! | a unix socket of the host | a socket of the agent, joined to the host's through vsock |
-//! | every other bind | shared by virtio-fs |
+//! | what else the host's kernel shows, a disk, a FIFO | refused |
+//! | every other bind, also of what is mounted below /dev | shared by virtio-fs |
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::protocols::oci as proto;
-use guest_protocol::{GUEST_SANDBOX, GUEST_SHM, UDS_DRIVER, WATCHED_DRIVER};
+use guest_protocol::{GUEST_SANDBOX, GUEST_SHM, SocketKind, UDS_DRIVER, WATCHED_DRIVER};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -28,6 +29,7 @@ use crate::container::shared_volumes::{SharedVolume, SharedVolumes};
 use crate::error::{Error, Result};
 use crate::guest::host_sockets;
 use crate::host::mounts::{self, Bind};
+use crate::host::socket_kind;
 
 /// The kubelet's directory for volumes that live as long as their pod.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
@@ -47,11 +49,23 @@ pub struct Volumes {
     pub mounts: Vec<proto::Mount>,
     /// What the guest mounts for them first.
     pub storages: Vec<Storage>,
-    /// Sockets of the host, by the names in their storages.
-    pub sockets: Vec<(String, PathBuf)>,
+    /// Sockets of the host.
+    pub sockets: Vec<HostSocket>,
     shares: Vec<Arc<SharedVolume>>,
     /// Those that the container may write to.
     written: Vec<Arc<SharedVolume>>,
+    /// Those in which processes of the host may have sockets.
+    may_have_sockets: Vec<Arc<SharedVolume>>,
+}
+
+/// A socket of the host that is a mount by itself.
+#[derive(Debug)]
+pub struct HostSocket {
+    /// That of its storage.
+    pub name: String,
+    /// Where it is, without links.
+    pub path: PathBuf,
+    pub kind: SocketKind,
 }
 
 /// What a container's mounts may be of its pod's own.
@@ -77,6 +91,11 @@ pub fn prepare(list: &[Mount], shares: &SharedVolumes, pod: OfPod<'_>) -> Result
 }
 
 impl Volumes {
+    /// Directories of the host in which its processes may have sockets.
+    pub fn may_have_sockets(&self) -> &[Arc<SharedVolume>] {
+        &self.may_have_sockets
+    }
+
     fn translate(
         &mut self,
         from: &Mount,
@@ -115,7 +134,7 @@ impl Volumes {
         let pinned = match Pinned::open(Path::new(&to.source)) {
             Ok(pinned) => pinned,
             // The guest may have what the host has not.
-            Err(_) if is_the_guests(Path::new(&to.source)) => return Ok(to),
+            Err(_) if is_of_the_kernel(Path::new(&to.source)) => return Ok(to),
             Err(error) => {
                 return Err(Error::invalid(format!(
                     "mount source {} for {}: {error}",
@@ -123,15 +142,14 @@ impl Volumes {
                 )));
             }
         };
-        if is_the_guests(&pinned.is_at) {
+        if pinned.is_the_guests() {
             to.source = pinned.is_at.to_string_lossy().into_owned();
             return Ok(to);
         }
-        if pinned.is_kernels() {
+        let is_socket = is_socket || pinned.metadata.file_type().is_socket();
+        if let Some(why) = pinned.cannot_be_shared(pod.uid).filter(|_| !is_socket) {
             return Err(Error::invalid(format!(
-                "mount source {} for {} is the host kernel's (proc, sysfs, cgroup or the like), \
-                 which a virtual machine \
-                 cannot share: leave that mount out",
+                "mount source {} for {} is {why}",
                 to.source, to.destination
             )));
         }
@@ -146,7 +164,8 @@ impl Volumes {
         let source = pinned.is_at.clone();
         let metadata = &pinned.metadata;
         let read_only = has(&["ro", "rro"]);
-        if metadata.file_type().is_socket() || is_socket {
+        if is_socket {
+            let kind = socket_kind::kind_of(&pinned).unwrap_or_default();
             let name = host_sockets::random_name()?;
             // Not the name, which is a secret: every container of the guest can read the paths of
             // sockets.
@@ -160,13 +179,18 @@ impl Volumes {
                 source: name.clone(),
                 mount_point: to.source.clone(),
                 options: vec![
+                    format!("type={kind}"),
                     format!("mode={:o}", metadata.permissions().mode() & 0o7777),
                     format!("uid={}", metadata.uid()),
                     format!("gid={}", metadata.gid()),
                 ],
                 ..Default::default()
             });
-            self.sockets.push((name, source));
+            self.sockets.push(HostSocket {
+                name,
+                path: source,
+                kind,
+            });
         } else if let Some(storage) = memory_volume(&pinned, pod.uid) {
             to.source.clone_from(&storage.mount_point);
             self.storages.push(storage);
@@ -199,6 +223,17 @@ impl Volumes {
             }
             if !how.read_only {
                 self.written.push(share.clone());
+            }
+            if metadata.is_dir() && !is_kubelets(&source) {
+                // Sockets that are found there are mounted over in the guest, also later: the
+                // container sees that if its mount is no more private than the agent makes it.
+                let private = ["private", "rprivate", "unbindable", "runbindable", "bind"];
+                to.options
+                    .retain(|option| !private.contains(&option.as_str()));
+                if !to.options.iter().any(|option| option == "rbind") {
+                    to.options.push("rbind".to_owned());
+                }
+                self.may_have_sockets.push(share.clone());
             }
             self.shares.push(share);
         }
@@ -248,8 +283,8 @@ pub struct Pinned {
 }
 
 /// File systems in which the kernel shows itself (linux/magic.h): proc, sysfs, cgroup, cgroup2,
-/// debugfs, tracefs, securityfs, bpf, devpts, mqueue, pstore, efivarfs, configfs.
-const OF_THE_KERNEL: [i64; 13] = [
+/// debugfs, tracefs, securityfs, bpf, devpts, mqueue, pstore, efivarfs, configfs, hugetlbfs.
+const OF_THE_KERNEL: [i64; 14] = [
     0x9fa0,
     0x6265_6572,
     0x27_e0eb,
@@ -263,6 +298,7 @@ const OF_THE_KERNEL: [i64; 13] = [
     0x6165_676c,
     0xde5e_81e4,
     0x6265_6570,
+    0x9584_58f6,
 ];
 
 impl Pinned {
@@ -285,6 +321,46 @@ impl Pinned {
         (statfs.filesystem_type() == TMPFS_MAGIC).then(|| statfs.blocks().saturating_mul(block))
     }
 
+    /// Whether the guest has it of its own, and a container is to see that: the kernel's file systems
+    /// as a whole, and what its drivers have made below /dev. A device with the same name is the same
+    /// kind of device there, but for disks.
+    fn is_the_guests(&self) -> bool {
+        let whole = [
+            "/proc",
+            "/sys",
+            "/sys/fs/cgroup",
+            "/dev",
+            "/dev/pts",
+            "/dev/mqueue",
+        ];
+        let of_dev = self.metadata.file_type().is_char_device() && self.is_at.starts_with("/dev");
+        of_dev || whole.iter().any(|path| self.is_at == Path::new(path))
+    }
+
+    /// Why the guest cannot have it, and what to do.
+    fn cannot_be_shared(&self, pod_uid: Option<&str>) -> Option<&'static str> {
+        let kind = self.metadata.file_type();
+        if kind.is_block_device() {
+            Some(
+                "a disk of the host, which a virtual machine has as a device only: name it among \
+                 the devices (volumeDevices, --device)",
+            )
+        } else if kind.is_fifo() && kind_of_volume(&self.is_at, pod_uid) != Some(EMPTY_DIR) {
+            Some(
+                "a FIFO of the host, whose other end a virtual machine cannot have: use a unix \
+                 socket",
+            )
+        } else if self.is_kernels() {
+            Some(
+                "the host kernel's (proc, sysfs, cgroup, devtmpfs or the like), which a virtual \
+                 machine cannot share: leave that mount out, or mount all of /proc, /sys or /dev, \
+                 which are the virtual machine's own",
+            )
+        } else {
+            None
+        }
+    }
+
     fn is_kernels(&self) -> bool {
         // What cannot be told is not shared. A devtmpfs says that it is a tmpfs.
         let device = |path: &str| std::fs::metadata(path).map(|found| found.dev()).ok();
@@ -301,8 +377,8 @@ impl AsFd for Pinned {
     }
 }
 
-/// Whether the guest has what is there itself.
-fn is_the_guests(path: &Path) -> bool {
+/// Whether a path is where the kernel shows itself, on the host and in the guest.
+fn is_of_the_kernel(path: &Path) -> bool {
     ["/proc", "/sys", "/dev"]
         .iter()
         .any(|root| path.starts_with(root))
@@ -317,6 +393,16 @@ fn kind_of_volume<'a>(source: &'a Path, uid: Option<&str>) -> Option<&'a str> {
     let mut found = parts.windows(4);
     let found = found.find(|window| window[..3] == ["pods", uid, "volumes"])?;
     found[3].to_str()
+}
+
+/// Whether the kubelet alone, or the pod itself, writes what is there.
+fn is_kubelets(source: &Path) -> bool {
+    let parts: Vec<_> = source.iter().collect();
+    parts.windows(4).any(|window| {
+        let kind = window[3].to_str().unwrap_or_default();
+        let own = kind == EMPTY_DIR || CONFIGURATION.contains(&kind);
+        window[0] == "pods" && window[2] == "volumes" && own
+    })
 }
 
 /// An emptyDir of medium Memory: the kubelet has mounted a tmpfs there, which the guest has of its

@@ -305,7 +305,7 @@ fn a_socket_of_the_host_goes_through_vsock() {
             volumes
                 .sockets
                 .iter()
-                .map(|(_, path)| path)
+                .map(|socket| &socket.path)
                 .collect::<Vec<_>>(),
             [&path, &path]
         );

@@ -12,9 +12,11 @@ use guest_protocol::protocols::agent::{
     UpdateContainerRequest, UpdateEphemeralMountsRequest, UpdateInterfaceRequest,
     UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
 };
+use guest_protocol::protocols::clock::Correction;
 use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{AgentClient, context};
+use protobuf::well_known_types::empty::Empty;
 use tokio::sync::watch;
 
 use super::{Features, Stats, UNKNOWN_STATUS, exit_status, judge};
@@ -159,6 +161,25 @@ impl Agent {
             .check(context(Some(deadline)), &request)
             .await;
         self.judged("Check", answer).map(drop)
+    }
+
+    /// Its time of day, in nanoseconds since 1970, which may be any.
+    ///
+    /// # Errors
+    /// As those of every call.
+    pub async fn read_clock(&self, deadline: Duration) -> Result<i64> {
+        let (context, nothing) = (context(Some(deadline)), Empty::new());
+        let answer = self.client.clock.read(context, &nothing).await;
+        Ok(self.judged("Clock.Read", answer)?.nanoseconds)
+    }
+
+    /// Changes its time of day by some nanoseconds.
+    ///
+    /// # Errors
+    /// As those of every call.
+    pub async fn correct_clock(&self, by: &Correction, deadline: Duration) -> Result<()> {
+        let answer = self.client.clock.correct(context(Some(deadline)), by).await;
+        self.judged("Clock.Correct", answer).map(drop)
     }
 
     /// A container's statistics.

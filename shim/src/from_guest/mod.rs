@@ -26,8 +26,8 @@ mod stats;
 
 use guest_protocol::protocols::agent::AgentDetails;
 use guest_protocol::{
-    FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
-    FEATURE_UDS,
+    FEATURE_CLOCK, FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO,
+    FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use ttrpc::Code;
 
@@ -61,10 +61,14 @@ pub struct Features {
     pub port_forward: bool,
     /// See [`FEATURE_UDS`].
     pub uds: bool,
+    /// See [`FEATURE_UDS_BELOW`].
+    pub uds_below: bool,
     /// See [`FEATURE_POD`].
     pub pod: bool,
     /// See [`FEATURE_OWN_FIELDS`].
     pub own_fields: bool,
+    /// See [`FEATURE_CLOCK`].
+    pub clock: bool,
 }
 
 /// The refusal of what only our own agent can do.
@@ -89,8 +93,10 @@ impl Features {
             signal_all: has(FEATURE_SIGNAL_ALL),
             port_forward: has(FEATURE_PORT_FORWARD),
             uds: has(FEATURE_UDS),
+            uds_below: has(FEATURE_UDS_BELOW),
             pod: has(FEATURE_POD),
             own_fields: has(FEATURE_OWN_FIELDS),
+            clock: has(FEATURE_CLOCK),
         }
     }
 }

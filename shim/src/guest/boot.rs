@@ -28,13 +28,14 @@ use crate::config::{Config, ConfinementLevel, find_file, find_program};
 use crate::deadlines::{AGENT_CALL, CREATE_SANDBOX};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
-use crate::guest::clock;
+use crate::guest::clock::GuestClock;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
 use crate::guest::place::HostCgroup;
 use crate::guest::reach_agent::{self, Address};
 use crate::guest::running::{RunningGuest, STARTING_EXECS, Size};
+use crate::guest::sockets_below::SocketsBelow;
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
@@ -266,7 +267,10 @@ impl Attempt<'_> {
             let doing = || "listen for the guest's connections to unix sockets".to_owned();
             let listener = reach_agent::listen(&transport, UDS_PORT).doing(doing)?;
             let port = listener.port(UDS_PORT).doing(doing)?;
-            Some(HostSockets::serve(listener, port))
+            let mut host = HostSockets::serve(listener, port);
+            let below = || SocketsBelow::new(agent.clone(), host.sockets.clone(), port);
+            host.below = features.uds_below.then(below);
+            Some(host)
         } else {
             None
         };
@@ -290,8 +294,10 @@ impl Attempt<'_> {
                  (docs/interoperability.md)"
             );
         }
+        let clock = GuestClock::new(agent.clone(), features.clock);
+        clock.set_first().await;
         let mut keeps_time = JoinSet::new();
-        keeps_time.spawn(clock::follow(agent.clone()));
+        keeps_time.spawn(clock.follow());
         Ok(RunningGuest {
             machine,
             agent,

@@ -1,24 +1,27 @@
 //! Unix sockets of the host that containers have as mounts: serves the connections that the guest
 //! makes to them.
 //!
-//! The agent listens on a socket in the guest and dials here for each connection, with the name
-//! that the shim gave to the socket. Only names that were given lead anywhere.
+//! The agent listens on a socket in the guest and dials here for each connection, or for each user
+//! that sends datagrams, with the name that the shim gave to the socket. Only names that were given
+//! lead anywhere.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use guest_protocol::carry::copy_both_ways;
+use guest_protocol::packets::{
+    BytesOnly, MAX_PACKET, PacketSocket, Sender, copy_packets_both_ways, read_packet,
+};
 use guest_protocol::stdio::ACCEPTED;
-use guest_protocol::{HostSocketRequest, Listener, Stream, read_line};
+use guest_protocol::{HostSocketRequest, Listener, SocketKind, Stream, read_line};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::AsyncWriteExt;
@@ -28,6 +31,8 @@ use tokio::time::timeout;
 
 use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_CONNECTED, HOST_SOCKET_LOOK_AGAIN};
 use crate::error::{IoContext, Result};
+use crate::guest::sockets_below::SocketsBelow;
+use crate::host::socket_kind;
 use crate::relay;
 
 /// Connections to one socket at a time: half of what a sandbox has for all.
@@ -99,33 +104,73 @@ impl Users {
     }
 }
 
-/// A socket's place: the directory as it was when the container was made, so that no rename leads
-/// elsewhere.
+/// With whose rights the way from a directory to a socket is walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walk {
+    /// The socket is itself a mount: what is above it is closed to nobody.
+    AsShim,
+    /// The directory is the mount.
+    AsUser,
+}
+
+/// A socket's place: a directory as it was when the container was made, so that no rename leads
+/// elsewhere, and the way from there, on which no link is followed.
 #[derive(Clone, Debug)]
-struct PinnedSocket {
-    directory: Arc<File>,
-    file: OsString,
-    path: PathBuf,
-    users: Users,
+pub struct PinnedSocket {
+    /// Where the way begins.
+    pub directory: Arc<File>,
+    /// The way.
+    pub path: PathBuf,
+    /// With whose rights.
+    pub walk: Walk,
+    /// What is connected to it.
+    pub kind: SocketKind,
+    /// As whom.
+    pub users: Users,
+}
+
+/// A place that connections are made to.
+#[derive(Clone, Debug)]
+struct Served {
+    socket: PinnedSocket,
     /// How many more connections it may have.
     slots: Arc<Semaphore>,
 }
 
 /// A place, and what ends its connections by its drop.
-type Open = (PinnedSocket, watch::Sender<()>);
+type Open = (Served, watch::Sender<()>);
 
 /// The host's sockets by the names that the guest knows them by. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Sockets(Arc<Mutex<HashMap<String, Open>>>);
 
 impl Sockets {
-    /// Lets the guest connect to `path` as one of `users` by the name `name`, which has no white
-    /// space. The file is looked up in its directory at each connection: a server that restarts
-    /// makes its socket anew.
+    /// Lets the guest connect to a socket by the name `name`, which has no white space. The file is
+    /// looked up in its directory at each connection: a server that restarts makes its socket anew.
+    pub fn add(&self, name: &str, socket: PinnedSocket) {
+        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let place = Served { socket, slots };
+        sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
+    }
+
+    /// No more connections by this name; those that are there end.
+    pub fn remove(&self, name: &str) {
+        sys::lock(&self.0).remove(name);
+    }
+
+    fn get(&self, name: &str) -> Option<(Served, watch::Receiver<()>)> {
+        sys::lock(&self.0)
+            .get(name)
+            .map(|(place, over)| (place.clone(), over.subscribe()))
+    }
+}
+
+impl PinnedSocket {
+    /// The socket that a mount has as its source, at a path without links.
     ///
     /// # Errors
     /// The directory cannot be opened.
-    pub fn add(&self, name: &str, path: &Path, users: &Users) -> io::Result<()> {
+    pub fn mounted(path: &Path, kind: SocketKind, users: &Users) -> io::Result<PinnedSocket> {
         let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -139,27 +184,27 @@ impl Sockets {
             parent,
             how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS),
         )?);
-        let file = file.to_owned();
-        let place = PinnedSocket {
+        Ok(PinnedSocket {
             directory: Arc::new(directory),
-            file,
-            path: path.to_owned(),
+            path: file.into(),
+            walk: Walk::AsShim,
+            kind,
             users: users.clone(),
-            slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-        };
-        sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
-        Ok(())
+        })
     }
 
-    /// No more connections by this name; those that are there end.
-    pub fn remove(&self, name: &str) {
-        sys::lock(&self.0).remove(name);
-    }
-
-    fn get(&self, name: &str) -> Option<(PinnedSocket, watch::Receiver<()>)> {
-        sys::lock(&self.0)
-            .get(name)
-            .map(|(place, over)| (place.clone(), over.subscribe()))
+    /// Its file as it is now.
+    fn open(&self) -> io::Result<File> {
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC);
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let file = File::from(openat2(&*self.directory, &self.path, how.resolve(resolve))?);
+        if !file.metadata()?.file_type().is_socket() {
+            return Err(io::Error::other(format!(
+                "{} is no socket any more",
+                self.path.display()
+            )));
+        }
+        Ok(file)
     }
 }
 
@@ -169,6 +214,8 @@ pub struct HostSockets {
     pub sockets: Sockets,
     /// The port of the host that the agent dials for a connection to one of them.
     pub port: u32,
+    /// More of them, below volumes, if the agent can mount those.
+    pub below: Option<SocketsBelow>,
     _relay: relay::Relay,
 }
 
@@ -188,6 +235,7 @@ impl HostSockets {
         HostSockets {
             sockets,
             port,
+            below: None,
             _relay: relay,
         }
     }
@@ -210,64 +258,90 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
             format!("the guest asked for the unknown socket {name:?}"),
         )
     })?;
+    let Served {
+        socket: place,
+        slots,
+    } = place;
     let user = place
         .users
         .believe(uid, gid)
         .ok_or_else(|| io::Error::other("nobody may use the socket"))?;
     // One container's connections take no other one's place.
-    let _slot = place.slots.clone().try_acquire_owned().map_err(|_| {
+    let _slot = slots.try_acquire_owned().map_err(|_| {
         io::Error::other(format!("{MAX_CONNECTIONS} connections to {name:?} already"))
     })?;
-    let mut host = connect(place, user).await?;
+    let mut host = connect(&place, &user).await?;
     guest.write_all(&[ACCEPTED]).await?;
+    let carry = async {
+        match place.kind {
+            SocketKind::Stream => {
+                let stream = std::os::unix::net::UnixStream::from(host);
+                let mut host = BytesOnly(UnixStream::from_std(stream)?);
+                copy_both_ways(&mut guest, &mut host).await
+            }
+            SocketKind::SeqPacket => copy_packets_both_ways(&PacketSocket::new(host)?, guest).await,
+            SocketKind::Datagram => {
+                let mut buffer = vec![0; MAX_PACKET];
+                let (uid, gid) = (user.uid, user.gid);
+                let sender = Some(Sender { uid, gid });
+                let mut server = PacketSocket::new(host)?;
+                while let Some(message) = read_packet(&mut guest, &mut buffer).await? {
+                    if let Err(error) = server.send(message, sender).await {
+                        if error.kind() != io::ErrorKind::ConnectionRefused {
+                            return Err(error);
+                        }
+                        // The server has begun anew, as that of the system's log does.
+                        host = connect(&place, &user).await?;
+                        server = PacketSocket::new(host)?;
+                        server.send(message, sender).await?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    };
     tokio::select! {
-        copied = copy_both_ways(&mut guest, &mut host) => copied,
+        copied = carry => copied,
         _ = over.changed() => Ok(()),
     }
 }
 
 /// Connects on a thread of its own, which is `user` from then on: the server and the permissions of
 /// its socket see the process in the container, not the shim.
-async fn connect(place: PinnedSocket, user: User) -> io::Result<UnixStream> {
+async fn connect(place: &PinnedSocket, user: &User) -> io::Result<OwnedFd> {
     let (tell, told) = tokio::sync::oneshot::channel();
+    let (place, user) = (place.clone(), user.clone());
     std::thread::Builder::new()
         .name("uds-connect".to_owned())
         .spawn(move || {
             let _ = tell.send(connect_as(&place, &user));
         })?;
-    let stream = told.await.map_err(io::Error::other)??;
-    stream.set_nonblocking(true)?;
-    UnixStream::from_std(stream)
+    told.await.map_err(io::Error::other)?
 }
 
 /// Waits for room in the server's backlog, as a blocking client would. Only for a thread that ends
 /// with it.
-fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<std::os::unix::net::UnixStream> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = File::from(openat(
-        &*place.directory,
-        place.file.as_os_str(),
-        flags,
-        nix::sys::stat::Mode::empty(),
-    )?);
-    if !file.metadata()?.file_type().is_socket() {
-        return Err(io::Error::other(format!(
-            "{} is no socket any more",
-            place.path.display()
-        )));
-    }
-    become_user(user)?;
-    let address = UnixAddr::new(&PathBuf::from(format!(
-        "/proc/self/fd/{}",
-        file.as_raw_fd()
-    )))?;
-    let fd = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
+fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, connect, socket};
+    let file = match place.walk {
+        Walk::AsShim => {
+            let file = place.open()?;
+            become_user(user)?;
+            file
+        }
+        Walk::AsUser => {
+            become_user(user)?;
+            place.open()?
+        }
+    };
+    let address = socket_kind::address(&file)?;
+    let kind = match place.kind {
+        SocketKind::Stream => SockType::Stream,
+        SocketKind::SeqPacket => SockType::SeqPacket,
+        SocketKind::Datagram => SockType::Datagram,
+    };
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Unix, kind, flags, None)?;
     let end = Instant::now() + HOST_SOCKET_CONNECTED;
     loop {
         match connect(fd.as_raw_fd(), &address) {
@@ -275,7 +349,7 @@ fn connect_as(place: &PinnedSocket, user: &User) -> io::Result<std::os::unix::ne
                 std::thread::sleep(HOST_SOCKET_LOOK_AGAIN)
             }
             Err(error) => return Err(io::Error::from(error)),
-            Ok(()) => return Ok(fd.into()),
+            Ok(()) => return Ok(fd),
         }
     }
 }

@@ -31,6 +31,12 @@ impl Host {
         self.dir.path().join(name)
     }
 
+    fn add(&self, name: &str, path: &Path, users: &Users) -> io::Result<()> {
+        let socket = PinnedSocket::mounted(path, SocketKind::Stream, users)?;
+        self.sockets.add(name, socket);
+        Ok(())
+    }
+
     /// The agent's side: its line, and what follows it at once.
     async fn dial(&self, line: &[u8]) -> UnixStream {
         let mut stream = UnixStream::connect(self.path(&format!("vm_{UDS_PORT}")))
@@ -70,7 +76,7 @@ async fn seen(users: &Users, uid: u32, gid: u32) -> (u32, u32) {
     let path = host.path("server");
     let server = UnixListener::bind(&path).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-    host.sockets.add("s", &path, users).unwrap();
+    host.add("s", &path, users).unwrap();
     let _guest = host
         .dial(format!("cofferdam-uds/2 s {uid} {gid}\n").as_bytes())
         .await;
@@ -113,9 +119,7 @@ async fn a_socket_of_root_alone_is_closed_to_others() {
     let path = host.path("server");
     let _server = UnixListener::bind(&path).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-    host.sockets
-        .add("s", &path, &users(&[(1000, 100)]))
-        .unwrap();
+    host.add("s", &path, &users(&[(1000, 100)])).unwrap();
     assert!(host.is_closed(b"cofferdam-uds/2 s 0 0\n").await);
 }
 
@@ -127,7 +131,7 @@ async fn a_link_in_the_sockets_place_leads_nowhere() {
         UnixListener::bind(&path).unwrap(),
         UnixListener::bind(&other).unwrap(),
     ];
-    host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
+    host.add("s", &path, &users(&[(0, 0)])).unwrap();
     std::fs::remove_file(&path).unwrap();
     std::os::unix::fs::symlink(&other, &path).unwrap();
     assert!(host.is_closed(b"cofferdam-uds/2 s 0 0\n").await);
@@ -141,8 +145,7 @@ async fn a_directory_that_has_become_a_link_is_not_followed() {
     let _server = UnixListener::bind(host.path("real").join("server")).unwrap();
     std::os::unix::fs::symlink(host.path("real"), host.path("dir")).unwrap();
     assert_eq!(
-        host.sockets
-            .add("s", &path, &users(&[]))
+        host.add("s", &path, &users(&[]))
             .unwrap_err()
             .raw_os_error(),
         Some(libc::ELOOP)
@@ -154,7 +157,7 @@ async fn connections_end_with_their_container() {
     let host = Host::new();
     let path = host.path("server");
     let server = UnixListener::bind(&path).unwrap();
-    host.sockets.add("s", &path, &users(&[(0, 0)])).unwrap();
+    host.add("s", &path, &users(&[(0, 0)])).unwrap();
     let mut guest = host.dial(b"cofferdam-uds/2 s 0 0\n").await;
     let (mut stream, _) = timeout(HOST_SOCKET, server.accept())
         .await
@@ -208,7 +211,7 @@ async fn a_server_of_the_host_is_reached_and_again_after_its_restart() {
     for turn in 0..2 {
         let server = UnixListener::bind(&path).unwrap();
         if turn == 0 {
-            host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
+            host.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
         }
         let (text, ()) = tokio::join!(ask(&host, b"cofferdam-uds/2 vol-1 0 0\n"), answer(&server));
         assert_eq!(text, "100000", "with the half-close of the client");
@@ -221,14 +224,11 @@ async fn what_was_not_given_or_is_not_there_is_closed() {
     let host = Host::new();
     let path = host.path("server");
     let _server = UnixListener::bind(&path).unwrap();
-    host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
+    host.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
     std::fs::write(host.path("plain"), "").unwrap();
-    host.sockets
-        .add("gone", &host.path("plain"), &users(&[(0, 0)]))
+    host.add("gone", &host.path("plain"), &users(&[(0, 0)]))
         .unwrap();
-    host.sockets
-        .add("nobodys", &path, &Users::default())
-        .unwrap();
+    host.add("nobodys", &path, &Users::default()).unwrap();
     for line in [
         b"cofferdam-uds/2 vol-2 0 0\n".to_vec(),
         b"cofferdam-uds/2 gone 0 0\n".to_vec(),
@@ -256,7 +256,7 @@ async fn a_full_backlog_is_waited_for() {
     let host = Host::new();
     let path = host.path("server");
     let server = narrow_listener(&path);
-    host.sockets.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
+    host.add("vol-1", &path, &users(&[(0, 0)])).unwrap();
     // The first fills the backlog; nobody accepts yet.
     let mut waiting = Vec::new();
     for _ in 0..4 {

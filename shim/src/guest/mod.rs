@@ -48,3 +48,4 @@ mod place;
 pub mod preconnect;
 mod reach_agent;
 pub mod running;
+pub mod sockets_below;

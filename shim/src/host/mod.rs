@@ -17,6 +17,8 @@
 //!   directory. Mounts are made in the server's own mount namespace and end with it.
 //! * `cgroup`: the sandbox's cgroup, in both hierarchies, by files or through systemd, with limits.
 //! * `sandbox_lock`: whoever makes a sandbox's server, or undoes what a dead one left, has it.
+//! * `socket_kind`, `socket_scan`: what kind of socket a file is, asked without its server's notice,
+//!   and which ones are below a directory.
 //! * `exit_record`: a container's exit status in its bundle, for `delete`, which containerd asks
 //!   when the server can no longer be asked.
 //! * `node_sysctls`: which settings of the node's kernel a guest's kernel begins with.
@@ -36,3 +38,5 @@ pub mod mount_table;
 pub mod mounts;
 pub mod node_sysctls;
 pub mod sandbox_lock;
+pub mod socket_kind;
+pub mod socket_scan;
