@@ -282,8 +282,10 @@ fn divided(env: &Env) -> Container<'_> {
                 "options": ["rw", "nosuid", "noexec", "nodev"]},
         ],
     });
+    // As long as an exec that looks for the file is in the upper cgroup, the kernel refuses.
     let script = "cd /sys/fs/cgroup && mkdir init && echo 1 >init/cgroup.procs &&
-        echo '+memory +pids' >cgroup.subtree_control && touch /divided; exec sleep 3600";
+        until echo '+memory +pids' >cgroup.subtree_control; do sleep 0.1; done 2>/dev/null
+        touch /divided; exec sleep 3600";
     let container = Spec::new(env, cgroup, &["sh", "-c", script]).detached();
     container.wait_for_file("/divided");
     container
