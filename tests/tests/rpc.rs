@@ -515,7 +515,7 @@ fn unknown_names_in_a_spec(env: &Env) {
             "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_ABACUS"],
             "syscalls": [{"names": ["no_such_call"], "action": "SCMP_ACT_SHRUG"}],
         });
-        spec["linux"]["netDevices"] = json!({"eth9": {"name": "eth0"}});
+        spec["linux"]["gadgets"] = json!({"eth9": {"name": "eth0"}});
     });
     let task = running(&bundle);
     assert_eq!(task.wait("").unwrap().exit_status, 3);
