@@ -22,6 +22,10 @@ use crate::model::{ProcessId, Stdio};
 /// queue of connections, and their deadlines would run meanwhile.
 static DIALLING: Semaphore = Semaphore::const_new(32);
 
+/// How often a stream that ends before the agent has taken it is dialled again. An agent that
+/// refuses a stream ends it too.
+const REDIALS: u32 = 3;
+
 /// Asked for at a time by a polling call, in bytes.
 const POLL_SIZE: u32 = 32 * 1024;
 
@@ -171,25 +175,36 @@ async fn dial(
         exec_id: key.exec_id().to_owned(),
     };
     let connect = async {
-        // The agent is there: a refusal is a queue that is full for the moment.
-        let mut stream = loop {
-            match transport.dial(STDIO_PORT, STDIO_ACCEPTED).await {
-                // The kernel's vsock resets, the user space one refuses.
+        let mut dropped = 0;
+        loop {
+            let answer = async {
+                let mut stream = transport.dial(STDIO_PORT, STDIO_ACCEPTED).await?;
+                stream.write_all(header.to_string().as_bytes()).await?;
+                Ok((stream.read_u8().await?, stream))
+            };
+            match answer.await {
+                Ok((ACCEPTED, stream)) => return Ok(stream),
+                Ok((other, _)) => {
+                    return Err(std::io::Error::other(format!("unexpected byte {other}")));
+                }
+                // The agent is there: a refusal is a queue that is full for the moment. The
+                // kernel's vsock resets, the user space one refuses.
                 Err(error)
                     if matches!(
                         error.kind(),
                         ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset
                     ) =>
                 {
-                    sleep(STREAM_REDIAL).await
+                    sleep(STREAM_REDIAL).await;
                 }
-                result => break result?,
+                // vhost-device-vsock drops a connection now and then, with what it carried. The
+                // agent takes the last stream of a channel.
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof && dropped < REDIALS => {
+                    dropped += 1;
+                    sleep(STREAM_REDIAL).await;
+                }
+                Err(error) => return Err(error),
             }
-        };
-        stream.write_all(header.to_string().as_bytes()).await?;
-        match stream.read_u8().await? {
-            ACCEPTED => Ok(stream),
-            other => Err(std::io::Error::other(format!("unexpected byte {other}"))),
         }
     };
     match timeout(STDIO_ACCEPTED, connect).await {
