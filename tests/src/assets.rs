@@ -128,6 +128,20 @@ pub fn busybox_tree(dir: &Path) {
     run(command, Duration::from_secs(60)).ok();
 }
 
+/// A program of tests/images, by its name.
+///
+/// # Panics
+/// It does not compile.
+pub fn program(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    let mut compiler = Command::new("gcc");
+    compiler.args(["-static", "-O1", "-Wall", "-Werror", "-o"]);
+    compiler.arg(&path);
+    compiler.arg(root().join(format!("tests/images/{name}.c")));
+    run(compiler, Duration::from_secs(60)).ok();
+    path
+}
+
 /// tests/images/code.c with so many pages of code, and with the number that the first one returns.
 /// Two of a size have their code at the same addresses.
 ///

@@ -18,7 +18,7 @@ use cofferdam_tests::command::{Running, run};
 use cofferdam_tests::cri::MTU;
 use cofferdam_tests::network::{Netns, ip};
 use cofferdam_tests::pod::Pod;
-use cofferdam_tests::{Env, PATIENCE, Suite, cases, eventually};
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, cases, eventually};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Once: port_forward_reaches_a_server_on_loopback, host_port, link_is_as_cni_made_it, macvlan,
             names_of_the_network_survive_a_second_container;
         Ours: network_made_by_a_hook, network_made_before_the_start,
+            links_of_all_kinds_can_be_made, traffic_can_be_shaped,
             rules_that_would_not_bind_the_guest_keep_it_from_starting;
     ])
 }
@@ -469,4 +470,56 @@ fn network_made_before_the_start(env: &Env) {
         },
     );
     assert_network(&seen);
+}
+
+/// A privileged container with the host's programs. By their names its shell runs busybox's.
+fn with_tools(env: &Env) -> Container<'_> {
+    let mounts = ["/usr", "/lib", "/lib64"]
+        .map(|dir| format!("type=bind,src={dir},dst={dir},options=rbind:ro"));
+    let mut flags = vec!["--null-io", "--privileged"];
+    for mount in &mounts {
+        flags.extend(["--mount", mount]);
+    }
+    env.detached(&flags, &["sleep", "3600"])
+}
+
+/// Only ours: what a host's kernel has is the host's business.
+fn links_of_all_kinds_can_be_made(env: &Env) {
+    let container = with_tools(env);
+    let script = "ip() { /usr/sbin/ip \"$@\"; }; ip -o link | wc -l
+        ip link add d0 type veth peer name d1
+        for kind in dummy bridge ifb bond wireguard 'vxlan id 1 dstport 4789' 'vrf table 9' \\
+            'ipip remote 1.2.3.4' 'gre remote 1.2.3.4' 'gretap remote 1.2.3.4' \\
+            'geneve id 1 remote 1.2.3.4' 'vlan id 7' macvlan ipvlan; do
+            on=; case $kind in vlan*|macvlan|ipvlan) on='link d0';; esac
+            ip link add $on name new type $kind && ip link del new || echo no $kind; done
+        ip tuntap add new mode tun && ip link del new; ip -o link | wc -l";
+    let said = container.exec(&["sh", "-c", script]).ok();
+    assert_eq!(said.text(), "1\n3", "{}", said.errors());
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+}
+
+fn traffic_can_be_shaped(env: &Env) {
+    let container = with_tools(env);
+    let script = "set -e; ip() { /usr/sbin/ip \"$@\"; }; tc() { /usr/sbin/tc \"$@\"; }
+        tc qdisc add dev lo root netem delay 150ms
+        busybox ping -c 1 127.0.0.1 | grep -o 'time=.*'
+        for kind in 'tbf rate 1mbit burst 32kbit latency 400ms' fq_codel fq sfq prio; do
+            tc qdisc replace dev lo root $kind; done
+        tc qdisc replace dev lo root handle 1: htb default 1
+        tc class add dev lo parent 1: classid 1:1 htb rate 1mbit
+        tc filter add dev lo parent 1: u32 match ip dst 127.0.0.2 flowid 1:1
+        tc qdisc add dev lo clsact; tc qdisc del dev lo clsact
+        ip link add ifb0 type ifb
+        tc qdisc add dev lo ingress
+        tc filter add dev lo parent ffff: matchall action mirred egress redirect dev ifb0";
+    let said = container.exec(&["sh", "-c", script]).ok().text();
+    // There and back.
+    let took = said
+        .strip_prefix("time=3")
+        .and_then(|rest| rest.split_once('.'));
+    assert!(took.is_some_and(|(rest, _)| rest.len() == 2), "{said}");
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
 }

@@ -34,6 +34,11 @@ pub enum FsCache {
     Always,
 }
 
+/// The guest's trusted.* attributes, by which overlayfs there marks its upper directories, have
+/// other names on the host: its own ones are for whoever has CAP_SYS_ADMIN, which virtiofsd has
+/// not. Under those other names nobody in the guest sees or sets them.
+const TRUSTED_ATTRIBUTES: &str = "--xattrmap=:map:trusted.:user.virtiofs.:";
+
 /// What to serve.
 #[derive(Clone, Debug)]
 pub struct VirtiofsdConfig {
@@ -222,13 +227,17 @@ fn arguments(config: &VirtiofsdConfig, listener: &impl AsRawFd) -> Vec<OsString>
     };
     let mut arguments: Vec<OsString> = vec![format!("--fd={}", listener.as_raw_fd()).into()];
     arguments.extend(["--shared-dir".into(), dir.into()]);
-    // File capabilities of a container's programs are extended attributes.
     let fixed = [
         cache,
         sandbox,
         handles,
         "--announce-submounts",
+        // File capabilities of a container's programs are extended attributes.
         "--xattr",
+        "--posix-acl",
+        // Saves the guest's kernel a question before each write.
+        "--killpriv-v2",
+        TRUSTED_ATTRIBUTES,
         "--log-level=error",
     ];
     arguments.extend(fixed.map(Into::into));

@@ -8,6 +8,7 @@
     reason = "a failed measurement ends the benchmark"
 )]
 
+mod files;
 mod pods;
 
 use std::fs::{self, File};
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     let envs = [Runtime::Cofferdam, Runtime::Runc]
         .map(|runtime| suite.env(Release::V1_7, runtime, "bench"));
     let mut rows = measure(&envs);
+    rows.extend(files::measure(&envs));
     rows.extend(pods::measure(&envs));
     drop(envs);
     report(&rows);
@@ -353,14 +355,15 @@ impl Machine {
 fn report(rows: &[Row]) {
     let show = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
     println!(
-        "{:<18} {:>6} {:>10} {:>10} {:>10}",
-        "", "unit", "cofferdam", "runc", "bare QEMU"
+        "{:<18} {:>6} {:>10} {:>10} {:>10} {:>10}",
+        "", "unit", "cofferdam", "runc", "ratio", "bare QEMU"
     );
     for row in rows {
-        let values = [row.ours, row.runc, row.floor].map(show);
+        let ratio = row.ours.zip(row.runc).map(|(ours, runc)| ours / runc);
+        let values = [row.ours, row.runc, ratio, row.floor].map(show);
         println!(
-            "{:<18} {:>6} {:>10} {:>10} {:>10}",
-            row.name, row.unit, values[0], values[1], values[2]
+            "{:<18} {:>6} {:>10} {:>10} {:>10} {:>10}",
+            row.name, row.unit, values[0], values[1], values[2], values[3]
         );
     }
     let round = |value: Option<f64>| value.map(|value| (value * 10.0).round() / 10.0);
