@@ -333,6 +333,23 @@ static int times(const char *dir, int count)
 	return failed;
 }
 
+/* Once it is told to, begins more reads of its file than are sent at once, and ends. */
+static int ahead(const char *path, const char *ready)
+{
+	int file = open(path, O_RDONLY);
+
+	posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+	/* Its own code is not read later. */
+	if (mlockall(MCL_CURRENT))
+		return 1;
+	close(open(ready, O_CREAT | O_WRONLY, 0644));
+	if (file < 0 || read(0, text, 1) != 1)
+		return 1;
+	for (off_t i = 0; i < 32; i++)
+		readahead(file, i << 20, 1 << 17);
+	_exit(7);
+}
+
 int main(int count, char **words)
 {
 	const char *what = count > 2 ? words[1] : "";
@@ -354,6 +371,8 @@ int main(int count, char **words)
 		return capability(words[2]);
 	if (!strcmp(what, "taken"))
 		return taken(words[2]);
+	if (!strcmp(what, "ahead") && count == 4)
+		return ahead(words[2], words[3]);
 	if (!strcmp(what, "times") && count == 4)
 		return times(words[2], atoi(words[3]));
 	if (!strcmp(what, "probe") && !chdir(words[2])) {

@@ -52,6 +52,11 @@ impl Proc {
         kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGSTOP).unwrap();
     }
 
+    /// Lets it go on with SIGCONT.
+    pub fn resume(&self) {
+        kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGCONT).unwrap();
+    }
+
     /// Whether it still runs; a zombie does not.
     pub fn is_alive(&self) -> bool {
         state(self.pid).is_some_and(|state| state != 'Z' && state != 'X')

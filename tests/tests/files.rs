@@ -9,12 +9,14 @@
 )]
 
 use std::fs::{self, Permissions};
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use cofferdam_tests::command::run;
-use cofferdam_tests::{Container, Env, PATIENCE, Suite, assets, cases};
+use cofferdam_tests::command::{Running, run};
+use cofferdam_tests::procs::Proc;
+use cofferdam_tests::{Container, Env, PATIENCE, Suite, assets, cases, eventually, procs};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 fn main() -> ExitCode {
@@ -23,7 +25,8 @@ fn main() -> ExitCode {
         Once: acl_of_the_host_is_obeyed, trusted_attributes_are_for_root,
             writes_of_others_drop_setuid_and_capabilities, names_that_are_taken,
             directory_of_the_host_behaves_as_there, absent_name_is_seen_when_the_host_makes_it,
-            overlay_with_its_upper_directory_on_a_volume, file_systems_in_files;
+            overlay_with_its_upper_directory_on_a_volume, file_systems_in_files,
+            program_that_ends_while_its_file_is_read;
     ])
 }
 
@@ -124,6 +127,35 @@ fn acls_are_obeyed_and_inherited(env: &Env) {
     let file = fixture.volume.join("below/new");
     let names = fixture.on_host(&["list", file.to_str().unwrap()]);
     assert_eq!(names, "system.posix_acl_access", "the host has the ACL");
+}
+
+/// Its root goes while the file server has not answered: a kernel that does not wait for that dies
+/// of the answer.
+fn program_that_ends_while_its_file_is_read(env: &Env) {
+    let tools = env.dir.join(env.id());
+    fs::create_dir(&tools).unwrap();
+    assets::program(&tools, "files");
+    let mount = format!("type=bind,src={},dst=/t,options=rbind:rw", tools.display());
+    let script = "dd if=/dev/zero of=/large bs=1M count=32 2>/dev/null && \
+                  exec /t/files ahead /large /t/ready";
+    let id = env.id();
+    let flags = ["--rm", "--mount", &mount];
+    let mut running = Running::start_piped(env.run_command(&id, &flags, &["sh", "-c", script]));
+    eventually("the program has its file", PATIENCE, || {
+        tools.join("ready").exists().then_some(())
+    });
+    let family = procs::family(&id);
+    let of_this = |process: &Proc| family.contains(&process.pid);
+    let servers: Vec<Proc> = procs::named("virtiofsd")
+        .into_iter()
+        .filter(of_this)
+        .collect();
+    assert!(servers.len() >= 2, "{servers:?}");
+    servers.iter().for_each(Proc::stop);
+    running.child.stdin.take().unwrap().write_all(b"x").unwrap();
+    procs::come_to_rest(&family);
+    servers.iter().for_each(Proc::resume);
+    running.wait(PATIENCE).exits(7);
 }
 
 fn acl_of_the_host_is_obeyed(env: &Env) {

@@ -180,7 +180,7 @@ async fn dial(
             let answer = async {
                 let mut stream = transport.dial(STDIO_PORT, STDIO_ACCEPTED).await?;
                 stream.write_all(header.to_string().as_bytes()).await?;
-                Ok((stream.read_u8().await?, stream))
+                std::io::Result::Ok((stream.read_u8().await?, stream))
             };
             match answer.await {
                 Ok((ACCEPTED, stream)) => return Ok(stream),
