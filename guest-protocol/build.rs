@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "cofferdam",
         "csi",
         "health",
+        "memory",
         "oci",
         "types",
     ]
@@ -42,6 +43,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "csi",
         "health",
         "health_ttrpc",
+        "memory",
+        "memory_ttrpc",
         "oci",
         "types",
     ] {

@@ -64,6 +64,15 @@ pub const REQUEST_LINE: Duration = Duration::from_secs(5);
 /// How long one address of the loopback may take to accept a forwarded connection; there are two.
 pub const LOOPBACK_CONNECT: Duration = Duration::from_secs(4);
 
+/// How long a call waits for the machine to need another size. Then the host asks again.
+pub const MEMORY_NEED: Duration = Duration::from_secs(60);
+
+/// Between two looks at the memory of containers that are not slowed down.
+pub const MEMORY_LOOK: Duration = Duration::from_secs(5);
+
+/// Between two looks at the memory of containers that are.
+pub const MEMORY_PAUSE: Duration = Duration::from_millis(50);
+
 /// How long the host may take to accept a connection to the vsock port for its unix sockets.
 pub const HOST_DIAL: Duration = Duration::from_secs(5);
 
@@ -136,6 +145,7 @@ mod tests {
         assert!(CGROUP_FREEZE < host::CHANGE_CONTAINER);
         assert!(MEMORY_RECLAIM < host::CHANGE_CONTAINER);
         assert!(CPUS_ONLINE < host::ONLINE_CPU_MEM);
+        assert!(MEMORY_NEED + MEMORY_LOOK + MEMORY_PAUSE < host::MEMORY_NEED);
         assert!(DEVICE_HOTPLUG + NETLINK_ANSWER < host::UPDATE_NETWORK);
         assert!(REQUEST_LINE < host::STDIO_ACCEPTED);
         // Here the agent is the one who waits for the other.
@@ -156,6 +166,8 @@ mod tests {
             (DEVICE_HOTPLUG_PAUSE, DEVICE_HOTPLUG),
             (CPUS_ONLINE_PAUSE, CPUS_ONLINE),
             (CGROUP_BUSY_PAUSE, FAILED_CREATE_CLEANUP),
+            (MEMORY_LOOK, MEMORY_NEED),
+            (MEMORY_PAUSE, MEMORY_LOOK),
         ] {
             assert!(10 * pause < whole);
         }

@@ -134,7 +134,7 @@ async fn serve(listen: Option<PathBuf>) -> Result<()> {
     });
     let sockets = sockets.transpose().context(|| "listen".into())?;
     let (parameters, cgroups) = if mode == Mode::Init {
-        (boot::boot()?, boot::CGROUP_ROOT.to_owned())
+        (boot::boot()?, boot::CONTAINERS.to_owned())
     } else {
         (boot::Parameters::parse(""), boot::isolate()?)
     };

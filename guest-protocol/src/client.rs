@@ -10,6 +10,7 @@ use crate::frames::{Verdict, Watched};
 use crate::protocols::agent_ttrpc::AgentServiceClient;
 use crate::protocols::clock_ttrpc::ClockClient;
 use crate::protocols::health_ttrpc::HealthClient;
+use crate::protocols::memory_ttrpc::MemoryClient;
 use crate::transport::Stream;
 
 /// A connection to a guest agent. Clones share it; calls run side by side.
@@ -21,6 +22,8 @@ pub struct AgentClient {
     pub health: HealthClient,
     /// The time of day, see [`crate::FEATURE_CLOCK`].
     pub clock: ClockClient,
+    /// Memory that grows, see [`crate::FEATURE_MEMORY`].
+    pub memory: MemoryClient,
     verdict: Verdict,
 }
 
@@ -45,7 +48,8 @@ impl AgentClient {
         AgentClient {
             agent: AgentServiceClient::new(client.clone()),
             health: HealthClient::new(client.clone()),
-            clock: ClockClient::new(client),
+            clock: ClockClient::new(client.clone()),
+            memory: MemoryClient::new(client),
             verdict,
         }
     }

@@ -29,6 +29,9 @@ pub const ONLINE_CPU_MEM: Duration = Duration::from_secs(10);
 /// `UpdateInterface`, `UpdateRoutes`, `AddARPNeighbors`.
 pub const UPDATE_NETWORK: Duration = Duration::from_secs(10);
 
+/// `Memory.Wait`, which the agent answers after a minute at the latest.
+pub const MEMORY_NEED: Duration = Duration::from_secs(120);
+
 /// A stdio stream, from the dial to the agent's answer.
 pub const STDIO_ACCEPTED: Duration = Duration::from_secs(10);
 

@@ -77,6 +77,9 @@ pub const POD_PID_PATH: &str = "container:";
 /// Entry of `AgentDetails.extra_features`: the service of `protos/clock.proto`.
 pub const FEATURE_CLOCK: &str = "cofferdam.clock";
 
+/// Entry of `AgentDetails.extra_features`: the service of `protos/memory.proto`.
+pub const FEATURE_MEMORY: &str = "cofferdam.memory";
+
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 

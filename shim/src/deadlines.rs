@@ -47,6 +47,12 @@ pub const STATS: Duration = Duration::from_secs(2);
 /// now.
 pub const MACHINE_RESIZE: Duration = Duration::from_secs(10);
 
+/// Between two changes of a machine's memory that its guest asks for.
+pub const MEMORY_CHANGE_PAUSE: Duration = Duration::from_millis(100);
+
+/// A machine that could not be given more memory is not tried again for so long.
+pub const MEMORY_GROW_AGAIN: Duration = Duration::from_secs(60);
+
 /// The kernel may have to take memory back before a cgroup's limit holds; where the limit is
 /// systemd's to set, it has as long.
 pub const CGROUP_LIMITS: Duration = Duration::from_secs(10);

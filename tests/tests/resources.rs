@@ -21,14 +21,17 @@ fn main() -> ExitCode {
     Suite::of_pods().run(cases![
         Core: container_uses_its_gibibyte, memory_is_raised_and_lowered;
         Once: each_container_has_its_own_limit, cpu_is_raised_and_lowered,
-            update_of_one_limit_keeps_the_others, cpus_of_a_cpuset_without_a_quota;
+            update_of_one_limit_keeps_the_others, cpus_of_a_cpuset_without_a_quota,
+            without_a_limit_a_container_gets_what_it_uses;
         // The control has to have cgroup v2.
         Ours: out_of_memory_kills_the_whole_container,
             machine_has_the_cpus_of_its_containers, refused_update_leaves_the_machine_as_it_was,
             qemu_and_its_helpers_are_in_the_cgroup_of_the_pod,
             idle_pod_uses_no_cpu, processes_on_the_host_are_limited_and_scored_as_the_container,
             cgroup_of_somebody_else_keeps_its_limits,
-            cgroup_with_a_name_of_systemds_is_made_through_it, kill_by_the_host_for_memory_is_told;
+            cgroup_with_a_name_of_systemds_is_made_through_it, kill_by_the_host_for_memory_is_told,
+            growth_stops_at_the_configured_share;
+        Long: memory_that_is_no_longer_used_goes_back;
     ])
 }
 
@@ -95,6 +98,52 @@ fn container_uses_its_gibibyte(env: &Env) {
     assert!(can_use(&container, 900), "900 MiB of 1 GiB");
     assert!(!can_use(&container, 1100), "1100 MiB of 1 GiB");
     container.exec(&["true"]).ok();
+}
+
+fn without_a_limit_a_container_gets_what_it_uses(env: &Env) {
+    let pod = Pod::new(env);
+    let (large, small) = (pod.idle("large"), pod.idle("small"));
+    assert!(can_use(&large, 1200), "1200 MiB");
+    assert!(can_use(&small, 1500), "1500 MiB beside it");
+    // What can be read again is no reason to grow, and no reason to fail.
+    let read = "dd if=/dev/zero of=/f bs=1M count=600 && cat /f /f >/dev/null && rm /f";
+    small.exec(&["sh", "-c", read]).ok();
+}
+
+fn memory_total(container: &Member) -> u64 {
+    let text = container.sh("awk '/^MemTotal/{print $2}' /proc/meminfo");
+    text.parse::<u64>().unwrap() / 1024
+}
+
+fn memory_that_is_no_longer_used_goes_back(env: &Env) {
+    let pod = Pod::new(env);
+    let container = pod.idle("main");
+    let before = memory_total(&container);
+    assert!(can_use(&container, 1200), "1200 MiB");
+    assert!(memory_total(&container) > before + 512);
+    eventually("the memory is given back", 3 * PATIENCE, || {
+        (memory_total(&container) < before + 256).then_some(())
+    });
+    assert!(can_use(&container, 1200), "1200 MiB again");
+}
+
+fn growth_stops_at_the_configured_share(env: &Env) {
+    let info = fs::read_to_string("/proc/meminfo").unwrap();
+    let host_kib: u64 = info.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let share = (host_kib / 1024 / 100 * 4).max(512);
+    let config = env.dir.join("cofferdam.toml");
+    fs::write(&config, "max_memory_percent = 4\n").unwrap();
+    let config = config.to_string_lossy();
+    let flags = ["--null-io", "--runtime-config-path", &config];
+    let container = env.detached(&flags, &["sleep", "3600"]);
+    let use_mib = |mib: u64| {
+        let size = format!("bs={mib}M");
+        container.exec(&["dd", "if=/dev/zero", "of=/dev/null", "count=1", &size])
+    };
+    assert!(use_mib(share + 100).status != 0, "more than its share");
+    use_mib(200).ok();
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
 }
 
 fn each_container_has_its_own_limit(env: &Env) {

@@ -1,7 +1,7 @@
 //! The cgroup of one container: made before its first process, removed after its last.
 //!
 //! ```text
-//!  /sys/fs/cgroup               PID 1's root (as a process: a cgroup of its own below it)
+//!  /sys/fs/cgroup/containers    (as a process: a cgroup of its own)    growth::need
 //!    ├─ ctr-<container id>      one for each container          Cgroup::create
 //!    │    └─ …                  what the container makes itself
 //!    └─ pod-init                PID 1 of a shared pid namespace Cgroup::create_named
@@ -9,6 +9,7 @@
 //!  limits    OCI resources ──> files and values        Cgroup::limit
 //!  devices   OCI device rules ──> a BPF program        devices::restrict
 //!  stats     files ──> the protocol's numbers          stats::read
+//!  growth    what all of them use ──> a size of the machine
 //! ```
 //!
 //! This file has the cgroup itself: limits, signals to all of its processes, freezing, and the
@@ -26,6 +27,7 @@
 //!   other failure is the caller's.
 
 pub mod devices;
+pub mod growth;
 mod limits;
 pub mod stats;
 

@@ -29,6 +29,10 @@ pub enum Mode {
 /// Where the cgroup v2 tree is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
+/// Below it are the containers of PID 1: one cgroup, so that all of them together can be slowed
+/// down while the machine gets more memory.
+pub const CONTAINERS: &str = "/sys/fs/cgroup/containers";
+
 /// What the kernel command line asks of the agent.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Parameters {
@@ -216,6 +220,10 @@ pub fn boot() -> Result<Parameters> {
 /// needs some time to answer, and this fits into it.
 pub fn finish_boot() {
     enable_controllers(Path::new(CGROUP_ROOT));
+    match fs::create_dir(CONTAINERS) {
+        Ok(()) => enable_controllers(Path::new(CONTAINERS)),
+        Err(error) => log!("create {CONTAINERS}: {error}"),
+    }
     for (key, value) in SYSCTLS {
         let _ = fs::write(Path::new("/proc/sys").join(key), value);
     }

@@ -87,7 +87,7 @@ enum Role {
 #[derive(Debug)]
 pub struct Sandbox {
     /// The cgroup below which those of containers are made.
-    cgroups: PathBuf,
+    pub cgroups: PathBuf,
     /// How long a hot-plugged device may take to appear.
     pub hotplug_timeout: Duration,
     /// For the unix sockets of the host.

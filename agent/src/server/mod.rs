@@ -16,7 +16,7 @@
 //!   caller gives up or its connection ends, because half a container helps nobody.
 //! * A wait inside a call is shorter than the host's deadline for the call (`deadlines.rs`). Only
 //!   `WaitProcess`, `ReadStdout`, `ReadStderr`, `WriteStdin` and `GetOOMEvent` wait for something
-//!   that may never come.
+//!   that may never come, and `Memory.Wait` for up to a minute.
 //! * A method that is implemented is in [`METHODS`]; a test compares the two. Every other method
 //!   of the service is UNIMPLEMENTED, because the generated answer for it would be NOT_FOUND, which
 //!   the protocol has for processes.
@@ -25,6 +25,7 @@
 //! * No policy lives here: what a signal means is the container's business, and which order things
 //!   end in is the sandbox's.
 
+mod own;
 pub mod stdio_streams;
 
 use std::collections::HashMap;
@@ -35,16 +36,14 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use guest_protocol::protocols::agent as api;
 use guest_protocol::protocols::agent_ttrpc::{AgentService, create_agent_service};
-use guest_protocol::protocols::clock::{Correction, TimeOfDay};
-use guest_protocol::protocols::clock_ttrpc::{Clock, create_clock};
 use guest_protocol::protocols::csi;
 use guest_protocol::protocols::health as health_api;
 use guest_protocol::protocols::health_ttrpc::{Health, create_health};
 use guest_protocol::protocols::types;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{
-    ALL_PROCESSES, FEATURE_CLOCK, FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD,
-    FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
+    ALL_PROCESSES, FEATURE_CLOCK, FEATURE_MEMORY, FEATURE_OWN_FIELDS, FEATURE_POD,
+    FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -65,7 +64,7 @@ use crate::storage::{copy, driver_names, look_up_mounts, volume_usage};
 const API_VERSION: &str = "0.0.1";
 
 /// What GetGuestDetails announces beside the version.
-const FEATURES: [&str; 9] = [
+const FEATURES: [&str; 10] = [
     "seccomp",
     FEATURE_RAW_STDIO,
     FEATURE_SIGNAL_ALL,
@@ -75,6 +74,7 @@ const FEATURES: [&str; 9] = [
     FEATURE_OWN_FIELDS,
     FEATURE_CLOCK,
     FEATURE_UDS_BELOW,
+    FEATURE_MEMORY,
 ];
 
 /// The methods that the trait below implements.
@@ -120,6 +120,7 @@ pub fn services(
     shutdown_requested: Arc<Notify>,
     mode: Mode,
 ) -> HashMap<String, Service> {
+    let own = own::services(sandbox.clone());
     let agent = Arc::new(Agent {
         sandbox,
         shutdown_requested,
@@ -132,9 +133,9 @@ pub fn services(
             .methods
             .retain(|name, _| METHODS.contains(&name.as_str()));
     }
-    services.extend(create_health(agent.clone()));
+    services.extend(create_health(agent));
     if !STOCK {
-        services.extend(create_clock(agent));
+        services.extend(own);
     }
     services
 }
@@ -541,21 +542,6 @@ impl Agent {
             data,
             ..Default::default()
         })
-    }
-}
-
-#[async_trait]
-impl Clock for Agent {
-    async fn read(&self, _: &TtrpcContext, _: Empty) -> Reply<TimeOfDay> {
-        Ok(TimeOfDay {
-            nanoseconds: settings::read_clock()?,
-            ..Default::default()
-        })
-    }
-
-    async fn correct(&self, _: &TtrpcContext, by: Correction) -> Reply<Empty> {
-        settings::correct_clock(by.nanoseconds, by.slowly)?;
-        Ok(Empty::new())
     }
 }
 

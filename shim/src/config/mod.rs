@@ -114,6 +114,9 @@ pub struct Config {
     /// Memory in MiB of a machine with a container that has no limit; limits are added to it.
     #[serde(deserialize_with = "whole::<64, 16_777_216, _, _>")]
     pub memory_mib: u64,
+    /// What a machine with such a container grows to, in percent of the host's memory.
+    #[serde(deserialize_with = "whole::<0, 100, _, _>")]
+    pub max_memory_percent: u64,
     /// Virtual CPUs of a sandbox without a CPU limit.
     #[serde(deserialize_with = "whole::<1, 240, _, _>")]
     pub vcpus: u32,
@@ -151,6 +154,7 @@ impl Default for Config {
                 count: UIDS,
             },
             memory_mib: 512,
+            max_memory_percent: 50,
             vcpus: 1,
             boot_timeout_seconds: 30,
             kill_timeout_seconds: 10,

@@ -14,6 +14,7 @@ use guest_protocol::protocols::agent::{
 };
 use guest_protocol::protocols::clock::Correction;
 use guest_protocol::protocols::health::CheckRequest;
+use guest_protocol::protocols::memory::MemoryState;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{AgentClient, context};
 use protobuf::well_known_types::empty::Empty;
@@ -180,6 +181,20 @@ impl Agent {
     pub async fn correct_clock(&self, by: &Correction, deadline: Duration) -> Result<()> {
         let answer = self.client.clock.correct(context(Some(deadline)), by).await;
         self.judged("Clock.Correct", answer).map(drop)
+    }
+
+    /// Waits until the agent wants more memory for its machine, or less: by how many MiB, which may
+    /// be any number, and none after a while.
+    ///
+    /// # Errors
+    /// As those of every call.
+    pub async fn memory_need(&self, state: &MemoryState, deadline: Duration) -> Result<i64> {
+        let answer = self
+            .client
+            .memory
+            .wait(context(Some(deadline)), state)
+            .await;
+        Ok(self.judged("Memory.Wait", answer)?.mib)
     }
 
     /// A container's statistics.

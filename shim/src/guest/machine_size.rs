@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use guest_protocol::protocols::memory::MemoryState;
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::config::Config;
@@ -176,6 +177,8 @@ fn limit(value: i64) -> u64 {
 pub struct MachineSize {
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// What it may grow to with its use, in MiB: more only with a container without a memory limit.
+    pub most_mib: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// What its containers may use of CPUs, in thousandths of one, if all of them have a limit.
@@ -212,10 +215,17 @@ impl MachineSize {
             .max(pod.milli_cpus());
         let most = u64::from(host_cpus());
         let vcpus = milli_cpus.div_ceil(1000).max(config.vcpus.into()).min(most);
+        let memory_mib = (own + memory.div_ceil(1 << 20))
+            .next_multiple_of(2)
+            .min(host_memory_mib());
+        let share = host_memory_mib() / 100 * config.max_memory_percent;
         MachineSize {
-            memory_mib: (own + memory.div_ceil(1 << 20))
-                .next_multiple_of(2)
-                .min(host_memory_mib()),
+            memory_mib,
+            most_mib: if limited {
+                memory_mib
+            } else {
+                memory_mib.max(share)
+            },
             vcpus: u32::try_from(vcpus).unwrap_or(config.vcpus),
             milli_cpus: (!containers.is_empty() && containers.iter().all(|need| need.quota > 0))
                 .then_some(milli_cpus),
@@ -231,6 +241,7 @@ impl MachineSize {
     pub fn max(self, other: MachineSize) -> MachineSize {
         MachineSize {
             memory_mib: self.memory_mib.max(other.memory_mib),
+            most_mib: self.most_mib.max(other.most_mib),
             vcpus: self.vcpus.max(other.vcpus),
             milli_cpus: self
                 .milli_cpus
@@ -244,22 +255,65 @@ impl MachineSize {
 /// The size that a machine should have by now. Whoever changes the machine reads it then: what it
 /// was when a request came may be another one's past.
 #[derive(Clone, Debug)]
-pub struct WantedSize(Arc<Mutex<MachineSize>>);
+pub struct WantedSize(Arc<Mutex<Wanted>>);
+
+#[derive(Debug)]
+struct Wanted {
+    /// By the containers' limits.
+    size: MachineSize,
+    /// MiB beyond that, which containers without a limit use.
+    grown_mib: u64,
+}
+
+impl Wanted {
+    fn room_mib(&self) -> u64 {
+        self.size.most_mib.saturating_sub(self.size.memory_mib)
+    }
+
+    fn grown_mib(&self) -> u64 {
+        self.grown_mib.min(self.room_mib())
+    }
+}
 
 impl WantedSize {
     /// Of a machine that is to be made with this size.
     pub fn new(size: MachineSize) -> WantedSize {
-        WantedSize(Arc::new(Mutex::new(size)))
+        WantedSize(Arc::new(Mutex::new(Wanted { size, grown_mib: 0 })))
     }
 
     pub fn get(&self) -> MachineSize {
-        *sys::lock(&self.0)
+        let wanted = sys::lock(&self.0);
+        MachineSize {
+            memory_mib: wanted.size.memory_mib + wanted.grown_mib(),
+            ..wanted.size
+        }
     }
 
-    /// Changes what is wanted, and says whether it did.
+    /// Changes what the limits ask for, and says whether it did.
     pub fn set(&self, size: MachineSize) -> bool {
         let mut wanted = sys::lock(&self.0);
-        std::mem::replace(&mut *wanted, size) != size
+        std::mem::replace(&mut wanted.size, size) != size
+    }
+
+    /// Changes what containers without a limit have beyond that, as far as it may be changed, and
+    /// says whether it did.
+    pub fn grow_by(&self, mib: i64) -> bool {
+        let mut wanted = sys::lock(&self.0);
+        let before = wanted.grown_mib();
+        let after = before.saturating_add_signed(mib).min(wanted.room_mib());
+        wanted.grown_mib = after & !1;
+        wanted.grown_mib != before
+    }
+
+    /// What can change, as the agent is told it.
+    pub fn growth(&self) -> MemoryState {
+        let wanted = sys::lock(&self.0);
+        let grown = wanted.grown_mib();
+        MemoryState {
+            can_grow: grown + 1 < wanted.room_mib(),
+            can_shrink_mib: grown,
+            ..Default::default()
+        }
     }
 }
 
@@ -299,6 +353,7 @@ mod tests {
         let none = ResourceLimits::default();
         let size = MachineSize {
             memory_mib: base,
+            most_mib: host_memory_mib() / 100 * 50,
             vcpus: 1,
             milli_cpus: None,
             oom_score_adj: 0,
@@ -324,6 +379,47 @@ mod tests {
             assert_eq!(sizing(none, &[unlimited]).memory_mib, base);
             assert_eq!(sizing(none, &[unlimited, small]).memory_mib, base + 64);
         }
+    }
+
+    #[test]
+    fn only_a_machine_with_a_container_without_a_limit_grows() {
+        let none = ResourceLimits::default();
+        let small = need(json!({"memory": {"limit": 64 << 20}}));
+        let base = Config::default().memory_mib;
+        let sizing = |containers: &[ResourceLimits]| MachineSize {
+            most_mib: sizing(none, containers).most_mib.min(2000),
+            ..sizing(none, containers)
+        };
+        let wanted = WantedSize::new(sizing(&[none]));
+        assert!(wanted.grow_by(601));
+        assert_eq!(wanted.get().memory_mib, base + 600);
+        let state = wanted.growth();
+        assert_eq!((state.can_grow, state.can_shrink_mib), (true, 600));
+
+        assert!(wanted.grow_by(i64::MAX));
+        assert_eq!(wanted.get().memory_mib, 2000);
+        assert!(!wanted.growth().can_grow);
+        assert!(!wanted.grow_by(1000), "there is no more");
+        assert!(wanted.set(sizing(&[none, small])));
+        assert_eq!(wanted.get().memory_mib, 2000, "the limit is part of it");
+
+        assert!(wanted.set(sizing(&[small])));
+        assert_eq!(wanted.get().memory_mib, OWN_MIB + 64);
+        assert!(!wanted.grow_by(600));
+        let state = wanted.growth();
+        assert_eq!((state.can_grow, state.can_shrink_mib), (false, 0));
+
+        assert!(wanted.set(sizing(&[none])));
+        wanted.grow_by(i64::MAX);
+        wanted.grow_by(i64::MIN);
+        assert_eq!(wanted.get().memory_mib, base);
+        let fixed = Config {
+            max_memory_percent: 0,
+            ..Config::default()
+        };
+        let fixed = WantedSize::new(MachineSize::of(&fixed, none, &[none]));
+        assert!(!fixed.grow_by(600));
+        assert_eq!(fixed.get().memory_mib, base, "it is not made smaller");
     }
 
     #[test]

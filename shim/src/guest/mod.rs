@@ -43,6 +43,7 @@ pub mod ending;
 pub mod guest_spec;
 pub mod host_sockets;
 pub mod machine_size;
+mod memory;
 mod nics;
 mod place;
 pub mod preconnect;

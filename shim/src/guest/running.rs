@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -35,6 +35,7 @@ use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::guest_spec;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, WantedSize};
+use crate::guest::memory;
 use crate::guest::nics::Nics;
 use crate::guest::place::{self, HostCgroup};
 use crate::guest::preconnect::PreconnectedStdio;
@@ -74,7 +75,7 @@ pub(super) struct Size {
     /// What it was last asked to have of memory, and what it has of CPUs. Held while that changes.
     asked: Mutex<MachineSize>,
     /// MiB of memory that the guest has, which may be more than it should.
-    has_mib: AtomicU64,
+    pub(super) has_mib: watch::Sender<u64>,
     /// A size was asked of the guest and not waited for: it has to be asked again.
     unsettled: AtomicBool,
     /// How many wait for their turn: a guest that is slow to give memory back gets no more time
@@ -86,7 +87,7 @@ impl Size {
     pub(super) fn new(size: MachineSize) -> Size {
         Size {
             asked: Mutex::new(size),
-            has_mib: AtomicU64::new(size.memory_mib),
+            has_mib: watch::channel(size.memory_mib).0,
             unsettled: AtomicBool::new(false),
             waiting: watch::channel(0).0,
         }
@@ -399,6 +400,12 @@ impl GuestCalls for RunningGuest {
         watch_oom(&self.agent, tell).await;
     }
 
+    async fn follow_memory(&self, wanted: &WantedSize) {
+        if self.features.memory {
+            memory::follow(self, wanted).await;
+        }
+    }
+
     async fn ping(&self) -> Result<()> {
         self.agent.ping(AGENT_CALL).await
     }
@@ -478,7 +485,7 @@ impl RunningGuest {
                 // What the guest was asked for, and how far it got, is not known: it counts as
                 // having all of it, until whoever waits asks again.
                 () = self.size.somebody_waits(), if shrinks => {
-                    return Ok(self.size.has_mib.load(Ordering::Relaxed));
+                    return Ok(*self.size.has_mib.borrow());
                 }
             };
             if got < to.memory_mib {
@@ -489,7 +496,7 @@ impl RunningGuest {
                 );
             }
             size.memory_mib = to.memory_mib;
-            self.size.has_mib.store(got, Ordering::Relaxed);
+            self.size.has_mib.send_replace(got);
         }
         self.size.unsettled.store(false, Ordering::Relaxed);
         if to.vcpus != size.vcpus {
@@ -505,6 +512,6 @@ impl RunningGuest {
                 self.agent.online_cpu_mem(&request, ONLINE_CPU_MEM).await?;
             }
         }
-        Ok(self.size.has_mib.load(Ordering::Relaxed))
+        Ok(*self.size.has_mib.borrow())
     }
 }

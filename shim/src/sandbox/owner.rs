@@ -467,8 +467,10 @@ impl SandboxOwner {
                 let handle = self.handle.clone();
                 let tell = move |container| handle.tell(Request::OutOfMemory { container });
                 let watched = guest.clone();
-                // Ends with the agent's connection.
+                let (grows, wanted) = (guest.clone(), self.wanted.clone());
+                // Both end with the agent's connection.
                 tokio::spawn(async move { watched.watch_oom(&tell).await });
+                tokio::spawn(async move { grows.follow_memory(&wanted).await });
                 self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {

@@ -1,0 +1,197 @@
+//! How much memory the machine should have, by what its containers use.
+//!
+//! A machine that can have more slows its containers down before the memory is used up, because
+//! they could use it up faster than more can come:
+//!
+//! ```text
+//!  0            what containers use           memory.high      MemTotal
+//!  ├──────────────────────────────┬───────────────┤◀── RESERVE ──▶│
+//!                      less than GROW_BELOW available: more is asked for
+//! ```
+//!
+//! Beyond `memory.high` the kernel takes back what it can, such as copies of files, and lets the
+//! containers wait for the rest; the file `memory.events.local` tells of it. Where no more can come,
+//! there is no such limit, and the kernel kills as it does on a host.
+
+use std::fs;
+use std::path::Path;
+
+use guest_protocol::protocols::memory::MemoryState;
+use tokio::io::Interest;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use crate::cgroup::watch;
+use crate::deadlines;
+use crate::error::{Context, Result};
+
+const MIB: u64 = 1 << 20;
+
+/// What is left to the kernel and to the containers' way from one page to the next when they are
+/// slowed down.
+const RESERVE: u64 = 32 * MIB;
+
+/// Memory grows when less than one of so many parts of it is available.
+const GROW_BELOW: u64 = 4;
+
+/// The least that it grows by. Beyond that by half of what there is.
+const LEAST_GROWTH: u64 = 512 * MIB;
+
+/// The least that it shrinks by. It keeps as much available as is used, so that it does not have to
+/// grow again at once.
+const LEAST_SHRINKING: u64 = 256 * MIB;
+
+/// Bytes of memory in the machine.
+#[derive(Clone, Copy, Debug, Default)]
+struct Memory {
+    total: u64,
+    free: u64,
+    /// Free, or used for what can be read again (`MemAvailable`).
+    available: u64,
+    /// What the containers use.
+    used: u64,
+}
+
+impl Memory {
+    fn read(group: &Path) -> Result<Memory> {
+        let file = "/proc/meminfo";
+        let text = fs::read_to_string(file).context(|| format!("read {file}"))?;
+        let current = group.join("memory.current");
+        let used =
+            fs::read_to_string(&current).context(|| format!("read {}", current.display()))?;
+        Ok(Memory {
+            used: used.trim().parse().unwrap_or_default(),
+            ..Memory::parse(&text)
+        })
+    }
+
+    fn parse(meminfo: &str) -> Memory {
+        let bytes = |key: &str| {
+            let mut lines = meminfo.lines();
+            let value = lines.find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+            let kib = value.and_then(|value| value.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+            kib.unwrap_or_default().saturating_mul(1024)
+        };
+        Memory {
+            total: bytes("MemTotal"),
+            free: bytes("MemFree"),
+            available: bytes("MemAvailable"),
+            used: 0,
+        }
+    }
+
+    /// From here on the containers wait. Never below what they use: the write of such a limit
+    /// waits until the kernel has taken memory away.
+    fn high(&self) -> u64 {
+        self.used + self.free.saturating_sub(RESERVE)
+    }
+
+    /// By how many bytes it should grow.
+    fn missing(&self) -> u64 {
+        if self.available >= self.total / GROW_BELOW {
+            return 0;
+        }
+        (self.total / 2).max(LEAST_GROWTH)
+    }
+
+    /// By how many bytes it could shrink, of those that can be taken away.
+    fn idle(&self, removable: u64) -> u64 {
+        let used = self.total.saturating_sub(self.available);
+        let idle = self.available.saturating_sub(used).min(removable);
+        if idle < LEAST_SHRINKING { 0 } else { idle }
+    }
+}
+
+/// Waits until the machine should have more or less memory, or for a while, and returns by how many
+/// MiB its size should change. `group` is the cgroup above all containers.
+///
+/// # Errors
+/// A kernel without the memory controller.
+pub async fn need(group: &Path, state: &MemoryState) -> Result<i64> {
+    let high = group.join("memory.high");
+    let set = |value: String| {
+        fs::write(&high, &value).context(|| format!("set {} to {value}", high.display()))
+    };
+    let end = Instant::now() + deadlines::MEMORY_NEED;
+    let removable = state.can_shrink_mib.saturating_mul(MIB);
+    if state.can_grow {
+        let path = group.join("memory.events.local");
+        let events = watch(&path).context(|| format!("watch {}", path.display()))?;
+        while Instant::now() < end {
+            let memory = Memory::read(group)?;
+            let missing = memory.missing();
+            if missing > 0 {
+                return Ok(mib(missing));
+            }
+            set(memory.high().to_string())?;
+            let slowed = async {
+                let ready = events.ready(Interest::PRIORITY).await;
+                ready.map(|mut ready| ready.clear_ready())
+            };
+            let slowed = timeout(deadlines::MEMORY_LOOK, slowed).await;
+            if let Ok(slowed) = slowed {
+                slowed.context(|| format!("watch {}", path.display()))?;
+                // Copies of files are taken back again and again while a large one is read.
+                sleep(deadlines::MEMORY_PAUSE).await;
+            }
+        }
+    } else {
+        set("max".into())?;
+        sleep_until(end).await;
+    }
+    Ok(-mib(Memory::read(group)?.idle(removable)))
+}
+
+fn mib(bytes: u64) -> i64 {
+    i64::try_from(bytes / MIB).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_how_much_there_is() {
+        let text = "MemTotal:         499048 kB\nMemFree:          440000 kB\n\
+                    MemAvailable:     430000 kB\nHugetlb:               0 kB\n";
+        let memory = Memory::parse(text);
+        assert_eq!(memory.total, 499_048 * 1024);
+        assert_eq!(memory.free, 440_000 * 1024);
+        assert_eq!(memory.available, 430_000 * 1024);
+    }
+
+    fn memory(total: u64, available: u64) -> Memory {
+        let (total, available) = (total * MIB, available * MIB);
+        Memory {
+            total,
+            available,
+            free: available / 2,
+            used: total - available,
+        }
+    }
+
+    #[test]
+    fn more_is_missing_when_little_is_available() {
+        assert_eq!(memory(480, 400).missing(), 0);
+        assert_eq!(memory(480, 119).missing(), 512 * MIB);
+        assert_eq!(memory(4000, 100).missing(), 2000 * MIB);
+    }
+
+    #[test]
+    fn containers_are_slowed_down_while_something_is_free() {
+        let memory = memory(480, 400);
+        assert_eq!(memory.high(), (80 + 200 - 32) * MIB);
+        assert_eq!(super::Memory { free: 0, ..memory }.high(), 80 * MIB);
+    }
+
+    #[test]
+    fn what_is_idle_can_go_but_as_much_as_is_used_stays() {
+        assert_eq!(memory(2000, 1900).idle(1500 * MIB), 1500 * MIB);
+        assert_eq!(memory(2000, 1400).idle(1500 * MIB), 800 * MIB);
+        assert_eq!(memory(2000, 1100).idle(1500 * MIB), 0, "not worth it");
+        assert_eq!(memory(2000, 500).idle(1500 * MIB), 0);
+        assert_eq!(memory(480, 470).idle(0), 0);
+        // After that it does not grow at once.
+        let after = memory(1200, 600);
+        assert_eq!((after.missing(), after.idle(1 << 40)), (0, 0));
+    }
+}

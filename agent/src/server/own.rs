@@ -1,0 +1,66 @@
+//! The services that are no part of the protocol of Kata Containers' agent: the time of day, and
+//! memory that grows with its use.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use guest_protocol::protocols::clock::{Correction, TimeOfDay};
+use guest_protocol::protocols::clock_ttrpc::{Clock, create_clock};
+use guest_protocol::protocols::memory::{MemoryNeed, MemoryState};
+use guest_protocol::protocols::memory_ttrpc::{Memory, create_memory};
+use protobuf::well_known_types::empty::Empty;
+use tokio::sync::Notify;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use super::Reply;
+use crate::cgroup::growth;
+use crate::guest::settings;
+use crate::sandbox::Sandbox;
+
+/// The services, for a ttrpc server.
+pub fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
+    let own = Arc::new(Own {
+        sandbox,
+        memory_asked: Notify::new(),
+    });
+    let mut services = create_clock(own.clone());
+    services.extend(create_memory(own));
+    services
+}
+
+struct Own {
+    sandbox: Arc<Sandbox>,
+    /// A call is there that makes the one before it useless.
+    memory_asked: Notify,
+}
+
+#[async_trait]
+impl Clock for Own {
+    async fn read(&self, _: &TtrpcContext, _: Empty) -> Reply<TimeOfDay> {
+        Ok(TimeOfDay {
+            nanoseconds: settings::read_clock()?,
+            ..Default::default()
+        })
+    }
+
+    async fn correct(&self, _: &TtrpcContext, by: Correction) -> Reply<Empty> {
+        settings::correct_clock(by.nanoseconds, by.slowly)?;
+        Ok(Empty::new())
+    }
+}
+
+#[async_trait]
+impl Memory for Own {
+    async fn wait(&self, _: &TtrpcContext, state: MemoryState) -> Reply<MemoryNeed> {
+        self.memory_asked.notify_waiters();
+        let mib = tokio::select! {
+            mib = growth::need(&self.sandbox.cgroups, &state) => mib?,
+            () = self.memory_asked.notified() => 0,
+        };
+        Ok(MemoryNeed {
+            mib,
+            ..Default::default()
+        })
+    }
+}

@@ -1,0 +1,54 @@
+//! Memory that grows and shrinks with what containers without a memory limit use.
+//!
+//! The agent sees how much is used, and slows such containers down before nothing is left; the shim
+//! decides. A guest can ask for anything: it gets what the configuration allows to any pod without a
+//! memory limit, at most so often.
+
+use tokio::time::{Instant, sleep};
+
+use crate::deadlines::{MEMORY_CHANGE_PAUSE, MEMORY_GROW_AGAIN, MEMORY_NEED};
+use crate::guest::calls::GuestCalls;
+use crate::guest::machine_size::WantedSize;
+use crate::guest::running::RunningGuest;
+
+/// Ends with the agent's connection, or with an agent that cannot tell.
+pub async fn follow(guest: &RunningGuest, wanted: &WantedSize) {
+    let mut sizes = guest.size.has_mib.subscribe();
+    // After a growth that failed the containers are not slowed down for a while: nothing would come
+    // of it.
+    let mut grows_from = Instant::now();
+    loop {
+        let mut state = wanted.growth();
+        state.can_grow &= Instant::now() >= grows_from;
+        let before = *sizes.borrow_and_update();
+        let need = tokio::select! {
+            need = guest.agent.memory_need(&state, MEMORY_NEED) => need,
+            // What the agent counts with is no longer true.
+            _ = sizes.changed() => continue,
+            _ = guest.agent.failed() => return,
+        };
+        match need {
+            Ok(mib) => {
+                if mib == 0 || !wanted.grow_by(mib) {
+                    continue;
+                }
+                let fitted = guest.fit(wanted).await;
+                let now = *guest.size.has_mib.borrow();
+                tracing::info!(
+                    from_mib = before,
+                    to_mib = now,
+                    "memory of the virtual machine"
+                );
+                if mib > 0 && now <= before {
+                    tracing::warn!(error = ?fitted.err(), "the virtual machine does not grow");
+                    grows_from = Instant::now() + MEMORY_GROW_AGAIN;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the virtual machine does not grow with its use of memory");
+                return;
+            }
+        }
+        sleep(MEMORY_CHANGE_PAUSE).await;
+    }
+}
