@@ -39,7 +39,7 @@ fn main() -> ExitCode {
             input_ends_after_what_is_buffered, output_is_complete_before_it_ends,
             stats_are_of_the_hosts_kind,
             state_answers_beside_parked_waits;
-        Ours: duplicate_ids, delete_of_what_runs, unknown_ids, exec_after_the_end,
+        Ours: duplicate_ids, terminal_of_an_exec_begins_with_its_size, delete_of_what_runs, unknown_ids, exec_after_the_end,
             what_is_not_implemented,
             both_versions_answer_the_same, connect_knows_the_sandbox,
             shutdown_waits_for_the_last_task, shutdown_now,
@@ -264,6 +264,18 @@ fn size_of_a_terminal_any_time(env: &Env) {
     task.resize("", 0, 0).unwrap();
     task.start("").unwrap();
     task.resize("", 80, 24).unwrap();
+    end(&task);
+}
+
+fn terminal_of_an_exec_begins_with_its_size(env: &Env) {
+    let bundle = Bundle::new(env, &SLEEP);
+    let task = running(&bundle);
+    let mut process = process(&["sh", "-c", "test \"$(stty size)\" = '24 80'"]);
+    process["terminal"] = json!(true);
+    task.exec("one", &process).unwrap();
+    task.resize("one", 80, 24).unwrap();
+    task.start("one").unwrap();
+    assert_eq!(task.wait("one").unwrap().exit_status, 0);
     end(&task);
 }
 

@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
 use futures::future::join_all;
-use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
+use oci_spec::runtime::{Box as ConsoleSize, BoxBuilder, LinuxResources, Process as ProcessSpec};
 use sys::point::{Point, pass};
 use tokio::time::Instant;
 
@@ -41,10 +41,14 @@ impl SandboxOwner {
         };
         // An exec whose start fails can be started again.
         let kept = self.runtimes.process(&process);
-        let exec = kept
-            .exec
-            .as_mut()
-            .map(|exec| (exec.spec.clone(), exec.preconnected.take()));
+        let size = kept.terminal_size;
+        let exec = kept.exec.as_mut().map(|exec| {
+            let mut spec = exec.spec.clone();
+            if let Some(size) = size {
+                spec.set_console_size(console_size(size));
+            }
+            (spec, exec.preconnected.take())
+        });
         let namespace = self.identity.namespace.clone();
         let is_pod_sandbox = self.state.is_pod_sandbox(&process.container);
         // Between the sandbox's creation and its start its network may have been made.
@@ -476,4 +480,10 @@ impl SandboxOwner {
         }
         self.forward_to_guest(reply, |guest| async move { guest.stats(&container).await });
     }
+}
+
+/// As a spec has it. What the client asked for before the start is there from the first moment on.
+fn console_size((width, height): (u32, u32)) -> Option<ConsoleSize> {
+    let size = BoxBuilder::default().width(width).height(height);
+    size.build().ok()
 }
