@@ -15,6 +15,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_protocol::protocols::memory::MemoryState;
 use tokio::io::Interest;
@@ -23,12 +24,16 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::cgroup::watch;
 use crate::deadlines;
 use crate::error::{Context, Result};
+use crate::log::log;
 
 const MIB: u64 = 1 << 20;
 
-/// What is left to the kernel and to the containers' way from one page to the next when they are
-/// slowed down.
+/// What is left to the kernel, and to the containers until they are slowed down: the kernel does so
+/// by how much they are above their limit, in proportion to it. At least this, and a sixteenth.
 const RESERVE: u64 = 32 * MIB;
+
+/// Whether one mapping may be larger than all memory: 0, it may not; 1, it may.
+const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
 
 /// Memory grows when less than one of so many parts of it is available.
 const GROW_BELOW: u64 = 4;
@@ -82,7 +87,8 @@ impl Memory {
     /// From here on the containers wait. Never below what they use: the write of such a limit
     /// waits until the kernel has taken memory away.
     fn high(&self) -> u64 {
-        self.used + self.free.saturating_sub(RESERVE)
+        let reserve = RESERVE.max(self.total / 16);
+        self.used + self.free.saturating_sub(reserve)
     }
 
     /// By how many bytes it should grow.
@@ -123,6 +129,7 @@ pub async fn need(group: &Path, state: &MemoryState) -> Result<i64> {
                 return Ok(mib(missing));
             }
             set(memory.high().to_string())?;
+            promise_what_can_come(true);
             let slowed = async {
                 let ready = events.ready(Interest::PRIORITY).await;
                 ready.map(|mut ready| ready.clear_ready())
@@ -136,9 +143,25 @@ pub async fn need(group: &Path, state: &MemoryState) -> Result<i64> {
         }
     } else {
         set("max".into())?;
+        promise_what_can_come(false);
         sleep_until(end).await;
     }
     Ok(-mib(Memory::read(group)?.idle(removable)))
+}
+
+/// The kernel refuses a mapping that is larger than what there is now, unless it is told to refuse
+/// none.
+fn promise_what_can_come(can_grow: bool) {
+    /// The 1 is ours.
+    static PROMISED: AtomicBool = AtomicBool::new(false);
+    let now = fs::read_to_string(OVERCOMMIT).unwrap_or_default();
+    let (from, to) = if can_grow { ("0", "1") } else { ("1", "0") };
+    if now.trim() == from && (can_grow || PROMISED.load(Ordering::Relaxed)) {
+        match fs::write(OVERCOMMIT, to) {
+            Ok(()) => PROMISED.store(can_grow, Ordering::Relaxed),
+            Err(error) => log!("set {OVERCOMMIT} to {to}: {error}"),
+        }
+    }
 }
 
 fn mib(bytes: u64) -> i64 {

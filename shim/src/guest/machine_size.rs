@@ -295,14 +295,14 @@ impl WantedSize {
         std::mem::replace(&mut wanted.size, size) != size
     }
 
-    /// Changes what containers without a limit have beyond that, as far as it may be changed, and
-    /// says whether it did.
-    pub fn grow_by(&self, mib: i64) -> bool {
+    /// Changes what containers without a limit have beyond that, as far as it may be changed:
+    /// returns by how many MiB it did.
+    pub fn grow_by(&self, mib: i64) -> i64 {
         let mut wanted = sys::lock(&self.0);
         let before = wanted.grown_mib();
         let after = before.saturating_add_signed(mib).min(wanted.room_mib());
         wanted.grown_mib = after & !1;
-        wanted.grown_mib != before
+        wanted.grown_mib.cast_signed() - before.cast_signed()
     }
 
     /// What can change, as the agent is told it.
@@ -391,21 +391,21 @@ mod tests {
             ..sizing(none, containers)
         };
         let wanted = WantedSize::new(sizing(&[none]));
-        assert!(wanted.grow_by(601));
+        assert_eq!(wanted.grow_by(601), 600);
         assert_eq!(wanted.get().memory_mib, base + 600);
         let state = wanted.growth();
         assert_eq!((state.can_grow, state.can_shrink_mib), (true, 600));
 
-        assert!(wanted.grow_by(i64::MAX));
+        assert!(wanted.grow_by(i64::MAX) > 0);
         assert_eq!(wanted.get().memory_mib, 2000);
         assert!(!wanted.growth().can_grow);
-        assert!(!wanted.grow_by(1000), "there is no more");
+        assert_eq!(wanted.grow_by(1000), 0, "there is no more");
         assert!(wanted.set(sizing(&[none, small])));
         assert_eq!(wanted.get().memory_mib, 2000, "the limit is part of it");
 
         assert!(wanted.set(sizing(&[small])));
         assert_eq!(wanted.get().memory_mib, OWN_MIB + 64);
-        assert!(!wanted.grow_by(600));
+        assert_eq!(wanted.grow_by(600), 0);
         let state = wanted.growth();
         assert_eq!((state.can_grow, state.can_shrink_mib), (false, 0));
 
@@ -418,7 +418,7 @@ mod tests {
             ..Config::default()
         };
         let fixed = WantedSize::new(MachineSize::of(&fixed, none, &[none]));
-        assert!(!fixed.grow_by(600));
+        assert_eq!(fixed.grow_by(600), 0);
         assert_eq!(fixed.get().memory_mib, base, "it is not made smaller");
     }
 
