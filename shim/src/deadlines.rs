@@ -47,6 +47,9 @@ pub const STATS: Duration = Duration::from_secs(2);
 /// now.
 pub const MACHINE_RESIZE: Duration = Duration::from_secs(10);
 
+/// Between two looks whether a disk of the host's has grown.
+pub const DISK_LOOK: Duration = Duration::from_secs(1);
+
 /// Between two changes of a machine's memory that its guest asks for.
 pub const MEMORY_CHANGE_PAUSE: Duration = Duration::from_millis(100);
 

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use cofferdam_tests::command::run;
 use cofferdam_tests::pod::{Member, Pod, one_line};
-use cofferdam_tests::{Env, Suite, cases};
+use cofferdam_tests::{Env, PATIENCE, Suite, cases, eventually};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
@@ -480,6 +480,15 @@ impl Loop {
     }
 }
 
+impl Loop {
+    /// At the size of the file.
+    fn look_again(&self) {
+        let mut command = Command::new("losetup");
+        command.args(["--set-capacity", &self.0]);
+        run(command, Duration::from_secs(20)).ok();
+    }
+}
+
 impl Drop for Loop {
     fn drop(&mut self) {
         let mut command = Command::new("losetup");
@@ -514,6 +523,12 @@ fn block_device(env: &Env) {
     disk.read_exact_at(&mut text, 8 * 512).unwrap();
     assert_eq!(&text, b"from the guest");
     container.sh("mke2fs -F /dev/xvda >/dev/null");
+    disk.set_len(16 << 20).unwrap();
+    device.look_again();
+    eventually("the disk has grown", PATIENCE, || {
+        (container.sh("blockdev --getsize64 /dev/xvda") == "16777216").then_some(())
+    });
+    container.sh("printf end | dd of=/dev/xvda bs=512 seek=32767 conv=fsync 2>/dev/null");
     container.remove(&["-f"]);
     pod.stop();
 }

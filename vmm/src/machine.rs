@@ -81,6 +81,14 @@ impl Machine {
         self.vm.resize_memory(wanted_mib, within).await
     }
 
+    /// Tells the guest that a disk has become larger ([`Vm::resize_disk`]).
+    ///
+    /// # Errors
+    /// No such disk, another size than the host's, or QEMU's own.
+    pub async fn resize_disk(&self, id: &str, bytes: u64) -> Result<()> {
+        self.vm.resize_disk(id, bytes).await
+    }
+
     /// Whether the guest's vsock driver is up; none if this QEMU cannot tell.
     ///
     /// # Errors

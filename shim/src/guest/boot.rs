@@ -29,6 +29,7 @@ use crate::deadlines::{AGENT_CALL, CREATE_SANDBOX};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
 use crate::guest::clock::GuestClock;
+use crate::guest::disks::Disks;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
 use crate::guest::nics::Nics;
@@ -309,6 +310,7 @@ impl Attempt<'_> {
             _forwarder: forwarder,
             _clock: keeps_time,
             nics: nics.clone(),
+            disks: Disks::default(),
             size: Size::new(plan.sizing),
             place: self.place.clone(),
             _uid: None,

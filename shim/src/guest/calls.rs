@@ -119,9 +119,9 @@ pub trait GuestCalls: Debug + Send + Sync {
     /// Tells of each container that runs out of memory, until the agent is gone.
     async fn watch_oom(&self, tell: &(dyn Fn(String) + Send + Sync));
 
-    /// Lets the machine grow and shrink with what containers without a memory limit use, until the
-    /// agent is gone.
-    async fn follow_memory(&self, wanted: &WantedSize);
+    /// Lets the machine grow and shrink with what containers without a memory limit use, and its
+    /// disks with the host's, until the agent is gone.
+    async fn follow_sizes(&self, wanted: &WantedSize);
 
     /// Whether the agent answers.
     async fn ping(&self) -> Result<()>;

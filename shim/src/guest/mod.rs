@@ -39,6 +39,7 @@
 pub mod boot;
 pub mod calls;
 mod clock;
+mod disks;
 pub mod ending;
 pub mod guest_spec;
 pub mod host_sockets;

@@ -32,6 +32,7 @@ use crate::error::{IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, needs_own_agent, watch_oom};
 use crate::guest::boot::set_sizes;
 use crate::guest::calls::{Ended, GuestCalls};
+use crate::guest::disks::Disks;
 use crate::guest::guest_spec;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, WantedSize};
@@ -63,6 +64,7 @@ pub struct RunningGuest {
     /// Keeps the guest's time of day; ends with this.
     pub(super) _clock: JoinSet<()>,
     pub(super) nics: Arc<Nics>,
+    pub(super) disks: Disks,
     pub(super) size: Size,
     /// Where its processes are on the host.
     pub(super) place: Arc<HostCgroup>,
@@ -212,10 +214,15 @@ impl GuestCalls for RunningGuest {
             number,
             read_only: ro,
         };
-        Ok(self.machine.attach(Device::Block(disk)).await?)
+        let attached = self.machine.attach(Device::Block(disk)).await?;
+        if !ro {
+            self.disks.add(&attached.id, path);
+        }
+        Ok(attached)
     }
 
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
+        self.disks.remove(id);
         Ok(self.machine.detach(id, deadline).await?)
     }
 
@@ -400,9 +407,16 @@ impl GuestCalls for RunningGuest {
         watch_oom(&self.agent, tell).await;
     }
 
-    async fn follow_memory(&self, wanted: &WantedSize) {
-        if self.features.memory {
-            memory::follow(self, wanted).await;
+    async fn follow_sizes(&self, wanted: &WantedSize) {
+        let memory = async {
+            if self.features.memory {
+                memory::follow(self, wanted).await;
+            }
+            self.agent.failed().await
+        };
+        tokio::select! {
+            _ = memory => {}
+            () = self.disks.follow(&self.machine) => {}
         }
     }
 

@@ -304,7 +304,7 @@ impl GuestCalls for GuestDouble {
         self.script.ended().await;
     }
 
-    async fn follow_memory(&self, _: &WantedSize) {
+    async fn follow_sizes(&self, _: &WantedSize) {
         self.script.ended().await;
     }
 

@@ -470,7 +470,7 @@ impl SandboxOwner {
                 let (grows, wanted) = (guest.clone(), self.wanted.clone());
                 // Both end with the agent's connection.
                 tokio::spawn(async move { watched.watch_oom(&tell).await });
-                tokio::spawn(async move { grows.follow_memory(&wanted).await });
+                tokio::spawn(async move { grows.follow_sizes(&wanted).await });
                 self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {

@@ -26,6 +26,11 @@ pub struct Block {
     pub read_only: bool,
 }
 
+/// The name of a disk's block node.
+pub(crate) fn node(id: &str) -> String {
+    format!("{id}-raw")
+}
+
 impl Block {
     pub(super) async fn plug(self, plug: &mut Plug<'_>) -> Result<()> {
         let shown = self.path.display();
@@ -55,7 +60,7 @@ impl Block {
         }
         let set = plug.qmp.add_fd(file.into()).await?;
         plug.undo.push(Undo::RemoveFdSet(set));
-        let node = format!("{}-raw", plug.id);
+        let node = node(&plug.id);
         let file =
             json!({"driver": driver, "filename": format!("/dev/fdset/{set}"), "aio": "threads"});
         let node_arguments = json!({"driver": "raw", "node-name": node,

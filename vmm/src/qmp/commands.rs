@@ -82,6 +82,8 @@ commands! {
     ChardevRemove { id: String } = "chardev-remove" -> IgnoredAny;
     /// Removes a block node that no device uses.
     BlockdevDel { node_name: String } = "blockdev-del" -> IgnoredAny;
+    /// Tells a block node, and with it the guest, how large it is now.
+    BlockResize { node_name: String, size: u64 } = "block_resize" -> IgnoredAny;
     /// Removes a network back end that no device uses.
     NetdevDel { id: String } = "netdev_del" -> IgnoredAny;
     /// Removes an object that no device uses.

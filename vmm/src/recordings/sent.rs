@@ -184,6 +184,7 @@ async fn machine(
     let disk = vm.attach(disk.unwrap()).await.unwrap();
     vm.cont().await.unwrap();
     vm.driver_ok(&disk.id).await.unwrap();
+    vm.resize_disk(&disk.id, 1 << 20).await.unwrap();
     vm.detach(&disk.id, SOON).await.unwrap();
     assert_eq!(vm.resize_vcpus(2, SOON).await.unwrap(), 2);
     assert_eq!(vm.resize_vcpus(1, SOON).await.unwrap(), 1);

@@ -1,5 +1,5 @@
 //! How many CPUs and how much memory a machine has, changed while it runs, between what it was
-//! started with and the most that it was made for.
+//! started with and the most that it was made for; and how large its disks are.
 
 use std::time::Duration;
 
@@ -9,9 +9,11 @@ use tokio::time::{Instant, sleep};
 
 use super::Vm;
 use crate::deadlines::{MEMORY_LOOK_AGAIN, MEMORY_STEP};
-use crate::devices::{Device, memory};
+use crate::devices::{Device, block, memory};
 use crate::error::{Doing, Error, Result};
-use crate::qmp::commands::{DeviceAdd, HotpluggableCpu, QomGet, QomSet, QueryHotpluggableCpus};
+use crate::qmp::commands::{
+    BlockResize, DeviceAdd, HotpluggableCpu, QomGet, QomSet, QueryHotpluggableCpus,
+};
 
 /// Ids of added CPUs are this and how many CPUs there were before.
 const CPU: &str = "/machine/peripheral/cpu";
@@ -137,6 +139,21 @@ impl Vm {
         };
         match self.settle_memory(&id, wanted, until).await {
             Ok(size) => Ok(memory_mib + (size >> 20)),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Tells the guest that a disk it can write to has as many bytes now as the host's device has.
+    ///
+    /// # Errors
+    /// No such disk, another size than the host's, or QEMU's own.
+    pub async fn resize_disk(&self, id: &str, bytes: u64) -> Result<()> {
+        let resize = BlockResize {
+            node_name: block::node(id),
+            size: bytes,
+        };
+        match self.qmp.execute(&resize).await {
+            Ok(_) => Ok(()),
             Err(error) => Err(self.explained(error).await),
         }
     }
