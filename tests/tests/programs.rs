@@ -24,7 +24,8 @@ fn main() -> ExitCode {
         cases![
             Heavy: systemd_boots_as_pid_1_and_stops, postgres_with_pgbench, sqlite_survives_kill,
                 git_clone_gc_fsck, packages_are_installed_and_removed, redis_keeps_its_data,
-                nginx_serves, gcc_builds_and_runs, fio_verifies, docker_in_a_container;
+                nginx_serves, gcc_builds_and_runs, fio_verifies, docker_in_a_container,
+                docker_publishes_a_port;
         ],
     )
 }
@@ -458,8 +459,8 @@ const DIVIDE: &str = "cd /sys/fs/cgroup; if [ -e cgroup.controllers ]; then
         until sed 's/ / +/g; s/^/+/' cgroup.controllers >cgroup.subtree_control; do sleep 0.1; done
     fi 2>/dev/null; touch /divided; cd /; exec tini -- sleep infinity";
 
-/// Docker of the image's own, with its directory on the host's.
-fn docker_in_a_container(env: &Env) {
+/// Docker of the image's own, with its directory on the host's, and an image of busybox in it.
+fn docker(env: &Env) -> (Machine<'_>, Running) {
     let tree = env.dir.join("tree");
     assets::busybox_tree(&tree);
     let bind = format!(
@@ -475,17 +476,26 @@ fn docker_in_a_container(env: &Env) {
     let volume = env.dir.join("volume");
     let machine = Machine::new(env, &volume, &flags, &["sh", "-c", DIVIDE]);
     machine.until("test -e /divided");
-    let mut docker = machine.start(
-        "exec dockerd --data-root=/v/docker --iptables=false --ip6tables=false --bridge=none \
-             2>/v/log >&2",
-    );
+    let mut docker = machine.start("exec dockerd --data-root=/v/docker 2>/v/log >&2");
     eventually("dockerd answers", LONG, || {
         let log = || fs::read_to_string(machine.volume.join("log")).unwrap_or_default();
         assert_eq!(docker.child.try_wait().unwrap(), None, "{}", log());
         (machine.try_sh("docker info").status == 0).then_some(())
     });
-    assert_eq!(machine.sh("docker info -f '{{.Driver}}'"), "overlay2");
     machine.sh("tar -C /tree -cf - . | docker import - busybox:local");
+    (machine, docker)
+}
+
+/// In order.
+fn stop_docker(machine: Machine<'_>, docker: Running) {
+    machine.sh("kill $(cat /run/docker.pid); while pgrep dockerd; do sleep 0.1; done");
+    docker.wait(LONG).ok();
+    machine.kill();
+}
+
+fn docker_in_a_container(env: &Env) {
+    let (machine, docker) = docker(env);
+    assert_eq!(machine.sh("docker info -f '{{.Driver}}'"), "overlay2");
     let run = "docker run --rm --network none busybox:local sh -c";
     let said = machine.sh(&format!(
         "{run} 'echo from inside; id -u; hostname | wc -c'"
@@ -506,7 +516,30 @@ fn docker_in_a_container(env: &Env) {
     let gone = "ls: /bin/vi: No such file or directory";
     let wanted = format!("x\n67108864\nA /file\nC /bin\nD /bin/vi\n{gone}\nkept\nkept\nx\n{gone}");
     assert_eq!(machine.sh(&kept), wanted);
-    machine.sh("kill $(cat /run/docker.pid); while pgrep dockerd; do sleep 0.1; done");
-    docker.wait(LONG).ok();
-    machine.kill();
+    stop_docker(machine, docker);
+}
+
+/// By docker's bridge, its rules of iptables and its proxy.
+fn docker_publishes_a_port(env: &Env) {
+    let (machine, docker) = docker(env);
+    fs::write(machine.volume.join("fetch.py"), FETCH).unwrap();
+    fs::create_dir(machine.volume.join("site")).unwrap();
+    fs::write(machine.volume.join("site/page"), "hello\n").unwrap();
+    machine.sh(
+        "docker network create --subnet 10.9.0.0/24 net && docker run -d --name web --network net \
+             -p 80:8080 -v /v/site:/site:ro busybox:local httpd -f -p 8080 -h /site",
+    );
+    // By its name, which docker's own server knows.
+    let fetch = "docker run --rm --network net busybox:local wget -qO- http://web:8080/page";
+    machine.until(&format!("{fetch} | grep -x hello"));
+    let hello = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
+    assert_eq!(machine.sh("python3 /v/fetch.py /page"), hello);
+    // Not from another network.
+    let address = "{{.NetworkSettings.Networks.net.IPAddress}}";
+    machine.sh(&format!(
+        "! docker run --rm busybox:local wget -T 2 -qO- \
+             http://$(docker inspect -f '{address}' web):8080/page"
+    ));
+    machine.sh("docker rm -f web && docker network rm net");
+    stop_docker(machine, docker);
 }
