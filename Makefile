@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test test-qemu test-stock fuzz test-kvm conformance bench killtest clean
+.PHONY: setup guest build install demo test test-qemu test-stock test-programs fuzz test-kvm conformance bench killtest clean
 
 setup:
 	scripts/setup
@@ -31,6 +31,9 @@ test-qemu:
 
 test-stock:
 	scripts/test stock
+
+test-programs:
+	scripts/test programs
 
 fuzz:
 	scripts/fuzz

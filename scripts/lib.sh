@@ -81,6 +81,24 @@ slow() {
     say "$what: done after $((SECONDS - began)) s"
 }
 
+# debian_sources DIR: where this machine's apt gets Debian 12, for mmdebstrap: DIR/sources.list, and
+# DIR/apt.conf with proxies, and what else is special about the way to the mirror.
+debian_sources() {
+    local list=$1/sources.list
+    apt_sources >"$list"
+    if [ ! -s "$list" ]; then
+        apt-get -q update
+        apt_sources >"$list"
+    fi
+    [ -s "$list" ] || die "apt's sources on this machine offer no Debian 12"
+    apt-config dump Acquire | grep -v '""' >"$1/apt.conf" || true
+}
+
+apt_sources() {
+    apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
+        grep -E ' bookworm(-updates|-security)? ' || true
+}
+
 # The tests' own installation: the product, and the agent that means harm.
 install_for_tests() {
     make -s -C "$root" install PREFIX="$prefix" >&2

@@ -12,6 +12,9 @@ use crate::suite::Release;
 /// Name of the image that [`image`] holds.
 pub const IMAGE: &str = "docker.io/cofferdam/busybox:local";
 
+/// Name of the image that [`programs`] holds.
+pub const PROGRAMS: &str = "docker.io/cofferdam/programs:local";
+
 /// The checkout.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
@@ -115,6 +118,15 @@ pub fn image(dir: &Path, pods: bool) -> PathBuf {
         tar
     };
     MADE.get_or_init(make).clone()
+}
+
+/// The OCI archive with [`PROGRAMS`]; made by the first who asks, which takes minutes.
+///
+/// # Panics
+/// It cannot be made.
+pub fn programs() -> PathBuf {
+    let command = Command::new(root().join("scripts/programs"));
+    PathBuf::from(run(command, Duration::from_secs(1800)).ok().text())
 }
 
 /// Fills `dir` with the tree that [`IMAGE`] also has: busybox and its names.

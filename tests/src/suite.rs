@@ -80,6 +80,8 @@ pub enum Scope {
     Ours,
     /// Only on request, and not under runc.
     Long,
+    /// Only on request, and under runc as well: what needs more than `scripts/setup test`.
+    Heavy,
 }
 
 /// A test and where it runs.
@@ -218,7 +220,7 @@ impl Suite {
                         _ if core_only => ours && scope == Scope::Core,
                         Scope::Core => release == releases[0] || runtime == Runtime::Cofferdam,
                         Scope::Once | Scope::Ours => ours,
-                        Scope::Long => false,
+                        Scope::Long | Scope::Heavy => false,
                     };
                     if stock && NEED_OWN_AGENT.contains(&name) {
                         continue;
