@@ -53,6 +53,9 @@ pub const DISK_LOOK: Duration = Duration::from_secs(1);
 /// Between two changes of a machine's memory that its guest asks for.
 pub const MEMORY_CHANGE_PAUSE: Duration = Duration::from_millis(100);
 
+/// A machine does not shrink so soon after its last change.
+pub const MEMORY_SHRINK_AFTER: Duration = Duration::from_secs(30);
+
 /// A machine that could not be given more memory is not tried again for so long.
 pub const MEMORY_GROW_AGAIN: Duration = Duration::from_secs(60);
 

@@ -81,6 +81,14 @@ impl Machine {
         self.vm.resize_memory(wanted_mib, within).await
     }
 
+    /// How many MiB of memory the guest has now ([`Vm::memory_mib`]).
+    ///
+    /// # Errors
+    /// QEMU's own, or its death.
+    pub async fn memory_mib(&self) -> Result<u64> {
+        self.vm.memory_mib().await
+    }
+
     /// Tells the guest that a disk has become larger ([`Vm::resize_disk`]).
     ///
     /// # Errors

@@ -19,11 +19,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_protocol::protocols::memory::MemoryState;
 use tokio::io::Interest;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::watch;
 use crate::deadlines;
 use crate::error::{Context, Result};
+use crate::guest::boot::CONTAINERS;
 use crate::log::log;
 
 const MIB: u64 = 1 << 20;
@@ -31,6 +32,10 @@ const MIB: u64 = 1 << 20;
 /// What is left to the kernel, and to the containers until they are slowed down: the kernel does so
 /// by how much they are above their limit, in proportion to it. At least this, and a sixteenth.
 const RESERVE: u64 = 32 * MIB;
+
+/// What the containers may use in any case before they are slowed down: to set a limit that they
+/// are above already takes as long as the kernel needs to take memory away.
+const SLACK: u64 = 8 * MIB;
 
 /// Whether one mapping may be larger than all memory: 0, it may not; 1, it may.
 const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
@@ -84,11 +89,19 @@ impl Memory {
         }
     }
 
-    /// From here on the containers wait. Never below what they use: the write of such a limit
-    /// waits until the kernel has taken memory away.
+    /// From here on the containers wait.
     fn high(&self) -> u64 {
         let reserve = RESERVE.max(self.total / 16);
-        self.used + self.free.saturating_sub(reserve)
+        self.used + self.free.saturating_sub(reserve).max(SLACK)
+    }
+
+    /// What is left when so many bytes have gone.
+    fn without(self, bytes: u64) -> Memory {
+        Memory {
+            total: self.total.saturating_sub(bytes),
+            free: self.free.saturating_sub(bytes),
+            ..self
+        }
     }
 
     /// By how many bytes it should grow.
@@ -111,49 +124,77 @@ impl Memory {
 /// MiB its size should change. `group` is the cgroup above all containers.
 ///
 /// # Errors
-/// A kernel without the memory controller.
+/// A kernel without the memory controller. Nobody is slowed down then.
 pub async fn need(group: &Path, state: &MemoryState) -> Result<i64> {
-    let high = group.join("memory.high");
-    let set = |value: String| {
-        fs::write(&high, &value).context(|| format!("set {} to {value}", high.display()))
-    };
-    let end = Instant::now() + deadlines::MEMORY_NEED;
-    let removable = state.can_shrink_mib.saturating_mul(MIB);
-    if state.can_grow {
-        let path = group.join("memory.events.local");
-        let events = watch(&path).context(|| format!("watch {}", path.display()))?;
-        while Instant::now() < end {
-            let memory = Memory::read(group)?;
-            let missing = memory.missing();
-            if missing > 0 {
-                return Ok(mib(missing));
-            }
-            set(memory.high().to_string())?;
-            promise_what_can_come(true);
-            let slowed = async {
-                let ready = events.ready(Interest::PRIORITY).await;
-                ready.map(|mut ready| ready.clear_ready())
-            };
-            let slowed = timeout(deadlines::MEMORY_LOOK, slowed).await;
-            if let Ok(slowed) = slowed {
-                slowed.context(|| format!("watch {}", path.display()))?;
-                // Copies of files are taken back again and again while a large one is read.
-                sleep(deadlines::MEMORY_PAUSE).await;
-            }
-        }
+    let needed = if state.can_grow {
+        missing(group).await
     } else {
-        set("max".into())?;
-        promise_what_can_come(false);
-        sleep_until(end).await;
+        Ok(0)
+    };
+    let is_growing = matches!(needed, Ok(mib) if mib > 0);
+    if is_growing {
+        return needed;
     }
-    Ok(-mib(Memory::read(group)?.idle(removable)))
+    if !state.can_grow || needed.is_err() {
+        set_high(group, None)?;
+    }
+    needed?;
+    if !state.can_grow {
+        promise_what_can_come(group, false);
+        sleep(deadlines::MEMORY_NEED).await;
+    }
+    let memory = Memory::read(group)?;
+    let idle = memory.idle(state.can_shrink_mib.saturating_mul(MIB));
+    if idle > 0 {
+        // While it goes the containers must not use it.
+        set_high(group, Some(memory.without(idle)))?;
+    }
+    Ok(-mib(idle))
+}
+
+/// Slows the containers down when little is left, and waits for that, or for a while.
+async fn missing(group: &Path) -> Result<i64> {
+    let path = group.join("memory.events.local");
+    let events = watch(&path).context(|| format!("watch {}", path.display()))?;
+    let end = Instant::now() + deadlines::MEMORY_NEED;
+    while Instant::now() < end {
+        let memory = Memory::read(group)?;
+        set_high(group, Some(memory))?;
+        promise_what_can_come(group, true);
+        let missing = memory.missing();
+        if missing > 0 {
+            return Ok(mib(missing));
+        }
+        let slowed = async {
+            let ready = events.ready(Interest::PRIORITY).await;
+            ready.map(|mut ready| ready.clear_ready())
+        };
+        let slowed = timeout(deadlines::MEMORY_LOOK, slowed).await;
+        if let Ok(slowed) = slowed {
+            slowed.context(|| format!("watch {}", path.display()))?;
+            // Copies of files are taken back again and again while a large one is read.
+            sleep(deadlines::MEMORY_PAUSE).await;
+        }
+    }
+    Ok(0)
+}
+
+/// The limit for what there is, or none.
+fn set_high(group: &Path, memory: Option<Memory>) -> Result<()> {
+    let file = group.join("memory.high");
+    let value = memory.map_or("max".into(), |memory| memory.high().to_string());
+    fs::write(&file, &value).context(|| format!("set {} to {value}", file.display()))
 }
 
 /// The kernel refuses a mapping that is larger than what there is now, unless it is told to refuse
 /// none.
-fn promise_what_can_come(can_grow: bool) {
+fn promise_what_can_come(group: &Path, can_grow: bool) {
     /// The 1 is ours.
     static PROMISED: AtomicBool = AtomicBool::new(false);
+    // As a process the agent runs on somebody's own system.
+    if group != Path::new(CONTAINERS) {
+        return;
+    }
     let now = fs::read_to_string(OVERCOMMIT).unwrap_or_default();
     let (from, to) = if can_grow { ("0", "1") } else { ("1", "0") };
     if now.trim() == from && (can_grow || PROMISED.load(Ordering::Relaxed)) {
@@ -203,7 +244,8 @@ mod tests {
     fn containers_are_slowed_down_while_something_is_free() {
         let memory = memory(480, 400);
         assert_eq!(memory.high(), (80 + 200 - 32) * MIB);
-        assert_eq!(super::Memory { free: 0, ..memory }.high(), 80 * MIB);
+        assert_eq!(super::Memory { free: 0, ..memory }.high(), 88 * MIB);
+        assert_eq!(memory.without(100 * MIB).high(), (80 + 100 - 32) * MIB);
     }
 
     #[test]

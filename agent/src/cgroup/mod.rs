@@ -49,6 +49,9 @@ use crate::guest::boot::CGROUP_ROOT;
 use crate::log::log;
 use crate::spawn;
 
+/// Memory that the kernel does not take from a cgroup, or only when nothing else is left.
+const PROTECTIONS: [&str; 2] = ["memory.low", "memory.min"];
+
 /// What [`Cgroup::freeze`] brings about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Freezer {
@@ -152,8 +155,34 @@ impl Cgroup {
                         .context(|| format!("set {} to {:?}", setting.file, setting.value));
                 }
             }
+            if PROTECTIONS.contains(&setting.file.as_str()) {
+                self.protect_parent();
+            }
         }
         Ok(())
+    }
+
+    /// What a container is promised counts only as far as what it is in is promised as much: that
+    /// has the sum.
+    fn protect_parent(&self) {
+        let Some(parent) = self.path.parent() else {
+            return;
+        };
+        for file in PROTECTIONS {
+            let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+            let promised = entries.filter_map(|entry| {
+                let text = fs::read_to_string(entry.path().join(file)).ok()?;
+                Some(text.trim().parse().unwrap_or(u64::MAX))
+            });
+            let sum = promised.fold(0_u64, u64::saturating_add);
+            let value = if sum == u64::MAX {
+                "max".into()
+            } else {
+                sum.to_string()
+            };
+            // The cgroup of a guest without the memory controller has neither.
+            let _ = fs::write(parent.join(file), value);
+        }
     }
 
     /// What has to be known before anything is changed.
@@ -314,7 +343,10 @@ impl Cgroup {
         }
         loop {
             match remove_tree(&self.path) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.protect_parent();
+                    return Ok(());
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error)
                     if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < by =>

@@ -55,8 +55,10 @@ impl Memory for Own {
     async fn wait(&self, _: &TtrpcContext, state: MemoryState) -> Reply<MemoryNeed> {
         self.memory_asked.notify_waiters();
         let mib = tokio::select! {
-            mib = growth::need(&self.sandbox.cgroups, &state) => mib?,
+            // First: what this call would set is no longer right.
+            biased;
             () = self.memory_asked.notified() => 0,
+            mib = growth::need(&self.sandbox.cgroups, &state) => mib?,
         };
         Ok(MemoryNeed {
             mib,

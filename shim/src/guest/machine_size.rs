@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use guest_protocol::protocols::memory::MemoryState;
 use oci_spec::runtime::{LinuxResources, Spec};
+use tokio::sync::Notify;
 
 use crate::config::Config;
 
@@ -15,6 +16,9 @@ use crate::config::Config;
 /// cgroup on the host has room for the limits and the RuntimeClass's overhead, so a machine must
 /// not be larger than those.
 const OWN_MIB: u64 = 128;
+
+/// Less than this is not worth a growth: a guest may not be able to take it.
+const LEAST_GROWTH_MIB: u64 = 64;
 
 /// A limit beyond this is how some clients write "none", in bytes.
 const NO_LIMIT: u64 = 1 << 54;
@@ -255,7 +259,10 @@ impl MachineSize {
 /// The size that a machine should have by now. Whoever changes the machine reads it then: what it
 /// was when a request came may be another one's past.
 #[derive(Clone, Debug)]
-pub struct WantedSize(Arc<Mutex<Wanted>>);
+pub struct WantedSize {
+    wanted: Arc<Mutex<Wanted>>,
+    limits_changed: Arc<Notify>,
+}
 
 #[derive(Debug)]
 struct Wanted {
@@ -278,11 +285,14 @@ impl Wanted {
 impl WantedSize {
     /// Of a machine that is to be made with this size.
     pub fn new(size: MachineSize) -> WantedSize {
-        WantedSize(Arc::new(Mutex::new(Wanted { size, grown_mib: 0 })))
+        WantedSize {
+            wanted: Arc::new(Mutex::new(Wanted { size, grown_mib: 0 })),
+            limits_changed: Arc::default(),
+        }
     }
 
     pub fn get(&self) -> MachineSize {
-        let wanted = sys::lock(&self.0);
+        let wanted = sys::lock(&self.wanted);
         MachineSize {
             memory_mib: wanted.size.memory_mib + wanted.grown_mib(),
             ..wanted.size
@@ -291,26 +301,40 @@ impl WantedSize {
 
     /// Changes what the limits ask for, and says whether it did.
     pub fn set(&self, size: MachineSize) -> bool {
-        let mut wanted = sys::lock(&self.0);
-        std::mem::replace(&mut wanted.size, size) != size
+        let changed = std::mem::replace(&mut sys::lock(&self.wanted).size, size) != size;
+        if changed {
+            self.limits_changed.notify_one();
+        }
+        changed
     }
 
-    /// Changes what containers without a limit have beyond that, as far as it may be changed:
-    /// returns by how many MiB it did.
-    pub fn grow_by(&self, mib: i64) -> i64 {
-        let mut wanted = sys::lock(&self.0);
+    /// Waits until the limits ask for something else than before; one caller may.
+    pub async fn limits_changed(&self) {
+        self.limits_changed.notified().await;
+    }
+
+    /// Changes what containers without a limit have beyond that, as far as it may be changed, of a
+    /// machine that has so much in all: returns by how many MiB it did. A machine that has kept more
+    /// than it should grows from there.
+    pub fn grow_by(&self, mib: i64, has_mib: u64) -> i64 {
+        let mut wanted = sys::lock(&self.wanted);
         let before = wanted.grown_mib();
-        let after = before.saturating_add_signed(mib).min(wanted.room_mib());
+        let from = if mib > 0 {
+            before.max(has_mib.saturating_sub(wanted.size.memory_mib))
+        } else {
+            before
+        };
+        let after = from.saturating_add_signed(mib).min(wanted.room_mib());
         wanted.grown_mib = after & !1;
         wanted.grown_mib.cast_signed() - before.cast_signed()
     }
 
     /// What can change, as the agent is told it.
     pub fn growth(&self) -> MemoryState {
-        let wanted = sys::lock(&self.0);
+        let wanted = sys::lock(&self.wanted);
         let grown = wanted.grown_mib();
         MemoryState {
-            can_grow: grown + 1 < wanted.room_mib(),
+            can_grow: grown + LEAST_GROWTH_MIB <= wanted.room_mib(),
             can_shrink_mib: grown,
             ..Default::default()
         }
@@ -391,34 +415,35 @@ mod tests {
             ..sizing(none, containers)
         };
         let wanted = WantedSize::new(sizing(&[none]));
-        assert_eq!(wanted.grow_by(601), 600);
+        assert_eq!(wanted.grow_by(601, base), 600);
         assert_eq!(wanted.get().memory_mib, base + 600);
         let state = wanted.growth();
         assert_eq!((state.can_grow, state.can_shrink_mib), (true, 600));
 
-        assert!(wanted.grow_by(i64::MAX) > 0);
+        assert!(wanted.grow_by(i64::MAX, base) > 0);
         assert_eq!(wanted.get().memory_mib, 2000);
         assert!(!wanted.growth().can_grow);
-        assert_eq!(wanted.grow_by(1000), 0, "there is no more");
+        assert_eq!(wanted.grow_by(1000, base), 0, "there is no more");
         assert!(wanted.set(sizing(&[none, small])));
         assert_eq!(wanted.get().memory_mib, 2000, "the limit is part of it");
 
         assert!(wanted.set(sizing(&[small])));
         assert_eq!(wanted.get().memory_mib, OWN_MIB + 64);
-        assert_eq!(wanted.grow_by(600), 0);
+        assert_eq!(wanted.grow_by(600, base), 0);
         let state = wanted.growth();
         assert_eq!((state.can_grow, state.can_shrink_mib), (false, 0));
 
         assert!(wanted.set(sizing(&[none])));
-        wanted.grow_by(i64::MAX);
-        wanted.grow_by(i64::MIN);
+        wanted.grow_by(i64::MAX, base);
+        wanted.grow_by(i64::MIN, base);
         assert_eq!(wanted.get().memory_mib, base);
+        assert_eq!(wanted.grow_by(100, base + 300), 400, "it had kept 300");
         let fixed = Config {
             max_memory_percent: 0,
             ..Config::default()
         };
         let fixed = WantedSize::new(MachineSize::of(&fixed, none, &[none]));
-        assert_eq!(fixed.grow_by(600), 0);
+        assert_eq!(fixed.grow_by(600, base), 0);
         assert_eq!(fixed.get().memory_mib, base, "it is not made smaller");
     }
 

@@ -28,7 +28,7 @@ use crate::deadlines::{
     AGENT_CALL, AGENT_LAST_WORDS, CHANGE_CONTAINER, CONTAINER_REMOVE_AGAIN, CREATE_CONTAINER,
     HOST_MOUNTS, MACHINE_RESIZE, ONLINE_CPU_MEM, START_PROCESS, STATS,
 };
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Fault, Features, Stats, needs_own_agent, watch_oom};
 use crate::guest::boot::set_sizes;
 use crate::guest::calls::{Ended, GuestCalls};
@@ -222,8 +222,9 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
+        self.machine.detach(id, deadline).await?;
         self.disks.remove(id);
-        Ok(self.machine.detach(id, deadline).await?)
+        Ok(())
     }
 
     async fn allow_writes(&self, volume: &Path) -> Result<()> {
@@ -482,6 +483,42 @@ impl RunningGuest {
         resized.map(drop)
     }
 
+    /// Gives the guest so many MiB more or less, as far as it may have them. No CPUs come or go:
+    /// containers wait for this.
+    ///
+    /// # Errors
+    /// More was to come, and nothing came.
+    pub(super) async fn change_memory(&self, wanted: &WantedSize, mib: i64) -> Result<()> {
+        let asked = self.size.turn().await;
+        let vcpus = asked.vcpus;
+        let to = || MachineSize {
+            vcpus,
+            ..wanted.get()
+        };
+        let before = self.machine.memory_mib().await?;
+        let by = wanted.grow_by(mib, before);
+        if by == 0 {
+            return Ok(());
+        }
+        let resized = self.resize(asked, to()).await;
+        let now = *self.size.has_mib.borrow();
+        tracing::info!(
+            from_mib = before,
+            to_mib = now,
+            "memory of the virtual machine"
+        );
+        if by < 0 || now > before {
+            return Ok(());
+        }
+        // What others ask for must not fail of it.
+        wanted.grow_by(-by, before);
+        let _ = self.resize(self.size.turn().await, to()).await;
+        resized.and_then(|()| {
+            let taken = "the guest does not take the memory that it is given";
+            Err(Error::internal(taken.to_owned()))
+        })
+    }
+
     fn poll(&self, process: &ProcessId, io: &Stdio) -> GuestIo {
         let (streams, output) = GuestIo::polled(&self.agent, process, io);
         sys::lock(&self.polled).insert(process.clone(), output);
@@ -511,8 +548,13 @@ impl RunningGuest {
             }
             size.memory_mib = to.memory_mib;
             self.size.has_mib.send_replace(got);
+            // It may come later: then it is asked for again, and seen.
+            self.size
+                .unsettled
+                .store(got < to.memory_mib, Ordering::Relaxed);
+        } else {
+            self.size.unsettled.store(false, Ordering::Relaxed);
         }
-        self.size.unsettled.store(false, Ordering::Relaxed);
         if to.vcpus != size.vcpus {
             let got = self.machine.resize_vcpus(to.vcpus, MACHINE_RESIZE).await?;
             let grew = got > size.vcpus;

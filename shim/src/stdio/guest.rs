@@ -199,7 +199,12 @@ async fn dial(
                 }
                 // vhost-device-vsock drops a connection now and then, with what it carried. The
                 // agent takes the last stream of a channel.
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof && dropped < REDIALS => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe
+                    ) && dropped < REDIALS =>
+                {
                     dropped += 1;
                     sleep(STREAM_REDIAL).await;
                 }

@@ -118,13 +118,7 @@ impl Vm {
         let until = Instant::now() + timeout;
         let wanted = wanted_mib.clamp(memory_mib, max_memory_mib) - memory_mib;
         let wanted = (wanted << 20).next_multiple_of(memory::BLOCK);
-        let device = self
-            .devices()
-            .attached
-            .keys()
-            .find(|id| id.starts_with(memory::KIND))
-            .cloned();
-        let id = match device {
+        let id = match self.memory_device() {
             None if wanted == 0 => return Ok(memory_mib),
             None => {
                 let size = memory::region_mib(memory_mib, max_memory_mib) << 20;
@@ -141,6 +135,37 @@ impl Vm {
             Ok(size) => Ok(memory_mib + (size >> 20)),
             Err(error) => Err(self.explained(error).await),
         }
+    }
+
+    fn memory_device(&self) -> Option<String> {
+        let devices = self.devices();
+        let mut ids = devices.attached.keys();
+        ids.find(|id| id.starts_with(memory::KIND)).cloned()
+    }
+
+    /// How many MiB of memory the guest has now.
+    ///
+    /// # Errors
+    /// QEMU's own, or its death.
+    pub async fn memory_mib(&self) -> Result<u64> {
+        let added = match self.memory_device() {
+            Some(id) => match self.added_memory(&id).await {
+                Ok(added) => added,
+                Err(error) => return Err(self.explained(error).await),
+            },
+            None => 0,
+        };
+        Ok(self.limits.memory_mib + (added >> 20))
+    }
+
+    /// Bytes that the guest has of the memory device.
+    async fn added_memory(&self, id: &str) -> Result<u64> {
+        let size = QomGet {
+            path: format!("/machine/peripheral/{id}"),
+            property: "size".into(),
+        };
+        let reply = self.qmp.execute(&size).await?;
+        reply.as_u64().ok_or_else(|| not_understood(&reply))
     }
 
     /// Tells the guest that a disk it can write to has as many bytes now as the host's device has.
@@ -160,23 +185,15 @@ impl Vm {
 
     /// Asks the guest for another size of the memory device, and waits for what comes of it.
     async fn settle_memory(&self, id: &str, wanted: u64, until: Instant) -> Result<u64> {
-        let path = format!("/machine/peripheral/{id}");
         let request = QomSet {
-            path: path.clone(),
+            path: format!("/machine/peripheral/{id}"),
             property: "requested-size".into(),
             value: json!(wanted),
         };
         self.qmp.execute(&request).await?;
         let (mut size, mut moved) = (None, Instant::now());
         loop {
-            let reply = self
-                .qmp
-                .execute(&QomGet {
-                    path: path.clone(),
-                    property: "size".into(),
-                })
-                .await?;
-            let now = reply.as_u64().ok_or_else(|| not_understood(&reply))?;
+            let now = self.added_memory(id).await?;
             if now == wanted {
                 return Ok(now);
             }
