@@ -147,7 +147,7 @@ pub fn busybox_tree(dir: &Path) {
 pub fn program(dir: &Path, name: &str) -> PathBuf {
     let path = dir.join(name);
     let mut compiler = Command::new("gcc");
-    compiler.args(["-static", "-O1", "-Wall", "-Werror", "-o"]);
+    compiler.args(["-static", "-O1", "-pthread", "-Wall", "-Werror", "-o"]);
     compiler.arg(&path);
     compiler.arg(root().join(format!("tests/images/{name}.c")));
     run(compiler, Duration::from_secs(60)).ok();
@@ -167,20 +167,6 @@ pub fn code_program(dir: &Path, pages: u32, number: u32) -> PathBuf {
     compiler.arg(format!("-DSALT={number}"));
     compiler.arg("-o").arg(&path);
     compiler.arg(root().join("tests/images/code.c"));
-    run(compiler, Duration::from_secs(60)).ok();
-    path
-}
-
-/// tests/images/limits.c, which tries what a kernel limits.
-///
-/// # Panics
-/// It does not compile.
-pub fn limits_program(dir: &Path) -> PathBuf {
-    let path = dir.join("limits");
-    let mut compiler = Command::new("gcc");
-    compiler.args(["-static", "-Os", "-s", "-pthread", "-Wall", "-Werror"]);
-    compiler.arg("-o").arg(&path);
-    compiler.arg(root().join("tests/images/limits.c"));
     run(compiler, Duration::from_secs(60)).ok();
     path
 }

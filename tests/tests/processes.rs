@@ -13,7 +13,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use cofferdam_tests::assets::{busybox_tree, limits_program};
+use cofferdam_tests::assets::{busybox_tree, program};
 use cofferdam_tests::command::{Output, Running, run};
 use cofferdam_tests::daemon::namespace;
 use cofferdam_tests::pod::merge;
@@ -53,7 +53,7 @@ impl<'e> Spec<'e> {
         let id = env.id();
         let tree = env.dir.join(&id);
         busybox_tree(&tree);
-        limits_program(&tree.join("bin"));
+        program(&tree.join("bin"), "limits");
         let mut spec: Value = serde_json::from_str(&env.ctr(&["oci", "spec"]).ok().text()).unwrap();
         let mut own = json!({
             "root": {"path": tree},
@@ -91,7 +91,7 @@ impl<'e> Spec<'e> {
 fn limits_mount(env: &Env) -> String {
     let dir = env.dir.join("limits");
     fs::create_dir_all(&dir).unwrap();
-    limits_program(&dir);
+    program(&dir, "limits");
     format!(
         "--mount=type=bind,src={},dst=/limits,options=rbind:ro",
         dir.display()

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Beyond `memory.high` the kernel takes back what it can, such as copies of files, and lets the
-//! containers wait for the rest; the file `memory.events.local` tells of it. Where no more can come,
-//! there is no such limit, and the kernel kills as it does on a host.
+//! containers wait for the rest; `memory.events.local` tells of it. Where no more can come, there is
+//! no such limit, and the kernel kills as it does on a host.
 
 use std::fs;
 use std::path::Path;
@@ -126,20 +126,17 @@ impl Memory {
 /// # Errors
 /// A kernel without the memory controller. Nobody is slowed down then.
 pub async fn need(group: &Path, state: &MemoryState) -> Result<i64> {
-    let needed = if state.can_grow {
-        missing(group).await
+    if state.can_grow {
+        match missing(group).await {
+            Ok(0) => {}
+            Ok(mib) => return Ok(mib),
+            Err(error) => {
+                set_high(group, None)?;
+                return Err(error);
+            }
+        }
     } else {
-        Ok(0)
-    };
-    let is_growing = matches!(needed, Ok(mib) if mib > 0);
-    if is_growing {
-        return needed;
-    }
-    if !state.can_grow || needed.is_err() {
         set_high(group, None)?;
-    }
-    needed?;
-    if !state.can_grow {
         promise_what_can_come(group, false);
         sleep(deadlines::MEMORY_NEED).await;
     }

@@ -418,3 +418,23 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     }
     fs::remove_dir(path)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_containers_are_promised_all_of_them_together_are() {
+        let parent = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|id| Cgroup::create(parent.path(), id).unwrap());
+        let values = [("memory.low", ["16", "32"]), ("memory.min", ["max", "1"])];
+        for (file, [first, second]) in values {
+            fs::write(one.file(file), first).unwrap();
+            fs::write(other.file(file), second).unwrap();
+        }
+        one.protect_parent();
+        let read = |file| fs::read_to_string(parent.path().join(file)).unwrap();
+        assert_eq!(read("memory.low"), "48");
+        assert_eq!(read("memory.min"), "max");
+    }
+}

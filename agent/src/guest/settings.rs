@@ -25,23 +25,25 @@ const CPUS: &str = "/sys/devices/system/cpu";
 /// # Errors
 /// Fewer CPUs that come in time.
 pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
-    let off = offline(CPUS, "cpu", "online", "0").len();
-    let online = numbered(CPUS, "cpu").count().saturating_sub(off);
-    let mut missing = (cpus as usize).saturating_sub(online);
     let by = Instant::now() + deadlines::CPUS_ONLINE;
-    loop {
+    // By the kernel's own list: a CPU that has just appeared has no control file yet.
+    let missing = || -> Result<usize> { Ok((cpus as usize).saturating_sub(online_cpus()?)) };
+    let missing = loop {
         // Bringing a CPU online may take long: those that appear meanwhile have one more pass.
         let is_last = Instant::now() >= by;
-        for file in offline(CPUS, "cpu", "online", "0") {
-            if missing > 0 && fs::write(file, "1").is_ok() {
-                missing -= 1;
-            }
-        }
+        let off = offline(CPUS, "cpu", "online", "0").into_iter();
+        let came = off
+            .take(missing()?)
+            .filter(|file| fs::write(file, "1").is_ok());
+        let nothing_came = came.count() == 0;
+        let missing = missing()?;
         if missing == 0 || is_last {
-            break;
+            break missing;
         }
-        sleep(deadlines::CPUS_ONLINE_PAUSE).await;
-    }
+        if nothing_came {
+            sleep(deadlines::CPUS_ONLINE_PAUSE).await;
+        }
+    };
     if missing > 0 {
         return Err(Error::Failed(format!(
             "{missing} of {cpus} CPUs did not come online"
@@ -53,6 +55,22 @@ pub async fn online(cpus: u32, wanted: Online) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn online_cpus() -> Result<usize> {
+    let file = format!("{CPUS}/online");
+    let list = fs::read_to_string(&file).context(|| format!("read {file}"))?;
+    Ok(listed(&list))
+}
+
+/// How many CPUs a list of the kernel's has, such as `0-2,7`.
+fn listed(list: &str) -> usize {
+    let count = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
+        Some((last + 1).saturating_sub(first))
+    };
+    list.trim().split(',').filter_map(count).sum()
 }
 
 /// Control files of the numbered entries of `dir` that contain `off`.
@@ -162,4 +180,16 @@ pub fn correct_clock(nanoseconds: i64, slowly: bool) -> Result<()> {
     check(unsafe { libc::adjtimex(&raw mut change) }.into())
         .context(|| format!("change the clock by {nanoseconds} ns"))
         .map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_of_a_list_are_counted() {
+        for (list, count) in [("0\n", 1), ("0-1\n", 2), ("0,2-3,7\n", 4), ("\n", 0)] {
+            assert_eq!(listed(list), count, "{list:?}");
+        }
+    }
 }
