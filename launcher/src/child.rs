@@ -5,11 +5,11 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
     mount_change, move_mount, open_tree, unmount,
@@ -20,7 +20,7 @@ use rustix::thread::{
     move_into_link_name_space, remove_capability_from_bounding_set, set_capabilities,
     set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
-use sys::mount::{Attributes, Extent, clone_tree_at, set_attributes};
+use sys::mount::{Attributes, Extent, attach, clone_tree_at, set_attributes};
 use sys::{check, process};
 
 use crate::root::{Source, Step};
@@ -122,14 +122,14 @@ fn confine(plan: &Plan) -> Done<'_> {
 
 fn exec(plan: &Plan) -> Result<std::convert::Infallible, Refused<'_>> {
     let nothing = [std::ptr::null()];
+    let (argv, environment) = (plan.argv_pointers.as_ptr(), nothing.as_ptr());
     // SAFETY: path, arguments and environment are C strings and arrays that end in null, and
-    // outlive the call.
+    // outlive the calls.
     unsafe {
-        libc::execve(
-            plan.exec.as_ptr(),
-            plan.argv_pointers.as_ptr(),
-            nothing.as_ptr(),
-        )
+        match &plan.image {
+            Some(image) => libc::fexecve(image.as_raw_fd(), argv, environment),
+            None => libc::execve(plan.exec.as_ptr(), argv, environment),
+        }
     };
     Err(Refused("execute", &plan.exec, Errno::last()))
 }
@@ -156,15 +156,15 @@ fn enter_root(jail: &PlannedJail) -> Done<'_> {
         base,
         mount(c"tmpfs", base, c"tmpfs", flags, size),
     )?;
-    for step in &jail.steps {
-        take(step)?;
-    }
     let what = "make its root read-only at";
     let root = on(
         what,
         base,
         open_tree(CWD, base, OpenTreeFlags::OPEN_TREE_CLOEXEC),
     )?;
+    for step in &jail.steps {
+        take(step, base)?;
+    }
     let read_only = Attributes::set(libc::MOUNT_ATTR_RDONLY);
     on(what, base, set_attributes(&root, &read_only, Extent::Mount))?;
     // The old root comes to lie on top of the new one, from where it is taken off (pivot_root(2)).
@@ -174,8 +174,33 @@ fn enter_root(jail: &PlannedJail) -> Done<'_> {
     done("enter its root", chdir(c"/"))
 }
 
-fn take(step: &Step) -> Done<'_> {
+fn take<'a>(step: &'a Step, base: &'a CStr) -> Done<'a> {
     match step {
+        Step::Root(tree) => {
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+            on(
+                "mount its root at",
+                base,
+                move_mount(tree, c"", CWD, base, flags),
+            )
+        }
+        Step::Within { tree, to } => {
+            let root = on(
+                "open its root at",
+                base,
+                rustix::fs::open(base, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()),
+            )?;
+            let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            let mounted = rustix::fs::openat2(root, to, flags, Mode::empty(), resolve)
+                .map_err(io::Error::from)
+                .and_then(|place| attach(tree, place));
+            match mounted {
+                // Nothing is there, or a file in the place of a directory.
+                Err(error) if is_missing(&error) => Ok(()),
+                mounted => on("mount in its root", to, mounted),
+            }
+        }
         Step::Directory(path) => on(
             "make",
             path,
@@ -258,6 +283,10 @@ fn take(step: &Step) -> Done<'_> {
             on("remove", path, rustix::fs::rmdir(path.as_c_str()))
         }
     }
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
 }
 
 fn drop_privileges(jail: &PlannedJail) -> Done<'_> {

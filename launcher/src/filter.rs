@@ -26,6 +26,8 @@ pub enum Filter {
     FileServer,
     /// Nothing but what vhost-device-vsock does: threads, files, memory, unix sockets.
     VsockDaemon,
+    /// Nothing but what [`crate::task_program`] does.
+    TaskProgram,
 }
 
 /// Calls that none of the programs makes.
@@ -171,6 +173,18 @@ const VSOCK_DAEMON: &[i64] = &[
     libc::SYS_writev,
 ];
 
+/// Calls of the task program, and the launcher's last one.
+const TASK_PROGRAM: &[i64] = &[
+    libc::SYS_execveat,
+    libc::SYS_exit_group,
+    libc::SYS_prctl,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_write,
+    // The launcher's last words.
+    libc::SYS_writev,
+];
+
 impl Filter {
     /// As a program for the kernel.
     ///
@@ -180,11 +194,12 @@ impl Filter {
         let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
         let always = Vec::new();
         let rules = match self {
+            Filter::TaskProgram => {
+                let rules = listed(TASK_PROGRAM);
+                SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)
+            }
             Filter::VsockDaemon => {
-                let mut rules: BTreeMap<i64, Vec<SeccompRule>> = VSOCK_DAEMON
-                    .iter()
-                    .map(|number| (*number, always.clone()))
-                    .collect();
+                let mut rules = listed(VSOCK_DAEMON);
                 rules.insert(
                     libc::SYS_clone,
                     vec![rule(0, Qword, MaskedEq(THREAD), THREAD)?],
@@ -200,10 +215,7 @@ impl Filter {
                 SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)
             }
             Filter::Qemu | Filter::FileServer => {
-                let mut rules: BTreeMap<i64, Vec<SeccompRule>> = DENIED
-                    .iter()
-                    .map(|number| (*number, always.clone()))
-                    .collect();
+                let mut rules = listed(DENIED);
                 rules.insert(libc::SYS_clone, vec![rule(0, Qword, MaskedEq(THREAD), 0)?]);
                 // A thread of virtiofsd has a umask of its own.
                 rules.insert(
@@ -240,6 +252,11 @@ impl Filter {
         });
         Ok(unknown_calls().into_iter().chain(program).collect())
     }
+}
+
+/// These calls, whatever their arguments are.
+fn listed(calls: &[i64]) -> BTreeMap<i64, Vec<SeccompRule>> {
+    calls.iter().map(|number| (*number, Vec::new())).collect()
 }
 
 const THREAD: u64 = libc::CLONE_THREAD as u64;

@@ -19,6 +19,7 @@ mod child;
 pub mod filter;
 pub mod libraries;
 mod root;
+mod task_program;
 mod uids;
 mod userns;
 
@@ -34,6 +35,7 @@ pub use filter::Filter;
 pub use root::Entry;
 pub use sys::process::Started;
 use sys::process::pidfd_open;
+pub use task_program::task_program;
 pub use uids::{UidLease, UidRange};
 pub use userns::user_namespace;
 
@@ -46,6 +48,8 @@ pub const FAILED: i32 = 126;
 pub struct Launch {
     /// Path of the program; not looked up in PATH.
     pub program: PathBuf,
+    /// The program itself, if it is in no directory; `program` is only its name then.
+    pub image: Option<OwnedFd>,
     /// Its arguments, without its own name.
     pub args: Vec<OsString>,
     /// Descriptors it inherits, under the numbers they have here (3 and up); all others are closed.
@@ -108,6 +112,7 @@ pub enum User {
 /// Everything that the child needs, ready to be used without an allocation.
 struct Plan {
     exec: CString,
+    image: Option<OwnedFd>,
     /// Holds what `argv_pointers` points to.
     _argv: Vec<CString>,
     /// The last one is null.
@@ -150,8 +155,10 @@ pub fn spawn(launch: Launch) -> io::Result<Started> {
             "descriptors 0 to 2 must be open before anything is started",
         ));
     }
-    // Found out here, where there is somebody to tell.
-    File::open(&launch.program)?;
+    if launch.image.is_none() {
+        // Found out here, where there is somebody to tell.
+        File::open(&launch.program)?;
+    }
     let exec = c_string(&launch.program)?;
     let mut argv = vec![exec.clone()];
     for argument in &launch.args {
@@ -168,6 +175,7 @@ pub fn spawn(launch: Launch) -> io::Result<Started> {
     let jail = launch.jail.as_ref().map(PlannedJail::new).transpose()?;
     let plan = Plan {
         exec,
+        image: launch.image,
         _argv: argv,
         argv_pointers,
         inherited,

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use sys::mount::{Attributes, Extent, clone_tree};
+use sys::mount::{Attributes, Extent, clone_tree, set_attributes};
 
 use crate::c_string;
 
@@ -37,6 +37,25 @@ pub enum Entry {
     /// What a file server needs of /proc: its own descriptors and mounts, and the system's limit of
     /// descriptors.
     OwnDescriptors,
+    /// A directory of the host as the root itself, with none of what is mounted below it. Nothing in
+    /// it can be executed.
+    Root {
+        /// Opened before.
+        directory: Arc<OwnedFd>,
+        /// Nothing can be written to it.
+        read_only: bool,
+    },
+    /// A file or directory of the host at a path in that root, which somebody else may change
+    /// meanwhile: its links are followed in the root only, and where nothing is there nothing is
+    /// mounted. Comes after [`Entry::Root`].
+    Within {
+        /// Opened before; with what is mounted below it now and, if it is a shared mount, later.
+        from: Arc<OwnedFd>,
+        /// In the root.
+        to: PathBuf,
+        /// Nothing can be written to it.
+        read_only: bool,
+    },
 }
 
 /// Where a bind comes from.
@@ -66,6 +85,13 @@ pub(crate) enum Step {
     },
     MountProc(CString),
     Unmount(CString),
+    /// In the place of the root.
+    Root(OwnedFd),
+    /// At a path that is looked for in the root, as it is then.
+    Within {
+        tree: OwnedFd,
+        to: CString,
+    },
 }
 
 const LOCKED: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
@@ -158,6 +184,25 @@ impl Steps<'_> {
                 self.steps.push(Step::Unmount(self.below(whole)?));
                 Ok(())
             }
+            Entry::Root {
+                directory,
+                read_only,
+            } => {
+                let tree = slave(directory, *read_only, Extent::Mount)?;
+                self.steps.push(Step::Root(tree));
+                Ok(())
+            }
+            Entry::Within {
+                from,
+                to,
+                read_only,
+            } => {
+                self.steps.push(Step::Within {
+                    tree: slave(from, *read_only, Extent::Tree)?,
+                    to: c_string(to)?,
+                });
+                Ok(())
+            }
         }
     }
 
@@ -216,6 +261,19 @@ impl Steps<'_> {
                 .join(path.strip_prefix("/").unwrap_or(path)),
         )
     }
+}
+
+/// A copy of a mount in which nothing can be executed. What is mounted in it here does not come
+/// back.
+fn slave(from: &OwnedFd, read_only: bool, extent: Extent) -> io::Result<OwnedFd> {
+    let tree = clone_tree(from, extent)?;
+    let mut attributes = Attributes::set(LOCKED | libc::MOUNT_ATTR_NOEXEC);
+    if read_only {
+        attributes.set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    attributes.propagation = libc::MS_SLAVE;
+    set_attributes(&tree, &attributes, Extent::Tree)?;
+    Ok(tree)
 }
 
 fn metadata(path: &Path) -> io::Result<std::fs::Metadata> {

@@ -13,7 +13,8 @@ use std::time::Duration;
 use cofferdam_tests::command::{Running, run};
 use cofferdam_tests::daemon::Daemon;
 use cofferdam_tests::{Container, Env, PATIENCE, Release, Suite, assets, cases, eventually};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn main() -> ExitCode {
     Suite::new().run(cases![
@@ -22,7 +23,7 @@ fn main() -> ExitCode {
             containerd_restarts_and_the_container_stays;
         Ours: guest_has_its_own_kernel, exit_code_is_kept_while_containerd_is_away,
             first_container_of_a_group_goes_before_the_others;
-        Once: signals_reach_the_process, containerd_crashes_and_the_container_stays,
+        Once: signals_reach_the_process, signal_to_the_pid_of_a_task_reaches_it, containerd_crashes_and_the_container_stays,
             pause_and_resume, metrics, read_only_root, capability_is_dropped,
             seccomp_and_privileged, user_of_run_and_exec,
             environment_and_directory, bind_mounts, root_file_system_of_ones_own, devices,
@@ -150,6 +151,18 @@ fn signals_reach_the_process(env: &Env) {
         .run(&[], &["sh", "-c", "sh -c 'kill -9 $$'; echo $?"])
         .ok();
     assert_eq!(output.text(), "137");
+}
+
+/// `kill -HUP $(docker inspect -f '{{.State.Pid}}' web)` is how many reload a server.
+fn signal_to_the_pid_of_a_task_reaches_it(env: &Env) {
+    let script = "trap 'touch /reloaded' HUP; touch /ready; while :; do sleep 0.1; done";
+    let container = env.detached(&["--null-io"], &["sh", "-c", script]);
+    container.wait_for_file("/ready");
+    let pid = Pid::from_raw(container.listed().unwrap().0.cast_signed());
+    kill(pid, Signal::SIGHUP).unwrap();
+    container.wait_for_file("/reloaded");
+    kill(pid, Signal::SIGKILL).unwrap();
+    assert_eq!(container.finish(), 137);
 }
 
 fn memory_limit_ends_in_137(env: &Env) {

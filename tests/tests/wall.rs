@@ -10,9 +10,11 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use cofferdam_tests::assets::busybox_tree;
+use cofferdam_tests::procs;
 use cofferdam_tests::{Env, PATIENCE, Suite, cases};
 
 fn main() -> ExitCode {
@@ -20,7 +22,8 @@ fn main() -> ExitCode {
         Ours: guest_cannot_write_where_the_shim_makes_names, device_nodes_and_setuid_programs_work,
             qemu_and_helpers_have_nothing_of_the_host,
             stranger_on_the_host_gets_nothing_of_the_agent,
-            pid_of_a_task_does_not_lead_to_the_hosts_files,
+            files_go_in_and_out_by_the_pid_of_a_task,
+            pid_of_a_task_leads_to_nothing_of_the_hosts,
             sandbox_without_a_user_of_its_own_does_not_start;
     ])
 }
@@ -144,8 +147,8 @@ fn children(pid: i32) -> Vec<i32> {
 
 fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
     let container = env.idle();
-    let qemu = i32::try_from(container.listed().unwrap().0).unwrap();
-    let shim = status(qemu, "PPid:").parse().unwrap();
+    let shim = i32::try_from(procs::family(&container.id)[0]).unwrap();
+    let task = i32::try_from(container.listed().unwrap().0).unwrap();
     let mut names = Vec::new();
     for pid in children(shim) {
         let name = status(pid, "Name:");
@@ -178,10 +181,19 @@ fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
                 "{name}"
             );
             assert!(
-                status(pid, "Uid:").parse::<u32>().unwrap() >= 1_900_000_000,
+                pid == task || status(pid, "Uid:").parse::<u32>().unwrap() >= 1_900_000_000,
                 "{name} is {}",
                 status(pid, "Uid:")
             );
+        }
+        assert!(
+            fs::read(format!("/proc/{pid}/environ")).unwrap().is_empty(),
+            "{name} has an environment"
+        );
+        names.push(name.clone());
+        if pid == task {
+            // Its root is the container's, and the subject of another test.
+            continue;
         }
         let root = Path::new("/proc").join(pid.to_string()).join("root");
         for path in [
@@ -201,16 +213,11 @@ fn qemu_and_helpers_have_nothing_of_the_host(env: &Env) {
             Some(nix::libc::EROFS),
             "{name} can write to its root"
         );
-        assert!(
-            fs::read(format!("/proc/{pid}/environ")).unwrap().is_empty(),
-            "{name} has an environment"
-        );
-        names.push(name);
     }
     names.sort();
     names.dedup();
     assert!(
-        names.contains(&"virtiofsd".to_owned()) && names.len() >= 2,
+        names.contains(&"virtiofsd".to_owned()) && names.len() >= 3,
         "{names:?}"
     );
     container.kill("SIGKILL", &[]).ok();
@@ -271,8 +278,9 @@ fn sandbox_without_a_user_of_its_own_does_not_start(env: &Env) {
     let config = config.to_string_lossy();
     let flags = ["--null-io", "--runtime-config-path", &config];
     let container = env.detached(&flags, &["sleep", "3600"]);
-    let qemu = i32::try_from(container.listed().unwrap().0).unwrap();
-    assert_eq!(status(qemu, "Uid:"), "1950000001");
+    let family = procs::family(&container.id);
+    let users = |pid: &u32| status(i32::try_from(*pid).unwrap(), "Uid:");
+    assert!(family.iter().any(|pid| users(pid) == "1950000001"));
     env.run(&flags[1..], &["true"])
         .fails_with(&["every user id from 1950000001 to 1950000001", "uid_range"]);
     container.kill("SIGKILL", &[]).ok();
@@ -280,13 +288,82 @@ fn sandbox_without_a_user_of_its_own_does_not_start(env: &Env) {
     env.run(&flags[1..], &["true"]).ok();
 }
 
-fn pid_of_a_task_does_not_lead_to_the_hosts_files(env: &Env) {
-    let container = env.idle();
-    let root = format!("/proc/{}/root", container.listed().unwrap().0);
+/// As `nerdctl cp`, a debugger or a security agent has it: by /proc/<pid>/root.
+fn files_go_in_and_out_by_the_pid_of_a_task(env: &Env) {
+    let volume = env.dir.join("by-pid");
+    fs::create_dir_all(&volume).unwrap();
+    let mount = |to: &str, how: &str| {
+        let from = volume.display();
+        format!("--mount=type=bind,src={from},dst={to},options=rbind:{how}")
+    };
+    let mounts = [mount("/data", "rw"), mount("/seen", "ro")];
+    let container = env.detached(&[&mounts[0], &mounts[1]], &["sleep", "3600"]);
+    let (pid, _) = container.listed().unwrap();
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    fs::write(root.join("tmp/in"), "to the root").unwrap();
+    fs::write(root.join("data/in"), "to the volume").unwrap();
+    let seen = container.exec(&["cat", "/tmp/in", "/data/in"]).ok().text();
+    assert_eq!(seen, "to the rootto the volume");
+    assert!(volume.join("in").exists() && !Path::new("/tmp/in").exists());
+    container
+        .exec(&["sh", "-c", "echo out >/root/out; echo out >/data/out"])
+        .ok();
+    for path in ["root/out", "data/out", "seen/out"] {
+        assert_eq!(fs::read_to_string(root.join(path)).unwrap(), "out\n");
+    }
+    // Only the guest has these, and a file that nobody would see is refused.
+    for path in ["seen/x", "dev/x", "proc/x", "run/x", "sys/x"] {
+        let error = fs::write(root.join(path), "").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EROFS), "{path}");
+    }
     assert!(
-        !Path::new(&root).join("etc/hostname").exists()
-            && fs::write(Path::new(&root).join("x"), "").is_err()
+        procs::pss_kib(pid) < 300,
+        "it takes {} KiB",
+        procs::pss_kib(pid)
     );
+    container.kill("SIGKILL", &[]).ok();
+    container.wait_for("STOPPED");
+    assert!(
+        !root.join("tmp").exists(),
+        "it has ended with the container"
+    );
+    container.finish();
+}
+
+/// The image has links in the places of volumes, and programs.
+fn pid_of_a_task_leads_to_nothing_of_the_hosts(env: &Env) {
+    let tree = env.dir.join("linked");
+    busybox_tree(&tree);
+    std::os::unix::fs::symlink("/var/../../../../etc", tree.join("data")).unwrap();
+    let victim = env.dir.join("below-the-link");
+    fs::create_dir_all(&victim).unwrap();
+    fs::write(victim.join("file"), "of the volume").unwrap();
+    let (tree, from) = (tree.display().to_string(), victim.display());
+    let mount = format!("--mount=type=bind,src={from},dst=/data,options=rbind:rw");
+    let container = env.detached(
+        &[&mount, "--env", "PATH=/bin", "--rootfs", &tree],
+        &["sleep", "3600"],
+    );
+    let (pid, _) = container.listed().unwrap();
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let read = fs::read_to_string(root.join("etc/file"));
+    assert_eq!(
+        read.unwrap(),
+        "of the volume",
+        "the link was followed in the root"
+    );
+    assert!(!Path::new("/etc/file").exists());
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    for line in mounts.lines() {
+        let options = line.split(' ').nth(5).unwrap();
+        for wanted in ["nosuid", "nodev", "noexec"] {
+            assert!(options.split(',').any(|option| option == wanted), "{line}");
+        }
+    }
+    let namespace = |of: &str, kind: &str| fs::read_link(format!("/proc/{of}/ns/{kind}")).unwrap();
+    for kind in ["mnt", "net", "ipc", "uts", "pid"] {
+        assert_ne!(namespace(&pid.to_string(), kind), namespace("self", kind));
+    }
     container.kill("SIGKILL", &[]).ok();
     container.finish();
 }

@@ -62,6 +62,8 @@ impl fmt::Display for Exit {
 pub struct Spawn {
     /// Path of the program; not looked up in PATH.
     pub program: PathBuf,
+    /// The program itself, if it is in no directory; `program` is only its name then.
+    pub image: Option<OwnedFd>,
     /// Without its own name.
     pub args: Vec<OsString>,
     /// Descriptors it inherits, under the numbers they have here; all others are closed. Closed
@@ -85,6 +87,7 @@ impl Spawn {
     pub fn new(program: impl Into<PathBuf>, args: Vec<OsString>) -> Spawn {
         Spawn {
             program: program.into(),
+            image: None,
             args,
             fds: Vec::new(),
             stdout: None,
@@ -130,6 +133,7 @@ impl Child {
         let (stderr, theirs) = io::pipe().doing(doing)?;
         let started = launcher::spawn(launcher::Launch {
             program: spawn.program,
+            image: spawn.image,
             args: spawn.args,
             fds: spawn.fds,
             stdout: spawn.stdout,

@@ -68,6 +68,16 @@ pub enum ConfinementLevel {
     None,
 }
 
+impl ConfinementLevel {
+    /// Whether system calls are filtered.
+    pub fn has_seccomp(self) -> bool {
+        matches!(
+            self,
+            ConfinementLevel::Full | ConfinementLevel::NoUserNamespace
+        )
+    }
+}
+
 /// What becomes of a pod whose network namespace has rules of a packet filter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]

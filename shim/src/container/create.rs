@@ -28,7 +28,9 @@ use crate::guest::calls::GuestCalls;
 use crate::guest::guest_spec::{self, GuestView};
 use crate::guest::host_sockets::{HostSockets, PinnedSocket, Users};
 use crate::guest::sockets_below::WatchedDirectory;
+use crate::guest::task_process::{TaskProcess, TaskView};
 use crate::host::dir::Entry;
+use crate::host::ledger::Ledger;
 use crate::model::Stdio;
 use crate::stdio::{GuestIo, HostIo, Pumps};
 
@@ -55,7 +57,7 @@ pub struct CreateContainer {
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
 pub struct HostSide {
-    _place: Entry,
+    place: Entry,
     /// Where the guest sees the root file system, if it is not on a disk.
     rootfs: String,
     disk: Option<Disk>,
@@ -65,6 +67,8 @@ pub struct HostSide {
 
 /// A container that the guest has.
 pub struct Container {
+    /// The process by whose pid it goes, if the host lets there be one.
+    task: Option<TaskProcess>,
     host: HostSide,
     /// Devices plugged in for it, by their ids.
     plugged: Vec<String>,
@@ -99,7 +103,7 @@ impl HostSide {
         let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);
         let (disk, volumes) = (rootfs::disk(&create.rootfs), Volumes::default());
         let mut host = HostSide {
-            _place: Entry::new(dir, &name),
+            place: Entry::new(dir, &name),
             rootfs,
             disk,
             volumes,
@@ -127,6 +131,26 @@ impl HostSide {
         reach(Point::VolumesBound).doing(|| format!("use the volumes of {name}"))?;
         Ok(host)
     }
+
+    /// What a process that stands for the container sees of it.
+    fn task_view(&self, create: &CreateContainer) -> Result<TaskView> {
+        let root = match self.disk {
+            Some(_) => None,
+            None => Some(self.place.open()?.get(rootfs::NAME)?.into()),
+        };
+        let of_spec = create.spec.root().as_ref();
+        let process = create.spec.process().as_ref();
+        let list = create.spec.mounts().as_deref().unwrap_or_default();
+        Ok(TaskView {
+            id: create.id.clone(),
+            root,
+            read_only: of_spec.is_some_and(|root| root.readonly() == Some(true)),
+            oom_score_adj: process
+                .and_then(|process| process.oom_score_adj())
+                .unwrap_or(0),
+            mounts: self.volumes.on_host(list)?,
+        })
+    }
 }
 
 /// Asks the guest for the container, its devices plugged in and its stdio connected before.
@@ -138,8 +162,10 @@ pub async fn in_guest(
     create: &CreateContainer,
     host: HostSide,
     host_io: HostIo,
+    ledger: &Ledger,
 ) -> Result<(Container, Pumps)> {
     let mut container = Container {
+        task: None,
         host,
         plugged: Vec::new(),
         sockets: Vec::new(),
@@ -147,7 +173,10 @@ pub async fn in_guest(
         users: Users::default(),
     };
     match container.make(guest, create).await {
-        Ok(guest_io) => Ok((container, Pumps::start(host_io, guest_io))),
+        Ok(guest_io) => {
+            container.start_task(guest, create, ledger).await;
+            Ok((container, Pumps::start(host_io, guest_io)))
+        }
         Err(error) => {
             if error.code() == Code::DEADLINE_EXCEEDED {
                 // The agent may be at it still.
@@ -257,6 +286,35 @@ impl Container {
         created.map_err(|error| error.context("cannot create the container"))
     }
 
+    /// Starts the process by whose pid the container goes. It has to wait for the guest, which makes
+    /// the places of the volumes.
+    async fn start_task(
+        &mut self,
+        guest: &dyn GuestCalls,
+        create: &CreateContainer,
+        ledger: &Ledger,
+    ) {
+        let Some(place) = guest.task_place() else {
+            return;
+        };
+        let started = match self.host.task_view(create) {
+            Ok(view) => TaskProcess::start(view, &place, ledger).await,
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok(task) => self.task = Some(task),
+            Err(error) => tracing::warn!(
+                %error,
+                "/proc/<pid>/root of this container will not be its root file system"
+            ),
+        }
+    }
+
+    /// The process by whose pid it goes.
+    pub fn task(&mut self) -> Option<&mut TaskProcess> {
+        self.task.as_mut()
+    }
+
     async fn plug_rootfs(
         &mut self,
         guest: &dyn GuestCalls,
@@ -352,7 +410,10 @@ impl Container {
 
 /// Gives up containers' parts of the host. umount(2) may wait for a slow disk, which must not hold
 /// up other requests, and for one that is gone for ever, which must not hold up this one.
-pub async fn release(containers: Vec<Container>) {
+pub async fn release(mut containers: Vec<Container>) {
+    // They have the same mounts.
+    let tasks = containers.iter_mut().filter_map(|one| one.task.take());
+    join_all(tasks.map(TaskProcess::end)).await;
     let released = tokio::task::spawn_blocking(move || {
         pass(Point::Unmounting);
         drop(containers);

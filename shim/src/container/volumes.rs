@@ -28,6 +28,7 @@ use oci_spec::runtime::Mount;
 use crate::container::shared_volumes::{SharedVolume, SharedVolumes};
 use crate::error::{Error, Result};
 use crate::guest::host_sockets;
+use crate::guest::task_process::TaskMount;
 use crate::host::mounts::{self, Bind};
 use crate::host::socket_kind;
 
@@ -51,7 +52,8 @@ pub struct Volumes {
     pub storages: Vec<Storage>,
     /// Sockets of the host.
     pub sockets: Vec<HostSocket>,
-    shares: Vec<Arc<SharedVolume>>,
+    /// Where the container has which of the host's.
+    shares: Vec<(PathBuf, Arc<SharedVolume>)>,
     /// Those that the container may write to.
     written: Vec<Arc<SharedVolume>>,
     /// Those in which processes of the host may have sockets.
@@ -94,6 +96,27 @@ impl Volumes {
     /// Directories of the host in which its processes may have sockets.
     pub fn may_have_sockets(&self) -> &[Arc<SharedVolume>] {
         &self.may_have_sockets
+    }
+
+    /// What of the mounts in `list` the host has, for a process that stands for the container.
+    ///
+    /// # Errors
+    /// A bind of the shim's own is not there.
+    pub fn on_host(&self, list: &[Mount]) -> Result<Vec<TaskMount>> {
+        let mut shares = self.shares.iter().peekable();
+        let on_host = |mount: &Mount| {
+            let is_it = |(destination, _): &&(PathBuf, _)| destination == mount.destination();
+            let share = shares.next_if(is_it).map(|(_, share)| share);
+            let options = mount.options().as_deref().unwrap_or_default();
+            Ok(TaskMount {
+                destination: mount.destination().clone(),
+                source: share.map(|share| share.open()).transpose()?.map(Into::into),
+                read_only: options
+                    .iter()
+                    .any(|option| option == "ro" || option == "rro"),
+            })
+        };
+        list.iter().map(on_host).collect()
     }
 
     fn translate(
@@ -235,7 +258,7 @@ impl Volumes {
                 }
                 self.may_have_sockets.push(share.clone());
             }
-            self.shares.push(share);
+            self.shares.push((from.destination().clone(), share));
         }
         Ok(to)
     }

@@ -37,6 +37,7 @@ use crate::guest::place::HostCgroup;
 use crate::guest::reach_agent::{self, Address};
 use crate::guest::running::{RunningGuest, STARTING_EXECS, Size};
 use crate::guest::sockets_below::SocketsBelow;
+use crate::guest::task_process::TaskPlace;
 use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
@@ -197,7 +198,7 @@ fn confinement(
                 .into()
         })?)),
     };
-    let seccomp = level != ConfinementLevel::NoSeccomp;
+    let seccomp = level.has_seccomp();
     tracing::info!(?level, uid = lease.uid, "confinement");
     let confinement = Confinement {
         mount_point,
@@ -313,6 +314,11 @@ impl Attempt<'_> {
             disks: Disks::default(),
             size: Size::new(plan.sizing),
             place: self.place.clone(),
+            task_place: TaskPlace {
+                cgroup_procs: self.place.procs(),
+                netns: nics.netns(),
+                seccomp: plan.config.confinement.has_seccomp(),
+            },
             _uid: None,
         })
     }

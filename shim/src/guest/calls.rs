@@ -17,6 +17,7 @@ use crate::from_guest::{Features, Stats};
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::WantedSize;
 use crate::guest::preconnect::PreconnectedStdio;
+use crate::guest::task_process::TaskPlace;
 use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::stdio::GuestIo;
@@ -36,6 +37,9 @@ pub struct Ended {
 pub trait GuestCalls: Debug + Send + Sync {
     /// Pid of QEMU on the host.
     fn pid(&self) -> u32;
+
+    /// Where the processes by whose pids its containers go can run.
+    fn task_place(&self) -> Option<TaskPlace>;
 
     /// What the agent can do.
     fn features(&self) -> &Features;

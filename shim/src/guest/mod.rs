@@ -21,6 +21,8 @@
 //! * **Is asked** ([`calls`]). [`GuestCalls`](calls::GuestCalls) is all that the rest of the shim
 //!   knows of a guest: [`running`] answers with a machine, the owner's tests with a double. What
 //!   the agent answers is believed as far as `from_guest` lets it.
+//! * **Is seen by pid** ([`task_process`]). A container goes by the pid of a process on the host
+//!   that has its root and passes signals on.
 //! * **Is sized** ([`machine_size`], [`place`]). The host's limits widen before the machine grows
 //!   and narrow after it has shrunk, by what the guest really gave back.
 //! * **Ends** ([`ending`]). With whichever part ends first: QEMU, a helper, the agent's connection,
@@ -51,3 +53,4 @@ pub mod preconnect;
 mod reach_agent;
 pub mod running;
 pub mod sockets_below;
+pub mod task_process;

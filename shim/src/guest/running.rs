@@ -40,6 +40,7 @@ use crate::guest::memory;
 use crate::guest::nics::Nics;
 use crate::guest::place::{self, HostCgroup};
 use crate::guest::preconnect::PreconnectedStdio;
+use crate::guest::task_process::TaskPlace;
 use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
@@ -68,6 +69,7 @@ pub struct RunningGuest {
     pub(super) size: Size,
     /// Where its processes are on the host.
     pub(super) place: Arc<HostCgroup>,
+    pub(super) task_place: TaskPlace,
     /// The user id of its processes, which nobody else gets while they live.
     pub(super) _uid: Option<UidLease>,
 }
@@ -133,6 +135,10 @@ impl std::fmt::Debug for RunningGuest {
 impl GuestCalls for RunningGuest {
     fn pid(&self) -> u32 {
         self.machine.qemu().pid.cast_unsigned()
+    }
+
+    fn task_place(&self) -> Option<TaskPlace> {
+        Some(self.task_place.clone())
     }
 
     fn features(&self) -> &Features {

@@ -180,6 +180,14 @@ impl Entry {
     pub fn path(&self) -> PathBuf {
         self.dir.path().join(&self.name)
     }
+
+    /// The directory of that name.
+    ///
+    /// # Errors
+    /// One line that names it.
+    pub fn open(&self) -> Result<Dir> {
+        self.dir.get(&self.name)
+    }
 }
 
 impl Drop for Entry {

@@ -17,11 +17,13 @@ use crate::container::shared_volumes::SharedVolumes;
 use crate::container::spec;
 use crate::error::{IoContext, Result};
 use crate::guest::machine_size::{ResourceLimits, WantedSize};
-use crate::model::{ProcessId, Stdio};
+use crate::guest::task_process::TaskProcess;
+use crate::host::ledger::Ledger;
+use crate::model::{ProcessId, SignalScope, Stdio};
 use crate::sandbox::host_calls::HostCalls;
 use crate::sandbox::owner::{Launching, SandboxOwner};
 use crate::sandbox::pod::{Pod, SandboxSpec};
-use crate::sandbox::request::{Created, Outcome, Quiet, Reply};
+use crate::sandbox::request::{Created, Outcome, Quiet, Reply, Request};
 use crate::sandbox::sandbox_requests;
 use crate::sandbox::state::TaskKind;
 use crate::stdio::HostIo;
@@ -74,6 +76,7 @@ impl SandboxOwner {
             wanted: self.wanted.clone(),
             hooks,
             namespace: self.identity.namespace.clone(),
+            ledger: self.ledger.clone(),
         };
         self.begin(async move {
             let result = Box::new(making.run(role, create).await);
@@ -165,7 +168,7 @@ impl SandboxOwner {
         result: Result<Created>,
         reply: Reply<u32>,
     ) {
-        let (guest, made) = match result {
+        let (guest, mut made) = match result {
             Ok(created) => created,
             Err(error) => {
                 self.create_failed(&request.id);
@@ -178,7 +181,13 @@ impl SandboxOwner {
         } else {
             TaskKind::PodSandbox
         };
-        let pid = self.state.created(&request.id, guest.pid(), kind);
+        let task = made.as_mut().and_then(|(container, _)| container.task());
+        let task_pid = task.map(|task| {
+            self.watch_task(&init, task);
+            task.pid()
+        });
+        let pid = task_pid.unwrap_or_else(|| guest.pid());
+        let pid = self.state.created(&request.id, pid, kind);
         if let Some((container, mut pumps)) = made {
             self.runtimes.container(&request.id).container = Some(container);
             let kept = self.runtimes.process(&init);
@@ -213,6 +222,22 @@ impl SandboxOwner {
     }
 }
 
+impl SandboxOwner {
+    /// Signals for the process by whose pid a container goes are for the container. Its end is the
+    /// container's.
+    fn watch_task(&self, process: &ProcessId, task: &mut TaskProcess) {
+        let (process, handle) = (process.clone(), self.handle.clone());
+        task.watch(move |signal| {
+            handle.tell(Request::Kill {
+                process: process.clone(),
+                signal,
+                scope: SignalScope::Process,
+                reply: Reply::new().0,
+            });
+        });
+    }
+}
+
 /// What the making of a container needs of the owner.
 struct Making {
     launching: Launching,
@@ -221,6 +246,7 @@ struct Making {
     wanted: WantedSize,
     hooks: HostHooks,
     namespace: String,
+    ledger: Arc<Ledger>,
 }
 
 impl Making {
@@ -242,7 +268,7 @@ impl Making {
         sized.map_err(|error| error.context("cannot make room for the container"))?;
         let pid = guest.pid();
         self.run_create_hooks(pid).await?;
-        match in_guest(&*guest, &create, host_side, host_io).await {
+        match in_guest(&*guest, &create, host_side, host_io, &self.ledger).await {
             Ok(made) => Ok((guest, Some(made))),
             Err(error) => {
                 let _ = self.hooks.run(HookPhase::Deleted, pid).await;

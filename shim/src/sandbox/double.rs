@@ -21,6 +21,7 @@ use crate::guest::calls::{Ended, GuestCalls};
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::WantedSize;
 use crate::guest::preconnect::PreconnectedStdio;
+use crate::guest::task_process::TaskPlace;
 use crate::host::dir::Dir;
 use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
@@ -193,6 +194,10 @@ impl GuestDouble {
 impl GuestCalls for GuestDouble {
     fn pid(&self) -> u32 {
         VM_PID
+    }
+
+    fn task_place(&self) -> Option<TaskPlace> {
+        None
     }
 
     fn features(&self) -> &Features {

@@ -246,6 +246,9 @@ impl SandboxOwner {
     /// Tells the world of exits: events, everybody who waits.
     pub(super) fn announce(&mut self, exits: Vec<(ProcessId, Exit)>) {
         for (process, exit) in exits {
+            if process.is_init() {
+                self.runtimes.container(&process.container).stop_task();
+            }
             if self.is_unannounced(&process.container) {
                 continue;
             }

@@ -73,7 +73,7 @@ pub struct SandboxOwner {
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
-    handle: SandboxHandle,
+    pub(super) handle: SandboxHandle,
     /// What it has of the host.
     pub(super) host: Arc<dyn HostCalls>,
     /// What the sandbox's end waits for.

@@ -27,6 +27,15 @@ pub struct ContainerRuntime {
     pub killed: Option<Instant>,
 }
 
+impl ContainerRuntime {
+    /// The container has ended, and with it the process by whose pid it went.
+    pub fn stop_task(&mut self) {
+        if let Some(task) = self.container.as_mut().and_then(Container::task) {
+            task.stop();
+        }
+    }
+}
+
 /// What is known of an exec that is announced.
 #[derive(Debug)]
 pub struct PendingExec {

@@ -190,18 +190,17 @@ impl State {
         Ok(())
     }
 
-    /// The guest has made the container, or the sandbox stands in for it. The first one of a
-    /// sandbox goes by the pid of the virtual machine itself, a real process in the sandbox's
-    /// network namespace; pids stay unique.
-    pub fn created(&mut self, id: &str, vm_pid: u32, kind: TaskKind) -> u32 {
-        let taken = self.tasks.values().any(|task| task.init.pid == vm_pid);
+    /// The guest has made the container, or the sandbox stands in for it. It goes by the pid of a
+    /// process in the sandbox's network namespace, unless another one has that already.
+    pub fn created(&mut self, id: &str, pid: u32, kind: TaskKind) -> u32 {
+        let taken = self.tasks.values().any(|task| task.init.pid == pid);
         let Some(task) = self.tasks.get_mut(id) else {
-            return vm_pid;
+            return pid;
         };
         task.init.stage = Stage::Created;
         task.kind = kind;
         if !taken {
-            task.init.pid = vm_pid;
+            task.init.pid = pid;
         }
         task.init.pid
     }
