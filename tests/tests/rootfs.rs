@@ -20,6 +20,7 @@ use serde_json::json;
 fn main() -> ExitCode {
     Suite::new().run(cases![
         Once: overlay_with_very_long_options, bind_mount_as_root, image_file_as_root;
+        Ours: root_in_memory_leaves_nothing_on_the_host;
     ])
 }
 
@@ -88,6 +89,51 @@ fn overlay_with_very_long_options(env: &Env) {
         fs::read_to_string(env.dir.join("upper/file1")).unwrap(),
         "new\n"
     );
+}
+
+/// By the annotation of one container, on a host that allows it.
+fn root_in_memory_leaves_nothing_on_the_host(env: &Env) {
+    let (tree, config) = (env.dir.join("tree"), env.dir.join("allowed.toml"));
+    assets::busybox_tree(&tree);
+    fs::write(tree.join("etc/old"), "old\n").unwrap();
+    fs::write(&config, "enable_annotations = [\"root_in_memory\"]\n").unwrap();
+    let (tree_path, config) = (tree.display().to_string(), config.display().to_string());
+    let flags = |annotation| {
+        [
+            "--runtime-config-path",
+            &config,
+            "--annotation",
+            annotation,
+            "--env=PATH=/bin",
+            "--rootfs",
+            &tree_path,
+        ]
+        .map(str::to_owned)
+    };
+    let flags = flags("io.cofferdam.root_in_memory=true");
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let container = env.detached(&flags, &["sleep", "3600"]);
+    let script = "cat /etc/old && rm /etc/old && echo new >/etc/new && mkdir -p /a/b && mv /a /c && \
+                  echo more >>/etc/passwd && chown 7:8 /etc/passwd && dd if=/dev/zero of=/large bs=1M count=64";
+    container.exec(&["sh", "-c", script]).ok();
+    let seen = "ls -d /etc/old /etc/new /c/b; tail -n1 /etc/passwd; stat -c %u:%g /etc/passwd";
+    let seen = container.exec(&["sh", "-c", seen]).text();
+    assert_eq!(seen, "/c/b\n/etc/new\nmore\n7:8");
+    let passwd = fs::read_to_string(tree.join("etc/passwd")).unwrap();
+    assert!(!passwd.contains("more") && tree.join("etc/old").exists());
+    for made in ["etc/new", "a", "c", "large"] {
+        assert!(!tree.join(made).exists(), "{made} is on the host");
+    }
+    // A copy that the container would not see is refused.
+    let (pid, _) = container.listed().unwrap();
+    assert!(fs::write(format!("/proc/{pid}/root/copied"), "").is_err());
+    container.kill("SIGKILL", &[]).ok();
+    container.finish();
+    let refused = env.run(
+        &["--annotation", "io.cofferdam.root_in_memory=true"],
+        &["true"],
+    );
+    refused.fails_with(&["io.cofferdam.root_in_memory is not allowed"]);
 }
 
 /// As the blockfile snapshotter gives it; devmapper gives a device in the same way.

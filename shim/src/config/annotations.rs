@@ -19,7 +19,7 @@ type Set = fn(&mut Config, Config);
 
 /// The keys that can be allowed. Not those that name programs or files: with them a pod could have
 /// any program of the host run as root.
-pub const SETTABLE: [(&str, Set); 7] = [
+pub const SETTABLE: [(&str, Set); 8] = [
     ("kernel_params", |to, from| {
         to.kernel_params = from.kernel_params
     }),
@@ -27,6 +27,9 @@ pub const SETTABLE: [(&str, Set); 7] = [
     ("vsock", |to, from| to.vsock = from.vsock),
     ("memory_mib", |to, from| to.memory_mib = from.memory_mib),
     ("vcpus", |to, from| to.vcpus = from.vcpus),
+    ("root_in_memory", |to, from| {
+        to.root_in_memory = from.root_in_memory
+    }),
     ("boot_timeout_seconds", |to, from| {
         to.boot_timeout_seconds = from.boot_timeout_seconds
     }),

@@ -127,9 +127,15 @@ pub struct Config {
     /// What a machine with such a container grows to, in percent of the host's memory.
     #[serde(deserialize_with = "whole::<0, 100, _, _>")]
     pub max_memory_percent: u64,
-    /// Virtual CPUs of a sandbox without a CPU limit.
-    #[serde(deserialize_with = "whole::<1, 240, _, _>")]
-    pub vcpus: u32,
+    /// Virtual CPUs of a sandbox, or more by its containers' limits. Unset: as the limits say, and
+    /// with a container that has none [`Self::vcpus_without_limit`].
+    #[serde(deserialize_with = "vcpus")]
+    pub vcpus: Option<u32>,
+    /// No key: what the host gives a sandbox with a container that has no CPU limit.
+    #[serde(skip)]
+    pub vcpus_without_limit: u32,
+    /// What containers write to their root file systems stays in the guest's memory.
+    pub root_in_memory: bool,
     /// How long a guest may take from power-on to an answering agent.
     #[serde(deserialize_with = "whole::<1, 3600, _, _>")]
     pub boot_timeout_seconds: u64,
@@ -165,7 +171,9 @@ impl Default for Config {
             },
             memory_mib: 512,
             max_memory_percent: 50,
-            vcpus: 1,
+            vcpus: None,
+            vcpus_without_limit: 1,
+            root_in_memory: false,
             boot_timeout_seconds: 30,
             kill_timeout_seconds: 10,
             debug: false,
@@ -214,6 +222,10 @@ fn whole<'de, const MIN: i64, const MAX: i64, T: TryFrom<i64>, D: Deserializer<'
                 "must be a whole number from {MIN} to {MAX}, not {value}"
             ))
         })
+}
+
+fn vcpus<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<u32>, D::Error> {
+    whole::<1, 240, u32, D>(from).map(Some)
 }
 
 /// `[first, last]`; never root or an id that means none.

@@ -182,7 +182,7 @@ fn drop_ins_win_over_the_file_key_by_key_in_the_order_of_their_names() {
     let config = config.unwrap();
     assert_eq!(
         (config.memory_mib, config.vcpus, config.kernel_params),
-        (300, 2, vec!["b".to_owned()])
+        (300, Some(2), vec!["b".to_owned()])
     );
     assert_eq!(config.debug, Config::default().debug);
 }
@@ -202,7 +202,7 @@ fn only_toml_files_are_drop_ins() {
     for name in ["README", "5.toml.bak", ".6.toml", "7.toml~"] {
         std::fs::write(directory.path().join("c.toml.d").join(name), "garbage").unwrap();
     }
-    assert_eq!(Config::load(Some(&file), b"").unwrap().vcpus, 2);
+    assert_eq!(Config::load(Some(&file), b"").unwrap().vcpus, Some(2));
     std::fs::create_dir(directory.path().join("c.toml.d/9.toml")).unwrap();
     says(Config::load(Some(&file), b""), "c.toml.d/9.toml");
 }
@@ -239,7 +239,7 @@ fn containerds_options_win_over_the_file() {
         b"vcpus = 4\nTypeUrl = \"x\"\nConfigPath = \"\"\n",
     )
     .unwrap();
-    assert_eq!((config.vcpus, config.memory_mib), (4, 100));
+    assert_eq!((config.vcpus, config.memory_mib), (Some(4), 100));
     says(parse("TypeUrl = \"x\""), "unknown field `TypeUrl`");
 }
 
@@ -263,7 +263,7 @@ fn allowed_annotations_win_over_everything() {
     );
     let expected = Config {
         memory_mib: 2048,
-        vcpus: 2,
+        vcpus: Some(2),
         kernel_params: vec!["quiet".into(), "x=1".into()],
         debug: true,
         accelerator: Accelerator::Tcg,

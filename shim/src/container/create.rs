@@ -52,6 +52,8 @@ pub struct CreateContainer {
     /// Source of the mount that stands for its pod's /dev/shm.
     pub shm: Option<PathBuf>,
     pub pod_uid: Option<String>,
+    /// What it writes to its root file system stays in the guest's memory: up to so many MiB.
+    pub root_in_memory_mib: Option<u64>,
 }
 
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
@@ -135,6 +137,7 @@ impl HostSide {
     /// What a process that stands for the container sees of it.
     fn task_view(&self, create: &CreateContainer) -> Result<TaskView> {
         let root = match self.disk {
+            _ if create.root_in_memory_mib.is_some() => None,
             Some(_) => None,
             None => Some(self.place.open()?.get(rootfs::NAME)?.into()),
         };
@@ -252,6 +255,9 @@ impl Container {
         if let Some(disk) = self.host.disk.clone() {
             rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
+        }
+        if let Some(mib) = create.root_in_memory_mib {
+            rootfs = in_memory(&create.id, mib, &rootfs, &mut storages);
         }
         let pid_namespace = match &create.pid_namespace {
             PidNamespace::Own => None,
@@ -423,6 +429,43 @@ pub async fn release(mut containers: Vec<Container>) {
             "a storage on the host hangs: a container's mounts stay until it lets go of them"
         );
     }
+}
+
+/// Puts a file system in memory over a root file system; returns where that is in the guest.
+fn in_memory(id: &str, mib: u64, lower: &str, storages: &mut Vec<Storage>) -> String {
+    let (memory, root) = (
+        format!("{GUEST_SANDBOX}/memory/{id}"),
+        format!("{GUEST_SANDBOX}/root/{id}"),
+    );
+    let dirs = ["upper", "work"].map(|name| (name, format!("{memory}/{name}")));
+    let create = "io.katacontainers.volume.overlayfs.create_directory";
+    // The root file system is a mount of its own below the share, which the guest's kernel makes when
+    // a path leads through it, not to it.
+    let lower = format!("lowerdir={lower}/.");
+    let layers = dirs.iter().map(|(name, dir)| format!("{name}dir={dir}"));
+    let overlay = Storage {
+        driver: "overlayfs".to_owned(),
+        source: "overlay".to_owned(),
+        fstype: "overlay".to_owned(),
+        options: layers.chain([lower]).collect(),
+        driver_options: dirs
+            .iter()
+            .map(|(_, dir)| format!("{create}={dir}"))
+            .collect(),
+        mount_point: root.clone(),
+        ..Default::default()
+    };
+    let memory = Storage {
+        driver: "ephemeral".to_owned(),
+        source: "tmpfs".to_owned(),
+        fstype: "tmpfs".to_owned(),
+        options: vec![format!("size={mib}m"), "mode=755".to_owned()],
+        mount_point: memory,
+        ..Default::default()
+    };
+    // After a disk that has the root file system.
+    storages.extend([memory, overlay]);
+    root
 }
 
 fn host_sockets(guest: &dyn GuestCalls) -> Result<&HostSockets> {

@@ -77,6 +77,7 @@ impl SandboxOwner {
             hooks,
             namespace: self.identity.namespace.clone(),
             ledger: self.ledger.clone(),
+            root_in_memory: self.config.root_in_memory,
         };
         self.begin(async move {
             let result = Box::new(making.run(role, create).await);
@@ -146,6 +147,7 @@ impl SandboxOwner {
                 HashMap::new()
             },
             pod_uid,
+            root_in_memory_mib: None,
             shm: self
                 .pod
                 .shm
@@ -247,12 +249,15 @@ struct Making {
     hooks: HostHooks,
     namespace: String,
     ledger: Arc<Ledger>,
+    root_in_memory: bool,
 }
 
 impl Making {
     /// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo
     /// what others made are run if it fails after they made it, as runc does.
-    async fn run(self, role: Role, create: CreateContainer) -> Result<Created> {
+    async fn run(self, role: Role, mut create: CreateContainer) -> Result<Created> {
+        let half = || self.wanted.get().most_mib / 2;
+        create.root_in_memory_mib = self.root_in_memory.then(half);
         if role == Role::Sandbox {
             let guest = self.launching.clone().await?;
             if guest.features().pod {

@@ -33,7 +33,7 @@ use crate::events::Publisher;
 use crate::from_guest::Bucket;
 use crate::guest::boot::BootConfig;
 use crate::guest::calls::GuestCalls;
-use crate::guest::machine_size::{MachineSize, ResourceLimits, WantedSize};
+use crate::guest::machine_size::{self, MachineSize, ResourceLimits, WantedSize};
 use crate::host::identity::SandboxIdentity;
 use crate::host::ledger::Ledger;
 use crate::refusal::Refusal;
@@ -411,6 +411,8 @@ impl SandboxOwner {
         }
         self.shares()?;
         self.config = config;
+        let accelerator = self.config.accelerator;
+        self.config.vcpus_without_limit = machine_size::vcpus_without_limit(accelerator);
         self.limits_changed();
         let boot = BootConfig {
             sizing: self.wanted.get(),

@@ -73,9 +73,9 @@ mod tests {
         std::fs::write(file.path(), "vcpus = 2\nmemory_mib = 300").unwrap();
         let path = file.path().to_str().unwrap();
         let config = |fields: &[_]| config(Some(&any(RUNTIME_OPTIONS, &message(fields))));
-        assert_eq!(config(&[(1, "t"), (2, path)]).unwrap().vcpus, 2);
+        assert_eq!(config(&[(1, "t"), (2, path)]).unwrap().vcpus, Some(2));
         let both = config(&[(2, path), (3, "vcpus = 3\n")]).unwrap();
-        assert_eq!((both.vcpus, both.memory_mib), (3, 300));
+        assert_eq!((both.vcpus, both.memory_mib), (Some(3), 300));
         let error = config(&[(2, "/no/such.toml")]).unwrap_err();
         assert!(error.to_string().contains("/no/such.toml"), "{error}");
     }
@@ -87,7 +87,7 @@ mod tests {
         let read = config(body).unwrap();
         assert_eq!(
             (read.debug, read.vcpus, read.kernel_params),
-            (true, 3, vec!["quiet".to_owned()])
+            (true, Some(3), vec!["quiet".to_owned()])
         );
         for (body, part) in [
             (
