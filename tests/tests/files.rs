@@ -200,6 +200,9 @@ fn trusted_attributes_are_for_root(env: &Env) {
 fn writes_of_others_drop_setuid_and_capabilities(env: &Env) {
     let fixture = Fixture::new(env, &[]);
     for dir in ["/v", "/tmp"] {
+        // A file server that has made a file for somebody believes to be less than it is.
+        fixture.sh(&format!("mkdir -m 777 {dir}/open"));
+        fixture.sh_as("1000", &format!("touch {dir}/open/made"));
         let make = format!(
             "cd {dir} && for name in write cut root; do echo old >$name && chmod 4777 $name &&
              /t/files capability $name; done"
