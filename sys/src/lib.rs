@@ -28,6 +28,12 @@ pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     }
 }
 
+/// Gives freed memory back to the kernel, which the allocator of the C library would keep for more.
+pub fn trim_heap() {
+    // SAFETY: it takes the allocator's own locks, and touches what is free only.
+    unsafe { libc::malloc_trim(0) };
+}
+
 /// A hardware address as ip(8) shows it: two hexadecimal digits for each byte, joined by colons.
 pub fn mac_text(address: &[u8]) -> String {
     let mut text = String::with_capacity(address.len() * 3);

@@ -52,8 +52,10 @@ pub struct CreateContainer {
     /// Source of the mount that stands for its pod's /dev/shm.
     pub shm: Option<PathBuf>,
     pub pod_uid: Option<String>,
-    /// What it writes to its root file system stays in the guest's memory: up to so many MiB.
-    pub root_in_memory_mib: Option<u64>,
+    /// What it writes to its root file system stays in the guest's memory.
+    pub root_in_memory: bool,
+    /// How large a file system in the guest's memory may become that names no size.
+    pub memory_mib: u64,
 }
 
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
@@ -137,9 +139,8 @@ impl HostSide {
     /// What a process that stands for the container sees of it.
     fn task_view(&self, create: &CreateContainer) -> Result<TaskView> {
         let root = match self.disk {
-            _ if create.root_in_memory_mib.is_some() => None,
-            Some(_) => None,
-            None => Some(self.place.open()?.get(rootfs::NAME)?.into()),
+            None if !create.root_in_memory => Some(self.place.open()?.get(rootfs::NAME)?.into()),
+            _ => None,
         };
         let of_spec = create.spec.root().as_ref();
         let process = create.spec.process().as_ref();
@@ -256,8 +257,12 @@ impl Container {
             rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
             storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
         }
-        if let Some(mib) = create.root_in_memory_mib {
-            rootfs = in_memory(&create.id, mib, &rootfs, &mut storages);
+        if create.root_in_memory {
+            rootfs = in_memory(&create.id, create.memory_mib, &rootfs, &mut storages);
+        }
+        let mut mounts = std::mem::take(&mut self.host.volumes.mounts);
+        for mount in mounts.iter_mut().filter(|mount| mount.type_ == "tmpfs") {
+            volumes::with_size(&mut mount.options, create.memory_mib);
         }
         let pid_namespace = match &create.pid_namespace {
             PidNamespace::Own => None,
@@ -272,7 +277,7 @@ impl Container {
         let sandbox_pidns = create.pid_namespace == PidNamespace::Pod && pid_namespace.is_none();
         let place = GuestView {
             rootfs,
-            mounts: std::mem::take(&mut self.host.volumes.mounts),
+            mounts,
             devices: std::mem::take(&mut self.host.devices.entries),
             device_rules: std::mem::take(&mut self.host.devices.rules),
             pid_namespace: pid_namespace.unwrap_or_default(),

@@ -296,6 +296,18 @@ impl Volumes {
     }
 }
 
+/// Gives a tmpfs that names no size half of what the machine may have: of itself the guest's kernel
+/// would give it half of the memory that there is by now.
+pub fn with_size(options: &mut Vec<String>, mib: u64) {
+    let sizes = ["size=", "nr_blocks="];
+    if !options
+        .iter()
+        .any(|option| sizes.iter().any(|size| option.starts_with(size)))
+    {
+        options.push(format!("size={mib}m"));
+    }
+}
+
 /// A mount's source, held by a descriptor.
 #[derive(Debug)]
 pub struct Pinned {

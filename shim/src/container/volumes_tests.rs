@@ -399,3 +399,16 @@ fn mounts_that_cannot_be_are_refused_with_the_way_out() {
         "{message}"
     );
 }
+
+#[test]
+fn a_tmpfs_without_a_size_has_half_of_what_may_be_there() {
+    for (options, added) in [
+        (&["nosuid", "mode=1777"][..], true),
+        (&["size=64k"], false),
+        (&["nr_blocks=4"], false),
+    ] {
+        let mut options: Vec<String> = options.iter().map(|one| (*one).to_owned()).collect();
+        with_size(&mut options, 300);
+        assert_eq!(options.contains(&"size=300m".to_owned()), added);
+    }
+}

@@ -147,7 +147,8 @@ impl SandboxOwner {
                 HashMap::new()
             },
             pod_uid,
-            root_in_memory_mib: None,
+            root_in_memory: false,
+            memory_mib: 0,
             shm: self
                 .pod
                 .shm
@@ -256,8 +257,8 @@ impl Making {
     /// Makes a container: the host's part while the guest boots, then the guest's. Hooks that undo
     /// what others made are run if it fails after they made it, as runc does.
     async fn run(self, role: Role, mut create: CreateContainer) -> Result<Created> {
-        let half = || self.wanted.get().most_mib / 2;
-        create.root_in_memory_mib = self.root_in_memory.then(half);
+        create.root_in_memory = self.root_in_memory;
+        create.memory_mib = self.wanted.get().most_mib / 2;
         if role == Role::Sandbox {
             let guest = self.launching.clone().await?;
             if guest.features().pod {

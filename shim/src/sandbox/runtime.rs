@@ -70,7 +70,12 @@ impl ProcessRuntime {
 pub struct Runtimes {
     containers: HashMap<String, ContainerRuntime>,
     processes: HashMap<ProcessId, ProcessRuntime>,
+    /// How many processes there were at a time, since memory was given back.
+    most: usize,
 }
+
+/// So many processes at a time leave memory behind that is worth giving back.
+const MANY: usize = 64;
 
 impl Runtimes {
     /// What is kept for a container, from now on.
@@ -85,6 +90,7 @@ impl Runtimes {
 
     /// What is kept for a process, from now on.
     pub fn process(&mut self, process: &ProcessId) -> &mut ProcessRuntime {
+        self.most = self.most.max(self.processes.len());
         self.processes.entry(process.clone()).or_default()
     }
 
@@ -119,7 +125,13 @@ impl Runtimes {
             self.containers.remove(&process.container);
         }
         let gone = self.processes.extract_if(|other, _| is_of(other, process));
-        gone.flat_map(|(_, kept)| kept.waiters).collect()
+        let waiters = gone.flat_map(|(_, kept)| kept.waiters).collect();
+        if self.most > MANY && self.processes.len() < MANY / 8 {
+            self.most = 0;
+            self.processes.shrink_to_fit();
+            sys::trim_heap();
+        }
+        waiters
     }
 
     /// Whether nothing is kept.
