@@ -14,13 +14,17 @@ const COUNT: &str = "40";
 const RUNS: usize = 3;
 
 /// What tests/images/files.c calls it, and the rows' names in the root and in the volume.
-const ROWS: [(&str, &str, &str); 6] = [
+const ROWS: [(&str, &str, &str); 10] = [
     ("create", "root.create", "volume.create"),
+    ("exclusive", "root.exclusive", "volume.exclusive"),
     ("rewrite", "root.rewrite", "volume.rewrite"),
     ("read", "root.read", "volume.read"),
     ("pwrite", "root.pwrite", "volume.pwrite"),
+    ("stat", "root.stat", "volume.stat"),
     ("absent", "root.absent", "volume.absent"),
+    ("mkdir", "root.mkdir", "volume.mkdir"),
     ("rename", "root.rename", "volume.rename"),
+    ("unlink", "root.unlink", "volume.unlink"),
 ];
 
 /// All rows.

@@ -10,6 +10,7 @@
 
 mod files;
 mod pods;
+mod programs;
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         .map(|runtime| suite.env(Release::V1_7, runtime, "bench"));
     let mut rows = measure(&envs);
     rows.extend(files::measure(&envs));
+    rows.extend(programs::measure(&envs));
     rows.extend(pods::measure(&envs));
     drop(envs);
     report(&rows);
