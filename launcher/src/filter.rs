@@ -26,7 +26,7 @@ pub enum Filter {
     FileServer,
     /// Nothing but what vhost-device-vsock does: threads, files, memory, unix sockets.
     VsockDaemon,
-    /// Nothing but what [`crate::task_program`] does.
+    /// Nothing but what [`crate::task_program()`] does.
     TaskProgram,
 }
 

@@ -37,8 +37,8 @@ pub enum Entry {
     /// What a file server needs of /proc: its own descriptors and mounts, and the system's limit of
     /// descriptors.
     OwnDescriptors,
-    /// A directory of the host as the root itself, with none of what is mounted below it. Nothing in
-    /// it can be executed.
+    /// A directory of the host as the root itself, with what is mounted below it. Nothing in it can
+    /// be executed.
     Root {
         /// Opened before.
         directory: Arc<OwnedFd>,
@@ -188,8 +188,7 @@ impl Steps<'_> {
                 directory,
                 read_only,
             } => {
-                let tree = slave(directory, *read_only, Extent::Mount)?;
-                self.steps.push(Step::Root(tree));
+                self.steps.push(Step::Root(slave(directory, *read_only)?));
                 Ok(())
             }
             Entry::Within {
@@ -198,7 +197,7 @@ impl Steps<'_> {
                 read_only,
             } => {
                 self.steps.push(Step::Within {
-                    tree: slave(from, *read_only, Extent::Tree)?,
+                    tree: slave(from, *read_only)?,
                     to: c_string(to)?,
                 });
                 Ok(())
@@ -265,8 +264,8 @@ impl Steps<'_> {
 
 /// A copy of a mount in which nothing can be executed. What is mounted in it here does not come
 /// back.
-fn slave(from: &OwnedFd, read_only: bool, extent: Extent) -> io::Result<OwnedFd> {
-    let tree = clone_tree(from, extent)?;
+fn slave(from: &OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
+    let tree = clone_tree(from, Extent::Tree)?;
     let mut attributes = Attributes::set(LOCKED | libc::MOUNT_ATTR_NOEXEC);
     if read_only {
         attributes.set |= libc::MOUNT_ATTR_RDONLY;

@@ -372,6 +372,16 @@ impl Env {
         self.daemon.ctr(args)
     }
 
+    /// Brings the images of an archive to the daemon.
+    #[track_caller]
+    pub fn import(&self, archive: &Path) {
+        let snapshotter = self.daemon.snapshotter;
+        let import = ["images", "import", "--snapshotter", snapshotter];
+        let archive = archive.to_string_lossy();
+        let command = self.daemon.ctr_command([&import[..], &[&archive]].concat());
+        crate::command::run(command, Duration::from_secs(300)).ok();
+    }
+
     /// `ctr run --rm` of the image with `flags`.
     #[track_caller]
     pub fn run(&self, flags: &[&str], command: &[&str]) -> Output {

@@ -122,14 +122,7 @@ fn import(env: &Env) {
     static THERE: Mutex<Option<HashSet<Release>>> = Mutex::new(None);
     let mut there = THERE.lock().unwrap_or_else(PoisonError::into_inner);
     if there.get_or_insert_default().insert(env.daemon.release) {
-        let archive = assets::programs();
-        let import = ["images", "import", "--snapshotter", env.daemon.snapshotter];
-        let archive = [archive.to_str().unwrap()];
-        run(
-            env.daemon.ctr_command([&import[..], &archive].concat()),
-            LONG,
-        )
-        .ok();
+        env.import(&assets::programs());
     }
 }
 

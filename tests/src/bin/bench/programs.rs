@@ -82,15 +82,7 @@ const FIO: [(&str, &str, &str); 3] = [
 pub fn measure(envs: &[Env; 2]) -> Vec<Row> {
     eprintln!("measuring programs that work on files");
     let archive = assets::programs();
-    for env in envs {
-        let import = ["images", "import", "--snapshotter", env.daemon.snapshotter];
-        let archive = [archive.to_str().unwrap()];
-        run(
-            env.daemon.ctr_command([&import[..], &archive].concat()),
-            LONG,
-        )
-        .ok();
-    }
+    envs.iter().for_each(|env| env.import(&archive));
     let config = envs[0].dir.join("in-memory.toml");
     fs::write(&config, "root_in_memory = true\n").unwrap();
     let memory = ["--runtime-config-path", config.to_str().unwrap()];
