@@ -296,8 +296,15 @@ fn files_go_in_and_out_by_the_pid_of_a_task(env: &Env) {
         let from = volume.display();
         format!("--mount=type=bind,src={from},dst={to},options=rbind:{how}")
     };
-    let mounts = [mount("/data", "rw"), mount("/seen", "ro")];
-    let container = env.detached(&[&mounts[0], &mounts[1]], &["sleep", "3600"]);
+    // A file as a volume too, as each container of a pod has some.
+    let hosts = env.dir.join("hosts");
+    fs::write(&hosts, "::1 me\n").unwrap();
+    let hosts = format!(
+        "--mount=type=bind,src={},dst=/etc/hosts,options=rbind:rw",
+        hosts.display()
+    );
+    let mounts = [mount("/data", "rw"), mount("/seen", "ro"), hosts];
+    let container = env.detached(&[&mounts[0], &mounts[1], &mounts[2]], &["sleep", "3600"]);
     let (pid, _) = container.listed().unwrap();
     let root = PathBuf::from(format!("/proc/{pid}/root"));
     fs::write(root.join("tmp/in"), "to the root").unwrap();
@@ -311,6 +318,10 @@ fn files_go_in_and_out_by_the_pid_of_a_task(env: &Env) {
     for path in ["root/out", "data/out", "seen/out"] {
         assert_eq!(fs::read_to_string(root.join(path)).unwrap(), "out\n");
     }
+    assert_eq!(
+        fs::read_to_string(root.join("etc/hosts")).unwrap(),
+        "::1 me\n"
+    );
     // Only the guest has these, and a file that nobody would see is refused.
     for path in ["seen/x", "dev/x", "proc/x", "run/x", "sys/x"] {
         let error = fs::write(root.join(path), "").unwrap_err();

@@ -8,7 +8,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
@@ -150,9 +149,7 @@ impl SharedVolume {
     /// # Errors
     /// One line that names the place.
     pub fn open(&self) -> Result<File> {
-        self.dir
-            .get(&self.name)
-            .map(|dir| OwnedFd::from(dir).into())
+        self.dir.hold(&self.name)
     }
 
     /// Whether anything is mounted below it.

@@ -86,6 +86,15 @@ impl Dir {
         opened.map(Dir).doing(|| self.doing("open directory", name))
     }
 
+    /// A file or directory in it, or what is mounted there by now, for its path only.
+    ///
+    /// # Errors
+    /// One line that names it.
+    pub fn hold(&self, name: &str) -> Result<File> {
+        let opened = self.beneath(Path::new(name), PATH, Mode::empty());
+        opened.map(File::from).doing(|| self.doing("open", name))
+    }
+
     /// A new file in it.
     ///
     /// # Errors
@@ -155,9 +164,8 @@ impl Dir {
     }
 }
 
-const DIRECTORY: OFlag = OFlag::O_PATH
-    .union(OFlag::O_DIRECTORY)
-    .union(OFlag::O_CLOEXEC);
+const PATH: OFlag = OFlag::O_PATH.union(OFlag::O_CLOEXEC);
+const DIRECTORY: OFlag = PATH.union(OFlag::O_DIRECTORY);
 
 /// A name in a directory that somebody has for a while. Dropping this removes what is there, and
 /// takes off first what is mounted there.
