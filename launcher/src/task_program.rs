@@ -1,6 +1,6 @@
 //! The program of a process that stands for something elsewhere: it tells on its stdout which
 //! signals it gets, and does nothing else. Its file is in no directory, so it runs in any root; it
-//! needs no library and takes two pages of memory.
+//! needs no library and takes a few pages of memory.
 
 use std::fs::File;
 use std::io::{self, Write};

@@ -109,7 +109,10 @@ impl TaskProcess {
         };
         match timeout(TASK_PROCESS_READY, process.confined()).await {
             Ok(confined) => confined.map(|()| process),
-            Err(_) => Err(Error::deadline(format!("no answer to: {}", doing()))),
+            Err(_) => Err(Error::deadline(format!(
+                "the process for the pid of {id} was not ready within {TASK_PROCESS_READY:?}: a \
+                 storage of the container hangs"
+            ))),
         }
     }
 
