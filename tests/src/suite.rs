@@ -80,7 +80,7 @@ pub enum Scope {
     Ours,
     /// Only on request, and not under runc.
     Long,
-    /// Only on request, and under runc as well: what needs more than `scripts/setup test`.
+    /// Only on request, and under runc as well.
     Heavy,
 }
 

@@ -1,6 +1,6 @@
 //! Programs that people put into containers, from Debian's packages: an init system, databases,
-//! servers, a compiler, docker. The image is scripts/programs'; all of it runs by
-//! `make test-programs` only, under runc too.
+//! servers, a compiler, docker. The image is scripts/programs'. `make test` runs the quick ones,
+//! `make test-programs` all of them, under runc too.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -22,9 +22,9 @@ fn main() -> ExitCode {
     Suite::new().run_on(
         &[Release::V1_7],
         cases![
-            Heavy: systemd_boots_as_pid_1_and_stops, postgres_with_pgbench, sqlite_survives_kill,
-                git_clone_gc_fsck, packages_are_installed_and_removed, redis_keeps_its_data,
-                nginx_serves, gcc_builds_and_runs, fio_verifies, docker_in_a_container,
+            Once: sqlite_survives_kill, redis_keeps_its_data, nginx_serves, gcc_builds_and_runs;
+            Heavy: systemd_boots_as_pid_1_and_stops, postgres_with_pgbench, git_clone_gc_fsck,
+                packages_are_installed_and_removed, fio_verifies, docker_in_a_container,
                 docker_publishes_a_port;
         ],
     )

@@ -30,8 +30,13 @@ use crate::log::log;
 const MIB: u64 = 1 << 20;
 
 /// What is left to the kernel, and to the containers until they are slowed down: the kernel does so
-/// by how much they are above their limit, in proportion to it. At least this, and a sixteenth.
-const RESERVE: u64 = 32 * MIB;
+/// by how much they are above their limit, in proportion to it. At least this, and an eighth.
+///
+/// The kernel's own part is what describes added memory (a 64th of it) and maps it. It comes from
+/// the memory of the boot alone as long as what is added is at most three times as much
+/// (`memory_hotplug.auto_movable_ratio`): so much of it, and half as much again, has to be free
+/// there before the first addition.
+const RESERVE: u64 = 64 * MIB;
 
 /// What the containers may use in any case before they are slowed down: to set a limit that they
 /// are above already takes as long as the kernel needs to take memory away.
@@ -91,7 +96,7 @@ impl Memory {
 
     /// From here on the containers wait.
     fn high(&self) -> u64 {
-        let reserve = RESERVE.max(self.total / 16);
+        let reserve = RESERVE.max(self.total / 8);
         self.used + self.free.saturating_sub(reserve).max(SLACK)
     }
 
@@ -240,9 +245,9 @@ mod tests {
     #[test]
     fn containers_are_slowed_down_while_something_is_free() {
         let memory = memory(480, 400);
-        assert_eq!(memory.high(), (80 + 200 - 32) * MIB);
+        assert_eq!(memory.high(), (80 + 200 - 64) * MIB);
         assert_eq!(super::Memory { free: 0, ..memory }.high(), 88 * MIB);
-        assert_eq!(memory.without(100 * MIB).high(), (80 + 100 - 32) * MIB);
+        assert_eq!(memory.without(100 * MIB).high(), (80 + 100 - 64) * MIB);
     }
 
     #[test]
