@@ -22,7 +22,7 @@
 //!   thread that lives as long as the machine should, inside a tokio runtime.
 //! * **A process is told of before it is used**, by the callback of [`boot::spawn`], so that
 //!   whoever keeps a ledger has it even if the next line never runs.
-//! * **One way for every device**: QMP commands that end in a `device_add` into a free root port,
+//! * **One way for every device**: QMP commands that end in a `device_add` into a free place,
 //!   before the CPUs run and after, undone in reverse order if one fails.
 //! * **An error says what the dead one said.** QEMU reports a closed socket; its helper's last line
 //!   has the reason, and QEMU's own last line has the reason of a closed monitor.

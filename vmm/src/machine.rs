@@ -41,7 +41,7 @@ impl Machine {
     /// Adds a device. Several may be added side by side. If it fails, nothing of it stays.
     ///
     /// # Errors
-    /// No free root port, or QEMU's own.
+    /// No free PCI slot, or QEMU's own.
     pub async fn attach(&self, device: Device) -> Result<Attached> {
         self.vm.attach(device).await
     }
@@ -76,7 +76,7 @@ impl Machine {
     /// now ([`Vm::resize_memory`]).
     ///
     /// # Errors
-    /// No free root port, QEMU's own, or its death.
+    /// No free PCI slot, QEMU's own, or its death.
     pub async fn resize_memory(&self, wanted_mib: u64, within: Duration) -> Result<u64> {
         self.vm.resize_memory(wanted_mib, within).await
     }

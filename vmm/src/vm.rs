@@ -1,4 +1,4 @@
-//! One QEMU by itself: its start, its monitor, the devices behind its root ports, its sizes and its
+//! One QEMU by itself: its start, its monitor, the devices on its buses, its sizes and its
 //! death. [`crate::boot`] and [`crate::machine`] make a machine of it and the helpers.
 
 mod resize;
@@ -26,7 +26,7 @@ use crate::deadlines::{QEMU_KILL, QEMU_LAST_WORDS, UNPLUG_LOOK_AGAIN};
 use crate::devices::{self, Attached, Device, Plug, Undo};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Child, Exit, Process, Spawn, last_words};
-use crate::qemu::{FIRST_PORT_SLOT, Inherited, MachineConfig, arguments, port_bus};
+use crate::qemu::{Inherited, MachineConfig, arguments, place, places};
 use crate::qmp::Qmp;
 use crate::qmp::commands::{Cont, DeviceDel, QueryVirtioStatus, Quit};
 
@@ -37,7 +37,8 @@ pub struct Starting {
     pub process: Child,
     console: Option<Console>,
     socket: UnixStream,
-    ports: u8,
+    root_ports: u8,
+    places: u8,
     virtio_status: bool,
     limits: Limits,
 }
@@ -60,7 +61,8 @@ pub struct Vm {
 #[derive(Debug, Default)]
 struct Devices {
     next: u32,
-    /// Root ports without a device, the lowest one last.
+    root_ports: u8,
+    /// Places without a device, the lowest one last.
     free: Vec<u8>,
     attached: HashMap<String, (u8, Vec<Undo>)>,
 }
@@ -142,7 +144,8 @@ impl Vm {
         Ok(Starting {
             process,
             socket: ours,
-            ports: config.root_ports,
+            root_ports: config.root_ports,
+            places: places(config),
             virtio_status,
             limits,
             console: shown,
@@ -153,7 +156,7 @@ impl Vm {
     /// nothing of it stays.
     ///
     /// # Errors
-    /// No free root port, a helper that is gone, QEMU's own.
+    /// No free PCI slot, a helper that is gone, QEMU's own.
     pub async fn attach(&self, device: Device) -> Result<Attached> {
         let name = device.name();
         let attached = self.attach_nameless(device).await;
@@ -168,37 +171,38 @@ impl Vm {
 
     async fn attach_nameless(&self, device: Device) -> Result<Attached> {
         device.check()?;
-        let (id, port) = {
+        let (id, number, place) = {
             let mut devices = self.devices();
-            let Some(port) = devices.free.pop() else {
+            let Some(number) = devices.free.pop() else {
                 return Err(Error::Unsupported(
-                    "every PCI port of the virtual machine has a device".into(),
+                    "every PCI slot of the virtual machine has a device".into(),
                 ));
             };
             devices.next += 1;
-            (format!("{}{}", device.kind(), devices.next), port)
+            let id = format!("{}{}", device.kind(), devices.next);
+            (id, number, place(devices.root_ports, number))
         };
         let mut plug = Plug {
             qmp: &self.qmp,
             id: id.clone(),
-            bus: port_bus(port),
+            place: &place,
             undo: Vec::new(),
         };
         let plugged = device.plug(&mut plug).await;
         let undo = plug.undo;
         match plugged {
             Ok(()) => {
-                self.devices().attached.insert(id.clone(), (port, undo));
+                self.devices().attached.insert(id.clone(), (number, undo));
                 Ok(Attached {
                     id,
-                    pci_path: format!("{:02x}/00", FIRST_PORT_SLOT + port),
+                    pci_path: place.pci_path,
                 })
             }
             Err(error) => {
                 let error = self.explained(error).await;
                 if !matches!(error, Error::Died { .. } | Error::Closed { .. }) {
                     devices::undo(&self.qmp, undo).await;
-                    self.devices().release(port);
+                    self.devices().release(number);
                 }
                 Err(error)
             }
@@ -267,9 +271,9 @@ impl Vm {
 
     async fn forget(&self, id: &str) {
         let removed = self.devices().attached.remove(id);
-        if let Some((port, undo)) = removed {
+        if let Some((number, undo)) = removed {
             devices::undo(&self.qmp, undo).await;
-            self.devices().release(port);
+            self.devices().release(number);
         }
     }
 
@@ -352,8 +356,8 @@ impl Vm {
 }
 
 impl Devices {
-    fn release(&mut self, port: u8) {
-        self.free.push(port);
+    fn release(&mut self, number: u8) {
+        self.free.push(number);
         self.free.sort_unstable_by(|a, b| b.cmp(a));
     }
 }
@@ -377,9 +381,9 @@ impl Starting {
             qmp.last_word(),
             sender,
         ));
-        let free = (0..self.ports).rev().collect();
         let devices = Mutex::new(Devices {
-            free,
+            free: (0..self.places).rev().collect(),
+            root_ports: self.root_ports,
             ..Devices::default()
         });
         let Starting {

@@ -278,7 +278,7 @@ async fn a_device_that_fails_leaves_nothing_and_takes_no_port() {
         .await
         .unwrap_err()
         .to_string();
-    assert_eq!(error, "every PCI port of the virtual machine has a device");
+    assert_eq!(error, "every PCI slot of the virtual machine has a device");
 }
 
 #[tokio::test]

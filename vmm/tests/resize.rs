@@ -166,6 +166,7 @@ async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
         256
     );
     lab.config.root_ports = 1;
+    lab.config.bridges = 0;
     let full = Vm::spawn(&lab.config)
         .await
         .unwrap()
@@ -181,7 +182,7 @@ async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
     };
     full.attach(Device::Block(disk)).await.unwrap();
     let error = full.resize_memory(512, SOON).await.unwrap_err().to_string();
-    assert_eq!(error, "every PCI port of the virtual machine has a device");
+    assert_eq!(error, "every PCI slot of the virtual machine has a device");
 }
 
 /// virtiofsd is told of the new memory and reaches buffers in it: with 256 MiB to begin with, a

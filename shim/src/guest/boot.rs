@@ -32,7 +32,7 @@ use crate::guest::clock::GuestClock;
 use crate::guest::disks::Disks;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, host_cpus, host_memory_mib};
-use crate::guest::nics::Nics;
+use crate::guest::nics::{self, Nics};
 use crate::guest::place::HostCgroup;
 use crate::guest::reach_agent::{self, Address};
 use crate::guest::running::{RunningGuest, STARTING_EXECS, Size};
@@ -46,12 +46,11 @@ use crate::host::node_sysctls;
 /// How often a boot is tried, if the agent does not answer within `boot_timeout_seconds`.
 pub const ATTEMPTS: u32 = 2;
 
-/// Devices that may come beside those of every machine: network cards, disks, and memory.
-const PORTS: u8 = 6;
+/// Places for the devices that come first, beside those of every machine.
+const PORTS: u8 = 3;
 
-/// The same for a pod, whose containers may each have a disk for their root file system, and which
-/// may grow.
-const POD_PORTS: u8 = 10;
+/// With the slots behind them a pod can have 64 network cards and disks, and memory that grows.
+const BRIDGES: u8 = 2;
 
 /// What a launch needs to know.
 pub struct BootConfig {
@@ -108,8 +107,10 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     };
     let place = HostCgroup::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
+    let capabilities = vmm::capabilities::query(&qemu, &cache_dir).await?;
     let machine = MachineConfig {
-        capabilities: vmm::capabilities::query(&qemu, &cache_dir).await?,
+        bridges: if capabilities.bridges() { BRIDGES } else { 0 },
+        capabilities,
         qemu,
         accel,
         name: plan.id.clone(),
@@ -121,11 +122,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
         max_memory_mib: host_memory_mib().max(plan.sizing.memory_mib),
         vcpus: plan.sizing.vcpus,
         max_vcpus: host_cpus().max(plan.sizing.vcpus),
-        root_ports: if plan.shm_bytes.is_some() {
-            POD_PORTS
-        } else {
-            PORTS
-        },
+        root_ports: PORTS,
         console: config.debug.then(|| ledger.dir().join("console.log")),
         cgroup_procs: place.procs(),
         netns: Some(nics.netns()),
@@ -263,7 +260,6 @@ impl Attempt<'_> {
         }
         let machine = built.run().await?;
         let (agent, transport) = agent_of(&machine, &transport, &ready).await?;
-        nics.set_up(&agent).await?;
         let features = create_sandbox(&agent, plan).await?;
         let host_sockets = if features.uds {
             let doing = || "listen for the guest's connections to unix sockets".to_owned();
@@ -276,6 +272,13 @@ impl Attempt<'_> {
         } else {
             None
         };
+        let guest = nics::Guest {
+            machine: &machine,
+            agent: &agent,
+            is_own: features.network,
+            sockets: host_sockets.as_ref(),
+        };
+        nics.set_up(guest).await?;
         let forwarder = if features.port_forward && plan.netns.is_some() {
             nics.forward(&transport).await
         } else {

@@ -1,5 +1,5 @@
 //! Devices that a sandbox adds to the base machine. There is one way for all of them, before the
-//! CPUs run and after: QMP commands that end in a `device_add` into a free root port, undone in
+//! CPUs run and after: QMP commands that end in a `device_add` into a free place, undone in
 //! reverse order if one fails.
 
 pub mod block;
@@ -11,6 +11,7 @@ pub mod vsock;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::qemu::Place;
 use crate::qmp::Qmp;
 use crate::qmp::commands::{
     BlockdevDel, ChardevAdd, ChardevRemove, DeviceAdd, NetdevDel, ObjectDel, QomList, RemoveFd,
@@ -37,8 +38,8 @@ pub enum Device {
 pub struct Attached {
     /// What [`crate::Machine::detach`] takes; unique in this virtual machine.
     pub id: String,
-    /// Where the guest finds it: slot of the root port and of the device behind it, hexadecimal:
-    /// `04/00`.
+    /// Where the guest finds it: slot of the root port or bridge and of the device behind it,
+    /// hexadecimal: `04/00`.
     pub pci_path: String,
 }
 
@@ -97,7 +98,7 @@ pub(crate) enum Undo {
 pub(crate) struct Plug<'a> {
     pub qmp: &'a Qmp,
     pub id: String,
-    pub bus: String,
+    pub place: &'a Place,
     pub undo: Vec<Undo>,
 }
 
@@ -119,16 +120,25 @@ impl Plug<'_> {
         Ok(id)
     }
 
-    /// The last step: `properties` with driver, id and bus added.
+    /// The last step: `properties` with driver, id and place added.
     async fn device_add(&mut self, driver: &str, properties: Value) -> Result<()> {
         let mut arguments = match properties {
             Value::Object(properties) => properties,
             _ => Map::new(),
         };
+        let Place { bus, slot, .. } = self.place;
         arguments.extend(
-            [("driver", driver), ("id", &self.id), ("bus", &self.bus)]
-                .map(|(k, v)| (k.into(), json!(v))),
+            [("driver", driver), ("id", &self.id), ("bus", bus)].map(|(k, v)| (k.into(), json!(v))),
         );
+        // Behind a bridge: the bus has many slots, and QEMU takes a device there for one that old
+        // drivers use, which needs space for IO ports.
+        if *slot != 0 {
+            arguments.insert("addr".into(), json!(format!("{slot:#x}")));
+            // Those of vhost-user are never such.
+            if driver.starts_with("virtio-") {
+                arguments.insert("disable-legacy".into(), json!("on"));
+            }
+        }
         match self.qmp.execute(&DeviceAdd(arguments)).await {
             Ok(_) => Ok(()),
             // No answer does not mean not done.

@@ -97,7 +97,15 @@ impl Capabilities {
             .map(|part| part.parse::<u32>().unwrap_or_default());
         self.virtio_status && (parts.next(), parts.next()) < (Some(10), Some(2))
     }
+
+    /// Whether a machine can have [`crate::MachineConfig::bridges`].
+    pub fn bridges(&self) -> bool {
+        self.has(BRIDGE)
+    }
 }
+
+/// A bus with many slots.
+pub(crate) const BRIDGE: &str = "pcie-pci-bridge";
 
 /// What every machine is made of or may be given later: without one of these a binary is of no use.
 const NEEDED: [&str; 8] = [
@@ -112,7 +120,8 @@ const NEEDED: [&str; 8] = [
 ];
 
 /// What some machines are made of.
-const WANTED: [&str; 7] = [
+const WANTED: [&str; 8] = [
+    BRIDGE,
     KVM,
     TCG,
     VHOST_VSOCK,
@@ -153,7 +162,11 @@ pub(super) const NEEDED_OPTIONS: [&str; 2] = ["memory-backend", "dump-guest-core
 /// it.
 pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
     let key = FileKey::of(qemu)?;
-    if let Some(known) = key.load(cache_dir, "qemu") {
+    // Another version of this program may have asked for less.
+    let asked: Vec<String> = types().map(String::from).collect();
+    if let Some((before, known)) = key.load::<(Vec<String>, _)>(cache_dir, "qemu")
+        && before == asked
+    {
         return Ok(known);
     }
     let found = match tokio::time::timeout(CAPABILITIES, ask(qemu)).await {
@@ -166,7 +179,7 @@ pub async fn query(qemu: &Path, cache_dir: &Path) -> Result<Capabilities> {
             });
         }
     };
-    key.store(cache_dir, "qemu", &found);
+    key.store(cache_dir, "qemu", &(asked, &found));
     Ok(found)
 }
 

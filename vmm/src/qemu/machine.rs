@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::accel::Resolved;
 use super::args::{Arguments, Properties};
-use super::capabilities::{Capabilities, QBOOT, VIRTCONSOLE, VIRTIO_SERIAL, monitor};
+use super::capabilities::{BRIDGE, Capabilities, QBOOT, VIRTCONSOLE, VIRTIO_SERIAL, monitor};
 use super::check::check;
 use crate::confine::Confinement;
 use crate::devices::memory::region_mib;
@@ -51,9 +51,13 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// The most that there can be later ([`crate::Machine::resize_vcpus`]), up to 240.
     pub max_vcpus: u32,
-    /// How many devices can be attached, 1 to 27 with those of [`crate::boot`]. Each costs 5 to
-    /// 10 ms of an emulated boot.
+    /// Places for a device each, 1 to 27 with those of [`crate::boot`] and the bridges. One costs
+    /// 3 ms of an emulated boot.
     pub root_ports: u8,
+    /// Bridges to buses with [`BRIDGE_SLOTS`] places each, for when no root port is free. One costs
+    /// 8 ms of an emulated boot. A guest's kernel has to keep room behind them
+    /// (configs/kernel/patches/0010-bridge-windows.patch).
+    pub bridges: u8,
     /// For debugging: the end of what the guest's console (hvc0) shows is kept in this file, and in
     /// one with the suffix `log.old`, 64 KiB each.
     pub console: Option<PathBuf>,
@@ -82,9 +86,40 @@ pub(crate) struct Inherited<'a> {
     pub initramfs: Option<&'a Path>,
 }
 
-/// The PCI bus behind a root port, by QEMU's name.
-pub(crate) fn port_bus(port: u8) -> String {
-    format!("port{port}")
+/// Places behind a bridge: a conventional bus has 32 slots, and the first is the bridge's own.
+const BRIDGE_SLOTS: u8 = 31;
+
+/// Where a device can be attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The PCI bus, by QEMU's name.
+    pub bus: String,
+    /// The slot on it.
+    pub slot: u8,
+    /// Where the guest finds it.
+    pub pci_path: String,
+}
+
+/// How many places there are: those behind root ports come first.
+pub(crate) fn places(config: &MachineConfig) -> u8 {
+    config.root_ports + config.bridges * BRIDGE_SLOTS
+}
+
+/// One of them, of a machine with so many root ports.
+pub(crate) fn place(root_ports: u8, number: u8) -> Place {
+    let (bus, on_root_bus, slot) = match number.checked_sub(root_ports) {
+        None => (format!("port{number}"), number, 0),
+        Some(number) => {
+            let bridge = number / BRIDGE_SLOTS;
+            let slot = number % BRIDGE_SLOTS + 1;
+            (format!("bridge{bridge}"), root_ports + bridge, slot)
+        }
+    };
+    Place {
+        bus,
+        slot,
+        pci_path: format!("{:02x}/{slot:02x}", FIRST_PORT_SLOT + on_root_bus),
+    }
 }
 
 /// The command line. The CPUs wait for `cont`.
@@ -289,7 +324,7 @@ fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<Ra
     }
     for port in 0..config.root_ports {
         let device =
-            on_root_bus("pcie-root-port", FIRST_PORT_SLOT + port).with("id", port_bus(port));
+            on_root_bus("pcie-root-port", FIRST_PORT_SLOT + port).with("id", format!("port{port}"));
         // IO space is short, and nothing that is attached needs any.
         arguments.list(
             "-device",
@@ -298,6 +333,11 @@ fn devices(arguments: &mut Arguments, config: &MachineConfig, console: Option<Ra
                 .number("slot", port + 1)
                 .with("io-reserve", "0"),
         );
+    }
+    for bridge in 0..config.bridges {
+        let slot = FIRST_PORT_SLOT + config.root_ports + bridge;
+        let device = on_root_bus(BRIDGE, slot);
+        arguments.list("-device", device.with("id", format!("bridge{bridge}")));
     }
 }
 
@@ -322,6 +362,7 @@ pub(super) mod tests {
             vcpus: 2,
             max_vcpus: 2,
             root_ports: 2,
+            bridges: 2,
             console: None,
             cgroup_procs: Vec::new(),
             oom_score_adj: None,
@@ -367,6 +408,7 @@ pub(super) mod tests {
             " a=b,c | ",
             "virtio-balloon-pci,bus=pcie.0,addr=0x2,id=balloon,disable-legacy=on,free-page-reporting=on",
             "pcie-root-port,bus=pcie.0,addr=0x5,id=port1,chassis=2,slot=2,io-reserve=0",
+            "pcie-pci-bridge,bus=pcie.0,addr=0x7,id=bridge1",
         ] {
             assert!(line.contains(part), "{part} in {line}");
         }
@@ -374,6 +416,21 @@ pub(super) mod tests {
             !line.contains("virtconsole") && !line.contains("port2"),
             "{line}"
         );
+    }
+
+    #[test]
+    fn root_ports_are_taken_first_and_each_place_is_another() {
+        let all: Vec<Place> = (0..places(&config()))
+            .map(|number| place(2, number))
+            .collect();
+        assert_eq!(all.len(), 64);
+        let paths = |range: std::ops::Range<usize>| {
+            let paths = all[range].iter().map(|place| place.pci_path.as_str());
+            paths.collect::<Vec<_>>()
+        };
+        assert_eq!(paths(0..4), ["04/00", "05/00", "06/01", "06/02"]);
+        assert_eq!(paths(32..34), ["06/1f", "07/01"]);
+        assert_eq!((all[63].bus.as_str(), all[63].slot), ("bridge1", 31));
     }
 
     #[test]

@@ -7,4 +7,4 @@ mod check;
 mod machine;
 
 pub use machine::MachineConfig;
-pub(crate) use machine::{FIRST_PORT_SLOT, Inherited, arguments, port_bus};
+pub(crate) use machine::{Inherited, Place, arguments, place, places};

@@ -145,6 +145,8 @@ fn device(recording: &Recording, driver: &str, arguments: &Value) -> Vec<String>
             Ok(kind) => {
                 // QEMU takes some of these as text too, but not from 9.2 on.
                 let fits = match kind {
+                    // Text in every release; those before 10 name the type of its other form.
+                    _ if name == "addr" => value.is_string(),
                     "bool" => value.is_boolean(),
                     kind if is_number(kind) => value.is_number(),
                     _ => value.is_string(),

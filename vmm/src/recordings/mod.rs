@@ -30,7 +30,9 @@ use serde_json::Value;
 use self::peer::Noted;
 use self::schema::Schema;
 use self::sent::{capabilities, everything};
-use crate::qemu::capabilities::{KVM, TCG, VHOST_USER_VSOCK, VHOST_VSOCK, VIRTIO_MEM, types};
+use crate::qemu::capabilities::{
+    BRIDGE, KVM, TCG, VHOST_USER_VSOCK, VHOST_VSOCK, VIRTIO_MEM, types,
+};
 use crate::qmp::commands::{self, Command, QueryVirtioStatus};
 
 /// The name of our machine among the types, though its options are those of one that was made.
@@ -284,7 +286,7 @@ async fn what_a_later_version_renames_is_one_line_that_names_it() {
 #[tokio::test]
 async fn a_qemu_that_lacks_a_part_of_every_machine_is_refused_by_its_name() {
     let dir = tempfile::tempdir().unwrap();
-    let optional = [KVM, TCG, VHOST_VSOCK, VHOST_USER_VSOCK, VIRTIO_MEM];
+    let optional = [BRIDGE, KVM, TCG, VHOST_VSOCK, VHOST_USER_VSOCK, VIRTIO_MEM];
     let console = ["virtio-serial-pci", "virtconsole"];
     for recording in Recording::all() {
         let refusal = async |changed: Arc<Recording>| {

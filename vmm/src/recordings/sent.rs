@@ -21,7 +21,7 @@ use crate::error::Result;
 use crate::qemu::accel::Resolved;
 use crate::qemu::capabilities::{self, Capabilities, KVM, TCG, interview};
 use crate::qemu::capabilities::{VHOST_USER_VSOCK, VHOST_VSOCK, VIRTIO_MEM};
-use crate::qemu::{Inherited, MachineConfig, arguments, port_bus};
+use crate::qemu::{Inherited, MachineConfig, arguments, place};
 use crate::qmp::Qmp;
 use crate::vm::scripted;
 
@@ -100,7 +100,7 @@ async fn devices(
             let mut plug = Plug {
                 qmp: &qmp,
                 id: format!("{}{number}", device.kind()),
-                bus: port_bus(0),
+                place: &place(1, number as u8),
                 undo: Vec::new(),
             };
             let plugged = device.plug(&mut plug).await;
@@ -217,6 +217,7 @@ fn line(capabilities: &Capabilities, kvm: bool, dir: &Path) -> Result<Vec<OsStri
         vcpus: 1,
         max_vcpus: 2,
         root_ports: 2,
+        bridges: if capabilities.bridges() { 2 } else { 0 },
         console: Some("/console".into()),
         cgroup_procs: Vec::new(),
         oom_score_adj: None,

@@ -102,10 +102,10 @@ impl Vm {
     /// never more than the machine was made for, never less than it began with. Waits until the
     /// guest is done, makes no progress any more or the time is over, and returns how many MiB it
     /// has now: a guest that shrinks keeps what it cannot free, and goes on trying. The first
-    /// growth takes a root port.
+    /// growth takes a PCI slot.
     ///
     /// # Errors
-    /// No free root port, QEMU's own, or its death.
+    /// No free PCI slot, QEMU's own, or its death.
     pub async fn resize_memory(&self, wanted_mib: u64, timeout: Duration) -> Result<u64> {
         reach(Point::MachineResizing)
             .doing(|| format!("resize the machine to {wanted_mib} MiB"))?;

@@ -15,7 +15,8 @@ pub(crate) async fn vm(monitor: UnixStream, virtio_status: bool) -> Vm {
         process,
         console: None,
         socket: monitor,
-        ports: 8,
+        root_ports: 8,
+        places: 8,
         virtio_status,
         limits: Limits {
             vcpus: 1,
