@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "csi",
         "health",
         "memory",
+        "network",
         "oci",
         "types",
     ]
@@ -45,6 +46,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "health_ttrpc",
         "memory",
         "memory_ttrpc",
+        "network",
+        "network_ttrpc",
         "oci",
         "types",
     ] {

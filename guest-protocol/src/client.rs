@@ -11,6 +11,7 @@ use crate::protocols::agent_ttrpc::AgentServiceClient;
 use crate::protocols::clock_ttrpc::ClockClient;
 use crate::protocols::health_ttrpc::HealthClient;
 use crate::protocols::memory_ttrpc::MemoryClient;
+use crate::protocols::network_ttrpc::NetworkClient;
 use crate::transport::Stream;
 
 /// A connection to a guest agent. Clones share it; calls run side by side.
@@ -24,6 +25,8 @@ pub struct AgentClient {
     pub clock: ClockClient,
     /// Memory that grows, see [`crate::FEATURE_MEMORY`].
     pub memory: MemoryClient,
+    /// The network as the host has it, see [`crate::FEATURE_NETWORK`].
+    pub network: NetworkClient,
     verdict: Verdict,
 }
 
@@ -49,7 +52,8 @@ impl AgentClient {
             agent: AgentServiceClient::new(client.clone()),
             health: HealthClient::new(client.clone()),
             clock: ClockClient::new(client.clone()),
-            memory: MemoryClient::new(client),
+            memory: MemoryClient::new(client.clone()),
+            network: NetworkClient::new(client),
             verdict,
         }
     }

@@ -80,6 +80,9 @@ pub const FEATURE_CLOCK: &str = "cofferdam.clock";
 /// Entry of `AgentDetails.extra_features`: the service of `protos/memory.proto`.
 pub const FEATURE_MEMORY: &str = "cofferdam.memory";
 
+/// Entry of `AgentDetails.extra_features`: the service of `protos/network.proto`.
+pub const FEATURE_NETWORK: &str = "cofferdam.network";
+
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 

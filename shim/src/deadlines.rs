@@ -54,6 +54,19 @@ pub const MACHINE_RESIZE: Duration = Duration::from_secs(10);
 /// Between two looks whether a disk of the host's has grown.
 pub const DISK_LOOK: Duration = Duration::from_secs(1);
 
+/// Between two looks at what of a network namespace no event tells.
+pub const NETWORK_LOOK: Duration = Duration::from_secs(2);
+
+/// A network namespace in which nothing has changed for so long is looked at: one link is several
+/// events.
+pub const NETWORK_CALM: Duration = Duration::from_millis(20);
+
+/// One that does not come to rest is looked at all the same.
+pub const NETWORK_LONGEST_STORM: Duration = Duration::from_millis(500);
+
+/// How long a guest may take to let go of a card.
+pub const LINK_UNPLUG: Duration = Duration::from_secs(5);
+
 /// Between two changes of a machine's memory that its guest asks for.
 pub const MEMORY_CHANGE_PAUSE: Duration = Duration::from_millis(100);
 

@@ -7,7 +7,7 @@
     reason = "a failed condition is a failed test"
 )]
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, ExitCode};
@@ -30,8 +30,7 @@ fn main() -> ExitCode {
         Once: port_forward_reaches_a_server_on_loopback, host_port, link_is_as_cni_made_it, macvlan,
             names_of_the_network_survive_a_second_container;
         Ours: network_made_by_a_hook, network_made_before_the_start,
-            links_of_all_kinds_can_be_made, traffic_can_be_shaped,
-            rules_that_would_not_bind_the_guest_keep_it_from_starting;
+            links_of_all_kinds_can_be_made, traffic_can_be_shaped;
     ])
 }
 
@@ -372,36 +371,6 @@ fn network_namespace_given_to_ctr_is_used_and_left_as_it_was(env: &Env) {
     eventually("its link is gone", PATIENCE, || {
         (ip(&["link", "show", host]).status != 0).then_some(())
     });
-}
-
-/// What a mesh does to a pod's namespace: its rules would be passed by.
-fn rules_that_would_not_bind_the_guest_keep_it_from_starting(env: &Env) {
-    let netns = Netns::new(&env.id());
-    let namespace = format!("network:{}", netns.path());
-    env.run(&["--with-ns", &namespace], &["true"]).ok();
-    netns.exec(&[
-        "iptables",
-        "-t",
-        "nat",
-        "-A",
-        "OUTPUT",
-        "-p",
-        "tcp",
-        "-j",
-        "REDIRECT",
-        "--to-ports",
-        "15001",
-    ]);
-    let refused = env.run(&["--with-ns", &namespace], &["true"]);
-    refused.fails_with(&["do not bind a virtual machine", "OUTPUT", "netns_rules"]);
-    let config = env.dir.join("cofferdam.toml");
-    fs::write(&config, "netns_rules = 'ignore'\n").unwrap();
-    let config = config.to_string_lossy();
-    env.run(
-        &["--runtime-config-path", &config, "--with-ns", &namespace],
-        &["true"],
-    )
-    .ok();
 }
 
 /// Makes a link between the host and the namespace of a process, as nerdctl and docker do it.

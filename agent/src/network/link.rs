@@ -15,7 +15,7 @@ use crate::guest::pci;
 use crate::log::log;
 
 /// Bytes of a `struct ifinfomsg`.
-const IFINFOMSG: usize = 16;
+pub(super) const IFINFOMSG: usize = 16;
 
 /// Bytes of a `struct ifaddrmsg`.
 const IFADDRMSG: usize = 8;
@@ -249,6 +249,19 @@ impl Change {
         self.1[2] = mask;
         self
     }
+}
+
+/// Brings a link up or down.
+pub(super) fn set_up(netlink: &Netlink, index: u32, up: bool) -> std::io::Result<()> {
+    let flags = if up { IFF_UP } else { 0 };
+    set(netlink, Change::of(index).flags(flags, IFF_UP))
+}
+
+/// Removes a link.
+pub(super) fn remove(netlink: &Netlink, index: u32) -> std::io::Result<()> {
+    let mut message = Message::new(libc::RTM_DELLINK, 0, &[0; IFINFOMSG]);
+    message.fixed(4, &index.to_ne_bytes());
+    netlink.request(message).map(|_| ())
 }
 
 fn set(netlink: &Netlink, change: Change) -> std::io::Result<()> {

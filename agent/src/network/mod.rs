@@ -4,19 +4,21 @@
 //! ```text
 //!  UpdateInterface ── link ─────┐
 //!  UpdateRoutes    ── route ────┼── netlink: one request, its answers ── kernel (NETLINK_ROUTE)
-//!  AddARPNeighbors ── this file ┘
+//!  AddARPNeighbors ── this file ┤
+//!  Network.Set     ── mirror ───┴── netfilter ── kernel (NETLINK_NETFILTER, IPT_SO_SET_REPLACE)
 //!  ListInterfaces, ListRoutes: the same files, by dumps
 //! ```
 //!
 //! `link` finds the interface that is meant (by PCI path, else by hardware address, else by name)
 //! and gives it what the host has for it. `route` keeps to the main table. `netlink` knows the wire
-//! and nothing of links or routes. This file has what the others share: addresses as text and as
-//! bytes.
+//! and nothing of links or routes. `mirror` sets all of it as the host's kernel has it, in the
+//! kernel's own messages: our own shim uses it, and of the other calls only `UpdateInterface`. This
+//! file has what the others share: addresses as text and as bytes.
 //!
 //! Rules that a change must not break:
 //!
-//! * A call can be repeated: it makes what is missing, changes what is there, and removes nothing.
-//!   The shim repeats the calls when a link comes late.
+//! * A call can be repeated: it makes what is missing, changes what is there, and removes nothing
+//!   (`mirror`: only what it has made itself). The shim repeats the calls when a link comes late.
 //! * An interface is taken down only if its name or its hardware address changes, because that
 //!   costs it its routes and its IPv6 addresses.
 //! * Routes without a gateway come before those with one, which are reached over them.
@@ -25,6 +27,8 @@
 //!   card that is being plugged in.
 
 mod link;
+mod mirror;
+mod netfilter;
 mod netlink;
 mod route;
 
@@ -37,6 +41,7 @@ use self::netlink::{Message, Netlink};
 use crate::error::{Context, Error, Result};
 
 pub use link::{list as list_interfaces, update as update_interface};
+pub use mirror::Mirror;
 pub use route::{list as list_routes, update as update_routes};
 
 /// Makes what is missing and changes what is there: a call can be repeated.

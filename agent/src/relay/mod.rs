@@ -3,6 +3,7 @@
 //! ```text
 //!  tcp    host ── vsock 1030, "cofferdam-forward/1 80" ──> agent ──> 127.0.0.1:80, [::1]:80
 //!  unix   container ──> socket in the guest, agent ── vsock, "cofferdam-uds/2 …" ──> host
+//!  loopback   container ──> 127.0.0.11:53, agent ── the same line ──> host, 127.0.0.11:53 there
 //!
 //!  serve ── accept ──> a task for each connection, MAX_CONNECTIONS at a time
 //!                        ├─ read or send the line, wait for the answer       with deadlines
@@ -22,6 +23,7 @@
 //!   descriptors each time.
 //! * What is carried may be slow or silent for ever; a deadline here is for the handshake only.
 
+pub mod loopback;
 pub mod tcp;
 pub mod unix;
 

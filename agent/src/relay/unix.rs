@@ -187,15 +187,17 @@ fn set_owner(path: &Path, options: &SocketOptions) -> io::Result<()> {
 
 /// The way to one socket of the host.
 #[derive(Clone)]
-struct HostWay {
-    host: Transport,
-    port: u32,
-    name: String,
+pub(super) struct HostWay {
+    pub host: Transport,
+    /// What is dialled there.
+    pub port: u32,
+    /// What the host calls the socket.
+    pub name: String,
 }
 
 impl HostWay {
     /// A connection to it, for a user of the guest.
-    async fn dial(&self, Sender { uid, gid }: Sender) -> io::Result<Stream> {
+    pub async fn dial(&self, Sender { uid, gid }: Sender) -> io::Result<Stream> {
         let name = self.name.clone();
         let request = HostSocketRequest { name, uid, gid };
         let mut server = self.host.dial(self.port, deadlines::HOST_DIAL).await?;

@@ -90,8 +90,8 @@ pub struct Sandbox {
     pub cgroups: PathBuf,
     /// How long a hot-plugged device may take to appear.
     pub hotplug_timeout: Duration,
-    /// For the unix sockets of the host.
-    host: Transport,
+    /// For sockets of the host.
+    pub host: Transport,
     reaper: Reaper,
     /// OOM kills that nobody has fetched yet.
     pub oom: Arc<oom::Queue>,

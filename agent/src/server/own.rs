@@ -1,5 +1,5 @@
-//! The services that are no part of the protocol of Kata Containers' agent: the time of day, and
-//! memory that grows with its use.
+//! The services that are no part of the protocol of Kata Containers' agent: the time of day, memory
+//! that grows with its use, and the network as the host has it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,13 +9,16 @@ use guest_protocol::protocols::clock::{Correction, TimeOfDay};
 use guest_protocol::protocols::clock_ttrpc::{Clock, create_clock};
 use guest_protocol::protocols::memory::{MemoryNeed, MemoryState};
 use guest_protocol::protocols::memory_ttrpc::{Memory, create_memory};
+use guest_protocol::protocols::network::NetworkState;
+use guest_protocol::protocols::network_ttrpc::{Network, create_network};
 use protobuf::well_known_types::empty::Empty;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::Reply;
 use crate::cgroup::growth;
 use crate::guest::settings;
+use crate::network::Mirror;
 use crate::sandbox::Sandbox;
 
 /// The services, for a ttrpc server.
@@ -23,9 +26,11 @@ pub fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
     let own = Arc::new(Own {
         sandbox,
         memory_asked: Notify::new(),
+        network: Mutex::default(),
     });
     let mut services = create_clock(own.clone());
-    services.extend(create_memory(own));
+    services.extend(create_memory(own.clone()));
+    services.extend(create_network(own));
     services
 }
 
@@ -33,6 +38,7 @@ struct Own {
     sandbox: Arc<Sandbox>,
     /// A call is there that makes the one before it useless.
     memory_asked: Notify,
+    network: Mutex<Mirror>,
 }
 
 #[async_trait]
@@ -64,5 +70,14 @@ impl Memory for Own {
             mib,
             ..Default::default()
         })
+    }
+}
+
+#[async_trait]
+impl Network for Own {
+    async fn set(&self, _: &TtrpcContext, state: NetworkState) -> Reply<Empty> {
+        let mut network = self.network.lock().await;
+        network.set(&state, &self.sandbox.host)?;
+        Ok(Empty::new())
     }
 }

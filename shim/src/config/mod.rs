@@ -82,8 +82,10 @@ impl ConfinementLevel {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetnsRules {
-    /// It does not start: they would not bind the guest.
+    /// The guest's kernel gets them; with one that it cannot have the pod does not start.
     #[default]
+    Carry,
+    /// It does not start.
     Refuse,
     /// It starts, and they do not bind it.
     Ignore,
@@ -164,7 +166,7 @@ impl Default for Config {
             accelerator: Accelerator::Auto,
             vsock: VsockDevice::Auto,
             confinement: ConfinementLevel::Full,
-            netns_rules: NetnsRules::Refuse,
+            netns_rules: NetnsRules::Carry,
             uid_range: UidRange {
                 first: FIRST_UID,
                 count: UIDS,

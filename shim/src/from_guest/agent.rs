@@ -15,6 +15,7 @@ use guest_protocol::protocols::agent::{
 use guest_protocol::protocols::clock::Correction;
 use guest_protocol::protocols::health::CheckRequest;
 use guest_protocol::protocols::memory::MemoryState;
+use guest_protocol::protocols::network::NetworkState;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{AgentClient, context};
 use protobuf::well_known_types::empty::Empty;
@@ -195,6 +196,19 @@ impl Agent {
             .wait(context(Some(deadline)), state)
             .await;
         Ok(self.judged("Memory.Wait", answer)?.mib)
+    }
+
+    /// Makes the guest's network what the message says.
+    ///
+    /// # Errors
+    /// As those of every call.
+    pub async fn set_network(&self, state: &NetworkState, deadline: Duration) -> Result<()> {
+        let answer = self
+            .client
+            .network
+            .set(context(Some(deadline)), state)
+            .await;
+        self.judged("Network.Set", answer).map(drop)
     }
 
     /// A container's statistics.

@@ -26,8 +26,8 @@ mod stats;
 
 use guest_protocol::protocols::agent::AgentDetails;
 use guest_protocol::{
-    FEATURE_CLOCK, FEATURE_MEMORY, FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD,
-    FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
+    FEATURE_CLOCK, FEATURE_MEMORY, FEATURE_NETWORK, FEATURE_OWN_FIELDS, FEATURE_POD,
+    FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use ttrpc::Code;
 
@@ -71,6 +71,8 @@ pub struct Features {
     pub clock: bool,
     /// See [`FEATURE_MEMORY`].
     pub memory: bool,
+    /// See [`FEATURE_NETWORK`].
+    pub network: bool,
 }
 
 /// The refusal of what only our own agent can do.
@@ -100,6 +102,7 @@ impl Features {
             own_fields: has(FEATURE_OWN_FIELDS),
             clock: has(FEATURE_CLOCK),
             memory: has(FEATURE_MEMORY),
+            network: has(FEATURE_NETWORK),
         }
     }
 }

@@ -110,7 +110,7 @@ pub trait GuestCalls: Debug + Send + Sync {
     /// Changes a container's limits; what is not named stays.
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<()>;
 
-    /// Makes a NIC of each link that has come into the network namespace since.
+    /// Gives the guest what has changed in the network namespace since.
     async fn add_links(&self, ledger: &Ledger) -> Result<()>;
 
     /// Gives the machine the memory and the CPUs that it should have, and takes none.
@@ -123,9 +123,9 @@ pub trait GuestCalls: Debug + Send + Sync {
     /// Tells of each container that runs out of memory, until the agent is gone.
     async fn watch_oom(&self, tell: &(dyn Fn(String) + Send + Sync));
 
-    /// Lets the machine grow and shrink with what containers without a memory limit use, and its
-    /// disks with the host's, until the agent is gone.
-    async fn follow_sizes(&self, wanted: &WantedSize);
+    /// Lets the machine grow and shrink with what containers without a memory limit use, its disks
+    /// with the host's, and its network with its namespace, until the agent is gone.
+    async fn follow_host(&self, wanted: &WantedSize, ledger: &Ledger);
 
     /// Whether the agent answers.
     async fn ping(&self) -> Result<()>;

@@ -1,5 +1,5 @@
-//! Unix sockets of the host that containers have as mounts: serves the connections that the guest
-//! makes to them.
+//! Unix sockets of the host that containers have as mounts, and servers on the loopback of the pod's
+//! network namespace: serves the connections that the guest makes to them.
 //!
 //! The agent listens on a socket in the guest and dials here for each connection, or for each user
 //! that sends datagrams, with the name that the shim gave to the socket. Only names that were given
@@ -8,7 +8,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -16,7 +17,7 @@ use std::time::Instant;
 
 use guest_protocol::carry::copy_both_ways;
 use guest_protocol::packets::{
-    BytesOnly, MAX_PACKET, PacketSocket, Sender, copy_packets_both_ways, read_packet,
+    BytesOnly, MAX_PACKET, PacketSocket, Sender, copy_packets_both_ways, read_packet, write_packet,
 };
 use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{HostSocketRequest, Listener, SocketKind, Stream, read_line};
@@ -25,7 +26,7 @@ use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
@@ -33,6 +34,7 @@ use crate::deadlines::{HOST_SOCKET, HOST_SOCKET_CONNECTED, HOST_SOCKET_LOOK_AGAI
 use crate::error::{IoContext, Result};
 use crate::guest::sockets_below::SocketsBelow;
 use crate::host::socket_kind;
+use crate::network::{Server, in_netns};
 use crate::relay;
 
 /// Connections to one socket at a time: half of what a sandbox has for all.
@@ -129,10 +131,23 @@ pub struct PinnedSocket {
     pub users: Users,
 }
 
+/// A server on the loopback of a network namespace, which is held open.
+#[derive(Clone, Debug)]
+struct NetnsServer {
+    netns: Arc<OwnedFd>,
+    server: Server,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Unix(PinnedSocket),
+    Loopback(NetnsServer),
+}
+
 /// A place that connections are made to.
 #[derive(Clone, Debug)]
 struct Served {
-    socket: PinnedSocket,
+    place: Place,
     /// How many more connections it may have.
     slots: Arc<Semaphore>,
 }
@@ -148,9 +163,18 @@ impl Sockets {
     /// Lets the guest connect to a socket by the name `name`, which has no white space. The file is
     /// looked up in its directory at each connection: a server that restarts makes its socket anew.
     pub fn add(&self, name: &str, socket: PinnedSocket) {
+        self.serve(name, Place::Unix(socket));
+    }
+
+    /// Lets the guest connect to a server on the loopback of a namespace, by a name.
+    pub fn add_server(&self, name: &str, netns: Arc<OwnedFd>, server: Server) {
+        self.serve(name, Place::Loopback(NetnsServer { netns, server }));
+    }
+
+    fn serve(&self, name: &str, place: Place) {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let place = Served { socket, slots };
-        sys::lock(&self.0).insert(name.to_owned(), (place, watch::Sender::new(())));
+        let served = Served { place, slots };
+        sys::lock(&self.0).insert(name.to_owned(), (served, watch::Sender::new(())));
     }
 
     /// No more connections by this name; those that are there end.
@@ -252,57 +276,128 @@ async fn join(mut guest: Stream, sockets: &Sockets) -> io::Result<()> {
         .await
         .map_err(|_| late("the agent sent no line"))??;
     let HostSocketRequest { name, uid, gid } = wanted;
-    let (place, mut over) = sockets.get(&name).ok_or_else(|| {
+    let (served, mut over) = sockets.get(&name).ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::NotFound,
             format!("the guest asked for the unknown socket {name:?}"),
         )
     })?;
-    let Served {
-        socket: place,
-        slots,
-    } = place;
-    let user = place
-        .users
-        .believe(uid, gid)
-        .ok_or_else(|| io::Error::other("nobody may use the socket"))?;
     // One container's connections take no other one's place.
-    let _slot = slots.try_acquire_owned().map_err(|_| {
+    let _slot = served.slots.try_acquire_owned().map_err(|_| {
         io::Error::other(format!("{MAX_CONNECTIONS} connections to {name:?} already"))
     })?;
-    let mut host = connect(&place, &user).await?;
-    guest.write_all(&[ACCEPTED]).await?;
     let carry = async {
-        match place.kind {
-            SocketKind::Stream => {
-                let stream = std::os::unix::net::UnixStream::from(host);
-                let mut host = BytesOnly(UnixStream::from_std(stream)?);
+        match served.place {
+            Place::Unix(socket) => carry_unix(guest, &socket, uid, gid).await,
+            Place::Loopback(server) if server.server.udp => carry_datagrams(guest, &server).await,
+            Place::Loopback(server) => {
+                let mut host = TcpStream::from_std(server.connect().await?)?;
+                host.set_nodelay(true)?;
+                guest.write_all(&[ACCEPTED]).await?;
                 copy_both_ways(&mut guest, &mut host).await
-            }
-            SocketKind::SeqPacket => copy_packets_both_ways(&PacketSocket::new(host)?, guest).await,
-            SocketKind::Datagram => {
-                let mut buffer = vec![0; MAX_PACKET];
-                let (uid, gid) = (user.uid, user.gid);
-                let sender = Some(Sender { uid, gid });
-                let mut server = PacketSocket::new(host)?;
-                while let Some(message) = read_packet(&mut guest, &mut buffer).await? {
-                    if let Err(error) = server.send(message, sender).await {
-                        if error.kind() != io::ErrorKind::ConnectionRefused {
-                            return Err(error);
-                        }
-                        // The server has begun anew, as that of the system's log does.
-                        host = connect(&place, &user).await?;
-                        server = PacketSocket::new(host)?;
-                        server.send(message, sender).await?;
-                    }
-                }
-                Ok(())
             }
         }
     };
     tokio::select! {
         copied = carry => copied,
         _ = over.changed() => Ok(()),
+    }
+}
+
+async fn carry_unix(mut guest: Stream, place: &PinnedSocket, uid: u32, gid: u32) -> io::Result<()> {
+    let user = place
+        .users
+        .believe(uid, gid)
+        .ok_or_else(|| io::Error::other("nobody may use the socket"))?;
+    let mut host = connect(place, &user).await?;
+    guest.write_all(&[ACCEPTED]).await?;
+    match place.kind {
+        SocketKind::Stream => {
+            let stream = std::os::unix::net::UnixStream::from(host);
+            let mut host = BytesOnly(UnixStream::from_std(stream)?);
+            copy_both_ways(&mut guest, &mut host).await
+        }
+        SocketKind::SeqPacket => copy_packets_both_ways(&PacketSocket::new(host)?, guest).await,
+        SocketKind::Datagram => {
+            let mut buffer = vec![0; MAX_PACKET];
+            let (uid, gid) = (user.uid, user.gid);
+            let sender = Some(Sender { uid, gid });
+            let mut server = PacketSocket::new(host)?;
+            while let Some(message) = read_packet(&mut guest, &mut buffer).await? {
+                if let Err(error) = server.send(message, sender).await {
+                    if error.kind() != io::ErrorKind::ConnectionRefused {
+                        return Err(error);
+                    }
+                    // The server has begun anew, as that of the system's log does.
+                    host = connect(place, &user).await?;
+                    server = PacketSocket::new(host)?;
+                    server.send(message, sender).await?;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Carries one client's datagrams and their answers.
+async fn carry_datagrams(mut guest: Stream, server: &NetnsServer) -> io::Result<()> {
+    let host = tokio::net::UdpSocket::from_std(server.run(|| {
+        let Server { address, port, .. } = server.server;
+        let socket = std::net::UdpSocket::bind((address_of_client(address), 0))?;
+        socket.connect((address, port))?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    })?)?;
+    guest.write_all(&[ACCEPTED]).await?;
+    let (mut from, mut to) = tokio::io::split(guest);
+    let there = async {
+        let mut buffer = vec![0; MAX_PACKET];
+        while let Some(datagram) = read_packet(&mut from, &mut buffer).await? {
+            // One that the server does not take is lost, as it would be otherwise.
+            let _ = host.send(datagram).await;
+        }
+        Ok(())
+    };
+    let back = async {
+        let mut buffer = vec![0; MAX_PACKET];
+        loop {
+            match host.recv(&mut buffer).await {
+                Ok(length) => write_packet(&mut to, &buffer[..length]).await?,
+                // Of a datagram before.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    tokio::select! {
+        done = there => done,
+        done = back => done,
+    }
+}
+
+/// An address of the loopback that a client of a server on it has.
+fn address_of_client(server: IpAddr) -> IpAddr {
+    match server {
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    }
+}
+
+impl NetnsServer {
+    /// Runs `work`, which must not block, in the namespace.
+    fn run<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        in_netns(self.netns.as_fd(), work)
+    }
+
+    async fn connect(&self) -> io::Result<std::net::TcpStream> {
+        let to = SocketAddr::new(self.server.address, self.server.port);
+        let own = self.clone();
+        let connected = tokio::task::spawn_blocking(move || {
+            own.run(|| std::net::TcpStream::connect_timeout(&to, HOST_SOCKET_CONNECTED))
+        });
+        let stream = connected.await.map_err(io::Error::other)??;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
     }
 }
 

@@ -1,7 +1,17 @@
-//! The sandbox's network cards: a NIC for each link of its network namespace, plugged into the
-//! machine and set up by the agent. Links may also come between a container's creation and its
-//! start: docker and nerdctl make them then.
+//! The sandbox's network in its guest: a NIC for each link of the namespace, plugged into the machine
+//! and set up by the agent, and all else that the namespace has.
+//!
+//! ```text
+//!  boot:   wire ──▶ cards, plugged ──▶ set_up      taps while QEMU starts, NICs before the kernel runs
+//!  later:  follow ─ rtnetlink's events ─▶ catch_up  links come, change and go; then as set_up
+//!          a container's start ─────────▶ catch_up  docker and nerdctl make links then
+//! ```
+//!
+//! Our own agent is told the whole state, each time it has changed, and makes the difference. Another
+//! agent is told of links, routes and neighbours, and of nothing that goes.
 
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,35 +20,67 @@ use guest_protocol::Transport;
 use guest_protocol::protocols::agent::{
     ARPNeighbors, AddARPNeighborsRequest, Routes, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
+use guest_protocol::protocols::network::{LoopbackServer, NetworkState};
+use guest_protocol::protocols::types::Interface;
 use sys::point::{Point, reach};
 use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
 use vmm::{Attached, Device, Machine, Net};
 
 use crate::config::NetnsRules;
-use crate::deadlines::UPDATE_NETWORK;
-use crate::error::{IoContext, Result};
+use crate::deadlines::{
+    LINK_UNPLUG, NETWORK_CALM, NETWORK_LONGEST_STORM, NETWORK_LOOK, UPDATE_NETWORK,
+};
+use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Agent;
+use crate::guest::host_sockets::{HostSockets, random_name};
 use crate::host::ledger::{Ledger, Resource};
-use crate::network::{Endpoint, Forwarder, Netns, Network};
+use crate::network::{Changes, Endpoint, Forwarder, Link, Netns, Network, Server};
 
-/// The cards. All steps may be taken again: each concerns only what is new since.
+/// The network. All steps may be taken again: each concerns only what is new since.
 #[derive(Debug)]
 pub struct Nics {
     netns: Arc<OwnedFd>,
-    /// Whether rules of a packet filter in the namespace are let pass.
-    ignores_rules: bool,
+    rules: NetnsRules,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     network: Network,
+    /// What happens in a namespace that is not ours alone.
+    changes: Option<Changes>,
     /// Links with a tap, that the guest does not know.
     wired: Vec<Endpoint>,
-    /// Where the guest finds the cards of the first of them, which are plugged in.
-    plugged: Vec<String>,
+    /// The cards of the first of them, which are plugged in.
+    plugged: Vec<Attached>,
+    /// The cards that the guest knows, by their links.
+    cards: HashMap<u32, Card>,
     /// Taps live in a machine alone: another one cannot have them.
     handed_over: bool,
+    /// What our own agent was told last.
+    told: NetworkState,
+    /// Servers on the namespace's loopback by the names that the guest has for them.
+    servers: BTreeMap<Server, String>,
+    /// Ports of the loopback that are the shim's own.
+    own_ports: Vec<u16>,
+}
+
+#[derive(Debug)]
+struct Card {
+    attached: Attached,
+    told: Interface,
+}
+
+/// What the steps need of a running guest.
+#[derive(Clone, Copy)]
+pub struct Guest<'a> {
+    pub machine: &'a Machine,
+    pub agent: &'a Agent,
+    /// The agent has [`guest_protocol::FEATURE_NETWORK`].
+    pub is_own: bool,
+    /// By which the guest reaches servers of the host.
+    pub sockets: Option<&'a HostSockets>,
 }
 
 impl State {
@@ -48,13 +90,13 @@ impl State {
         let card = |endpoint: &Endpoint| {
             let fds = endpoint
                 .clone_fds()
-                .doing(|| format!("open the queues of {} again", endpoint.name))?;
+                .doing(|| format!("open the queues of {} again", endpoint.link.name))?;
             Ok(Net {
-                name: endpoint.name.clone(),
+                name: endpoint.link.name.clone(),
                 taps: fds.taps,
                 vhost: fds.vhosts,
-                mac: endpoint.mac,
-                mtu: u16::try_from(endpoint.mtu).ok(),
+                mac: endpoint.link.mac,
+                mtu: u16::try_from(endpoint.link.mtu).ok(),
             })
         };
         missing.map(card).collect()
@@ -75,15 +117,22 @@ impl Nics {
             .fd()
             .try_clone_to_owned()
             .doing(|| "keep the network namespace open".into())?;
+        // Before anything is looked for, so that nothing is missed.
+        let changes = path.map(|_| Changes::watch(&netns)).transpose()?;
         let state = State {
             network: Network::new(netns)?,
+            changes,
             wired: Vec::new(),
             plugged: Vec::new(),
+            cards: HashMap::new(),
             handed_over: false,
+            told: NetworkState::default(),
+            servers: BTreeMap::new(),
+            own_ports: Vec::new(),
         };
         Ok(Nics {
             netns: Arc::new(fd),
-            ignores_rules: rules == NetnsRules::Ignore,
+            rules,
             state: Mutex::new(state),
         })
     }
@@ -100,7 +149,10 @@ impl Nics {
     /// Answers on the namespace's loopback for the pod's servers; `None` where the host's kernel
     /// cannot.
     pub async fn forward(&self, transport: &Transport) -> Option<Forwarder> {
-        Forwarder::start(self.state.lock().await.network.netns(), transport)
+        let mut state = self.state.lock().await;
+        let forwarder = Forwarder::start(state.network.netns(), transport)?;
+        state.own_ports.clone_from(&forwarder.ports);
+        Some(forwarder)
     }
 
     /// Joins a tap of `queues` queues to each new link.
@@ -108,14 +160,11 @@ impl Nics {
     /// # Errors
     /// One line that names the link, or a rule that would not bind the guest.
     pub async fn wire(&self, queues: u32, ledger: &Ledger) -> Result<()> {
-        let mut state = self.state.lock().await;
-        if !self.ignores_rules {
-            state.network.refuse_rules()?;
-        }
-        let record = |redirect: &_| ledger.record(&Resource::Redirect(Clone::clone(redirect)));
-        let new = state.network.connect_new(queues, record).await?;
-        state.wired.extend(new);
-        Ok(())
+        self.state
+            .lock()
+            .await
+            .wire(self.rules, queues, ledger)
+            .await
     }
 
     /// A card for each of them, for a machine that boots: what an earlier attempt had plugged in is
@@ -131,45 +180,195 @@ impl Nics {
 
     /// Notes that these of [`Nics::cards`] are plugged in.
     pub async fn plugged(&self, cards: Vec<Attached>) {
-        let paths = cards.into_iter().map(|card| card.pci_path);
-        self.state.lock().await.plugged.extend(paths);
+        self.state.lock().await.plugged.extend(cards);
+    }
+
+    /// Lets the agent set up what was plugged in, and all that the namespace has beside.
+    /// From now on the taps live in QEMU alone and go with it.
+    ///
+    /// # Errors
+    /// The agent's own words; a rule that a guest cannot have.
+    pub async fn set_up(&self, guest: Guest<'_>) -> Result<()> {
+        let mut state = self.state.lock().await;
+        self.tell(&mut state, guest).await
+    }
+
+    /// Brings the guest to what the namespace has by now.
+    ///
+    /// # Errors
+    /// One line that names the link; what came before it is done, and the next call goes on from
+    /// there.
+    pub async fn catch_up(&self, guest: Guest<'_>, ledger: &Ledger) -> Result<()> {
+        let mut state = self.state.lock().await;
+        if state.changes.is_none() {
+            return Ok(());
+        }
+        state.remove_lost(guest).await?;
+        state.wire(self.rules, 1, ledger).await?;
+        state.plug(guest.machine).await?;
+        self.tell(&mut state, guest).await
+    }
+
+    /// Does so whenever something has changed, as long as it is polled. Servers on the loopback tell
+    /// nobody that they come: they are looked for.
+    pub async fn follow(&self, guest: Guest<'_>, ledger: &Ledger) {
+        let Some(mut changes) = self.state.lock().await.changes.as_mut().map(Changes::take) else {
+            return std::future::pending().await;
+        };
+        let mut seen = (self.look(guest).await, true);
+        loop {
+            let changed = timeout(NETWORK_LOOK, changes.next()).await.is_ok();
+            if changed {
+                let _ = timeout(NETWORK_LONGEST_STORM, changes.calm(NETWORK_CALM)).await;
+            }
+            let now = self.look(guest).await;
+            if !changed && now == seen.0 && seen.1 {
+                continue;
+            }
+            let done = self.catch_up(guest, ledger).await;
+            if let Err(error) = &done {
+                tracing::warn!(%error, "the guest's network is not what its namespace has");
+                sleep(NETWORK_LOOK).await;
+            }
+            seen = (now, done.is_ok());
+        }
+    }
+
+    /// What changes without an event, cheaply.
+    async fn look(&self, guest: Guest<'_>) -> Option<(BTreeSet<Server>, Option<u32>)> {
+        let state = self.state.lock().await;
+        let look = guest.is_own.then(|| state.network.look());
+        look?.ok()
+    }
+
+    /// Tells the agent what has changed.
+    async fn tell(&self, state: &mut State, guest: Guest<'_>) -> Result<()> {
+        let links = state.tell_of_links(guest).await?;
+        if guest.is_own {
+            return self.tell_all(state, guest).await;
+        }
+        if links {
+            state.tell_of_routes(guest.agent).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn tell_all(&self, state: &mut State, guest: Guest<'_>) -> Result<()> {
+        if state.changes.is_none() {
+            return Ok(());
+        }
+        let mut now = state.network.state(self.rules == NetnsRules::Carry).await?;
+        if let Some(sockets) = guest.sockets {
+            state.find_servers(&self.netns, sockets)?;
+            now.servers_port = sockets.port;
+            now.servers = state.servers.iter().map(message).collect();
+        }
+        if now == state.told {
+            return Ok(());
+        }
+        let told = guest.agent.set_network(&now, UPDATE_NETWORK).await;
+        told.map_err(|error| error.context("the guest cannot set up the pod's network"))?;
+        state.told = now;
+        Ok(())
+    }
+}
+
+fn message((server, name): (&Server, &String)) -> LoopbackServer {
+    LoopbackServer {
+        address: server.address.to_string(),
+        port: server.port.into(),
+        udp: server.udp,
+        name: name.clone(),
+        ..Default::default()
+    }
+}
+
+impl State {
+    async fn wire(&mut self, rules: NetnsRules, queues: u32, ledger: &Ledger) -> Result<()> {
+        if rules == NetnsRules::Refuse {
+            self.network.refuse_rules()?;
+        }
+        let record = |redirect: &_| ledger.record(&Resource::Redirect(Clone::clone(redirect)));
+        let new = self.network.connect_new(queues, record).await?;
+        self.wired.extend(new);
+        Ok(())
     }
 
     /// Plugs them into a machine that runs. One that is refused leaves those before it plugged in,
     /// and the next call goes on from there.
-    pub async fn plug(&self, machine: &Machine) -> Result<()> {
-        let mut state = self.state.lock().await;
-        for card in state.cards()? {
+    async fn plug(&mut self, machine: &Machine) -> Result<()> {
+        for card in self.cards()? {
             let attached = machine.attach(Device::Net(card)).await?;
-            state.plugged.push(attached.pci_path);
+            self.plugged.push(attached);
         }
         Ok(())
     }
 
-    /// Lets the agent set them up as their links are: names, addresses, routes, neighbours.
-    /// From now on the taps live in QEMU alone and go with it.
-    ///
-    /// # Errors
-    /// The agent's own words.
-    pub async fn set_up(&self, agent: &Agent) -> Result<()> {
-        let mut state = self.state.lock().await;
-        if state.wired.is_empty() {
-            return Ok(());
+    /// Pulls out the cards of links that have gone. One that the guest keeps is tried again.
+    async fn remove_lost(&mut self, guest: Guest<'_>) -> Result<()> {
+        let links = self.network.links().await?;
+        let is_there = |index: u32| links.iter().any(|link| link.index == index);
+        let lost: Vec<u32> = self
+            .cards
+            .keys()
+            .copied()
+            .filter(|index| !is_there(*index))
+            .collect();
+        for index in lost {
+            let Some(card) = self.cards.get(&index) else {
+                continue;
+            };
+            let removed = guest.machine.detach(&card.attached.id, LINK_UNPLUG).await;
+            let doing = || format!("cannot take {} out of the guest", card.told.name);
+            removed.map_err(|error| Error::from(error).context(doing()))?;
+            tracing::info!(link = card.told.name, "a link of the pod has gone");
+            self.cards.remove(&index);
         }
-        for (endpoint, path) in state.wired.iter().zip(&state.plugged) {
-            let interface = Some(endpoint.interface(path)).into();
+        Ok(())
+    }
+
+    /// Tells the agent of links that are new or have changed. Says whether there were any.
+    async fn tell_of_links(&mut self, guest: Guest<'_>) -> Result<bool> {
+        let mut any = false;
+        for (endpoint, attached) in self
+            .wired
+            .drain(..self.plugged.len().min(self.wired.len()))
+            .zip(self.plugged.drain(..))
+        {
+            let told = Interface::default();
+            self.cards
+                .insert(endpoint.link.index, Card { attached, told });
+            self.handed_over = true;
+        }
+        if self.cards.is_empty() {
+            return Ok(false);
+        }
+        for link in self.network.links().await? {
+            let Some(card) = self.cards.get_mut(&link.index) else {
+                continue;
+            };
+            let interface = interface(&link, card, guest.is_own);
+            if interface == card.told {
+                continue;
+            }
             let request = UpdateInterfaceRequest {
-                interface,
+                interface: Some(interface.clone()).into(),
                 ..Default::default()
             };
-            reach(Point::InterfaceSetting).doing(|| format!("set up {}", endpoint.name))?;
-            let done = agent.update_interface(&request, UPDATE_NETWORK).await;
-            done.map_err(|error| {
-                error.context(format!("the guest cannot set up {}", endpoint.name))
-            })?;
+            reach(Point::InterfaceSetting).doing(|| format!("set up {}", link.name))?;
+            let done = guest.agent.update_interface(&request, UPDATE_NETWORK).await;
+            done.map_err(|error| error.context(format!("the guest cannot set up {}", link.name)))?;
+            card.told = interface;
+            any = true;
         }
+        Ok(any)
+    }
+
+    /// For an agent that cannot be told all.
+    async fn tell_of_routes(&self, agent: &Agent) -> Result<()> {
         let routes = Routes {
-            Routes: state.network.routes().await?,
+            Routes: self.network.routes().await?,
             ..Default::default()
         };
         if !routes.Routes.is_empty() {
@@ -181,7 +380,7 @@ impl Nics {
             done.map_err(|error| error.context("the guest cannot set up the pod's routes"))?;
         }
         let neighbours = ARPNeighbors {
-            ARPNeighbors: state.network.neighbours().await?,
+            ARPNeighbors: self.network.neighbours().await?,
             ..Default::default()
         };
         if !neighbours.ARPNeighbors.is_empty() {
@@ -192,9 +391,38 @@ impl Nics {
             let done = agent.add_arp_neighbors(&request, UPDATE_NETWORK).await;
             done.map_err(|error| error.context("the guest cannot set up the pod's neighbours"))?;
         }
-        state.wired.clear();
-        state.plugged.clear();
-        state.handed_over = true;
         Ok(())
     }
+
+    /// Lets the guest reach the servers that are there, and no others any more.
+    fn find_servers(&mut self, netns: &Arc<OwnedFd>, sockets: &HostSockets) -> Result<()> {
+        let mut found = self
+            .network
+            .servers()
+            .doing(|| "look for servers in the network namespace".into())?;
+        found.retain(|server| server.udp || !self.own_ports.contains(&server.port));
+        self.servers.retain(|server, name| {
+            let stays = found.contains(server);
+            if !stays {
+                sockets.sockets.remove(name);
+            }
+            stays
+        });
+        for server in found {
+            if let Entry::Vacant(new) = self.servers.entry(server) {
+                let name = new.insert(random_name()?);
+                sockets.sockets.add_server(name, netns.clone(), server);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How the guest is to have a link. Our own agent learns its addresses with all others.
+fn interface(link: &Link, card: &Card, is_own: bool) -> Interface {
+    let mut interface = link.interface(&card.attached.pci_path);
+    if is_own {
+        interface.IPAddresses.clear();
+    }
+    interface
 }

@@ -37,7 +37,7 @@ use crate::guest::guest_spec;
 use crate::guest::host_sockets::HostSockets;
 use crate::guest::machine_size::{MachineSize, WantedSize};
 use crate::guest::memory;
-use crate::guest::nics::Nics;
+use crate::guest::nics::{self, Nics};
 use crate::guest::place::{self, HostCgroup};
 use crate::guest::preconnect::PreconnectedStdio;
 use crate::guest::task_process::TaskPlace;
@@ -393,9 +393,7 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn add_links(&self, ledger: &Ledger) -> Result<()> {
-        self.nics.wire(1, ledger).await?;
-        self.nics.plug(&self.machine).await?;
-        self.nics.set_up(&self.agent).await
+        self.nics.catch_up(self.for_nics(), ledger).await
     }
 
     async fn grow(&self, wanted: &WantedSize) -> Result<()> {
@@ -414,7 +412,7 @@ impl GuestCalls for RunningGuest {
         watch_oom(&self.agent, tell).await;
     }
 
-    async fn follow_sizes(&self, wanted: &WantedSize) {
+    async fn follow_host(&self, wanted: &WantedSize, ledger: &Ledger) {
         let memory = async {
             if self.features.memory {
                 memory::follow(self, wanted).await;
@@ -424,6 +422,7 @@ impl GuestCalls for RunningGuest {
         tokio::select! {
             _ = memory => {}
             () = self.disks.follow(&self.machine) => {}
+            () = self.nics.follow(self.for_nics(), ledger) => {}
         }
     }
 
@@ -451,6 +450,15 @@ impl GuestCalls for RunningGuest {
 }
 
 impl RunningGuest {
+    fn for_nics(&self) -> nics::Guest<'_> {
+        nics::Guest {
+            machine: &self.machine,
+            agent: &self.agent,
+            is_own: self.features.network,
+            sockets: self.host_sockets.as_ref(),
+        }
+    }
+
     /// Refuses what the agent would ignore.
     fn check_own_fields(&self, used: Option<&'static str>) -> Result<()> {
         match used {

@@ -20,6 +20,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::netns::Netns;
+use super::servers;
 use super::sk_lookup::{self, Ports};
 use crate::deadlines::{FORWARD_ACCEPTED, FORWARD_LISTENER};
 use crate::relay::{Relay, serve};
@@ -29,6 +30,8 @@ use crate::relay::{Relay, serve};
 pub struct Forwarder {
     /// Attached while it is open.
     _program: OwnedFd,
+    /// Ports of its own listeners.
+    pub ports: Vec<u16>,
     _relays: Vec<Relay>,
 }
 
@@ -60,14 +63,12 @@ struct Taken {
 impl Taken {
     /// Looks again who listens, tells the program, and says whether `port` is somebody's.
     fn look(&self, port: u16) -> io::Result<bool> {
-        let now = self.netns.run(|| {
-            let read =
-                |file: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{file}"));
-            let all = format!("{}{}", read("tcp")?, read("tcp6").unwrap_or_default());
-            Ok(listening(&all)
-                .filter(|port| !self.own.contains(port))
-                .collect::<HashSet<u16>>())
-        })?;
+        let servers = self.netns.run(servers::all)?;
+        let now: HashSet<u16> = servers
+            .into_iter()
+            .filter(|server| !server.udp && !self.own.contains(&server.port))
+            .map(|server| server.port)
+            .collect();
         let mut known = sys::lock(&self.ports);
         let (ports, before) = &mut *known;
         for port in before.symmetric_difference(&now) {
@@ -78,23 +79,6 @@ impl Taken {
     }
 }
 
-/// Ports of the listeners in /proc/net/tcp that answer on loopback.
-fn listening(table: &str) -> impl Iterator<Item = u16> {
-    const LISTEN: &str = "0A";
-    table.lines().filter_map(|line| {
-        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let (address, port) = fields.get(1)?.split_once(':')?;
-        // Words of four bytes, each in the host's order: 127.0.0.0/8, ::1, their forms of "any".
-        let is_loopback = match address.len() {
-            8 => address.ends_with("7F"),
-            _ => address == "00000000000000000000000001000000",
-        };
-        let is_any = address.bytes().all(|digit| digit == b'0');
-        let port = u16::from_str_radix(port, 16).ok()?;
-        (fields.get(3) == Some(&LISTEN) && (is_loopback || is_any)).then_some(port)
-    })
-}
-
 fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
     let (v4, v6) = netns.run(|| {
         let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -103,13 +87,14 @@ fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
     })?;
     let ports = Ports::new()?;
     let program = sk_lookup::attach(netns.fd(), v4.as_fd(), v6.as_ref().map(AsFd::as_fd), &ports)?;
-    let own = [Some(&v4), v6.as_ref()]
+    let own: Vec<u16> = [Some(&v4), v6.as_ref()]
         .into_iter()
         .flatten()
-        .filter_map(|listener| Some(listener.local_addr().ok()?.port()));
+        .filter_map(|listener| Some(listener.local_addr().ok()?.port()))
+        .collect();
     let taken = Taken {
         netns: netns.try_clone()?,
-        own: own.collect(),
+        own: own.clone(),
         ports: Mutex::new((ports, HashSet::new())),
     };
     taken.look(0)?;
@@ -125,6 +110,7 @@ fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
     }
     Ok(Forwarder {
         _program: program,
+        ports: own,
         _relays: relays,
     })
 }
@@ -328,15 +314,6 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(again, b"7000:");
-    }
-
-    #[test]
-    fn only_listeners_on_loopback_count() {
-        let table = "  sl  local_address rem_address   st\n\
-            0: 0100007F:1B58 00000000:0000 0A 0\n   1: 00000000:0050 00000000:0000 0A 0\n\
-            2: 0101010A:0051 00000000:0000 0A 0\n   3: 0100007F:0052 0100007F:0053 01 0\n\
-            4: 00000000000000000000000001000000:0054 00000000000000000000000000000000:0000 0A 0\n";
-        assert_eq!(listening(table).collect::<Vec<_>>(), [7000, 80, 84]);
     }
 
     #[tokio::test]

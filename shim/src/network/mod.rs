@@ -16,48 +16,60 @@
 //! * `netns` opens or makes the namespace. The shim is never in it: what has to be done there is
 //!   done by a thread that enters it and ends.
 //! * `scan` finds links, addresses, routes and neighbours by netlink; `tap` makes the taps, `tc` the
-//!   redirects, `routes` turns the rest into the agent's terms.
+//!   redirects.
 //! * `rules` refuses a namespace whose packet filter would have bound the pod's processes: packets
 //!   of the guest pass below it (docs/security.md), unless the configuration lets that be.
 //! * `forward` and `sk_lookup` answer on the namespace's loopback for servers in the guest, which is
-//!   how containerd forwards ports.
+//!   how containerd forwards ports; `servers` finds those of the namespace, for the other direction.
+//! * `mirror`, `sysctls` and `netfilter` say what the guest's kernel is to have of the namespace's:
+//!   our own agent gives it that. Others are told by `routes`.
 //! * `undo` takes redirects off a link whose namespace outlives the sandbox; each is in the ledger
 //!   before it is set. Taps end with their descriptors.
 //!
-//! Links are looked for when the machine is made and again when the sandbox starts, because docker
-//! and nerdctl make theirs in between; each step concerns only what is new.
+//! Links are looked for when the machine is made, when a container starts, because docker and
+//! nerdctl make theirs in between, and whenever rtnetlink tells of a change.
 
+mod changes;
 mod forward;
+mod mirror;
+mod netfilter;
 mod netns;
 mod routes;
 mod rules;
 mod scan;
+mod servers;
 mod sk_lookup;
+mod sysctls;
 mod tap;
 mod tc;
 #[cfg(test)]
 mod tests;
 mod undo;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use guest_protocol::protocols::network::{NetworkLink, NetworkState};
 use guest_protocol::protocols::types;
 use rtnetlink::{Handle, LinkUnspec};
 use sys::point::{Point, reach};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+pub use changes::Changes;
 pub use forward::Forwarder;
-pub use netns::Netns;
-pub use scan::Address;
-use scan::Link;
+pub use netns::{Netns, in_netns};
+pub use scan::Link;
+pub use servers::Server;
 pub use undo::Redirect;
 
 use crate::deadlines::NETLINK;
 use crate::error::{Error, IoContext, Result};
+
+/// `lo` of every namespace.
+const LOOPBACK: u32 = 1;
 
 /// `IFF_NOARP`, the one link flag that the agent takes.
 const NO_ARP: u32 = 0x80;
@@ -65,21 +77,10 @@ const NO_ARP: u32 = 0x80;
 /// A NIC for the guest.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// Name of the link on the host and of the NIC in the guest.
-    pub name: String,
-    /// What kind of link it is, as `ip -details link` says.
-    pub kind: String,
-    /// Hardware address of the link and of the NIC.
-    pub mac: [u8; 6],
-    /// MTU of both.
-    pub mtu: u32,
-    /// Neither takes part in ARP.
-    pub no_arp: bool,
-    /// Addresses of both.
-    pub addresses: Vec<Address>,
+    /// The link that it stands for, and looks like.
+    pub link: Link,
     /// For QEMU, see [`Endpoint::clone_fds`].
     fds: Fds,
-    index: u32,
     /// What to undo on failure: whether the qdisc is ours. `None` for a link that is a tap itself.
     redirected: Option<bool>,
 }
@@ -109,8 +110,10 @@ impl Endpoint {
             vhosts: again(&self.fds.vhosts)?,
         })
     }
+}
 
-    /// The message that sets the NIC up in the guest. `pci_path` may be empty: the agent finds it
+impl Link {
+    /// The message that sets its NIC up in the guest. `pci_path` may be empty: the agent finds it
     /// by hardware address.
     pub fn interface(&self, pci_path: &str) -> types::Interface {
         let addresses = self
@@ -179,13 +182,7 @@ impl Network {
             .doing(|| "read the packet filter of the network namespace".into())?
         {
             None => Ok(()),
-            Some(rule) => Err(Error::precondition(format!(
-                "the pod's network namespace has rules that do not bind a virtual machine \
-                 ({rule}): take the pod out of \
-                 the mesh or policy that made them, run it with the runtime runc, or set \
-                 netns_rules = \"ignore\" in \
-                 Cofferdam's configuration"
-            ))),
+            Some(rule) => Err(refused_rule(&io::Error::other(rule))),
         }
     }
 
@@ -200,10 +197,14 @@ impl Network {
         mut record: impl FnMut(&Redirect) -> Result<()>,
     ) -> Result<Vec<Endpoint>> {
         let (_connection, netlink) = self.netns.netlink()?;
-        let known = self.links.keys().chain(&self.taps).copied().collect();
         let queues = queues.clamp(1, tap::MAX_QUEUES);
         let (mut endpoints, mut taps) = (Vec::new(), Vec::new());
-        for link in scan::links(&netlink, &known).await? {
+        let all = self.all_links(&netlink).await?;
+        for link in &all {
+            if self.links.contains_key(&link.index) || link.is_made_in_guest(&all) {
+                continue;
+            }
+            let link = link.clone();
             let name = link.name.clone();
             match self.connect(&netlink, link, queues, &mut record).await {
                 Ok((endpoint, tap)) => {
@@ -223,10 +224,99 @@ impl Network {
         self.links.extend(
             endpoints
                 .iter()
-                .map(|endpoint| (endpoint.index, endpoint.name.clone())),
+                .map(|endpoint| (endpoint.link.index, endpoint.link.name.clone())),
         );
         self.taps.extend(taps);
         Ok(endpoints)
+    }
+
+    /// All but our own taps.
+    async fn all_links(&self, netlink: &Handle) -> Result<Vec<Link>> {
+        let mut links = scan::links(netlink).await?;
+        links.retain(|link| !self.taps.contains(&link.index));
+        Ok(links)
+    }
+
+    /// The links that the guest has as NICs, as they are now. One that has gone is forgotten.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn links(&mut self) -> Result<Vec<Link>> {
+        let (_connection, netlink) = self.netns.netlink()?;
+        let mut links = self.all_links(&netlink).await?;
+        links.retain(|link| self.links.contains_key(&link.index));
+        self.links = links
+            .iter()
+            .map(|link| (link.index, link.name.clone()))
+            .collect();
+        Ok(links)
+    }
+
+    /// The whole network as the guest's kernel is to have it. With `carry_rules` also what packet
+    /// filters have.
+    ///
+    /// # Errors
+    /// The kernel's; `FAILED_PRECONDITION` names a rule that a guest cannot have.
+    pub async fn state(&self, carry_rules: bool) -> Result<NetworkState> {
+        let (_connection, netlink) = self.netns.netlink()?;
+        let all = self.all_links(&netlink).await?;
+        let guests =
+            |link: &&Link| self.links.contains_key(&link.index) || link.is_made_in_guest(&all);
+        let mut links: Vec<NetworkLink> = all
+            .iter()
+            .filter(guests)
+            .map(|link| self.message(link))
+            .collect();
+        // Those that stand on others come last.
+        links.sort_by_key(|link| (!link.make.is_empty(), link.index));
+        let names = links.iter().map(|link| (link.index, link.name.clone()));
+        let names: HashMap<u32, String> = names.collect();
+        let state = mirror::state(&netlink, &names).await?;
+        let sysctls = sysctls::set_by_somebody(&self.netns, &names)
+            .doing(|| "read the sysctls of the network namespace".into())?;
+        let (nftables, iptables) = if carry_rules {
+            self.netns
+                .run(netfilter::carried)
+                .map_err(|error| refused_rule(&error))?
+        } else {
+            Default::default()
+        };
+        Ok(NetworkState {
+            links,
+            sysctls,
+            nftables,
+            iptables,
+            ..state
+        })
+    }
+
+    /// The servers on the namespace's loopback.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn servers(&self) -> io::Result<BTreeSet<Server>> {
+        self.netns.run(servers::all)
+    }
+
+    /// The same, and how often the rules of nftables have changed: no event tells of the first, and
+    /// rtnetlink of neither.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn look(&self) -> io::Result<(BTreeSet<Server>, Option<u32>)> {
+        self.netns
+            .run(|| Ok((servers::all()?, netfilter::generation()?)))
+    }
+
+    fn message(&self, link: &Link) -> NetworkLink {
+        let is_card = self.links.contains_key(&link.index);
+        NetworkLink {
+            index: link.index,
+            name: link.name.clone(),
+            up: link.up,
+            make: if is_card { Vec::new() } else { link.message() },
+            ..Default::default()
+        }
     }
 
     /// The routes over the links that the guest has.
@@ -250,19 +340,13 @@ impl Network {
         record: &mut impl FnMut(&Redirect) -> Result<()>,
     ) -> Result<(Endpoint, Option<u32>)> {
         let mut endpoint = Endpoint {
-            mac: link.mac,
-            name: link.name,
-            kind: link.kind,
-            mtu: link.mtu,
-            no_arp: link.no_arp,
-            addresses: link.addresses,
+            link: link.clone(),
             fds: Fds::default(),
-            index: link.index,
             redirected: None,
         };
         if link.tap {
             endpoint.fds.taps =
-                tap::open(&self.netns, &endpoint.name, queues).doing(|| "open the tap".into())?;
+                tap::open(&self.netns, &link.name, queues).doing(|| "open the tap".into())?;
             endpoint.fds.vhosts = tap::vhosts(endpoint.fds.taps.len());
             return Ok((endpoint, None));
         }
@@ -282,13 +366,11 @@ impl Network {
 
         let qdisc = !tc::has_ingress(netlink, link.index).await?;
         if let Some(path) = self.netns.path() {
-            let (netns, inode, link) =
-                (path.to_owned(), self.netns.inode()?, endpoint.name.clone());
             record(&Redirect {
-                netns,
-                inode,
-                link,
-                index: endpoint.index,
+                netns: path.to_owned(),
+                inode: self.netns.inode()?,
+                link: link.name.clone(),
+                index: link.index,
                 qdisc,
             })?;
         }
@@ -308,13 +390,23 @@ impl Network {
 /// Takes the redirection back; the tap goes with its descriptors.
 async fn disconnect(netlink: &Handle, endpoint: &Endpoint) {
     if let Some(qdisc) = endpoint.redirected
-        && let Err(error) = tc::remove(netlink, endpoint.index, qdisc).await
+        && let Err(error) = tc::remove(netlink, endpoint.link.index, qdisc).await
     {
-        tracing::warn!(link = endpoint.name, %error, "a redirection stays");
+        tracing::warn!(link = endpoint.link.name, %error, "a redirection stays");
     }
 }
 
+/// An error about a rule that a guest cannot have.
+fn refused_rule(error: &io::Error) -> Error {
+    Error::precondition(format!(
+        "the rules of packet filters in the pod's network namespace do not bind a virtual machine \
+         ({error}): take the pod out of the mesh or policy that made them, run it with the runtime \
+         runc, or set netns_rules = \"ignore\" in Cofferdam's configuration"
+    ))
+}
+
 /// A netlink connection; ends with this.
+#[derive(Debug)]
 pub struct Netlink(JoinHandle<()>);
 
 impl Drop for Netlink {

@@ -12,12 +12,10 @@ use std::thread;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{Netlink, rtnl};
+use super::{LOOPBACK, Netlink, rtnl};
 use crate::error::{Error, IoContext, Result};
 
 const HOST: &str = "/proc/self/ns/net";
-/// `lo` of every namespace.
-const LOOPBACK: u32 = 1;
 
 nix::ioctl_none!(ns_get_nstype, 0xb7, 3);
 
@@ -56,11 +54,8 @@ impl Netns {
     /// Makes a namespace that has nothing but its loopback device and ends with its last
     /// descriptor.
     pub async fn create() -> Result<Netns> {
-        let file = in_thread(|| {
-            unshare(CloneFlags::CLONE_NEWNET)?;
-            File::open("/proc/thread-self/ns/net")
-        })
-        .doing(|| "make a network namespace".into())?;
+        let file = Netns::in_fresh_one(|| File::open("/proc/thread-self/ns/net"))
+            .doing(|| "make a network namespace".into())?;
         let netns = Netns { file, path: None };
         let (_connection, netlink) = netns.netlink()?;
         let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
@@ -70,6 +65,17 @@ impl Netns {
         )
         .await?;
         Ok(netns)
+    }
+
+    /// Runs `work` on a thread in a namespace that ends with it.
+    ///
+    /// # Errors
+    /// Those of `work`, and the kernel's.
+    pub fn in_fresh_one<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        in_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            work()
+        })
     }
 
     /// The same namespace once more.
@@ -142,6 +148,20 @@ impl Netns {
 fn kind(file: &File) -> nix::Result<i32> {
     // SAFETY: the request takes no argument, and a file that is no namespace answers ENOTTY.
     unsafe { ns_get_nstype(file.as_raw_fd()) }
+}
+
+/// Runs `work` on a thread in the namespace of a descriptor and waits for it: it must not block.
+///
+/// # Errors
+/// Those of `work`, and the kernel's refusal to enter.
+pub fn in_netns<T: Send>(
+    netns: BorrowedFd<'_>,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    in_thread(|| {
+        setns(netns, CloneFlags::CLONE_NEWNET)?;
+        work()
+    })
 }
 
 fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {

@@ -5,12 +5,11 @@
 //! docker's rules for its DNS server on 127.0.0.11 are let pass: they concern loopback only, which
 //! the guest has itself.
 
-use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+use super::netfilter::{
+    CHAIN_NAME, CHAIN_POLICY, CHAIN_TABLE, Info, RULE_CHAIN, RULE_TABLE, Table, attribute, chains,
+    old_tables, rules, text,
 };
 
 /// Chains that docker makes for its DNS.
@@ -18,20 +17,6 @@ const DOCKER: [&str; 2] = ["DOCKER_OUTPUT", "DOCKER_POSTROUTING"];
 
 /// Chains of the kernel's hooks that docker's are called from, once each.
 const CALLERS: [&str; 2] = ["OUTPUT", "POSTROUTING"];
-
-// linux/netfilter/nfnetlink.h and nf_tables.h.
-const SUBSYSTEM: u16 = 10 << 8;
-const NEW_CHAIN: u16 = SUBSYSTEM | 3;
-const GET_CHAIN: u16 = SUBSYSTEM | 4;
-const NEW_RULE: u16 = SUBSYSTEM | 6;
-const GET_RULE: u16 = SUBSYSTEM | 7;
-const RULE_TABLE: u16 = 1;
-const RULE_CHAIN: u16 = 2;
-const CHAIN_TABLE: u16 = 1;
-const CHAIN_NAME: u16 = 3;
-const CHAIN_POLICY: u16 = 5;
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
 
 /// A table and a chain.
 type Place = (String, String);
@@ -44,35 +29,31 @@ pub fn first() -> io::Result<Option<String>> {
     if let Some(found) = nftables()? {
         return Ok(Some(found));
     }
-    for (file, family, level) in [
-        ("ip_tables_names", AddressFamily::Inet, libc::IPPROTO_IP),
-        ("ip6_tables_names", AddressFamily::Inet6, libc::IPPROTO_IPV6),
-    ] {
-        // No such file: this kernel has no iptables of the old kind.
-        let tables =
-            fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
-        for table in tables.lines() {
-            let legacy = Legacy::read(table, family, level)?;
-            if legacy.binds() {
-                return Ok(Some(format!("iptables table {table} ({family:?})")));
-            }
+    for table in old_tables()? {
+        if Legacy::of(&table).binds() {
+            let family = if table.v6 { "Inet6" } else { "Inet" };
+            return Ok(Some(format!("iptables table {} ({family})", table.name)));
         }
     }
     Ok(None)
 }
 
 fn nftables() -> io::Result<Option<String>> {
-    let rules = dump(GET_RULE, NEW_RULE, |attributes| {
-        Some((text(attributes, RULE_TABLE)?, text(attributes, RULE_CHAIN)?))
-    })?;
-    let chains = dump(GET_CHAIN, NEW_CHAIN, |attributes| {
+    let place =
+        |attributes: &[u8]| Some((text(attributes, RULE_TABLE)?, text(attributes, RULE_CHAIN)?));
+    let rules: Vec<Place> = rules()?.iter().filter_map(|rule| place(&rule.1)).collect();
+    let drops = |attributes: &[u8]| {
         // NF_DROP is 0.
-        let drops = attribute(attributes, CHAIN_POLICY)? == [0; 4];
-        drops.then_some((
+        (attribute(attributes, CHAIN_POLICY)? == [0; 4]).then_some(())?;
+        Some((
             text(attributes, CHAIN_TABLE)?,
             text(attributes, CHAIN_NAME)?,
         ))
-    })?;
+    };
+    let chains: Vec<Place> = chains()?
+        .iter()
+        .filter_map(|chain| drops(&chain.1))
+        .collect();
     if let Some((table, chain)) = chains.first() {
         return Ok(Some(format!(
             "nftables chain {chain} of table {table}, which drops by default"
@@ -92,71 +73,6 @@ fn binding(rules: &[Place]) -> Option<&Place> {
     rules.iter().find(|rule| !is_dockers(rule) && !calls(rule))
 }
 
-/// Asks for all objects of a kind and takes what `read` makes of their attributes.
-fn dump(get: u16, new: u16, read: impl Fn(&[u8]) -> Option<Place>) -> io::Result<Vec<Place>> {
-    let socket = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkNetFilter,
-    )?;
-    let mut request = Vec::new();
-    request.extend(20_u32.to_ne_bytes());
-    request.extend(get.to_ne_bytes());
-    request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16).to_ne_bytes());
-    request.extend([0; 8]);
-    // struct nfgenmsg: every family.
-    request.extend([0; 4]);
-    send(socket.as_raw_fd(), &request, MsgFlags::empty())?;
-    let mut found = Vec::new();
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let mut rest = &buffer[..length];
-        while let Some((header, _)) = rest.split_first_chunk::<16>() {
-            let size = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
-            let Some(message) = rest.get(16..size) else {
-                return Err(io::Error::other("a message of nfnetlink is cut off"));
-            };
-            match u16::from_ne_bytes([header[4], header[5]]) {
-                DONE => return Ok(found),
-                ERROR => {
-                    let errno = message
-                        .first_chunk::<4>()
-                        .map_or(0, |code| -i32::from_ne_bytes(*code));
-                    return match errno {
-                        // A kernel without nftables has no rules of it.
-                        0 | libc::ENOENT | libc::EOPNOTSUPP | libc::EINVAL => Ok(found),
-                        errno => Err(io::Error::from_raw_os_error(errno)),
-                    };
-                }
-                kind if kind == new => found.extend(message.get(4..).and_then(&read)),
-                _ => {}
-            }
-            rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
-        }
-    }
-}
-
-fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
-    // The upper two bits say how the value is encoded.
-    const KIND: u16 = 0x3fff;
-    while let Some((header, _)) = rest.split_first_chunk::<4>() {
-        let size = usize::from(u16::from_ne_bytes([header[0], header[1]]));
-        let value = rest.get(4..size)?;
-        if u16::from_ne_bytes([header[2], header[3]]) & KIND == wanted {
-            return Some(value);
-        }
-        rest = rest.get(size.next_multiple_of(4)..)?;
-    }
-    None
-}
-
-fn text(attributes: &[u8], wanted: u16) -> Option<String> {
-    let value = attribute(attributes, wanted)?;
-    Some(String::from_utf8_lossy(value.strip_suffix(b"\0").unwrap_or(value)).into_owned())
-}
-
 /// A table of the old iptables.
 #[derive(Debug)]
 struct Legacy {
@@ -168,19 +84,6 @@ struct Legacy {
     drops: bool,
 }
 
-/// struct ipt_getinfo of linux/netfilter_ipv4/ip_tables.h; ip6t_getinfo is the same.
-#[repr(C)]
-struct Info {
-    name: [u8; 32],
-    hooks: u32,
-    entries_of_hooks: [u32; 5],
-    policies: [u32; 5],
-    entries: u32,
-    size: u32,
-}
-
-const GET_INFO: libc::c_int = 64;
-const GET_ENTRIES: libc::c_int = 65;
 /// Entries that docker's DNS makes: two chains with two rules, a head and an end each, and two
 /// calls.
 const DOCKER_ENTRIES: u32 = 10;
@@ -188,75 +91,11 @@ const DOCKER_ENTRIES: u32 = 10;
 const DROP: i32 = -1;
 
 impl Legacy {
-    fn read(table: &str, family: AddressFamily, level: libc::c_int) -> io::Result<Legacy> {
-        // SAFETY: socket(2) with integers only.
-        let fd = unsafe {
-            libc::socket(
-                family as i32,
-                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                libc::IPPROTO_RAW,
-            )
-        };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made this descriptor for us.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut info = Info {
-            name: [0; 32],
-            hooks: 0,
-            entries_of_hooks: [0; 5],
-            policies: [0; 5],
-            entries: 0,
-            size: 0,
-        };
-        let name = table.as_bytes().get(..31).unwrap_or(table.as_bytes());
-        info.name[..name.len()].copy_from_slice(name);
-        let mut length = size_of::<Info>() as libc::socklen_t;
-        // SAFETY: the kernel reads and writes an Info of the given length.
-        let got = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                level,
-                GET_INFO,
-                (&raw mut info).cast(),
-                &raw mut length,
-            )
-        };
-        if got < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // struct ipt_get_entries: name, size, and the entries at a multiple of eight.
-        const HEAD: usize = 40;
-        let size = usize::try_from(info.size).map_err(io::Error::other)?;
-        let mut blob = vec![0_u64; (HEAD + size).div_ceil(8)];
-        let bytes: &mut [u8] =
-            // SAFETY: the bytes of a vector of integers, which any bytes may be.
-            unsafe { std::slice::from_raw_parts_mut(blob.as_mut_ptr().cast(), HEAD + size) };
-        bytes[..32].copy_from_slice(&info.name);
-        bytes[32..36].copy_from_slice(&info.size.to_ne_bytes());
-        let mut length = (HEAD + size) as libc::socklen_t;
-        // SAFETY: the kernel reads and writes so many bytes.
-        let got = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                level,
-                GET_ENTRIES,
-                bytes.as_mut_ptr().cast(),
-                &raw mut length,
-            )
-        };
-        if got < 0 {
-            return Err(io::Error::last_os_error());
-        }
+    fn of(table: &Table) -> Legacy {
         // Where struct ipt_entry and ip6t_entry have the offsets of their target and of the next
         // entry.
-        let offsets = if family == AddressFamily::Inet {
-            88
-        } else {
-            140
-        };
-        Ok(Legacy::parse(&info, &bytes[HEAD..], offsets))
+        let offsets = if table.v6 { 140 } else { 88 };
+        Legacy::parse(&table.info, &table.entries, offsets)
     }
 
     fn parse(info: &Info, entries: &[u8], offsets: usize) -> Legacy {

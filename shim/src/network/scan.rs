@@ -1,17 +1,18 @@
-//! The links of a pod's network namespace that a guest gets as NICs.
+//! The links of a pod's network namespace: which ones a guest gets, and how.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
 use rtnetlink::Handle;
+use rtnetlink::packet_core::Emitable;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressProtocol};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 
 use super::rtnl;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// An address of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,19 +33,59 @@ pub struct Link {
     pub kind: String,
     pub mac: [u8; 6],
     pub mtu: u32,
+    pub up: bool,
     /// `NOARP` is set.
     pub no_arp: bool,
     /// It is a tap itself.
     pub tap: bool,
+    /// The link of the same namespace that it stands on.
+    pub parent: Option<u32>,
+    /// What makes it one of its kind.
+    info: Vec<LinkInfo>,
     /// Its addresses, but for IPv6 link-local ones that the guest makes for itself.
     pub addresses: Vec<Address>,
+}
+
+/// Kinds of links that a guest's kernel makes as well as the host's, without a card.
+const MADE_IN_GUEST: [InfoKind; 2] = [InfoKind::Vlan, InfoKind::Dummy];
+
+impl Link {
+    /// Whether the guest makes one like it, because all that it stands on is the guest's too.
+    pub fn is_made_in_guest(&self, links: &[Link]) -> bool {
+        let kind =
+            |info: &LinkInfo| matches!(info, LinkInfo::Kind(kind) if MADE_IN_GUEST.contains(kind));
+        let stands = |parent| links.iter().any(|link| link.index == parent);
+        self.info.iter().any(kind) && (self.kind == "dummy" || self.parent.is_some_and(stands))
+    }
+
+    /// The message that makes one like it.
+    pub fn message(&self) -> Vec<u8> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(self.name.clone()),
+            LinkAttribute::Address(self.mac.to_vec()),
+            LinkAttribute::Mtu(self.mtu),
+        ];
+        message
+            .attributes
+            .extend(self.parent.map(LinkAttribute::Link));
+        message
+            .attributes
+            .push(LinkAttribute::LinkInfo(self.info.clone()));
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
 }
 
 /// Finds the links that matter: Ethernet, not part of another (a bridge's port), and in use. Each
 /// namespace has devices that only came with kernel modules (`gretap0`, …): they are down and have
 /// no address.
-pub async fn links(netlink: &Handle, known: &HashSet<u32>) -> Result<Vec<Link>> {
-    let links: Vec<LinkMessage> =
+///
+/// # Errors
+/// `FAILED_PRECONDITION` names a link in use that carries no Ethernet: a guest cannot have it.
+pub async fn links(netlink: &Handle) -> Result<Vec<Link>> {
+    let messages: Vec<LinkMessage> =
         rtnl("list links", netlink.link().get().execute().try_collect()).await?;
     let addresses: Vec<AddressMessage> = rtnl(
         "list addresses",
@@ -60,26 +101,19 @@ pub async fn links(netlink: &Handle, known: &HashSet<u32>) -> Result<Vec<Link>> 
                 .push(address);
         }
     }
-    let new = links
-        .iter()
-        .filter(|message| !known.contains(&message.header.index));
-    Ok(new
-        .filter_map(|message| {
-            link(
-                message,
-                by_link.remove(&message.header.index).unwrap_or_default(),
-            )
-        })
-        .collect())
+    let mut links = Vec::new();
+    for message in &messages {
+        let addresses = by_link.remove(&message.header.index).unwrap_or_default();
+        links.extend(link(message, addresses)?);
+    }
+    Ok(links)
 }
 
-fn link(message: &LinkMessage, addresses: Vec<Address>) -> Option<Link> {
+fn link(message: &LinkMessage, addresses: Vec<Address>) -> Result<Option<Link>> {
     let flags = message.header.flags;
-    if message.header.link_layer_type != LinkLayerType::Ether
-        || flags.contains(LinkFlags::Loopback)
-        || (addresses.is_empty() && !flags.contains(LinkFlags::Up))
-    {
-        return None;
+    let up = flags.contains(LinkFlags::Up);
+    if flags.contains(LinkFlags::Loopback) || (addresses.is_empty() && !up) {
+        return Ok(None);
     }
     let mut link = Link {
         index: message.header.index,
@@ -87,31 +121,52 @@ fn link(message: &LinkMessage, addresses: Vec<Address>) -> Option<Link> {
         kind: "device".into(),
         mac: [0; 6],
         mtu: 1500,
+        up,
         no_arp: flags.contains(LinkFlags::Noarp),
         tap: false,
+        parent: None,
+        info: Vec::new(),
         addresses,
     };
+    let (mut is_port, mut elsewhere) = (false, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok()?,
-            LinkAttribute::Controller(index) if *index != 0 => return None,
+            LinkAttribute::Address(mac) => {
+                link.mac = mac.as_slice().try_into().unwrap_or_default();
+            }
+            LinkAttribute::Controller(index) => is_port = *index != 0,
+            LinkAttribute::Link(index) => link.parent = Some(*index),
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {
                         link.kind = kind.to_string();
                         link.tap = *kind == InfoKind::Tun;
                     }
+                    if matches!(info, LinkInfo::Kind(_) | LinkInfo::Data(_)) {
+                        link.info.push(info.clone());
+                    }
                 }
             }
             _ => {}
         }
     }
-    Some(link)
+    link.parent = link.parent.filter(|_| !elsewhere);
+    if message.header.link_layer_type != LinkLayerType::Ether {
+        return Err(Error::precondition(format!(
+            "the link {} ({}) of the pod's network namespace carries no Ethernet, so a virtual \
+             machine cannot have it: take the link out of the namespace or down, or run the pod \
+             with the runtime runc",
+            link.name, link.kind
+        )));
+    }
+    Ok((!is_port).then_some(link))
 }
 
-fn address(message: &AddressMessage) -> Option<Address> {
+/// An address, unless it is an IPv6 link-local one that its kernel has made.
+pub fn address(message: &AddressMessage) -> Option<Address> {
     let (mut own, mut local, mut generated) = (None, None, false);
     let mut known_origin = false;
     for attribute in &message.attributes {

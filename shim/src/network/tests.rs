@@ -172,7 +172,7 @@ fn assert_frames_pass(beyond: &OwnedFd, taps: &[OwnedFd]) {
 fn names(endpoints: &[Endpoint]) -> Vec<&str> {
     let mut names: Vec<&str> = endpoints
         .iter()
-        .map(|endpoint| endpoint.name.as_str())
+        .map(|endpoint| endpoint.link.name.as_str())
         .collect();
     names.sort_unstable();
     names
@@ -202,7 +202,7 @@ async fn a_veth_becomes_a_nic_and_frames_pass_both_ways() {
 
     assert_eq!(names(&endpoints), ["eth0"]);
     assert_eq!(recorded.len(), 1);
-    let interface = endpoints[0].interface("02/00");
+    let interface = endpoints[0].link.interface("02/00");
     assert_eq!(
         (
             interface.device.as_str(),
@@ -257,12 +257,12 @@ async fn a_macvlan_and_a_bridge_are_nics_and_a_bridges_ports_are_not() {
     assert_eq!(names(&endpoints), ["br0", "mac0"]);
     for endpoint in &endpoints {
         let fds = endpoint.clone_fds().unwrap();
-        let (kind, beyond) = if endpoint.name == "br0" {
+        let (kind, beyond) = if endpoint.link.name == "br0" {
             ("bridge", "host0")
         } else {
             ("macvlan", "switch")
         };
-        assert_eq!(endpoint.interface("").type_, kind);
+        assert_eq!(endpoint.link.interface("").type_, kind);
         assert_frames_pass(&host.packet_socket(beyond), &fds.taps);
     }
 }
@@ -392,7 +392,7 @@ async fn undoing_leaves_the_link_as_it_was_and_may_happen_twice() {
 
     let (_network, endpoints, recorded) = connect(&pod).await;
     for endpoint in &endpoints {
-        let peer = format!("{}-peer", endpoint.name);
+        let peer = format!("{}-peer", endpoint.link.name);
         assert_frames_pass(
             &host.packet_socket(&peer),
             &endpoint.clone_fds().unwrap().taps,

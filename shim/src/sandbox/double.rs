@@ -309,7 +309,7 @@ impl GuestCalls for GuestDouble {
         self.script.ended().await;
     }
 
-    async fn follow_sizes(&self, _: &WantedSize) {
+    async fn follow_host(&self, _: &WantedSize, _: &Ledger) {
         self.script.ended().await;
     }
 

@@ -469,10 +469,11 @@ impl SandboxOwner {
                 let handle = self.handle.clone();
                 let tell = move |container| handle.tell(Request::OutOfMemory { container });
                 let watched = guest.clone();
-                let (grows, wanted) = (guest.clone(), self.wanted.clone());
+                let (follows, wanted) = (guest.clone(), self.wanted.clone());
+                let ledger = self.ledger.clone();
                 // Both end with the agent's connection.
                 tokio::spawn(async move { watched.watch_oom(&tell).await });
-                tokio::spawn(async move { grows.follow_sizes(&wanted).await });
+                tokio::spawn(async move { follows.follow_host(&wanted, &ledger).await });
                 self.begin(async move { Outcome::MachineEnded(guest.died().await) });
             }
             Err(error) => {

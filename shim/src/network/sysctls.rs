@@ -1,0 +1,125 @@
+//! Sysctls of a network namespace that somebody has set there, as the CNI plug-in `tuning` does:
+//! those that differ from what a new namespace of this host begins with.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use super::netns::Netns;
+
+const ROOT: &str = "/proc/sys/net";
+
+/// Directories with one for each link, and one for links that come later.
+const PER_LINK: [&str; 4] = ["ipv4/conf/", "ipv6/conf/", "ipv4/neigh/", "ipv6/neigh/"];
+
+/// Files that belong to a kernel, follow from something else, or are orders.
+const LEFT_OUT: [&str; 8] = [
+    "/mtu",
+    "/stable_secret",
+    "/flush",
+    "/tcp_fastopen_key",
+    "/nf_conntrack_max",
+    "/nf_conntrack_buckets",
+    "/nf_conntrack_expect_max",
+    "/optmem_max",
+];
+
+/// The namespace's own values by their names below /proc/sys/net. Links are those of `names`.
+///
+/// # Errors
+/// The namespace cannot be entered, or no other one made.
+pub fn set_by_somebody(
+    netns: &Netns,
+    names: &HashMap<u32, String>,
+) -> io::Result<HashMap<String, String>> {
+    static FRESH: OnceLock<HashMap<String, String>> = OnceLock::new();
+    let fresh = match FRESH.get() {
+        Some(fresh) => fresh,
+        None => {
+            let read = Netns::in_fresh_one(read)?;
+            FRESH.get_or_init(|| read)
+        }
+    };
+    let mut values = netns.run(read)?;
+    let is_known = |link: &str| {
+        ["all", "default", "lo"].contains(&link) || names.values().any(|name| name == link)
+    };
+    values.retain(|name, value| {
+        let default = match link_of(name) {
+            Some((_, link, _)) if !is_known(link) => return false,
+            // A new namespace has no such link: there, one would begin like this.
+            Some((directory, _, file)) if !fresh.contains_key(name) => {
+                fresh.get(&format!("{directory}default/{file}"))
+            }
+            _ => fresh.get(name),
+        };
+        default.is_some_and(|default| default != value)
+    });
+    Ok(values)
+}
+
+/// Directory, link and file of a value that each link has.
+fn link_of(name: &str) -> Option<(&'static str, &str, &str)> {
+    PER_LINK.into_iter().find_map(|directory| {
+        let (link, file) = name.strip_prefix(directory)?.split_once('/')?;
+        Some((directory, link, file))
+    })
+}
+
+/// All values of the calling thread's namespace.
+fn read() -> io::Result<HashMap<String, String>> {
+    let mut values = HashMap::new();
+    read_below(Path::new(ROOT), &mut values)?;
+    Ok(values)
+}
+
+fn read_below(directory: &Path, values: &mut HashMap<String, String>) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let (entry, kind) = entry.and_then(|entry| entry.file_type().map(|kind| (entry, kind)))?;
+        let path = entry.path();
+        if kind.is_dir() {
+            read_below(&path, values)?;
+            continue;
+        }
+        let name = path.strip_prefix(ROOT).unwrap_or(&path).to_string_lossy();
+        if LEFT_OUT.iter().any(|end| name.ends_with(end)) || name.starts_with("netfilter/nf_log") {
+            continue;
+        }
+        // Some can only be written, or are not there yet.
+        if let Ok(value) = fs::read_to_string(&path) {
+            values.insert(name.into_owned(), value.trim_end().to_owned());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_somebody_has_set_is_told_and_nothing_else() {
+        let netns = Netns::create().await.unwrap();
+        let none = HashMap::new();
+        assert_eq!(set_by_somebody(&netns, &none).unwrap(), HashMap::new());
+        let set = [
+            ("ipv4/ip_local_port_range", "20000\t30000"),
+            ("ipv4/conf/lo/rp_filter", "2"),
+            ("ipv4/conf/default/forwarding", "1"),
+        ];
+        let write = || {
+            for (name, value) in set {
+                fs::write(format!("{ROOT}/{name}"), value)?;
+            }
+            Ok(())
+        };
+        netns.run(write).unwrap();
+        let wanted = set.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(
+            set_by_somebody(&netns, &none).unwrap(),
+            HashMap::from(wanted)
+        );
+    }
+}
