@@ -129,6 +129,20 @@ pub fn programs() -> PathBuf {
     PathBuf::from(run(command, Duration::from_secs(1800)).ok().text())
 }
 
+/// The directory of docker's programs.
+///
+/// # Panics
+/// They are not there.
+pub fn docker() -> PathBuf {
+    let dir = cache().join("docker-trixie/bin");
+    assert!(
+        dir.join("dockerd").is_file(),
+        "{} has no dockerd: run `scripts/setup docker`",
+        dir.display()
+    );
+    dir
+}
+
 /// Fills `dir` with the tree that [`IMAGE`] also has: busybox and its names.
 pub fn busybox_tree(dir: &Path) {
     let script = r#"set -e; mkdir -p bin dev etc proc root run sys tmp usr var; cp "$(command -v busybox)" bin/busybox

@@ -112,12 +112,11 @@ impl Daemon {
             release.name()
         );
         let image = assets::image(dir, pods).to_string_lossy().into_owned();
-        // 2.1 imports through its transfer service, which unpacks for the default snapshotter only,
+        // 2 imports through its transfer service, which unpacks for the default snapshotter only,
         // unless told otherwise.
-        let local: &[&str] = if release == Release::V2_1 {
-            &["--local"]
-        } else {
-            &[]
+        let local: &[&str] = match release {
+            Release::V2_1 | Release::V2_4 => &["--local"],
+            Release::V1_6 | Release::V1_7 => &[],
         };
         daemon
             .ctr(

@@ -27,11 +27,13 @@ pub enum Release {
     V1_7,
     /// Debian forky's.
     V2_1,
+    /// That of tests/containerd.
+    V2_4,
 }
 
 impl Release {
     /// All of them.
-    pub const ALL: [Release; 3] = [Release::V1_6, Release::V1_7, Release::V2_1];
+    pub const ALL: [Release; 4] = [Release::V1_6, Release::V1_7, Release::V2_1, Release::V2_4];
 
     /// Major and minor version.
     pub fn name(self) -> &'static str {
@@ -39,6 +41,7 @@ impl Release {
             Release::V1_6 => "1.6",
             Release::V1_7 => "1.7",
             Release::V2_1 => "2.1",
+            Release::V2_4 => "2.4",
         }
     }
 }
@@ -187,7 +190,8 @@ impl Suite {
 
     /// Runs `cases` and then insists that nothing is left on the host.
     pub fn run(self, cases: &[Case]) -> ExitCode {
-        self.run_on(&[Release::V1_7, Release::V1_6, Release::V2_1], cases)
+        let releases = [Release::V1_7, Release::V1_6, Release::V2_1, Release::V2_4];
+        self.run_on(&releases, cases)
     }
 
     /// As [`Suite::run`], with these releases only; the first one is that of the tests with the
@@ -416,8 +420,9 @@ impl Env {
         } else {
             (flags, &[][..])
         };
-        self.daemon
-            .ctr_command([&base[..], flags, image, tree, &[id], command].concat())
+        // ctr 2.4 would look for flags of its own in what comes then.
+        let words = [&base[..], flags, &["--"], image, tree, &[id], command];
+        self.daemon.ctr_command(words.concat())
     }
 
     /// Runs `crictl ARGS` to its end.

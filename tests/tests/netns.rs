@@ -33,7 +33,7 @@ fn main() -> ExitCode {
                 rules_of_a_mesh_redirect_the_containers_traffic,
                 vlan_and_dummy_links, twenty_links;
             Ours: rule_that_cannot_be_carried_keeps_it_from_starting,
-                link_without_ethernet_is_refused;
+                link_without_ethernet_is_refused, second_machine_in_a_namespace_is_refused;
         ],
     )
 }
@@ -529,5 +529,17 @@ fn link_without_ethernet_is_refused(env: &Env) {
     let refused = env.run(&["--with-ns", &namespace], &["true"]);
     refused.fails_with(&["tun0", "no Ethernet", "runc"]);
     pod.ip("addr del 10.80.9.1/24 dev tun0");
+    env.run(&["--with-ns", &namespace], &["true"]).ok();
+}
+
+fn second_machine_in_a_namespace_is_refused(env: &Env) {
+    let pod = Pod::new(env);
+    pod.link(81, 1);
+    let first = pod.container();
+    let namespace = format!("network:{}", pod.netns.path());
+    let refused = env.run(&["--with-ns", &namespace], &["true"]);
+    refused.fails_with(&["another container's virtual machine", "one pod"]);
+    sh(&first, "busybox ping -c 1 -w 10 10.81.1.1");
+    finish(first);
     env.run(&["--with-ns", &namespace], &["true"]).ok();
 }

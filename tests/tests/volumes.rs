@@ -27,7 +27,7 @@ fn main() -> ExitCode {
             config_map_is_updated_live, program_is_told_of_a_new_configuration;
         Once: volume_of_a_reader_and_a_writer, empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes,
             recursively_read_only,
-            sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm, block_device,
+            sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm, block_device, forty_disks,
             directory_that_is_missing_is_made, owners_and_modes_are_the_hosts;
         Ours: mounts_that_would_go_to_the_host_are_refused, root_of_the_host_read_only;
     ])
@@ -495,6 +495,42 @@ impl Drop for Loop {
         command.args(["--detach", &self.0]);
         run(command, Duration::from_secs(20));
     }
+}
+
+/// More than the machine has root ports.
+fn forty_disks(env: &Env) {
+    let disks: Vec<Loop> = (0..40)
+        .map(|number| {
+            let file = env.dir.join(format!("disk{number}"));
+            fs::write(&file, format!("{number:02},")).unwrap();
+            fs::File::options()
+                .write(true)
+                .open(&file)
+                .and_then(|file| file.set_len(1 << 20))
+                .unwrap();
+            Loop::new(&file)
+        })
+        .collect();
+    let pod = Pod::new(env);
+    let devices: Vec<_> = disks
+        .iter()
+        .enumerate()
+        .map(|(number, disk)| {
+            json!({"host_path": disk.0, "container_path": format!("/dev/x{number}"),
+                "permissions": "r"})
+        })
+        .collect();
+    let devices = json!({ "devices": devices });
+    let container = pod.run_with("main", &["sleep", "3600"], devices.clone());
+    let all: String = (0..40).map(|number| format!("{number:02},")).collect();
+    let read = "for i in $(seq 0 39); do head -c 3 /dev/x$i; done";
+    assert_eq!(container.sh(read), all);
+    // What it had is free for the next one.
+    container.remove(&["-f"]);
+    let next = pod.run_with("next", &["sleep", "3600"], devices);
+    assert_eq!(next.sh(read), all);
+    next.remove(&["-f"]);
+    pod.stop();
 }
 
 fn block_device(env: &Env) {

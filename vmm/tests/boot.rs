@@ -33,7 +33,6 @@ fn config(lab: &Lab, shared: &Path) -> Config {
     };
     let mut machine = lab.config.clone();
     machine.root_ports = 1;
-    machine.bridges = 0;
     Config {
         machine,
         virtiofsd: installed("libexec/cofferdam/virtiofsd"),

@@ -166,7 +166,6 @@ async fn a_guest_that_does_not_run_takes_no_memory_and_the_size_says_so() {
         256
     );
     lab.config.root_ports = 1;
-    lab.config.bridges = 0;
     let full = Vm::spawn(&lab.config)
         .await
         .unwrap()

@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Component, Path};
 
-use guest_protocol::Transport;
 use guest_protocol::protocols::network::{NetworkLink, NetworkState};
 
 use super::link::{self, Link};
@@ -15,7 +14,6 @@ use super::netlink::{Message, Netlink, attribute, attributes, number16, number32
 use super::{PUT, ip_of, open};
 use crate::error::{Context, Error, Result};
 use crate::log::log;
-use crate::relay::loopback::Servers;
 
 /// The loopback's number, in every namespace.
 const LOOPBACK: u32 = 1;
@@ -152,7 +150,6 @@ pub struct Mirror {
     lists: [Vec<Vec<u8>>; 4],
     sysctls: BTreeMap<String, String>,
     filter: netfilter::Filter,
-    servers: Servers,
 }
 
 const KINDS: [Kind; 4] = [Kind::Address, Kind::Neighbour, Kind::Route, Kind::Rule];
@@ -162,7 +159,7 @@ impl Mirror {
     ///
     /// # Errors
     /// What the kernel refuses. What came before it is set, and the next call goes on from there.
-    pub fn set(&mut self, state: &NetworkState, host: &Transport) -> Result<()> {
+    pub fn set(&mut self, state: &NetworkState) -> Result<()> {
         let netlink = open()?;
         let renewed = self.set_links(&netlink, &state.links)?;
         self.set_sysctls(&state.sysctls);
@@ -185,9 +182,7 @@ impl Mirror {
             }
             forgotten |= change(&netlink, kind, has, &wanted)?;
         }
-        self.filter.set(&state.nftables, &state.iptables)?;
-        self.servers.set(&state.servers, state.servers_port, host);
-        Ok(())
+        self.filter.set(&state.nftables, &state.iptables)
     }
 
     /// Makes links that are no cards, and brings links up and down. Says whether one has gone

@@ -19,6 +19,7 @@ use super::Reply;
 use crate::cgroup::growth;
 use crate::guest::settings;
 use crate::network::Mirror;
+use crate::relay::loopback::Servers;
 use crate::sandbox::Sandbox;
 
 /// The services, for a ttrpc server.
@@ -38,7 +39,7 @@ struct Own {
     sandbox: Arc<Sandbox>,
     /// A call is there that makes the one before it useless.
     memory_asked: Notify,
-    network: Mutex<Mirror>,
+    network: Mutex<(Mirror, Servers)>,
 }
 
 #[async_trait]
@@ -77,7 +78,9 @@ impl Memory for Own {
 impl Network for Own {
     async fn set(&self, _: &TtrpcContext, state: NetworkState) -> Reply<Empty> {
         let mut network = self.network.lock().await;
-        network.set(&state, &self.sandbox.host)?;
+        let (mirror, servers) = &mut *network;
+        mirror.set(&state)?;
+        servers.set(&state.servers, state.servers_port, &self.sandbox.host);
         Ok(Empty::new())
     }
 }

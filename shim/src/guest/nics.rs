@@ -48,8 +48,8 @@ pub struct Nics {
 #[derive(Debug)]
 struct State {
     network: Network,
-    /// What happens in a namespace that is not ours alone.
-    changes: Option<Changes>,
+    /// What happens in the namespace.
+    changes: Changes,
     /// Links with a tap, that the guest does not know.
     wired: Vec<Endpoint>,
     /// The cards of the first of them, which are plugged in.
@@ -118,7 +118,7 @@ impl Nics {
             .try_clone_to_owned()
             .doing(|| "keep the network namespace open".into())?;
         // Before anything is looked for, so that nothing is missed.
-        let changes = path.map(|_| Changes::watch(&netns)).transpose()?;
+        let changes = Changes::watch(&netns)?;
         let state = State {
             network: Network::new(netns)?,
             changes,
@@ -200,9 +200,6 @@ impl Nics {
     /// there.
     pub async fn catch_up(&self, guest: Guest<'_>, ledger: &Ledger) -> Result<()> {
         let mut state = self.state.lock().await;
-        if state.changes.is_none() {
-            return Ok(());
-        }
         state.remove_lost(guest).await?;
         state.wire(self.rules, 1, ledger).await?;
         state.plug(guest.machine).await?;
@@ -212,9 +209,7 @@ impl Nics {
     /// Does so whenever something has changed, as long as it is polled. Servers on the loopback tell
     /// nobody that they come: they are looked for.
     pub async fn follow(&self, guest: Guest<'_>, ledger: &Ledger) {
-        let Some(mut changes) = self.state.lock().await.changes.as_mut().map(Changes::take) else {
-            return std::future::pending().await;
-        };
+        let mut changes = self.state.lock().await.changes.take();
         let mut seen = (self.look(guest).await, true);
         loop {
             let changed = timeout(NETWORK_LOOK, changes.next()).await.is_ok();
@@ -247,6 +242,10 @@ impl Nics {
         if guest.is_own {
             return self.tell_all(state, guest).await;
         }
+        if self.rules == NetnsRules::Carry {
+            // This agent cannot be given them.
+            state.network.refuse_rules()?;
+        }
         if links {
             state.tell_of_routes(guest.agent).await
         } else {
@@ -255,7 +254,8 @@ impl Nics {
     }
 
     async fn tell_all(&self, state: &mut State, guest: Guest<'_>) -> Result<()> {
-        if state.changes.is_none() {
+        // One of our own, into which nobody has put anything.
+        if state.network.is_untouched() {
             return Ok(());
         }
         let mut now = state.network.state(self.rules == NetnsRules::Carry).await?;

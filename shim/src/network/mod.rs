@@ -166,14 +166,18 @@ impl Network {
         &self.netns
     }
 
+    /// Whether it is a namespace of our own in which no link has been found.
+    pub fn is_untouched(&self) -> bool {
+        self.netns.path().is_none() && self.links.is_empty()
+    }
+
     /// Refuses a namespace with rules of a packet filter, which would not bind the guest.
     ///
     /// # Errors
     /// `FAILED_PRECONDITION` that names the rule; the kernel's, if it does not say what rules there
     /// are.
     pub fn refuse_rules(&self) -> Result<()> {
-        // One of our own has none.
-        if self.netns.path().is_none() {
+        if self.is_untouched() {
             return Ok(());
         }
         match self
@@ -231,9 +235,20 @@ impl Network {
     }
 
     /// All but our own taps.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION`: another virtual machine has the namespace's links.
     async fn all_links(&self, netlink: &Handle) -> Result<Vec<Link>> {
         let mut links = scan::links(netlink).await?;
         links.retain(|link| !self.taps.contains(&link.index));
+        if let Some(tap) = links.iter().find(|link| tap::is_ours(link)) {
+            return Err(Error::precondition(format!(
+                "the network namespace is that of another container's virtual machine (its tap \
+                 {}), and a link can lead into one only: put both containers into one pod, or give \
+                 this one a network of its own, or the runtime runc",
+                tap.name
+            )));
+        }
         Ok(links)
     }
 

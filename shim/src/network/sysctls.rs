@@ -1,5 +1,5 @@
-//! Sysctls of a network namespace that somebody has set there, as the CNI plug-in `tuning` does:
-//! those that differ from what a new namespace of this host begins with.
+//! Sysctls of a network namespace that are not the kernel's defaults: those that somebody has set
+//! there, as the CNI plug-in `tuning` does, and what each namespace inherits from the host's.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,7 +12,10 @@ use super::netns::Netns;
 const ROOT: &str = "/proc/sys/net";
 
 /// Directories with one for each link, and one for links that come later.
-const PER_LINK: [&str; 4] = ["ipv4/conf/", "ipv6/conf/", "ipv4/neigh/", "ipv6/neigh/"];
+const PER_LINK: [&str; 4] = [INHERITED, "ipv6/conf/", "ipv4/neigh/", "ipv6/neigh/"];
+
+/// Of these a new namespace has the host's values (net.core.devconf_inherit_init_net).
+const INHERITED: &str = "ipv4/conf/";
 
 /// Files that belong to a kernel, follow from something else, or are orders.
 const LEFT_OUT: [&str; 8] = [
@@ -49,6 +52,10 @@ pub fn set_by_somebody(
     values.retain(|name, value| {
         let default = match link_of(name) {
             Some((_, link, _)) if !is_known(link) => return false,
+            // A new namespace begins with the host's own.
+            Some((INHERITED, link, file)) if link != "lo" => {
+                return value != default_of(link, file);
+            }
             // A new namespace has no such link: there, one would begin like this.
             Some((directory, _, file)) if !fresh.contains_key(name) => {
                 fresh.get(&format!("{directory}default/{file}"))
@@ -58,6 +65,18 @@ pub fn set_by_somebody(
         default.is_some_and(|default| default != value)
     });
     Ok(values)
+}
+
+/// The kernel's default of a file in [`INHERITED`] (net/ipv4/devinet.c).
+fn default_of(link: &str, file: &str) -> &'static str {
+    match file {
+        "accept_redirects" | "secure_redirects" | "send_redirects" | "shared_media" => "1",
+        "arp_evict_nocarrier" => "1",
+        "accept_source_route" if link != "all" => "1",
+        "igmpv2_unsolicited_report_interval" => "10000",
+        "igmpv3_unsolicited_report_interval" => "1000",
+        _ => "0",
+    }
 }
 
 /// Directory, link and file of a value that each link has.
@@ -100,14 +119,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_somebody_has_set_is_told_and_nothing_else() {
+    async fn what_is_not_the_default_is_told_and_nothing_else() {
         let netns = Netns::create().await.unwrap();
         let none = HashMap::new();
-        assert_eq!(set_by_somebody(&netns, &none).unwrap(), HashMap::new());
+        let before = set_by_somebody(&netns, &none).unwrap();
+        // What the host has set, for all its namespaces.
+        assert!(
+            before.keys().all(|name| name.starts_with(INHERITED)),
+            "{before:?}"
+        );
         let set = [
             ("ipv4/ip_local_port_range", "20000\t30000"),
-            ("ipv4/conf/lo/rp_filter", "2"),
-            ("ipv4/conf/default/forwarding", "1"),
+            ("ipv4/conf/lo/arp_ignore", "2"),
+            ("ipv4/conf/all/arp_filter", "1"),
+            ("ipv6/conf/default/accept_ra", "0"),
         ];
         let write = || {
             for (name, value) in set {
@@ -117,9 +142,8 @@ mod tests {
         };
         netns.run(write).unwrap();
         let wanted = set.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(
-            set_by_somebody(&netns, &none).unwrap(),
-            HashMap::from(wanted)
-        );
+        let mut now = set_by_somebody(&netns, &none).unwrap();
+        now.retain(|name, value| before.get(name) != Some(value));
+        assert_eq!(now, HashMap::from(wanted));
     }
 }

@@ -12,9 +12,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::net::if_::if_nametoindex;
 
 use super::netns::Netns;
+use super::scan::Link;
 
 /// `%d` is the kernel's to fill in.
 const TEMPLATE: &str = "vmtap%d";
+
+/// Whether a link is such a tap, of whichever sandbox.
+pub fn is_ours(link: &Link) -> bool {
+    let number = link.name.strip_prefix("vmtap");
+    link.tap && number.is_some_and(|number| number.parse::<u32>().is_ok())
+}
 
 /// `MAX_TAP_QUEUES` of the kernel.
 pub const MAX_QUEUES: u32 = 256;

@@ -72,7 +72,7 @@ impl Lab {
             vcpus: 1,
             max_vcpus: 1,
             root_ports: 4,
-            bridges: 1,
+            bridges: 0,
             console: Some(dir.path().join("console.log")),
             cgroup_procs: Vec::new(),
             oom_score_adj: None,
