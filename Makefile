@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test test-qemu test-stock test-programs fuzz test-kvm conformance bench killtest clean
+.PHONY: setup guest build install demo test test-qemu test-stock test-programs test-docker fuzz test-kvm conformance bench killtest clean
 
 setup:
 	scripts/setup
@@ -34,6 +34,9 @@ test-stock:
 
 test-programs:
 	scripts/test programs
+
+test-docker:
+	scripts/test docker
 
 fuzz:
 	scripts/fuzz
