@@ -54,6 +54,9 @@ pub const MACHINE_RESIZE: Duration = Duration::from_secs(10);
 /// Between two looks whether a disk of the host's has grown.
 pub const DISK_LOOK: Duration = Duration::from_secs(1);
 
+/// A disk that a guest has not let go of is asked for again after so long.
+pub const DISK_DETACH_AGAIN: Duration = Duration::from_secs(10);
+
 /// Between two looks at what of a network namespace no event tells.
 pub const NETWORK_LOOK: Duration = Duration::from_secs(2);
 

@@ -55,7 +55,13 @@ fn containers_come_and_go(env: &Env) {
     drop((first, second));
     let third = pod.run("third", &["sh", "-c", "exit 3"]);
     assert_eq!(third.exit_code(), 3);
-    assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_READY");
+    let inspected = pod.inspect();
+    assert_eq!(inspected["status"]["state"], "SANDBOX_READY");
+    let info = &inspected["info"];
+    assert_eq!(info["processStatus"], "running", "{info}");
+    let machine = info["pid"].as_u64().unwrap();
+    let program = std::fs::read_to_string(format!("/proc/{machine}/comm")).unwrap();
+    assert!(program.starts_with("qemu-system"), "{program}");
     env.crictl(&["stopp", &pod.id]).ok();
     assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_NOTREADY");
 }

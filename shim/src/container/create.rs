@@ -414,7 +414,7 @@ impl Container {
             .drain(..)
             .map(|id| async move { guest.detach_disk(&id, time).await });
         for error in join_all(detached).await.into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, "a disk stays in the virtual machine until the sandbox ends");
+            tracing::warn!(%error, "a disk stays in the virtual machine; the guest is asked for it again");
         }
     }
 }

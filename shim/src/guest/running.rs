@@ -228,9 +228,12 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn detach_disk(&self, id: &str, deadline: Duration) -> Result<()> {
-        self.machine.detach(id, deadline).await?;
-        self.disks.remove(id);
-        Ok(())
+        let detached = self.machine.detach(id, deadline).await;
+        match detached {
+            Ok(()) => self.disks.removed(id),
+            Err(_) => self.disks.kept(id),
+        }
+        Ok(detached?)
     }
 
     async fn allow_writes(&self, volume: &Path) -> Result<()> {

@@ -13,11 +13,13 @@ use containerd_shim_protos::sandbox_api::{
 };
 use containerd_shim_protos::sandbox_async::Sandbox;
 use containerd_shim_protos::types::platform::Platform;
+use serde_json::json;
 use tokio::sync::watch;
 use ttrpc::Result;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::config::Config;
+use crate::error::Error;
 use crate::host::cgroup;
 use crate::metrics;
 use crate::model::{ProcessId, SignalScope};
@@ -66,14 +68,22 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> Result<StartSandboxResponse> {
-        let process = ProcessId::init(&request.sandbox_id);
-        let pid = self
-            .sandbox
-            .ask(|reply| Request::Start { process, reply })
-            .await?;
+        let sandbox = request.sandbox_id;
+        let process = ProcessId::init(&sandbox);
+        let started = self.sandbox.ask(|reply| Request::Start { process, reply });
+        let pid = match started.await {
+            Err(error) if error.code() == ttrpc::Code::NOT_FOUND => {
+                let why =
+                    format!("the sandbox {sandbox} is not created: CreateSandbox comes first");
+                return Err(Error::precondition(why).into());
+            }
+            started => started?,
+        };
+        let status = |reply| Request::SandboxStatus { sandbox, reply };
+        let created_at = self.sandbox.ask(status).await?.created_at;
         Ok(StartSandboxResponse {
             pid,
-            created_at: Some(SystemTime::now().into()).into(),
+            created_at: Some(created_at.into()).into(),
             ..Default::default()
         })
     }
@@ -154,7 +164,18 @@ impl Sandbox for SandboxService {
             Status::Running | Status::Paused => {}
         }
         if verbose {
-            response.info = [("machine".to_owned(), status.machine)].into();
+            // As containerd's own sandboxes say it, for `crictl inspectp`.
+            let state = match status.status {
+                Status::Running | Status::Paused => "running",
+                Status::Created => "created",
+                Status::Stopped(_) => "stopped",
+            };
+            let info = json!({"pid": status.pid, "processStatus": state});
+            response.info = [
+                ("machine".to_owned(), status.machine),
+                ("info".to_owned(), info.to_string()),
+            ]
+            .into();
         }
         Ok(response)
     }
