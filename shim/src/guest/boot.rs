@@ -47,10 +47,14 @@ use crate::host::node_sysctls;
 pub const ATTEMPTS: u32 = 2;
 
 /// Places for the devices that come first, beside those of every machine.
-const PORTS: u8 = 3;
+const PORTS: u8 = 2;
 
-/// With the slots behind them a pod can have 64 network cards and disks, and memory that grows.
-const BRIDGES: u8 = 2;
+/// With the 31 slots behind each, a container can have 33 network cards and disks, or one less once
+/// its memory has grown.
+const BRIDGES: u8 = 1;
+
+/// The same for a pod, with 64.
+const POD_BRIDGES: u8 = 2;
 
 /// What a launch needs to know.
 pub struct BootConfig {
@@ -109,7 +113,11 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     let (lease, confinement) = confinement(config, ledger.dir())?;
     let capabilities = vmm::capabilities::query(&qemu, &cache_dir).await?;
     let machine = MachineConfig {
-        bridges: if capabilities.bridges() { BRIDGES } else { 0 },
+        bridges: match plan.shm_bytes {
+            _ if !capabilities.bridges() => 0,
+            Some(_) => POD_BRIDGES,
+            None => BRIDGES,
+        },
         capabilities,
         qemu,
         accel,

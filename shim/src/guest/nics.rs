@@ -220,7 +220,11 @@ impl Nics {
             if !changed && now == seen.0 && seen.1 {
                 continue;
             }
-            let done = self.catch_up(guest, ledger).await;
+            let done = async {
+                self.state.lock().await.network.read_sysctls().await?;
+                self.catch_up(guest, ledger).await
+            };
+            let done = done.await;
             if let Err(error) = &done {
                 tracing::warn!(%error, "the guest's network is not what its namespace has");
                 sleep(NETWORK_LOOK).await;
@@ -258,6 +262,7 @@ impl Nics {
         if state.network.is_untouched() {
             return Ok(());
         }
+        state.changes.forget();
         let mut now = state.network.state(self.rules == NetnsRules::Carry).await?;
         if let Some(sockets) = guest.sockets {
             state.find_servers(&self.netns, sockets)?;
@@ -290,7 +295,12 @@ impl State {
             self.network.refuse_rules()?;
         }
         let record = |redirect: &_| ledger.record(&Resource::Redirect(Clone::clone(redirect)));
+        // What has happened until now is seen by this.
+        self.changes.forget();
         let new = self.network.connect_new(queues, record).await?;
+        if !new.is_empty() {
+            self.network.read_sysctls().await?;
+        }
         self.wired.extend(new);
         Ok(())
     }

@@ -50,6 +50,13 @@ impl Changes {
         Ok(Changes(Some((Netlink(tokio::spawn(connection)), messages))))
     }
 
+    /// Drops those that are there by now: who reads the namespace anew has seen what they tell.
+    pub fn forget(&mut self) {
+        if let Some((_, messages)) = &mut self.0 {
+            while messages.try_recv().is_ok() {}
+        }
+    }
+
     /// The events, for whoever follows them; what stays here has none.
     pub fn take(&mut self) -> Changes {
         Changes(self.0.take())

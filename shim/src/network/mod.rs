@@ -142,6 +142,8 @@ pub struct Network {
     links: HashMap<u32, String>,
     /// Our own taps.
     taps: HashSet<u32>,
+    /// See [`Network::read_sysctls`].
+    sysctls: HashMap<String, String>,
 }
 
 impl Network {
@@ -159,6 +161,7 @@ impl Network {
             netns,
             links: HashMap::new(),
             taps: HashSet::new(),
+            sysctls: HashMap::new(),
         })
     }
 
@@ -267,8 +270,29 @@ impl Network {
         Ok(links)
     }
 
-    /// The whole network as the guest's kernel is to have it. With `carry_rules` also what packet
-    /// filters have.
+    /// Reads the sysctls that are not defaults, for the links that the guest has. It takes some
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub async fn read_sysctls(&mut self) -> Result<()> {
+        if self.is_untouched() {
+            return Ok(());
+        }
+        let doing = || "read the sysctls of the network namespace".to_owned();
+        let netns = self.netns.try_clone().doing(doing)?;
+        let names: Vec<String> = self.links.values().cloned().collect();
+        let read = tokio::task::spawn_blocking(move || sysctls::set_by_somebody(&netns, &names));
+        self.sysctls = read
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+            .doing(doing)?;
+        Ok(())
+    }
+
+    /// The whole network as the guest's kernel is to have it, with the sysctls that were read last.
+    /// With `carry_rules` also what packet filters have.
     ///
     /// # Errors
     /// The kernel's; `FAILED_PRECONDITION` names a rule that a guest cannot have.
@@ -287,8 +311,6 @@ impl Network {
         let names = links.iter().map(|link| (link.index, link.name.clone()));
         let names: HashMap<u32, String> = names.collect();
         let state = mirror::state(&netlink, &names).await?;
-        let sysctls = sysctls::set_by_somebody(&self.netns, &names)
-            .doing(|| "read the sysctls of the network namespace".into())?;
         let (nftables, iptables) = if carry_rules {
             self.netns
                 .run(netfilter::carried)
@@ -298,7 +320,7 @@ impl Network {
         };
         Ok(NetworkState {
             links,
-            sysctls,
+            sysctls: self.sysctls.clone(),
             nftables,
             iptables,
             ..state

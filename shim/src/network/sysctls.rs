@@ -12,7 +12,10 @@ use super::netns::Netns;
 const ROOT: &str = "/proc/sys/net";
 
 /// Directories with one for each link, and one for links that come later.
-const PER_LINK: [&str; 4] = [INHERITED, "ipv6/conf/", "ipv4/neigh/", "ipv6/neigh/"];
+const PER_LINK: [&str; 2] = [INHERITED, "ipv6/conf/"];
+
+/// Directories whose files are read.
+const DIRECTORIES: [&str; 5] = ["core", "ipv4", "ipv6", "netfilter", "unix"];
 
 /// Of these a new namespace has the host's values (net.core.devconf_inherit_init_net).
 const INHERITED: &str = "ipv4/conf/";
@@ -29,35 +32,26 @@ const LEFT_OUT: [&str; 8] = [
     "/optmem_max",
 ];
 
-/// The namespace's own values by their names below /proc/sys/net. Links are those of `names`.
+/// The namespace's own values by their names below /proc/sys/net.
 ///
 /// # Errors
 /// The namespace cannot be entered, or no other one made.
-pub fn set_by_somebody(
-    netns: &Netns,
-    names: &HashMap<u32, String>,
-) -> io::Result<HashMap<String, String>> {
+pub fn set_by_somebody(netns: &Netns, links: &[String]) -> io::Result<HashMap<String, String>> {
     static FRESH: OnceLock<HashMap<String, String>> = OnceLock::new();
     let fresh = match FRESH.get() {
         Some(fresh) => fresh,
         None => {
-            let read = Netns::in_fresh_one(read)?;
+            let read = Netns::in_fresh_one(|| Ok(read(&[])))?;
             FRESH.get_or_init(|| read)
         }
     };
-    let mut values = netns.run(read)?;
-    let is_known = |link: &str| {
-        ["all", "default", "lo"].contains(&link) || names.values().any(|name| name == link)
-    };
+    let mut values = netns.run(|| Ok(read(links)))?;
     values.retain(|name, value| {
         let default = match link_of(name) {
-            Some((_, link, _)) if !is_known(link) => return false,
             // A new namespace begins with the host's own.
-            Some((INHERITED, link, file)) if link != "lo" => {
-                return value != default_of(link, file);
-            }
+            Some((INHERITED, link, file)) => return value != default_of(link, file),
             // A new namespace has no such link: there, one would begin like this.
-            Some((directory, _, file)) if !fresh.contains_key(name) => {
+            Some((directory, link, file)) if link != "all" => {
                 fresh.get(&format!("{directory}default/{file}"))
             }
             _ => fresh.get(name),
@@ -87,31 +81,34 @@ fn link_of(name: &str) -> Option<(&'static str, &str, &str)> {
     })
 }
 
-/// All values of the calling thread's namespace.
-fn read() -> io::Result<HashMap<String, String>> {
+/// The values of the calling thread's namespace, of these links and of those that come later.
+fn read(links: &[String]) -> HashMap<String, String> {
     let mut values = HashMap::new();
-    read_below(Path::new(ROOT), &mut values)?;
-    Ok(values)
-}
-
-fn read_below(directory: &Path, values: &mut HashMap<String, String>) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let (entry, kind) = entry.and_then(|entry| entry.file_type().map(|kind| (entry, kind)))?;
-        let path = entry.path();
-        if kind.is_dir() {
-            read_below(&path, values)?;
-            continue;
-        }
-        let name = path.strip_prefix(ROOT).unwrap_or(&path).to_string_lossy();
-        if LEFT_OUT.iter().any(|end| name.ends_with(end)) || name.starts_with("netfilter/nf_log") {
-            continue;
-        }
-        // Some can only be written, or are not there yet.
-        if let Ok(value) = fs::read_to_string(&path) {
-            values.insert(name.into_owned(), value.trim_end().to_owned());
+    for directory in DIRECTORIES {
+        read_files(directory, &mut values);
+    }
+    for directory in PER_LINK {
+        let all = ["all", "default"].into_iter();
+        for link in all.chain(links.iter().map(String::as_str)) {
+            read_files(&format!("{directory}{link}"), &mut values);
         }
     }
-    Ok(())
+    values
+}
+
+/// The files of a directory, which this kernel may not have.
+fn read_files(directory: &str, values: &mut HashMap<String, String>) {
+    let path = Path::new(ROOT).join(directory);
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        let name = format!("{directory}/{}", entry.file_name().to_string_lossy());
+        if LEFT_OUT.iter().any(|end| name.ends_with(end)) {
+            continue;
+        }
+        // Some are directories, can only be written, or are not there yet.
+        if let Ok(value) = fs::read_to_string(entry.path()) {
+            values.insert(name, value.trim_end().to_owned());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -121,8 +118,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_the_default_is_told_and_nothing_else() {
         let netns = Netns::create().await.unwrap();
-        let none = HashMap::new();
-        let before = set_by_somebody(&netns, &none).unwrap();
+        let before = set_by_somebody(&netns, &[]).unwrap();
         // What the host has set, for all its namespaces.
         assert!(
             before.keys().all(|name| name.starts_with(INHERITED)),
@@ -130,7 +126,6 @@ mod tests {
         );
         let set = [
             ("ipv4/ip_local_port_range", "20000\t30000"),
-            ("ipv4/conf/lo/arp_ignore", "2"),
             ("ipv4/conf/all/arp_filter", "1"),
             ("ipv6/conf/default/accept_ra", "0"),
         ];
@@ -142,7 +137,7 @@ mod tests {
         };
         netns.run(write).unwrap();
         let wanted = set.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let mut now = set_by_somebody(&netns, &none).unwrap();
+        let mut now = set_by_somebody(&netns, &[]).unwrap();
         now.retain(|name, value| before.get(name) != Some(value));
         assert_eq!(now, HashMap::from(wanted));
     }
