@@ -64,9 +64,12 @@ pub const REQUEST_LINE: Duration = Duration::from_secs(5);
 /// How long one address of the loopback may take to accept a forwarded connection; there are two.
 pub const LOOPBACK_CONNECT: Duration = Duration::from_secs(4);
 
-/// How long a client of a UDP server of the host may wait for an answer. Then the next datagram
+/// How long a client of a UDP server of the host may wait for an answer. Then its next datagram
 /// begins anew.
-pub const LOOPBACK_IDLE: Duration = Duration::from_secs(60);
+pub const LOOPBACK_ANSWER: Duration = Duration::from_secs(20);
+
+/// The same for another answer.
+pub const LOOPBACK_IDLE: Duration = Duration::from_secs(3);
 
 /// How long a call waits for the machine to need another size. Then the host asks again.
 pub const MEMORY_NEED: Duration = Duration::from_secs(60);

@@ -286,6 +286,17 @@ fn what_changes_in_the_namespace_changes_inside(env: &Env) {
         (ping.status == 0).then_some(())
     };
     eventually("the first link carries again", PATIENCE, reached);
+    // Another hardware address costs the guest's card its routes for a moment.
+    pod.ip("link set e1 address 02:00:00:00:73:01");
+    let renamed = || sh(&container, "cat /sys/class/net/e1/address") == "02:00:00:00:73:01";
+    eventually("the hardware address has changed", PATIENCE, || {
+        renamed().then_some(())
+    });
+    eventually("the default route is there", PATIENCE, || {
+        sh(&container, "ip route")
+            .contains("default via 10.73.1.1")
+            .then_some(())
+    });
     // A link that comes back under its name.
     pod.link(74, 2);
     let reached = || {
@@ -384,6 +395,9 @@ fn server_on_the_loopback_of_the_namespace(env: &Env) {
         }
     };
     answers(5353);
+    // Each question from another port.
+    let script = "for i in $(seq 100); do talk ask udp 127.0.0.11 5353 $i; echo; done | wc -l";
+    assert_eq!(container.exec(&["sh", "-c", script]).ok().text(), "100");
     // Docker's starts when the container is there.
     let after = Server::new(&pod.netns, 5454);
     answers(5454);
@@ -417,13 +431,28 @@ fn rules_of_a_mesh_redirect_the_containers_traffic(env: &Env) {
             for i in 1 2 3 4 5 6 7 8 9; do
                 busybox nc -w 5 10.76.1.1 8080 </dev/null && break; sleep 1; done";
         assert_eq!(sh(&container, script), "by-proxy", "{iptables}");
-        // What comes later counts too.
+        // What comes later counts too, and what a container has in other tables stays.
         if iptables == "iptables-nft" {
+            let own = "/usr/sbin/iptables-nft -t mangle";
+            sh(
+                &container,
+                &format!("{own} -A OUTPUT -d 10.76.9.9 -j ACCEPT"),
+            );
             rule("8081", &["-A", "OUTPUT", "MESH"]);
             rule("8081", &["-A", "MESH", "REDIRECT", "--to-ports", "15001"]);
             let script = "busybox nc -w 2 10.76.1.1 8081 </dev/null || true";
             eventually("the later rule", PATIENCE, || {
                 (sh(&container, script) == "by-proxy").then_some(())
+            });
+            let rules = sh(&container, &format!("{own} -S OUTPUT"));
+            assert!(rules.contains("10.76.9.9"), "{rules}");
+        } else {
+            pod.netns.exec(&[iptables, "-t", "nat", "-F"]);
+            // These tables have no event of their own.
+            pod.ip("addr add 10.76.1.9/24 dev e1");
+            let script = "busybox nc -w 2 10.76.1.1 8080 </dev/null 2>/dev/null || echo refused";
+            eventually("the rules have gone", PATIENCE, || {
+                (sh(&container, script) == "refused").then_some(())
             });
         }
         finish(container);

@@ -149,6 +149,8 @@ pub struct Mirror {
     /// In the order in which they are set: routes need the addresses that their gateways are in.
     lists: [Vec<Vec<u8>>; 4],
     sysctls: BTreeMap<String, String>,
+    /// A link has lost what the kernel drops with it, and the lists are not through since.
+    renewed: bool,
     filter: netfilter::Filter,
 }
 
@@ -161,7 +163,7 @@ impl Mirror {
     /// What the kernel refuses. What came before it is set, and the next call goes on from there.
     pub fn set(&mut self, state: &NetworkState) -> Result<()> {
         let netlink = open()?;
-        let renewed = self.set_links(&netlink, &state.links)?;
+        self.set_links(&netlink, &state.links)?;
         self.set_sysctls(&state.sysctls);
         let numbers = numbers(&netlink, &state.links)?;
         let asked = [
@@ -170,7 +172,7 @@ impl Mirror {
             &state.routes,
             &state.rules,
         ];
-        let mut forgotten = renewed;
+        let mut forgotten = self.renewed;
         for ((kind, asked), has) in KINDS.into_iter().zip(asked).zip(&mut self.lists) {
             let wanted: Vec<Vec<u8>> = asked
                 .iter()
@@ -182,13 +184,13 @@ impl Mirror {
             }
             forgotten |= change(&netlink, kind, has, &wanted)?;
         }
+        self.renewed = false;
         self.filter.set(&state.nftables, &state.iptables)
     }
 
-    /// Makes links that are no cards, and brings links up and down. Says whether one has gone
-    /// through that: it has lost routes and addresses.
-    fn set_links(&mut self, netlink: &Netlink, links: &[NetworkLink]) -> Result<bool> {
-        let mut renewed = false;
+    /// Makes links that are no cards, and brings links up and down. One that is new or has changed
+    /// has lost routes, addresses and sysctls.
+    fn set_links(&mut self, netlink: &Netlink, links: &[NetworkLink]) -> Result<()> {
         for link in links {
             let known = self.links.get(&link.name);
             if known == Some(link) {
@@ -213,7 +215,9 @@ impl Mirror {
             link::set_up(netlink, number, link.up)
                 .context(|| format!("bring {} up or down", link.name))?;
             self.links.insert(link.name.clone(), link.clone());
-            renewed = true;
+            self.renewed = true;
+            let own = format!("/conf/{}/", link.name);
+            self.sysctls.retain(|name, _| !name.contains(&own));
         }
         self.links.retain(|name, link| {
             let stays = links.iter().any(|wanted| wanted.name == *name);
@@ -227,11 +231,12 @@ impl Mirror {
             }
             stays
         });
-        Ok(renewed)
+        Ok(())
     }
 
     /// Writes those that have changed. One that this kernel has not, or does not take, is left.
     fn set_sysctls(&mut self, wanted: &HashMap<String, String>) {
+        self.sysctls.retain(|name, _| wanted.contains_key(name));
         let changed: BTreeMap<_, _> = wanted
             .iter()
             .filter(|(name, value)| self.sysctls.get(*name) != Some(*value))

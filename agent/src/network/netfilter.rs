@@ -61,20 +61,31 @@ impl Filter {
         Ok(())
     }
 
-    /// In one transaction: the guest is never without the old ones before it has the new ones.
+    /// Replaces the tables that have changed, in one transaction: the guest is never without the old
+    /// ones before it has the new ones.
     fn replace(&self, new: &[NftablesMessage]) -> Result<()> {
+        let has_changed = |one: &NftablesMessage| {
+            let of_table = |all: &[NftablesMessage]| {
+                let same = all.iter().filter(|other| table_of(other) == table_of(one));
+                same.cloned().collect::<Vec<_>>()
+            };
+            of_table(&self.nftables) != of_table(new)
+        };
         let gone = self.nftables.iter().filter(|one| one.kind == NEW_TABLE);
-        let gone = gone.filter_map(|table| {
-            let named = attributes(&table.attributes).find(|(kind, _)| *kind == TABLE_NAME);
-            Some(NftablesMessage {
-                kind: DELETE_TABLE,
+        let gone = gone.filter(|table| has_changed(table)).flat_map(|table| {
+            let named = table_of(table).1;
+            let message = |kind| NftablesMessage {
+                kind,
                 family: table.family,
-                attributes: named.map(|(kind, name)| attribute(kind, name))?,
+                attributes: attribute(TABLE_NAME, &named),
                 what: format!("the removal of {}", table.what),
                 ..Default::default()
-            })
+            };
+            // A container may have removed it, and what is not there cannot be.
+            [message(NEW_TABLE), message(DELETE_TABLE)]
         });
-        let all: Vec<NftablesMessage> = gone.chain(new.iter().cloned()).collect();
+        let come = new.iter().filter(|one| has_changed(one)).cloned();
+        let all: Vec<NftablesMessage> = gone.chain(come).collect();
         if all.is_empty() {
             return Ok(());
         }
@@ -87,6 +98,15 @@ impl Filter {
             }
         }
     }
+}
+
+/// The table that a message is about: the first attribute of each kind is its name.
+fn table_of(message: &NftablesMessage) -> (u32, Vec<u8>) {
+    let name = attributes(&message.attributes).find(|(kind, _)| *kind == TABLE_NAME);
+    (
+        message.family,
+        name.map(|(_, name)| name.to_owned()).unwrap_or_default(),
+    )
 }
 
 /// Sends all of it at once. The kernel's refusal names one by its place.

@@ -14,12 +14,15 @@ use tokio::io::split;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::MAX_CONNECTIONS;
 use super::unix::HostWay;
 use crate::deadlines;
 use crate::log::log;
+
+/// Clients of one UDP server at a time: each has a connection to the host, which has places for all.
+const MAX_CLIENTS: usize = 64;
 
 /// Datagrams of one client that wait for the host; more are lost, as on a network.
 const WAITING: usize = 16;
@@ -136,9 +139,17 @@ async fn carry(mut client: TcpStream, way: HostWay) {
     }
 }
 
-/// A stream to the host for each client, until nothing has come back for a while.
+/// One that sends datagrams.
+struct Client {
+    datagrams: mpsc::Sender<Vec<u8>>,
+    last: Instant,
+    task: AbortHandle,
+}
+
+/// A stream to the host for each client, until nothing has come back for a while, or others need its
+/// place: a resolver takes another port for each question.
 async fn datagrams(socket: Arc<UdpSocket>, way: HostWay) {
-    let mut clients: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
+    let mut clients: HashMap<SocketAddr, Client> = HashMap::new();
     let mut open = JoinSet::new();
     let mut buffer = vec![0; MAX_PACKET];
     loop {
@@ -158,24 +169,32 @@ async fn datagrams(socket: Arc<UdpSocket>, way: HostWay) {
                 }
             },
         };
-        if !clients.contains_key(&from) {
-            if clients.len() >= MAX_CONNECTIONS {
-                log!("loopback: {MAX_CONNECTIONS} clients already, a datagram is lost");
-                continue;
+        if !clients.contains_key(&from) && clients.len() >= MAX_CLIENTS {
+            let oldest = clients.iter().min_by_key(|(_, client)| client.last);
+            if let Some(client) = oldest
+                .map(|(from, _)| *from)
+                .and_then(|from| clients.remove(&from))
+            {
+                client.task.abort();
             }
+        }
+        let client = clients.entry(from).or_insert_with(|| {
             let (sender, receiver) = mpsc::channel(WAITING);
             let (socket, way) = (socket.clone(), way.clone());
-            open.spawn(async move {
+            let task = open.spawn(async move {
                 if let Err(error) = exchange(&socket, from, receiver, way).await {
                     log!("loopback: {error}");
                 }
                 from
             });
-            clients.insert(from, sender);
-        }
-        if let Some(client) = clients.get(&from) {
-            let _ = client.try_send(buffer[..length].to_owned());
-        }
+            Client {
+                datagrams: sender,
+                last: Instant::now(),
+                task,
+            }
+        });
+        client.last = Instant::now();
+        let _ = client.datagrams.try_send(buffer[..length].to_owned());
     }
 }
 
@@ -194,14 +213,11 @@ async fn exchange(
     };
     let back = async {
         let mut buffer = vec![0; MAX_PACKET];
-        while let Ok(answer) = timeout(
-            deadlines::LOOPBACK_IDLE,
-            read_packet(&mut from, &mut buffer),
-        )
-        .await
-        {
+        let mut patience = deadlines::LOOPBACK_ANSWER;
+        while let Ok(answer) = timeout(patience, read_packet(&mut from, &mut buffer)).await {
             let Some(answer) = answer? else { break };
             socket.send_to(answer, client).await?;
+            patience = deadlines::LOOPBACK_IDLE;
         }
         Ok(())
     };

@@ -24,7 +24,7 @@ use guest_protocol::protocols::network::{LoopbackServer, NetworkState};
 use guest_protocol::protocols::types::Interface;
 use sys::point::{Point, reach};
 use tokio::sync::Mutex;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use vmm::{Attached, Device, Machine, Net};
 
 use crate::config::NetnsRules;
@@ -35,7 +35,10 @@ use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Agent;
 use crate::guest::host_sockets::{HostSockets, random_name};
 use crate::host::ledger::{Ledger, Resource};
-use crate::network::{Changes, Endpoint, Forwarder, Link, Netns, Network, Server};
+use crate::network::{Changes, Endpoint, Forwarder, Link, Netns, Network, Others, Server};
+
+/// To follow changes takes at most one part of so many of the shim's time.
+const SHARE_OF_TIME: u32 = 20;
 
 /// The network. All steps may be taken again: each concerns only what is new since.
 #[derive(Debug)]
@@ -70,6 +73,8 @@ struct State {
 struct Card {
     attached: Attached,
     told: Interface,
+    /// The largest MTU that it can have: that of its link when it was plugged in.
+    mtu: u32,
 }
 
 /// What the steps need of a running guest.
@@ -160,10 +165,9 @@ impl Nics {
     /// # Errors
     /// One line that names the link, or a rule that would not bind the guest.
     pub async fn wire(&self, queues: u32, ledger: &Ledger) -> Result<()> {
-        self.state
-            .lock()
-            .await
-            .wire(self.rules, queues, ledger)
+        let mut state = self.state.lock().await;
+        state
+            .wire(self.rules, queues, Others::Refused, ledger)
             .await
     }
 
@@ -175,6 +179,9 @@ impl Nics {
     pub async fn cards(&self) -> Result<Vec<Net>> {
         let mut state = self.state.lock().await;
         state.plugged.clear();
+        // What another guest has been told.
+        state.told = NetworkState::default();
+        state.servers.clear();
         state.cards()
     }
 
@@ -193,43 +200,49 @@ impl Nics {
         self.tell(&mut state, guest).await
     }
 
-    /// Brings the guest to what the namespace has by now.
+    /// Brings the guest to what the namespace has by now. Links that cannot be cards are as `others`
+    /// says.
     ///
     /// # Errors
-    /// One line that names the link; what came before it is done, and the next call goes on from
-    /// there.
-    pub async fn catch_up(&self, guest: Guest<'_>, ledger: &Ledger) -> Result<()> {
+    /// One line that names the link; all else is done, and the next call goes on from there.
+    pub async fn catch_up(&self, guest: Guest<'_>, others: Others, ledger: &Ledger) -> Result<()> {
         let mut state = self.state.lock().await;
-        state.remove_lost(guest).await?;
-        state.wire(self.rules, 1, ledger).await?;
+        state.network.read_sysctls().await?;
+        let removed = state.remove_lost(guest).await;
+        state.wire(self.rules, 1, others, ledger).await?;
         state.plug(guest.machine).await?;
-        self.tell(&mut state, guest).await
+        self.tell(&mut state, guest).await?;
+        removed
     }
 
     /// Does so whenever something has changed, as long as it is polled. Servers on the loopback tell
     /// nobody that they come: they are looked for.
     pub async fn follow(&self, guest: Guest<'_>, ledger: &Ledger) {
         let mut changes = self.state.lock().await.changes.take();
-        let mut seen = (self.look(guest).await, true);
+        // What was seen last, and what is wrong with it.
+        let mut seen = (self.look(guest).await, None);
         loop {
             let changed = timeout(NETWORK_LOOK, changes.next()).await.is_ok();
             if changed {
                 let _ = timeout(NETWORK_LONGEST_STORM, changes.calm(NETWORK_CALM)).await;
             }
             let now = self.look(guest).await;
-            if !changed && now == seen.0 && seen.1 {
+            if !changed && now == seen.0 && seen.1.is_none() {
                 continue;
             }
-            let done = async {
-                self.state.lock().await.network.read_sysctls().await?;
-                self.catch_up(guest, ledger).await
-            };
-            let done = done.await;
-            if let Err(error) = &done {
-                tracing::warn!(%error, "the guest's network is not what its namespace has");
+            let began = Instant::now();
+            let done = self.catch_up(guest, Others::LeftOut, ledger).await;
+            let wrong = done.err().map(|error| error.to_string());
+            if let Some(error) = &wrong {
+                // It is tried again and again, and said once.
+                if seen.1.as_ref() != Some(error) {
+                    tracing::warn!(error, "the guest's network is not what its namespace has");
+                }
                 sleep(NETWORK_LOOK).await;
             }
-            seen = (now, done.is_ok());
+            // A guest can cause events without an end.
+            sleep(began.elapsed() * SHARE_OF_TIME).await;
+            seen = (now, wrong);
         }
     }
 
@@ -250,6 +263,7 @@ impl Nics {
             // This agent cannot be given them.
             state.network.refuse_rules()?;
         }
+        state.network.refuse_made().await?;
         if links {
             state.tell_of_routes(guest.agent).await
         } else {
@@ -290,14 +304,20 @@ fn message((server, name): (&Server, &String)) -> LoopbackServer {
 }
 
 impl State {
-    async fn wire(&mut self, rules: NetnsRules, queues: u32, ledger: &Ledger) -> Result<()> {
+    async fn wire(
+        &mut self,
+        rules: NetnsRules,
+        queues: u32,
+        others: Others,
+        ledger: &Ledger,
+    ) -> Result<()> {
         if rules == NetnsRules::Refuse {
             self.network.refuse_rules()?;
         }
         let record = |redirect: &_| ledger.record(&Resource::Redirect(Clone::clone(redirect)));
         // What has happened until now is seen by this.
         self.changes.forget();
-        let new = self.network.connect_new(queues, record).await?;
+        let new = self.network.connect_new(queues, others, record).await?;
         if !new.is_empty() {
             self.network.read_sysctls().await?;
         }
@@ -315,27 +335,31 @@ impl State {
         Ok(())
     }
 
-    /// Pulls out the cards of links that have gone. One that the guest keeps is tried again.
+    /// Pulls out the cards of links that have gone. One that the guest keeps is tried again by the
+    /// next call.
     async fn remove_lost(&mut self, guest: Guest<'_>) -> Result<()> {
         let links = self.network.links().await?;
         let is_there = |index: u32| links.iter().any(|link| link.index == index);
-        let lost: Vec<u32> = self
-            .cards
-            .keys()
-            .copied()
-            .filter(|index| !is_there(*index))
-            .collect();
+        let mut lost: Vec<u32> = self.cards.keys().copied().collect();
+        lost.retain(|index| !is_there(*index));
+        let mut kept = Ok(());
         for index in lost {
             let Some(card) = self.cards.get(&index) else {
                 continue;
             };
-            let removed = guest.machine.detach(&card.attached.id, LINK_UNPLUG).await;
-            let doing = || format!("cannot take {} out of the guest", card.told.name);
-            removed.map_err(|error| Error::from(error).context(doing()))?;
-            tracing::info!(link = card.told.name, "a link of the pod has gone");
-            self.cards.remove(&index);
+            let (id, name) = (&card.attached.id, &card.told.name);
+            match guest.machine.detach(id, LINK_UNPLUG).await {
+                Ok(()) => {
+                    tracing::info!(link = name, "a link of the pod has gone");
+                    self.cards.remove(&index);
+                }
+                Err(error) => {
+                    let doing = format!("cannot take {name} out of the guest");
+                    kept = Err(Error::from(error).context(doing));
+                }
+            }
         }
-        Ok(())
+        kept
     }
 
     /// Tells the agent of links that are new or have changed. Says whether there were any.
@@ -347,8 +371,12 @@ impl State {
             .zip(self.plugged.drain(..))
         {
             let told = Interface::default();
-            self.cards
-                .insert(endpoint.link.index, Card { attached, told });
+            let card = Card {
+                attached,
+                told,
+                mtu: endpoint.link.mtu,
+            };
+            self.cards.insert(endpoint.link.index, card);
             self.handed_over = true;
         }
         if self.cards.is_empty() {
@@ -431,6 +459,7 @@ impl State {
 /// How the guest is to have a link. Our own agent learns its addresses with all others.
 fn interface(link: &Link, card: &Card, is_own: bool) -> Interface {
     let mut interface = link.interface(&card.attached.pci_path);
+    interface.mtu = interface.mtu.min(card.mtu.into());
     if is_own {
         interface.IPAddresses.clear();
     }

@@ -44,6 +44,7 @@ use crate::guest::task_process::TaskPlace;
 use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
+use crate::network::Others;
 use crate::stdio::{GuestIo, PolledOutput};
 
 /// Execs that the agent is asked for at a time: each begins as a copy of the agent. The deadline of
@@ -396,7 +397,9 @@ impl GuestCalls for RunningGuest {
     }
 
     async fn add_links(&self, ledger: &Ledger) -> Result<()> {
-        self.nics.catch_up(self.for_nics(), ledger).await
+        self.nics
+            .catch_up(self.for_nics(), Others::Refused, ledger)
+            .await
     }
 
     async fn grow(&self, wanted: &WantedSize) -> Result<()> {

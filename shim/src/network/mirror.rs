@@ -78,6 +78,11 @@ fn is_guests_own(message: &AddressMessage) -> bool {
     let Some(address) = scan::address(message) else {
         return true;
     };
+    // By a router's announcement, which the guest hears too; here it runs out.
+    let permanent = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Permanent));
+    if address.ip.is_ipv6() && !message.attributes.iter().any(permanent) {
+        return true;
+    }
     message.header.index == LOOPBACK && address.ip.is_loopback()
 }
 
@@ -177,7 +182,8 @@ fn is_carried(message: &RouteMessage) -> bool {
         (RouteType::Unreachable, _) => kernels,
         _ => false,
     };
-    !guests_own && !header.flags.contains(RouteFlags::Cloned)
+    let announced = header.protocol == RouteProtocol::Ra;
+    !guests_own && !announced && !header.flags.contains(RouteFlags::Cloned)
 }
 
 fn destination(message: &RouteMessage) -> Option<IpAddr> {

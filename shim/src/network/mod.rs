@@ -51,7 +51,9 @@ use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use guest_protocol::protocols::network::{NetworkLink, NetworkState};
+use guest_protocol::protocols::network::{
+    IptablesTable, NetworkLink, NetworkState, NftablesMessage,
+};
 use guest_protocol::protocols::types;
 use rtnetlink::{Handle, LinkUnspec};
 use sys::point::{Point, reach};
@@ -83,6 +85,15 @@ pub struct Endpoint {
     fds: Fds,
     /// What to undo on failure: whether the qdisc is ours. `None` for a link that is a tap itself.
     redirected: Option<bool>,
+}
+
+/// What becomes of links in use that carry no Ethernet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// The pod does not start: its processes would miss one.
+    Refused,
+    /// They came later, and are left out.
+    LeftOut,
 }
 
 /// Descriptors of a NIC. The tap exists as long as one of its own is open.
@@ -144,6 +155,10 @@ pub struct Network {
     taps: HashSet<u32>,
     /// See [`Network::read_sysctls`].
     sysctls: HashMap<String, String>,
+    /// The rules of nftables that were read last, and their generation.
+    carried: (Option<u32>, Vec<NftablesMessage>),
+    /// Tables of the old iptables that the guest has.
+    old_tables: HashSet<(String, bool)>,
 }
 
 impl Network {
@@ -162,6 +177,8 @@ impl Network {
             links: HashMap::new(),
             taps: HashSet::new(),
             sysctls: HashMap::new(),
+            carried: (None, Vec::new()),
+            old_tables: HashSet::new(),
         })
     }
 
@@ -201,6 +218,7 @@ impl Network {
     pub async fn connect_new(
         &mut self,
         queues: u32,
+        others: Others,
         mut record: impl FnMut(&Redirect) -> Result<()>,
     ) -> Result<Vec<Endpoint>> {
         let (_connection, netlink) = self.netns.netlink()?;
@@ -210,6 +228,12 @@ impl Network {
         for link in &all {
             if self.links.contains_key(&link.index) || link.is_made_in_guest(&all) {
                 continue;
+            }
+            if !link.is_ethernet {
+                match others {
+                    Others::Refused => return Err(no_ethernet(link)),
+                    Others::LeftOut => continue,
+                }
             }
             let link = link.clone();
             let name = link.name.clone();
@@ -242,7 +266,7 @@ impl Network {
     /// # Errors
     /// `FAILED_PRECONDITION`: another virtual machine has the namespace's links.
     async fn all_links(&self, netlink: &Handle) -> Result<Vec<Link>> {
-        let mut links = scan::links(netlink).await?;
+        let mut links = scan::links(netlink, &self.links).await?;
         links.retain(|link| !self.taps.contains(&link.index));
         if let Some(tap) = links.iter().find(|link| tap::is_ours(link)) {
             return Err(Error::precondition(format!(
@@ -282,7 +306,9 @@ impl Network {
         let doing = || "read the sysctls of the network namespace".to_owned();
         let netns = self.netns.try_clone().doing(doing)?;
         let names: Vec<String> = self.links.values().cloned().collect();
-        let read = tokio::task::spawn_blocking(move || sysctls::set_by_somebody(&netns, &names));
+        let before = std::mem::take(&mut self.sysctls);
+        let read =
+            tokio::task::spawn_blocking(move || sysctls::set_by_somebody(&netns, &names, &before));
         self.sysctls = read
             .await
             .map_err(io::Error::other)
@@ -296,7 +322,7 @@ impl Network {
     ///
     /// # Errors
     /// The kernel's; `FAILED_PRECONDITION` names a rule that a guest cannot have.
-    pub async fn state(&self, carry_rules: bool) -> Result<NetworkState> {
+    pub async fn state(&mut self, carry_rules: bool) -> Result<NetworkState> {
         let (_connection, netlink) = self.netns.netlink()?;
         let all = self.all_links(&netlink).await?;
         let guests =
@@ -312,9 +338,7 @@ impl Network {
         let names: HashMap<u32, String> = names.collect();
         let state = mirror::state(&netlink, &names).await?;
         let (nftables, iptables) = if carry_rules {
-            self.netns
-                .run(netfilter::carried)
-                .map_err(|error| refused_rule(&error))?
+            self.rules().map_err(|error| refused_rule(&error))?
         } else {
             Default::default()
         };
@@ -325,6 +349,47 @@ impl Network {
             iptables,
             ..state
         })
+    }
+
+    /// What packet filters have. Those of nftables are read again only if they are others by now:
+    /// what rules count and learn is no change.
+    fn rules(&mut self) -> io::Result<(Vec<NftablesMessage>, Vec<IptablesTable>)> {
+        let (before, carried) = &self.carried;
+        let (generation, nftables, tables) = self.netns.run(|| {
+            let generation = netfilter::generation()?;
+            let nftables = match generation == *before && generation.is_some() {
+                true => carried.clone(),
+                false => netfilter::carried()?,
+            };
+            Ok((generation, nftables, netfilter::old_tables()?))
+        })?;
+        self.carried = (generation, nftables.clone());
+        let mut iptables = Vec::new();
+        for table in tables {
+            // One that was given has to be taken back, too.
+            let key = (table.name.clone(), table.v6);
+            if table.has_rules() || self.old_tables.contains(&key) {
+                self.old_tables.insert(key);
+                iptables.push(table.into_message());
+            }
+        }
+        Ok((nftables, iptables))
+    }
+
+    /// Refuses links that only our own agent makes in a guest.
+    ///
+    /// # Errors
+    /// `UNIMPLEMENTED` that names one.
+    pub async fn refuse_made(&self) -> Result<()> {
+        let (_connection, netlink) = self.netns.netlink()?;
+        let all = self.all_links(&netlink).await?;
+        match all.iter().find(|link| link.is_made_in_guest(&all)) {
+            Some(link) => Err(Error::unimplemented(format!(
+                "the link {} ({}) of the pod's network namespace needs Cofferdam's own guest agent",
+                link.name, link.kind
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// The servers on the namespace's loopback.
@@ -351,6 +416,8 @@ impl Network {
             index: link.index,
             name: link.name.clone(),
             up: link.up,
+            hardware_address: sys::mac_text(&link.mac),
+            mtu: link.mtu,
             make: if is_card { Vec::new() } else { link.message() },
             ..Default::default()
         }
@@ -431,6 +498,15 @@ async fn disconnect(netlink: &Handle, endpoint: &Endpoint) {
     {
         tracing::warn!(link = endpoint.link.name, %error, "a redirection stays");
     }
+}
+
+fn no_ethernet(link: &Link) -> Error {
+    Error::precondition(format!(
+        "the link {} ({}) of the pod's network namespace carries no Ethernet, so a virtual machine \
+         cannot have it: take the link out of the namespace or down, or run the pod with the \
+         runtime runc",
+        link.name, link.kind
+    ))
 }
 
 /// An error about a rule that a guest cannot have.

@@ -35,7 +35,7 @@ const TABLES: Kind = Kind {
     get: 1,
     named: 1,
     // Name, flags, user data.
-    kept: &[1, 2, 6],
+    kept: &[1, TABLE_FLAGS, 6],
 };
 const CHAINS: Kind = Kind {
     name: "chain",
@@ -91,6 +91,7 @@ const FLOWTABLES: Kind = Kind {
     kept: &[],
 };
 
+const TABLE_FLAGS: u16 = 2;
 pub const RULE_TABLE: u16 = 1;
 pub const RULE_CHAIN: u16 = 2;
 const RULE_EXPRESSIONS: u16 = 4;
@@ -101,6 +102,9 @@ pub const CHAIN_POLICY: u16 = 5;
 const SET_FLAGS: u16 = 3;
 const SET_ID: u16 = 10;
 const NESTED: u16 = 1 << 15;
+
+/// A table that is there and does nothing. The other flags bind it to the program that made it.
+const DORMANT: u32 = 1;
 
 /// A set whose name its kernel has chosen.
 const ANONYMOUS: u32 = 1;
@@ -135,11 +139,11 @@ pub fn generation() -> io::Result<Option<u32>> {
         .and_then(|(_, all)| big_endian(attribute(all, 1)?)))
 }
 
-/// What the packet filters of the namespace have, for another kernel.
+/// What nftables has in the namespace, for another kernel.
 ///
 /// # Errors
 /// As [`chains`]; `Unsupported` names what cannot be had elsewhere.
-pub fn carried() -> io::Result<(Vec<NftablesMessage>, Vec<IptablesTable>)> {
+pub fn carried() -> io::Result<Vec<NftablesMessage>> {
     let mut messages = Vec::new();
     if let Some((_, flowtable)) = dump(FLOWTABLES, 0, &[])?.first() {
         return Err(unsupported(&format!(
@@ -163,8 +167,7 @@ pub fn carried() -> io::Result<(Vec<NftablesMessage>, Vec<IptablesTable>)> {
     for rule in rules()? {
         messages.push(message(RULES, &rule, 0)?);
     }
-    let tables = old_tables()?.into_iter().filter(Table::has_rules);
-    Ok((messages, tables.map(Table::into_message).collect()))
+    Ok(messages)
 }
 
 fn unsupported(what: &str) -> io::Error {
@@ -185,6 +188,17 @@ fn message(kind: Kind, (family, all): &Object, number: usize) -> io::Result<Nfta
     let what = what(kind, all);
     let mut attributes = kept(all, kind.kept);
     match kind.new {
+        new if new == TABLES.new => {
+            let flags = attribute(all, TABLE_FLAGS)
+                .and_then(big_endian)
+                .unwrap_or(0);
+            attributes = kept(&attributes, &without(kind.kept, TABLE_FLAGS));
+            put(
+                &mut attributes,
+                TABLE_FLAGS,
+                &(flags & DORMANT).to_be_bytes(),
+            );
+        }
         new if new == SETS.new => {
             // Rules find it by its name, which here is as good as any.
             let flags = attribute(all, SET_FLAGS).and_then(big_endian).unwrap_or(0);
@@ -318,14 +332,25 @@ fn ask(kind: Kind, family: u8, only: &[u8], flags: i32) -> io::Result<Vec<Object
                 return Err(io::Error::other("a message of nfnetlink is cut off"));
             };
             match u16::from_ne_bytes([header[4], header[5]]) {
-                DONE => return Ok(found),
+                DONE => {
+                    let code = message
+                        .first_chunk::<4>()
+                        .map_or(0, |code| i32::from_ne_bytes(*code));
+                    return match code {
+                        0 => Ok(found),
+                        code => Err(io::Error::from_raw_os_error(code.saturating_neg())),
+                    };
+                }
                 ERROR => {
                     let errno = message
                         .first_chunk::<4>()
                         .map_or(0, |code| -i32::from_ne_bytes(*code));
                     return match errno {
-                        // A kernel without nftables has no rules of it.
-                        0 | libc::ENOENT | libc::EOPNOTSUPP | libc::EINVAL => Ok(found),
+                        0 => Ok(found),
+                        // A kernel without nftables, or without this kind, has none of it.
+                        libc::ENOENT | libc::EOPNOTSUPP | libc::EINVAL if found.is_empty() => {
+                            Ok(found)
+                        }
                         errno => Err(io::Error::from_raw_os_error(errno)),
                     };
                 }
@@ -473,7 +498,7 @@ impl Table {
     }
 
     /// Whether there is anything but chains of the kernel's that accept.
-    fn has_rules(&self) -> bool {
+    pub fn has_rules(&self) -> bool {
         // struct ipt_entry and ip6t_entry, then struct xt_standard_target.
         let verdict = if self.v6 { 168 } else { 112 } + 32;
         let accepts = |hook: usize| {
@@ -487,7 +512,21 @@ impl Table {
         self.info.entries > self.info.hooks.count_ones() + 1 || !hooks.clone().all(accepts)
     }
 
-    fn into_message(self) -> IptablesTable {
+    /// The same for another kernel, without what it has counted: that would be a change each time.
+    pub fn into_message(mut self) -> IptablesTable {
+        // struct ipt_entry and ip6t_entry: the offset of the next one, and the counters.
+        let (next, counters) = if self.v6 { (142, 152) } else { (90, 96) };
+        let mut at = 0;
+        while let Some(length) = self.entries.get(at + next..at + next + 2) {
+            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
+            if let Some(counted) = self.entries.get_mut(at + counters..at + counters + 16) {
+                counted.fill(0);
+            }
+            if length == 0 {
+                break;
+            }
+            at += length;
+        }
         IptablesTable {
             name: self.name,
             ipv6: self.v6,

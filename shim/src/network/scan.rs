@@ -12,7 +12,7 @@ use rtnetlink::packet_route::link::{
 };
 
 use super::rtnl;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// An address of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,7 @@ pub struct Link {
     pub no_arp: bool,
     /// It is a tap itself.
     pub tap: bool,
+    pub is_ethernet: bool,
     /// The link of the same namespace that it stands on.
     pub parent: Option<u32>,
     /// What makes it one of its kind.
@@ -78,13 +79,10 @@ impl Link {
     }
 }
 
-/// Finds the links that matter: Ethernet, not part of another (a bridge's port), and in use. Each
-/// namespace has devices that only came with kernel modules (`gretap0`, …): they are down and have
-/// no address.
-///
-/// # Errors
-/// `FAILED_PRECONDITION` names a link in use that carries no Ethernet: a guest cannot have it.
-pub async fn links(netlink: &Handle) -> Result<Vec<Link>> {
+/// Finds the links that matter: not part of another (a bridge's port), and in use, or `known` from
+/// before. Each namespace has devices that only came with kernel modules (`gretap0`, …): they are
+/// down and have no address.
+pub async fn links(netlink: &Handle, known: &HashMap<u32, String>) -> Result<Vec<Link>> {
     let messages: Vec<LinkMessage> =
         rtnl("list links", netlink.link().get().execute().try_collect()).await?;
     let addresses: Vec<AddressMessage> = rtnl(
@@ -103,17 +101,18 @@ pub async fn links(netlink: &Handle) -> Result<Vec<Link>> {
     }
     let mut links = Vec::new();
     for message in &messages {
-        let addresses = by_link.remove(&message.header.index).unwrap_or_default();
-        links.extend(link(message, addresses)?);
+        let index = message.header.index;
+        let addresses = by_link.remove(&index).unwrap_or_default();
+        links.extend(link(message, addresses, known.contains_key(&index)));
     }
     Ok(links)
 }
 
-fn link(message: &LinkMessage, addresses: Vec<Address>) -> Result<Option<Link>> {
+fn link(message: &LinkMessage, addresses: Vec<Address>, known: bool) -> Option<Link> {
     let flags = message.header.flags;
     let up = flags.contains(LinkFlags::Up);
-    if flags.contains(LinkFlags::Loopback) || (addresses.is_empty() && !up) {
-        return Ok(None);
+    if flags.contains(LinkFlags::Loopback) || (addresses.is_empty() && !up && !known) {
+        return None;
     }
     let mut link = Link {
         index: message.header.index,
@@ -124,6 +123,7 @@ fn link(message: &LinkMessage, addresses: Vec<Address>) -> Result<Option<Link>> 
         up,
         no_arp: flags.contains(LinkFlags::Noarp),
         tap: false,
+        is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         parent: None,
         info: Vec::new(),
         addresses,
@@ -154,15 +154,7 @@ fn link(message: &LinkMessage, addresses: Vec<Address>) -> Result<Option<Link>> 
         }
     }
     link.parent = link.parent.filter(|_| !elsewhere);
-    if message.header.link_layer_type != LinkLayerType::Ether {
-        return Err(Error::precondition(format!(
-            "the link {} ({}) of the pod's network namespace carries no Ethernet, so a virtual \
-             machine cannot have it: take the link out of the namespace or down, or run the pod \
-             with the runtime runc",
-            link.name, link.kind
-        )));
-    }
-    Ok((!is_port).then_some(link))
+    (!is_port).then_some(link)
 }
 
 /// An address, unless it is an IPv6 link-local one that its kernel has made.

@@ -32,11 +32,15 @@ const LEFT_OUT: [&str; 8] = [
     "/optmem_max",
 ];
 
-/// The namespace's own values by their names below /proc/sys/net.
+/// The namespace's own values by their names below /proc/sys/net, and those that were such `before`.
 ///
 /// # Errors
 /// The namespace cannot be entered, or no other one made.
-pub fn set_by_somebody(netns: &Netns, links: &[String]) -> io::Result<HashMap<String, String>> {
+pub fn set_by_somebody(
+    netns: &Netns,
+    links: &[String],
+    before: &HashMap<String, String>,
+) -> io::Result<HashMap<String, String>> {
     static FRESH: OnceLock<HashMap<String, String>> = OnceLock::new();
     let fresh = match FRESH.get() {
         Some(fresh) => fresh,
@@ -47,6 +51,9 @@ pub fn set_by_somebody(netns: &Netns, links: &[String]) -> io::Result<HashMap<St
     };
     let mut values = netns.run(|| Ok(read(links)))?;
     values.retain(|name, value| {
+        if before.contains_key(name) {
+            return true;
+        }
         let default = match link_of(name) {
             // A new namespace begins with the host's own.
             Some((INHERITED, link, file)) => return value != default_of(link, file),
@@ -118,7 +125,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_the_default_is_told_and_nothing_else() {
         let netns = Netns::create().await.unwrap();
-        let before = set_by_somebody(&netns, &[]).unwrap();
+        let before = set_by_somebody(&netns, &[], &HashMap::new()).unwrap();
         // What the host has set, for all its namespaces.
         assert!(
             before.keys().all(|name| name.starts_with(INHERITED)),
@@ -137,7 +144,7 @@ mod tests {
         };
         netns.run(write).unwrap();
         let wanted = set.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let mut now = set_by_somebody(&netns, &[]).unwrap();
+        let mut now = set_by_somebody(&netns, &[], &HashMap::new()).unwrap();
         now.retain(|name, value| before.get(name) != Some(value));
         assert_eq!(now, HashMap::from(wanted));
     }

@@ -185,7 +185,10 @@ async fn connect(pod: &Bound) -> (Network, Vec<Endpoint>, Vec<Redirect>) {
         recorded.push(redirect.clone());
         Ok(())
     };
-    let endpoints = network.connect_new(2, record).await.unwrap();
+    let endpoints = network
+        .connect_new(2, Others::Refused, record)
+        .await
+        .unwrap();
     (network, endpoints, recorded)
 }
 
@@ -362,12 +365,24 @@ async fn links_that_come_later_are_found_and_the_others_are_not_made_twice() {
     );
 
     pod.veth("eth0", &host, "host0");
-    let first = network.connect_new(1, |_| Ok(())).await.unwrap();
+    let first = network
+        .connect_new(1, Others::Refused, |_| Ok(()))
+        .await
+        .unwrap();
     assert_eq!(names(&first), ["eth0"]);
     pod.veth("eth1", &host, "host1");
-    let second = network.connect_new(1, |_| Ok(())).await.unwrap();
+    let second = network
+        .connect_new(1, Others::Refused, |_| Ok(()))
+        .await
+        .unwrap();
     assert_eq!(names(&second), ["eth1"]);
-    assert!(network.connect_new(1, |_| Ok(())).await.unwrap().is_empty());
+    assert!(
+        network
+            .connect_new(1, Others::Refused, |_| Ok(()))
+            .await
+            .unwrap()
+            .is_empty()
+    );
     assert_frames_pass(
         &host.packet_socket("host1"),
         &second[0].clone_fds().unwrap().taps,
@@ -458,7 +473,10 @@ async fn a_failure_midway_leaves_nothing() {
             Ok(())
         }
     };
-    let error = network.connect_new(1, record).await.unwrap_err();
+    let error = network
+        .connect_new(1, Others::Refused, record)
+        .await
+        .unwrap_err();
 
     assert!(
         error
@@ -473,7 +491,11 @@ async fn a_failure_midway_leaves_nothing() {
     }
     assert_eq!(state(), before);
     assert_eq!(
-        network.connect_new(1, |_| Ok(())).await.unwrap().len(),
+        network
+            .connect_new(1, Others::Refused, |_| Ok(()))
+            .await
+            .unwrap()
+            .len(),
         2,
         "and it can be tried again"
     );
