@@ -27,14 +27,9 @@ impl Output {
         String::from_utf8_lossy(&self.stdout).trim().to_owned()
     }
 
-    /// Standard error as text without surrounding white space, and without what ctr 2.4 says of
-    /// a host with cgroup v1.
+    /// Standard error as text without surrounding white space.
     pub fn errors(&self) -> String {
-        let text = String::from_utf8_lossy(&self.stderr);
-        let lines = text
-            .lines()
-            .filter(|line| !line.contains("DEPRECATION: The support for cgroup v1"));
-        lines.collect::<Vec<_>>().join("\n").trim().to_owned()
+        String::from_utf8_lossy(&self.stderr).trim().to_owned()
     }
 
     /// Insists on exit status 0.

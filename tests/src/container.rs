@@ -47,7 +47,7 @@ impl<'e> Container<'e> {
         let base = ["tasks", "exec", "--exec-id", exec_id];
         self.env
             .daemon
-            .ctr_command([&base, flags, &["--", &self.id], command].concat())
+            .ctr_command([&base, flags, &[&self.id], command].concat())
     }
 
     /// `ctr task kill -s SIGNAL`, with further flags.

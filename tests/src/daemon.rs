@@ -179,7 +179,12 @@ impl Daemon {
         &self,
         args: impl IntoIterator<Item = S>,
     ) -> Command {
-        let mut command = Command::new(self.bin.join("ctr"));
+        // ctr 2.4 takes each comma of a --mount for the end of one.
+        let bin = match self.release {
+            Release::V2_4 => assets::release_bin(Release::V2_1),
+            _ => self.bin.clone(),
+        };
+        let mut command = Command::new(bin.join("ctr"));
         command
             .arg("--address")
             .arg(&self.socket)

@@ -420,9 +420,8 @@ impl Env {
         } else {
             (flags, &[][..])
         };
-        // ctr 2.4 would look for flags of its own in what comes then.
-        let words = [&base[..], flags, &["--"], image, tree, &[id], command];
-        self.daemon.ctr_command(words.concat())
+        self.daemon
+            .ctr_command([&base[..], flags, image, tree, &[id], command].concat())
     }
 
     /// Runs `crictl ARGS` to its end.

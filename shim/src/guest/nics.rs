@@ -37,7 +37,7 @@ use crate::guest::host_sockets::{HostSockets, random_name};
 use crate::host::ledger::{Ledger, Resource};
 use crate::network::{Changes, Endpoint, Forwarder, Link, Netns, Network, Others, Server};
 
-/// To follow changes takes at most one part of so many of the shim's time.
+/// To look at changes that are none takes at most one part of so many of the shim's time.
 const SHARE_OF_TIME: u32 = 20;
 
 /// The network. All steps may be taken again: each concerns only what is new since.
@@ -197,22 +197,27 @@ impl Nics {
     /// The agent's own words; a rule that a guest cannot have.
     pub async fn set_up(&self, guest: Guest<'_>) -> Result<()> {
         let mut state = self.state.lock().await;
-        self.tell(&mut state, guest).await
+        self.tell(&mut state, guest).await.map(drop)
     }
 
     /// Brings the guest to what the namespace has by now. Links that cannot be cards are as `others`
-    /// says.
+    /// says. Says whether anything was new.
     ///
     /// # Errors
     /// One line that names the link; all else is done, and the next call goes on from there.
-    pub async fn catch_up(&self, guest: Guest<'_>, others: Others, ledger: &Ledger) -> Result<()> {
+    pub async fn catch_up(
+        &self,
+        guest: Guest<'_>,
+        others: Others,
+        ledger: &Ledger,
+    ) -> Result<bool> {
         let mut state = self.state.lock().await;
         state.network.read_sysctls().await?;
         let removed = state.remove_lost(guest).await;
         state.wire(self.rules, 1, others, ledger).await?;
         state.plug(guest.machine).await?;
-        self.tell(&mut state, guest).await?;
-        removed
+        let told = self.tell(&mut state, guest).await?;
+        removed.map(|()| told)
     }
 
     /// Does so whenever something has changed, as long as it is polled. Servers on the loopback tell
@@ -232,6 +237,10 @@ impl Nics {
             }
             let began = Instant::now();
             let done = self.catch_up(guest, Others::LeftOut, ledger).await;
+            // A guest can cause events without an end.
+            if !matches!(done, Ok(true)) {
+                sleep(began.elapsed() * SHARE_OF_TIME).await;
+            }
             let wrong = done.err().map(|error| error.to_string());
             if let Some(error) = &wrong {
                 // It is tried again and again, and said once.
@@ -240,8 +249,6 @@ impl Nics {
                 }
                 sleep(NETWORK_LOOK).await;
             }
-            // A guest can cause events without an end.
-            sleep(began.elapsed() * SHARE_OF_TIME).await;
             seen = (now, wrong);
         }
     }
@@ -253,11 +260,11 @@ impl Nics {
         look?.ok()
     }
 
-    /// Tells the agent what has changed.
-    async fn tell(&self, state: &mut State, guest: Guest<'_>) -> Result<()> {
+    /// Tells the agent what has changed. Says whether anything has.
+    async fn tell(&self, state: &mut State, guest: Guest<'_>) -> Result<bool> {
         let links = state.tell_of_links(guest).await?;
         if guest.is_own {
-            return self.tell_all(state, guest).await;
+            return Ok(self.tell_all(state, guest).await? || links);
         }
         if self.rules == NetnsRules::Carry {
             // This agent cannot be given them.
@@ -265,16 +272,15 @@ impl Nics {
         }
         state.network.refuse_made().await?;
         if links {
-            state.tell_of_routes(guest.agent).await
-        } else {
-            Ok(())
+            state.tell_of_routes(guest.agent).await?;
         }
+        Ok(links)
     }
 
-    async fn tell_all(&self, state: &mut State, guest: Guest<'_>) -> Result<()> {
+    async fn tell_all(&self, state: &mut State, guest: Guest<'_>) -> Result<bool> {
         // One of our own, into which nobody has put anything.
         if state.network.is_untouched() {
-            return Ok(());
+            return Ok(false);
         }
         state.changes.forget();
         let mut now = state.network.state(self.rules == NetnsRules::Carry).await?;
@@ -284,12 +290,12 @@ impl Nics {
             now.servers = state.servers.iter().map(message).collect();
         }
         if now == state.told {
-            return Ok(());
+            return Ok(false);
         }
         let told = guest.agent.set_network(&now, UPDATE_NETWORK).await;
         told.map_err(|error| error.context("the guest cannot set up the pod's network"))?;
         state.told = now;
-        Ok(())
+        Ok(true)
     }
 }
 

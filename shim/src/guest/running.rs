@@ -400,6 +400,7 @@ impl GuestCalls for RunningGuest {
         self.nics
             .catch_up(self.for_nics(), Others::Refused, ledger)
             .await
+            .map(drop)
     }
 
     async fn grow(&self, wanted: &WantedSize) -> Result<()> {
