@@ -27,9 +27,14 @@ impl Output {
         String::from_utf8_lossy(&self.stdout).trim().to_owned()
     }
 
-    /// Standard error as text without surrounding white space.
+    /// Standard error as text without surrounding white space, and without the warning that
+    /// containerd 2.2 and later have for ctr on a host with cgroup v1.
     pub fn errors(&self) -> String {
-        String::from_utf8_lossy(&self.stderr).trim().to_owned()
+        let text = String::from_utf8_lossy(&self.stderr);
+        let lines = text
+            .lines()
+            .filter(|line| !line.contains("DEPRECATION: The support for cgroup v1"));
+        lines.collect::<Vec<_>>().join("\n").trim().to_owned()
     }
 
     /// Insists on exit status 0.
