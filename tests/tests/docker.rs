@@ -237,7 +237,7 @@ fn options_of_run(env: &Env) {
         ),
         (
             &["--memory", "64m"],
-            "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || true",
+            "cd /sys/fs/cgroup; cat memory.max memory/memory.limit_in_bytes 2>/dev/null || true",
             "67108864",
         ),
         (&["--network", "none"], "ls /sys/class/net", "lo"),
@@ -450,7 +450,8 @@ fn commit_and_build(env: &Env) {
     fs::create_dir(&context).unwrap();
     fs::write(context.join("file"), "copied\n").unwrap();
     let steps = format!(
-        "FROM {IMAGE}\nCOPY file /file\nRUN cat /file >/again && mkdir /d\nCMD [\"cat\", \"/again\"]\n"
+        "FROM {IMAGE}\nCOPY file /file\nRUN cat /file >/again && mkdir /d\n\
+         CMD [\"cat\", \"/again\"]\n"
     );
     fs::write(context.join("Dockerfile"), steps).unwrap();
     let mut build = docker.command(&["build", "-t", "built:1", &context.to_string_lossy()]);

@@ -130,8 +130,8 @@ fn comparable(said: &str) -> Vec<String> {
         .map(|line| {
             let line = line.split_once(": ").map_or(line, |(_, rest)| rest);
             let line = line.replace("    ", " ");
-            // The host keeps the first two to itself, and a guest needs the others where a network's
-            // route has been taken away.
+            // The host keeps the first two to itself, and a guest needs the others where a
+            // network's route has been taken away.
             let states = [" linkdown", " dead", " onlink", " noprefixroute"];
             let line = states
                 .iter()

@@ -27,7 +27,8 @@ fn main() -> ExitCode {
             config_map_is_updated_live, program_is_told_of_a_new_configuration;
         Once: volume_of_a_reader_and_a_writer, empty_dir_of_two_containers, empty_dir_in_memory, read_only_volumes,
             recursively_read_only,
-            sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm, block_device, forty_disks,
+            sub_path, socket_of_the_host, mount_made_later_appears, size_of_dev_shm,
+            block_device, forty_disks,
             directory_that_is_missing_is_made, owners_and_modes_are_the_hosts;
         Ours: mounts_that_would_go_to_the_host_are_refused, root_of_the_host_read_only;
     ])

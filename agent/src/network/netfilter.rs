@@ -45,7 +45,8 @@ impl Filter {
     /// Replaces the rules by these, if they are others.
     ///
     /// # Errors
-    /// The first that this kernel does not take, in the host's words; of nf_tables none is set then.
+    /// The first that this kernel does not take, in the host's words; of nf_tables none is set
+    /// then.
     pub fn set(&mut self, nftables: &[NftablesMessage], iptables: &[IptablesTable]) -> Result<()> {
         if self.nftables != nftables {
             self.replace(nftables)?;
@@ -61,8 +62,8 @@ impl Filter {
         Ok(())
     }
 
-    /// Replaces the tables that have changed, in one transaction: the guest is never without the old
-    /// ones before it has the new ones.
+    /// Replaces the tables that have changed, in one transaction: the guest is never without the
+    /// old ones before it has the new ones.
     fn replace(&self, new: &[NftablesMessage]) -> Result<()> {
         let has_changed = |one: &NftablesMessage| {
             let of_table = |all: &[NftablesMessage]| {

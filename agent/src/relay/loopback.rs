@@ -21,7 +21,8 @@ use super::unix::HostWay;
 use crate::deadlines;
 use crate::log::log;
 
-/// Clients of one UDP server at a time: each has a connection to the host, which has places for all.
+/// Clients of one UDP server at a time: each has a connection to the host, which has places for
+/// all.
 const MAX_CLIENTS: usize = 64;
 
 /// Datagrams of one client that wait for the host; more are lost, as on a network.
@@ -146,8 +147,8 @@ struct Client {
     task: AbortHandle,
 }
 
-/// A stream to the host for each client, until nothing has come back for a while, or others need its
-/// place: a resolver takes another port for each question.
+/// A stream to the host for each client, until nothing has come back for a while, or others need
+/// its place: a resolver takes another port for each question.
 async fn datagrams(socket: Arc<UdpSocket>, way: HostWay) {
     let mut clients: HashMap<SocketAddr, Client> = HashMap::new();
     let mut open = JoinSet::new();

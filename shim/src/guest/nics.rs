@@ -1,14 +1,14 @@
-//! The sandbox's network in its guest: a NIC for each link of the namespace, plugged into the machine
-//! and set up by the agent, and all else that the namespace has.
+//! The sandbox's network in its guest: a NIC for each link of the namespace, plugged into the
+//! machine and set up by the agent, and all else that the namespace has.
 //!
 //! ```text
-//!  boot:   wire ──▶ cards, plugged ──▶ set_up      taps while QEMU starts, NICs before the kernel runs
+//!  boot:   wire ──▶ cards, plugged ──▶ set_up   taps while QEMU starts, NICs before it runs
 //!  later:  follow ─ rtnetlink's events ─▶ catch_up  links come, change and go; then as set_up
 //!          a container's start ─────────▶ catch_up  docker and nerdctl make links then
 //! ```
 //!
-//! Our own agent is told the whole state, each time it has changed, and makes the difference. Another
-//! agent is told of links, routes and neighbours, and of nothing that goes.
+//! Our own agent is told the whole state, each time it has changed, and makes the difference.
+//! Another agent is told of links, routes and neighbours, and of nothing that goes.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -200,8 +200,8 @@ impl Nics {
         self.tell(&mut state, guest).await.map(drop)
     }
 
-    /// Brings the guest to what the namespace has by now. Links that cannot be cards are as `others`
-    /// says. Says whether anything was new.
+    /// Brings the guest to what the namespace has by now. Links that cannot be cards are as
+    /// `others` says. Says whether anything was new.
     ///
     /// # Errors
     /// One line that names the link; all else is done, and the next call goes on from there.
@@ -220,8 +220,8 @@ impl Nics {
         removed.map(|()| told)
     }
 
-    /// Does so whenever something has changed, as long as it is polled. Servers on the loopback tell
-    /// nobody that they come: they are looked for.
+    /// Does so whenever something has changed, as long as it is polled. Servers on the loopback
+    /// tell nobody that they come: they are looked for.
     pub async fn follow(&self, guest: Guest<'_>, ledger: &Ledger) {
         let mut changes = self.state.lock().await.changes.take();
         // What was seen last, and what is wrong with it.

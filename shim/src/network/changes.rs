@@ -19,8 +19,8 @@ use crate::error::{IoContext, Result};
 const GROUPS: [u32; 10] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25];
 
 /// Events of a namespace: that something has changed, not what. A namespace is small, and looked at
-/// anew. The guest can cause events without an end, by its cards: they wait in the kernel, which has
-/// room for few, and are thrown away unread.
+/// anew. The guest can cause events without an end, by its cards: they wait in the kernel, which
+/// has room for few, and are thrown away unread.
 #[derive(Debug)]
 pub struct Changes(Option<AsyncFd<OwnedFd>>);
 

@@ -79,8 +79,11 @@ fn is_guests_own(message: &AddressMessage) -> bool {
         return true;
     };
     // By a router's announcement, which the guest hears too; here it runs out.
-    let permanent = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Flags(flags) if flags.contains(AddressFlags::Permanent));
-    if address.ip.is_ipv6() && !message.attributes.iter().any(permanent) {
+    let is_permanent = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Permanent),
+        _ => false,
+    };
+    if address.ip.is_ipv6() && !message.attributes.iter().any(is_permanent) {
         return true;
     }
     message.header.index == LOOPBACK && address.ip.is_loopback()
@@ -165,7 +168,8 @@ fn adapt_address(message: &mut AddressMessage, routes: &[RouteMessage]) {
     message.attributes.push(AddressAttribute::Flags(flags));
 }
 
-/// Whether a route is one that somebody has set, or that depends on more than the guest's addresses.
+/// Whether a route is one that somebody has set, or that depends on more than the guest's
+/// addresses.
 fn is_carried(message: &RouteMessage) -> bool {
     let header = &message.header;
     let kernels = header.protocol == RouteProtocol::Kernel;
@@ -230,8 +234,8 @@ fn adapt_hop(hop: &mut RouteNextHop) {
     hop.flags &= RouteNextHopFlags::Onlink;
 }
 
-/// Takes off a rule what its kernel has found, and says the priority that is none: left out, it would
-/// mean "before all others".
+/// Takes off a rule what its kernel has found, and says the priority that is none: left out, it
+/// would mean "before all others".
 fn adapt_rule(message: &mut RuleMessage) {
     message.header.flags &= RuleFlags::Invert;
     let has_priority = |attribute: &RuleAttribute| matches!(attribute, RuleAttribute::Priority(_));

@@ -15,12 +15,13 @@
 //!
 //! * `netns` opens or makes the namespace. The shim is never in it: what has to be done there is
 //!   done by a thread that enters it and ends.
-//! * `scan` finds links, addresses, routes and neighbours by netlink; `tap` makes the taps, `tc` the
-//!   redirects.
+//! * `scan` finds links, addresses, routes and neighbours by netlink; `tap` makes the taps, `tc`
+//!   the redirects.
 //! * `rules` refuses a namespace whose packet filter would have bound the pod's processes: packets
 //!   of the guest pass below it (docs/security.md), unless the configuration lets that be.
-//! * `forward` and `sk_lookup` answer on the namespace's loopback for servers in the guest, which is
-//!   how containerd forwards ports; `servers` finds those of the namespace, for the other direction.
+//! * `forward` and `sk_lookup` answer on the namespace's loopback for servers in the guest, which
+//!   is how containerd forwards ports; `servers` finds those of the namespace, for the other
+//!   direction.
 //! * `mirror`, `sysctls` and `netfilter` say what the guest's kernel is to have of the namespace's:
 //!   our own agent gives it that. Others are told by `routes`.
 //! * `undo` takes redirects off a link whose namespace outlives the sandbox; each is in the ledger
@@ -306,7 +307,7 @@ impl Network {
         let doing = || "read the sysctls of the network namespace".to_owned();
         let netns = self.netns.try_clone().doing(doing)?;
         let names: Vec<String> = self.links.values().cloned().collect();
-        let before = std::mem::take(&mut self.sysctls);
+        let before = self.sysctls.clone();
         let read =
             tokio::task::spawn_blocking(move || sysctls::set_by_somebody(&netns, &names, &before));
         self.sysctls = read

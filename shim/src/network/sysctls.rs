@@ -32,7 +32,8 @@ const LEFT_OUT: [&str; 8] = [
     "/optmem_max",
 ];
 
-/// The namespace's own values by their names below /proc/sys/net, and those that were such `before`.
+/// The namespace's own values by their names below /proc/sys/net, and those that were such
+/// `before`.
 ///
 /// # Errors
 /// The namespace cannot be entered, or no other one made.
