@@ -3,6 +3,7 @@
 //! The kernel verifies a program before it loads it, so no program can break memory. Constants and
 //! layouts are those of linux/bpf.h.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -17,6 +18,7 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 const BPF_F_NO_PREALLOC: u32 = 1;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
 const BPF_CGROUP_DEVICE: u32 = 6;
@@ -26,7 +28,11 @@ const BPF_PSEUDO_MAP_FD: u8 = 1;
 
 /// Operation codes (`struct bpf_insn`, field `code`), by the names of their assembler mnemonics.
 pub mod code {
-    /// `ldxw`: a register from memory.
+    /// `ldxb`: a register from one byte of memory.
+    pub const LOAD_BYTE: u8 = 0x71;
+    /// `ldxh`: a register from two bytes of memory.
+    pub const LOAD_HALF: u8 = 0x69;
+    /// `ldxw`: a register from four bytes of memory.
     pub const LOAD_WORD: u8 = 0x61;
     /// `stw`: an immediate number to memory.
     pub const STORE_WORD: u8 = 0x62;
@@ -44,6 +50,8 @@ pub mod code {
     pub const ADD: u8 = 0x07;
     /// `and32`, with an immediate number.
     pub const AND_32: u8 = 0x54;
+    /// `lsh32`, by an immediate number.
+    pub const LEFT_SHIFT_32: u8 = 0x64;
     /// `rsh32`, by an immediate number.
     pub const RIGHT_SHIFT_32: u8 = 0x74;
     /// `ja`.
@@ -79,6 +87,42 @@ pub const fn op(code: u8, registers: u8, offset: i16, immediate: i32) -> Instruc
         registers,
         offset,
         immediate,
+    }
+}
+
+/// A program in the making, whose jumps name the places that they lead to.
+#[derive(Debug, Default)]
+pub struct Assembler {
+    program: Vec<Instruction>,
+    jumps: Vec<(usize, &'static str)>,
+    labels: HashMap<&'static str, usize>,
+}
+
+impl Assembler {
+    /// Adds instructions.
+    pub fn add(&mut self, instructions: impl IntoIterator<Item = Instruction>) {
+        self.program.extend(instructions);
+    }
+
+    /// Adds a jump forward, with the registers and the number that it compares.
+    pub fn jump(&mut self, code: u8, registers: u8, immediate: i32, label: &'static str) {
+        self.jumps.push((self.program.len(), label));
+        self.program.push(op(code, registers, 0, immediate));
+    }
+
+    /// Gives the place of the next instruction a name.
+    pub fn label(&mut self, name: &'static str) {
+        self.labels.insert(name, self.program.len());
+    }
+
+    /// The program. A label that is missing makes a jump that the kernel refuses to load.
+    #[must_use]
+    pub fn finish(mut self) -> Vec<Instruction> {
+        for (at, label) in self.jumps {
+            let target = self.labels.get(label).copied().unwrap_or(usize::MAX);
+            self.program[at].offset = i16::try_from(target - at - 1).unwrap_or(i16::MAX);
+        }
+        self.program
     }
 }
 
@@ -162,6 +206,15 @@ impl Map {
 /// A program that the kernel finds wrong, a kernel without BPF, or a caller without CAP_BPF.
 pub fn load_cgroup_device(name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
     load(BPF_PROG_TYPE_CGROUP_DEVICE, 0, name, program)
+}
+
+/// Loads a program that a filter of traffic control asks about each packet. `name` is what
+/// bpftool(8) shows, 15 bytes at most.
+///
+/// # Errors
+/// As [`load_cgroup_device`].
+pub fn load_classifier(name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
+    load(BPF_PROG_TYPE_SCHED_CLS, 0, name, program)
 }
 
 /// Loads a program that decides which socket gets a connection (Linux 5.9). `name` is what

@@ -8,6 +8,7 @@
 )]
 
 use std::fs;
+use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use cofferdam_tests::command::{Output, Running, run};
 use cofferdam_tests::network::Netns;
 use cofferdam_tests::{Env, PATIENCE, Release, Suite, assets, cases, daemon, eventually};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -23,7 +25,7 @@ fn main() -> ExitCode {
         &[Release::V1_7],
         cases![
             Heavy: run_and_exit_codes, options_of_run, exec_logs_top_stats, copy_in_and_out,
-                volumes_are_kept, published_port, names_of_a_network_resolve,
+                volumes_are_kept, published_port, names_of_a_network_resolve, names_of_the_world_resolve,
                 networks_are_connected_and_disconnected, restart_policy, health_check,
                 commit_and_build, network_of_another_container;
         ],
@@ -375,6 +377,43 @@ fn names_of_a_network_resolve(env: &Env) {
     assert!(asked.contains("db"), "{asked}");
     // One that nobody has does not hang.
     docker.try_do(&["exec", "web", "nslookup", "nobody.invalid"]);
+}
+
+/// Answers each question for a name's IPv4 address with 192.0.2.7, for as long as the test runs.
+fn name_server(netns: &Netns, address: &'static str) {
+    let inside = fs::File::open(netns.path()).unwrap();
+    let socket = std::thread::spawn(move || {
+        setns(inside, CloneFlags::CLONE_NEWNET).unwrap();
+        UdpSocket::bind((address, 53)).unwrap()
+    });
+    let socket = socket.join().unwrap();
+    std::thread::spawn(move || {
+        let mut question = [0; 512];
+        while let Ok((length, from)) = socket.recv_from(&mut question) {
+            // RFC 1035: the header, and the question up to its class.
+            let end = 12 + question[12..length].iter().position(|b| *b == 0).unwrap() + 5;
+            let is_address = question[end - 4..end - 2] == [0, 1];
+            let mut answer = question[..end].to_vec();
+            answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, u8::from(is_address), 0, 0, 0, 0]);
+            if is_address {
+                answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7]);
+            }
+            socket.send_to(&answer, from).unwrap();
+        }
+    });
+}
+
+/// Docker's server asks this one from the container's namespace.
+fn names_of_the_world_resolve(env: &Env) {
+    let docker = Docker::new(env);
+    docker
+        .netns
+        .ip(&["addr", "add", "10.99.0.53/32", "dev", "lo"]);
+    name_server(&docker.netns, "10.99.0.53");
+    docker.done(&["network", "create", "net"]);
+    let flags = ["--network", "net", "--dns", "10.99.0.53"];
+    let asked = docker.sh(&flags, "nslookup -type=a outside.example 127.0.0.11");
+    assert!(asked.contains("192.0.2.7"), "{asked}");
 }
 
 fn networks_are_connected_and_disconnected(env: &Env) {

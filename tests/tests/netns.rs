@@ -9,7 +9,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,6 +30,7 @@ fn main() -> ExitCode {
                 sysctls_are_those_of_the_namespace,
                 what_changes_in_the_namespace_changes_inside,
                 server_on_the_loopback_of_the_namespace,
+                programs_of_the_host_in_the_namespace_talk_to_others,
                 rules_of_a_mesh_redirect_the_containers_traffic,
                 vlan_and_dummy_links, twenty_links;
             Ours: rule_that_cannot_be_carried_keeps_it_from_starting,
@@ -98,6 +99,31 @@ impl<'e> Pod<'e> {
         let flags = self.flags();
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         self.env.detached(&flags, &["sleep", "3600"])
+    }
+}
+
+impl<'e> Pod<'e> {
+    /// A container that can ask servers.
+    fn talker(&self) -> Container<'e> {
+        let namespace = format!("--with-ns=network:{}", self.netns.path());
+        let env = self.env;
+        let (snapshotter, runtime, id) = (env.daemon.snapshotter, env.runtime.name(), env.id());
+        let run_talk = [
+            "run",
+            "-d",
+            "--null-io",
+            "--snapshotter",
+            snapshotter,
+            "--runtime",
+            runtime,
+            &namespace,
+            TALK,
+            &id,
+            "sleep",
+            "3600",
+        ];
+        run(env.daemon.ctr_command(run_talk), PATIENCE).ok();
+        Container::adopt(env, &id)
     }
 }
 
@@ -307,6 +333,40 @@ fn what_changes_in_the_namespace_changes_inside(env: &Env) {
     finish(container);
 }
 
+const LOOPBACK: [&str; 2] = ["127.0.0.11", "::1"];
+
+/// Does something in a namespace of the host.
+fn inside<T: Send + 'static>(netns: &Netns, act: impl FnOnce() -> T + Send + 'static) -> T {
+    let file = File::open(netns.path()).unwrap();
+    let thread = std::thread::spawn(move || {
+        setns(file, CloneFlags::CLONE_NEWNET).unwrap();
+        act()
+    });
+    thread.join().unwrap()
+}
+
+/// What a server says to `hello` by TCP and by UDP.
+fn ask(netns: &Netns, address: &str, port: u16) -> [String; 2] {
+    let to: (IpAddr, u16) = (address.parse().unwrap(), port);
+    inside(netns, move || {
+        let mut text = [0; 100];
+        let mut tcp = TcpStream::connect_timeout(&to.into(), PATIENCE).unwrap();
+        tcp.write_all(b"hello").unwrap();
+        let length = tcp.read(&mut text).unwrap();
+        let by_tcp = String::from_utf8_lossy(&text[..length]).into_owned();
+        let any = if to.0.is_ipv4() { "0.0.0.0" } else { "::" };
+        let udp = UdpSocket::bind((any, 0)).unwrap();
+        udp.connect(to).unwrap();
+        udp.set_read_timeout(Some(PATIENCE)).unwrap();
+        udp.send(b"hello").unwrap();
+        let length = udp.recv(&mut text).unwrap();
+        [
+            by_tcp,
+            String::from_utf8_lossy(&text[..length]).into_owned(),
+        ]
+    })
+}
+
 /// Answers in a namespace of the host, until it is dropped.
 struct Server {
     over: Arc<AtomicBool>,
@@ -314,19 +374,17 @@ struct Server {
 }
 
 impl Server {
-    fn new(netns: &Netns, port: u16) -> Server {
+    fn new(netns: &Netns, addresses: [&str; 2], port: u16) -> Server {
         let over = Arc::new(AtomicBool::new(false));
-        let addresses = ["127.0.0.11", "::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
-        let inside = File::open(netns.path()).unwrap();
-        let sockets = std::thread::spawn(move || {
-            setns(inside, CloneFlags::CLONE_NEWNET).unwrap();
+        let addresses = addresses.map(|ip| ip.parse::<IpAddr>().unwrap());
+        let sockets = inside(netns, move || {
             addresses.map(|ip| {
                 let tcp = TcpListener::bind((ip, port)).unwrap();
                 (tcp, UdpSocket::bind((ip, port)).unwrap())
             })
         });
         let mut threads = Vec::new();
-        for (tcp, udp) in sockets.join().unwrap() {
+        for (tcp, udp) in sockets {
             tcp.set_nonblocking(true).unwrap();
             udp.set_read_timeout(Some(PAUSE)).unwrap();
             let end = over.clone();
@@ -362,25 +420,8 @@ impl Drop for Server {
 fn server_on_the_loopback_of_the_namespace(env: &Env) {
     let pod = Pod::new(env);
     pod.link(75, 1);
-    let before = Server::new(&pod.netns, 5353);
-    let namespace = format!("--with-ns=network:{}", pod.netns.path());
-    let (snapshotter, runtime, id) = (env.daemon.snapshotter, env.runtime.name(), env.id());
-    let run_talk = [
-        "run",
-        "-d",
-        "--null-io",
-        "--snapshotter",
-        snapshotter,
-        "--runtime",
-        runtime,
-        &namespace,
-        TALK,
-        &id,
-        "sleep",
-        "3600",
-    ];
-    run(env.daemon.ctr_command(run_talk), PATIENCE).ok();
-    let container = Container::adopt(env, &id);
+    let before = Server::new(&pod.netns, LOOPBACK, 5353);
+    let container = pod.talker();
     let answers = |port: u16| {
         for address in ["127.0.0.11", "::1"] {
             for protocol in ["tcp", "udp"] {
@@ -399,7 +440,7 @@ fn server_on_the_loopback_of_the_namespace(env: &Env) {
     let script = "for i in $(seq 100); do talk ask udp 127.0.0.11 5353 $i; echo; done | wc -l";
     assert_eq!(container.exec(&["sh", "-c", script]).ok().text(), "100");
     // Docker's starts when the container is there.
-    let after = Server::new(&pod.netns, 5454);
+    let after = Server::new(&pod.netns, LOOPBACK, 5454);
     answers(5454);
     drop(before);
     eventually("nobody answers any more", PATIENCE, || {
@@ -407,6 +448,45 @@ fn server_on_the_loopback_of_the_namespace(env: &Env) {
         (refused.status != 0).then_some(())
     });
     drop(after);
+    finish(container);
+}
+
+/// As docker's server for names asks others, and as a mesh's proxy without a sidecar does.
+fn programs_of_the_host_in_the_namespace_talk_to_others(env: &Env) {
+    let pod = Pod::new(env);
+    pod.link(78, 1);
+    pod.ip("addr add fd78::2/64 dev e1 nodad");
+    pod.ip("route add default via 10.78.1.1");
+    let at = ["addr", "add", "fd78::1/64", "dev", "n78n1", "nodad"];
+    pod.beyond.ip(&at);
+    let container = pod.talker();
+    let _there = Server::new(&pod.beyond, ["10.78.1.1", "fd78::1"], 5353);
+    let _here = Server::new(&pod.netns, ["10.78.1.2", "fd78::2"], 5454);
+    let said = ["tcp:hello", "udp:hello"];
+    let both_reach = || {
+        for (here, there) in [("10.78.1.2", "10.78.1.1"), ("fd78::2", "fd78::1")] {
+            for (protocol, said) in ["tcp", "udp"].into_iter().zip(said) {
+                let answer = container.exec(&["talk", "ask", protocol, there, "5353", "hello"]);
+                assert_eq!(answer.text(), said, "{there}");
+            }
+            assert_eq!(ask(&pod.netns, there, 5353), said, "{there}");
+            assert_eq!(ask(&pod.beyond, here, 5454), said, "{here}");
+        }
+    };
+    both_reach();
+    // A link that was away keeps its number, but nothing that was set on it.
+    let other = Netns::new(&env.id());
+    pod.ip(&format!("link set e1 netns {}", other.name));
+    let back = format!("link set e1 netns {} up", pod.netns.name);
+    other.ip(&back.split(' ').collect::<Vec<_>>());
+    pod.ip("addr add 10.78.1.2/24 dev e1");
+    pod.ip("addr add fd78::2/64 dev e1 nodad");
+    let reached = || {
+        let ask = ["talk", "ask", "udp", "10.78.1.1", "5353", "hello"];
+        (container.exec(&ask).text() == said[1]).then_some(())
+    };
+    eventually("the link carries again", PATIENCE, reached);
+    both_reach();
     finish(container);
 }
 

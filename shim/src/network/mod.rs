@@ -17,6 +17,7 @@
 //!   done by a thread that enters it and ends.
 //! * `scan` finds links, addresses, routes and neighbours by netlink; `tap` makes the taps, `tc`
 //!   the redirects.
+//! * `local_sockets` leaves out of the redirection what comes for sockets of the namespace.
 //! * `rules` refuses a namespace whose packet filter would have bound the pod's processes: packets
 //!   of the guest pass below it (docs/security.md), unless the configuration lets that be.
 //! * `forward` and `sk_lookup` answer on the namespace's loopback for servers in the guest, which
@@ -32,6 +33,7 @@
 
 mod changes;
 mod forward;
+mod local_sockets;
 mod mirror;
 mod netfilter;
 mod netns;
@@ -280,14 +282,18 @@ impl Network {
         Ok(links)
     }
 
-    /// The links that the guest has as NICs, as they are now. One that has gone is forgotten.
+    /// The links that the guest has as NICs, as they are now. One that has gone is forgotten, and
+    /// so is one that was away: it may have come back under its number, but without our filter.
     ///
     /// # Errors
     /// The kernel's.
     pub async fn links(&mut self) -> Result<Vec<Link>> {
         let (_connection, netlink) = self.netns.netlink()?;
+        let redirected = tc::with_ingress(&netlink).await?;
         let mut links = self.all_links(&netlink).await?;
-        links.retain(|link| self.links.contains_key(&link.index));
+        links.retain(|link| {
+            self.links.contains_key(&link.index) && (link.tap || redirected.contains(&link.index))
+        });
         self.links = links
             .iter()
             .map(|link| (link.index, link.name.clone()))
@@ -469,7 +475,7 @@ impl Network {
         rtnl("set the tap up", netlink.link().set(up).execute()).await?;
         tc::redirect(netlink, tap.index, link.index, true).await?;
 
-        let qdisc = !tc::has_ingress(netlink, link.index).await?;
+        let qdisc = !tc::with_ingress(netlink).await?.contains(&link.index);
         if let Some(path) = self.netns.path() {
             record(&Redirect {
                 netns: path.to_owned(),
@@ -488,8 +494,18 @@ impl Network {
             disconnect(netlink, &endpoint).await;
             return Err(error);
         }
+        if let Err(error) = except_local_sockets(netlink, link.index, tap.index).await {
+            tracing::warn!(link = link.name, %error,
+                "programs of the host in the pod's network namespace get no answers by this link");
+        }
         Ok((endpoint, Some(tap.index)))
     }
+}
+
+/// What comes for sockets of the namespace stays there.
+async fn except_local_sockets(netlink: &Handle, link: u32, tap: u32) -> Result<()> {
+    let program = local_sockets::load(tap).doing(|| "load a BPF program".into())?;
+    tc::except(netlink, link, &program).await
 }
 
 /// Takes the redirection back; the tap goes with its descriptors.

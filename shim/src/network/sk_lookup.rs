@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use sys::bpf::{self, Instruction, Map, code, op};
+use sys::bpf::{self, Assembler, Instruction, Map, code, op};
 
 // linux/bpf.h
 const HELPER_MAP_LOOKUP_ELEM: i32 = 1;
@@ -70,63 +70,53 @@ pub fn attach(
 
 /// r6 is the context, r7 the socket. Entry 0 of the map is for IPv4, entry 1 for IPv6.
 fn program(map: &Map, ports: &Map) -> Vec<Instruction> {
-    /// Stands for the distance to the end of the program.
-    const TO_PASS: i16 = i16::MAX;
-
-    let is_loopback_v4 = [
+    let mut program = Assembler::default();
+    program.add([
+        op(code::MOVE_REGISTER, 0x16, 0, 0),
+        op(code::LOAD_WORD, 0x62, PROTOCOL, 0),
+    ]);
+    program.jump(code::JUMP_NOT_EQUAL, 0x02, libc::IPPROTO_TCP, "pass");
+    program.add([op(code::LOAD_WORD, 0x62, FAMILY, 0)]);
+    program.jump(code::JUMP_EQUAL, 0x02, libc::AF_INET6, "v6");
+    program.add([
         op(code::LOAD_WORD, 0x62, LOCAL_IP4, 0),
         op(code::AND_32, 0x02, 0, i32::from_ne_bytes([0xff, 0, 0, 0])),
-        op(
-            code::JUMP_NOT_EQUAL,
-            0x02,
-            TO_PASS,
-            i32::from_ne_bytes([127, 0, 0, 0]),
-        ),
-        op(code::STORE_WORD, 0x0a, -4, 0),
-    ];
-    let mut is_loopback_v6 = Vec::new();
+    ]);
+    let net = i32::from_ne_bytes([127, 0, 0, 0]);
+    program.jump(code::JUMP_NOT_EQUAL, 0x02, net, "pass");
+    program.add([op(code::STORE_WORD, 0x0a, -4, 0)]);
+    program.jump(code::JUMP, 0, 0, "port");
+
+    program.label("v6");
     for (offset, word) in LOCAL_IP6
         .into_iter()
         .zip([0, 0, 0, i32::from_ne_bytes([0, 0, 0, 1])])
     {
-        is_loopback_v6.push(op(code::LOAD_WORD, 0x62, offset, 0));
-        is_loopback_v6.push(op(code::JUMP_NOT_EQUAL, 0x02, TO_PASS, word));
+        program.add([op(code::LOAD_WORD, 0x62, offset, 0)]);
+        program.jump(code::JUMP_NOT_EQUAL, 0x02, word, "pass");
     }
-    is_loopback_v6.push(op(code::STORE_WORD, 0x0a, -4, 1));
-    let length = |part: &[Instruction]| i16::try_from(part.len()).unwrap_or(i16::MAX);
+    program.add([op(code::STORE_WORD, 0x0a, -4, 1)]);
 
-    let mut program = vec![
-        op(code::MOVE_REGISTER, 0x16, 0, 0),
-        op(code::LOAD_WORD, 0x62, PROTOCOL, 0),
-        op(code::JUMP_NOT_EQUAL, 0x02, TO_PASS, libc::IPPROTO_TCP),
-        op(code::LOAD_WORD, 0x62, FAMILY, 0),
-        op(
-            code::JUMP_EQUAL,
-            0x02,
-            length(&is_loopback_v4) + 1,
-            libc::AF_INET6,
-        ),
-    ];
-    program.extend(is_loopback_v4);
-    program.push(op(code::JUMP, 0, length(&is_loopback_v6), 0));
-    program.extend(is_loopback_v6);
-    program.extend([
+    program.label("port");
+    program.add([
         op(code::LOAD_WORD, 0x62, LOCAL_PORT, 0),
         op(code::STORE_REGISTER, 0x2a, -8, 0),
     ]);
-    program.extend(ports.load_into(1));
-    program.extend([
+    program.add(ports.load_into(1));
+    program.add([
         op(code::MOVE_REGISTER, 0xa2, 0, 0),
         op(code::ADD, 0x02, 0, -8),
         op(code::CALL, 0, 0, HELPER_MAP_LOOKUP_ELEM),
-        op(code::JUMP_NOT_EQUAL, 0x00, TO_PASS, 0),
     ]);
-    program.extend(map.load_into(1));
-    program.extend([
+    program.jump(code::JUMP_NOT_EQUAL, 0x00, 0, "pass");
+    program.add(map.load_into(1));
+    program.add([
         op(code::MOVE_REGISTER, 0xa2, 0, 0),
         op(code::ADD, 0x02, 0, -4),
         op(code::CALL, 0, 0, HELPER_MAP_LOOKUP_ELEM),
-        op(code::JUMP_EQUAL, 0x00, TO_PASS, 0),
+    ]);
+    program.jump(code::JUMP_EQUAL, 0x00, 0, "pass");
+    program.add([
         op(code::MOVE_REGISTER, 0x07, 0, 0),
         op(code::MOVE_REGISTER, 0x61, 0, 0),
         op(code::MOVE_REGISTER, 0x72, 0, 0),
@@ -135,12 +125,7 @@ fn program(map: &Map, ports: &Map) -> Vec<Instruction> {
         op(code::MOVE_REGISTER, 0x71, 0, 0),
         op(code::CALL, 0, 0, HELPER_SK_RELEASE),
     ]);
-    let end = program.len();
-    for (index, instruction) in program.iter_mut().enumerate() {
-        if instruction.offset == TO_PASS {
-            instruction.offset = i16::try_from(end - index - 1).unwrap_or(i16::MAX);
-        }
-    }
-    program.extend([op(code::MOVE, 0x00, 0, SK_PASS), op(code::EXIT, 0, 0, 0)]);
-    program
+    program.label("pass");
+    program.add([op(code::MOVE, 0x00, 0, SK_PASS), op(code::EXIT, 0, 0, 0)]);
+    program.finish()
 }

@@ -3,10 +3,17 @@
 //! The classifier is `u32` with a mask that fits everything, which each kernel with traffic control
 //! has, not `matchall`, which some lack.
 
+use std::collections::HashSet;
+use std::os::fd::{AsRawFd, OwnedFd};
+
 use futures::{StreamExt, TryStreamExt};
-use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage};
+use rtnetlink::packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
+};
 use rtnetlink::{Error, Handle};
 
 use super::rtnl;
@@ -16,6 +23,9 @@ use crate::error::Result;
 /// that were there first keep their say.
 const PRIORITY: u16 = 0xcfda;
 
+/// Of the filter that is asked before it.
+const EXCEPTION: u16 = PRIORITY - 1;
+
 const PROTOCOL_ALL: u16 = (libc::ETH_P_ALL as u16).to_be();
 
 /// Parent of filters on what comes in, for the qdiscs `ingress` and `clsact`.
@@ -24,17 +34,16 @@ const INGRESS: TcHandle = TcHandle {
     minor: TcHandle::MIN_INGRESS,
 };
 
-/// Whether a device has a qdisc for what comes in.
-pub async fn has_ingress(netlink: &Handle, index: u32) -> Result<bool> {
+/// The devices that have a qdisc for what comes in, by index.
+pub async fn with_ingress(netlink: &Handle) -> Result<HashSet<u32>> {
+    let is_ingress = |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(kind) if kind == "ingress" || kind == "clsact");
     let qdiscs: Vec<TcMessage> =
         rtnl("list qdiscs", netlink.qdisc().get().execute().try_collect()).await?;
-    Ok(qdiscs.iter().any(|qdisc| {
-        qdisc.header.index == index.cast_signed()
-            && qdisc.attributes.iter().any(|attribute| {
-                matches!(attribute,
-                    TcAttribute::Kind(kind) if kind == "ingress" || kind == "clsact")
-            })
-    }))
+    Ok(qdiscs
+        .iter()
+        .filter(|qdisc| qdisc.attributes.iter().any(is_ingress))
+        .map(|qdisc| qdisc.header.index.cast_unsigned())
+        .collect())
 }
 
 /// Sends what comes in on `from` out by `to`. With `qdisc` the device has no ingress qdisc yet.
@@ -51,7 +60,7 @@ pub async fn redirect(netlink: &Handle, from: u32, to: u32, qdisc: bool) -> Resu
         .await?;
     } else {
         // Of a pod that died before it could take it away.
-        remove_filter(netlink, from).await?;
+        remove_filters(netlink, from).await?;
     }
     let filter = netlink
         .traffic_filter(index)
@@ -63,13 +72,38 @@ pub async fn redirect(netlink: &Handle, from: u32, to: u32, qdisc: bool) -> Resu
     rtnl(doing, async { filter.redirect(to)?.execute().await }).await
 }
 
-/// Takes back what [`redirect`] did on a device, however much of it.
+/// Lets a BPF program say first what is not to be redirected.
+///
+/// # Errors
+/// The kernel's: it may be one without this classifier.
+pub async fn except(netlink: &Handle, from: u32, program: &OwnedFd) -> Result<()> {
+    let mut message = filter(from, EXCEPTION);
+    let options = [
+        TcFilterBpfOption::ProgFd(program.as_raw_fd().cast_unsigned()),
+        TcFilterBpfOption::ProgName("local_sockets".to_owned()),
+        TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
+    ];
+    message.attributes = vec![
+        TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
+        TcAttribute::Options(options.map(TcOption::Bpf).into()),
+    ];
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewTrafficFilter(message));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_EXCL | NLM_F_CREATE;
+    send(
+        netlink,
+        "add a filter of BPF (kernel module cls_bpf)",
+        request,
+    )
+    .await
+}
+
+/// Takes back what [`redirect`] and [`except`] did on a device, however much of it.
 pub async fn remove(netlink: &Handle, index: u32, qdisc: bool) -> Result<()> {
-    if !has_ingress(netlink, index).await? {
+    if !with_ingress(netlink).await?.contains(&index) {
         return Ok(());
     }
     if !qdisc {
-        return remove_filter(netlink, index).await;
+        return remove_filters(netlink, index).await;
     }
     let mut request = netlink.qdisc().del(index.cast_signed());
     request.message_mut().header.parent = TcHandle::INGRESS;
@@ -81,21 +115,38 @@ pub async fn remove(netlink: &Handle, index: u32, qdisc: bool) -> Result<()> {
 }
 
 /// The crate's own request cannot name a priority: it removes all filters.
-async fn remove_filter(netlink: &Handle, index: u32) -> Result<()> {
+async fn remove_filters(netlink: &Handle, index: u32) -> Result<()> {
+    for priority in [PRIORITY, EXCEPTION] {
+        let message = RouteNetlinkMessage::DelTrafficFilter(filter(index, priority));
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        send(netlink, "remove a filter", request).await?;
+    }
+    Ok(())
+}
+
+fn filter(index: u32, priority: u16) -> TcMessage {
     let mut message = TcMessage::with_index(index.cast_signed());
     message.header.parent = INGRESS;
     message.header.info = u32::from(TcHandle {
-        major: PRIORITY,
+        major: priority,
         minor: PROTOCOL_ALL,
     });
-    let mut request = NetlinkMessage::from(RouteNetlinkMessage::DelTrafficFilter(message));
-    request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    message
+}
+
+/// What is to be removed and is not there needs no removal.
+async fn send(
+    netlink: &Handle,
+    doing: &str,
+    request: NetlinkMessage<RouteNetlinkMessage>,
+) -> Result<()> {
     let mut netlink = netlink.clone();
-    rtnl("remove a filter", async move {
+    rtnl(doing, async move {
         let mut answers = netlink.request(request)?;
         while let Some(answer) = answers.next().await {
             match answer.payload {
-                // Zero is the acknowledgement; a filter that is not there needs no removal.
+                // Zero is the acknowledgement.
                 NetlinkPayload::Error(error) if ![0, -libc::ENOENT].contains(&error.raw_code()) => {
                     return Err(Error::NetlinkError(error));
                 }
