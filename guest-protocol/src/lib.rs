@@ -83,11 +83,22 @@ pub const FEATURE_MEMORY: &str = "cofferdam.memory";
 /// Entry of `AgentDetails.extra_features`: the service of `protos/network.proto`.
 pub const FEATURE_NETWORK: &str = "cofferdam.network";
 
+/// Entry of `AgentDetails.extra_features`: storages of [`IMAGE_DRIVER`].
+pub const FEATURE_IMAGES: &str = "cofferdam.images";
+
+/// Driver of a storage that is mounted from a file of a share, by a loop device. So is each file
+/// that an option `device=` names.
+pub const IMAGE_DRIVER: &str = "cofferdam.image";
+
 /// Exec id that no exec can have, see [`FEATURE_SIGNAL_ALL`].
 pub const ALL_PROCESSES: &str = "*";
 
 /// Below it the guest has what belongs to the sandbox and is no share.
 pub const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
+
+/// Where the guest mounts what a root file system consists of. Short: an overlay's options have one
+/// page for the names of all its layers.
+pub const GUEST_LAYERS: &str = "/run/layers";
 
 /// Driver of a storage that is copied into the guest, and again when it changes: a volume as the
 /// kubelet writes ConfigMaps and Secrets. Kata's name; there the mount point has to be in a

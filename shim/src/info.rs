@@ -1,6 +1,7 @@
 //! `-info`: what this runtime is and can do, asked by containerd 2.0 and later. Needs no sandbox,
 //! no KVM and no working directory.
 
+use std::collections::HashMap;
 use std::io::{IsTerminal, Read, Write};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
@@ -8,10 +9,14 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 
+use crate::container::layers;
 use crate::error::{Error, IoContext, Result};
 
 /// Type URL under which containerd looks for the OCI features document.
 const FEATURES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Annotation that containerd 2.2 and 2.3 look at (core/runtime/v2).
+const ALLOWED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 
 /// Prints a `RuntimeInfo`.
 ///
@@ -34,6 +39,13 @@ pub fn print() -> Result<()> {
         .doing(|| "print the answer".into())
 }
 
+/// The mounts of root file systems that are left to us, as a list with a star for each transform.
+fn allowed_mounts() -> String {
+    let transforms = layers::TRANSFORMS.map(|transform| format!("{transform}/*"));
+    let types = layers::TYPES.map(str::to_owned);
+    [&types[..], &transforms[..]].concat().join(",")
+}
+
 fn info() -> RuntimeInfo {
     let features = Any {
         type_url: FEATURES_URL.to_owned(),
@@ -48,6 +60,8 @@ fn info() -> RuntimeInfo {
         })
         .into(),
         features: Some(features).into(),
+        // Later versions look at the answer to `start`.
+        annotations: HashMap::from([(ALLOWED_MOUNTS.to_owned(), allowed_mounts())]),
         ..Default::default()
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod byte_lock;
+pub mod loop_device;
 pub mod mount;
 pub mod point;
 pub mod process;

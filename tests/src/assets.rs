@@ -77,6 +77,20 @@ pub fn crictl() -> PathBuf {
     FOUND.get_or_init(find).clone()
 }
 
+/// The folder with erofs-utils, with which containerd makes layers and so do tests.
+///
+/// # Panics
+/// It is not there.
+pub fn erofs() -> PathBuf {
+    let dir = cache().join("erofs-trixie/bin");
+    assert!(
+        dir.join("mkfs.erofs").exists(),
+        "{} is not there: run `scripts/setup test`",
+        dir.display()
+    );
+    dir
+}
+
 /// The folder with the programs of a containerd release.
 ///
 /// # Panics

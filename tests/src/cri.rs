@@ -19,6 +19,10 @@ pub const TALK: &str = "docker.io/cofferdam/talk:local";
 /// The handler whose sandboxes have no task; containerd 2.1 only.
 pub const SANDBOX_API: &str = "cofferdam-sandbox";
 
+/// Handler of pods whose root file systems are layers in files; only containerd 2.4 has the
+/// snapshotter.
+pub const LAYERS: &str = "cofferdam-layers";
+
 const PAUSE: &str = "docker.io/cofferdam/pause:local";
 
 /// MTU of the pods' network, other than a link's by default.
@@ -113,7 +117,9 @@ impl Cri {
                      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
                      runtime_type = 'io.containerd.runc.v2'\n\
                      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{SANDBOX_API}]\n\
-                     runtime_type = 'io.containerd.cofferdam.v2'\nsandboxer = 'shim'\n"
+                     runtime_type = 'io.containerd.cofferdam.v2'\nsandboxer = 'shim'\n\
+                     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{LAYERS}]\n\
+                     runtime_type = 'io.containerd.cofferdam.v2'\nsnapshotter = 'erofs'\n"
                 ),
             ),
             Release::V1_6 | Release::V1_7 => (

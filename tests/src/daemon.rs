@@ -39,7 +39,8 @@ pub struct Daemon {
     /// Its CRI plug-in, of one for pods.
     pub cri: Option<Cri>,
     bin: PathBuf,
-    config: PathBuf,
+    /// Its configuration; its own files are beside.
+    pub config: PathBuf,
     process: Mutex<Option<Child>>,
 }
 
@@ -88,7 +89,7 @@ impl Daemon {
             "[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n",
             root.join("opt")
         );
-        let text = text + &opt;
+        let text = text + &opt + layers(release);
         std::fs::write(&config, text).unwrap();
         let log = logs.join(format!("{suite}-{name}.log"));
         let _ = std::fs::remove_file(&log);
@@ -149,6 +150,9 @@ impl Daemon {
             .unwrap();
         let mut dirs = path.map(Path::to_owned).into_iter().collect::<Vec<_>>();
         dirs.extend([self.bin.clone(), assets::prefix().join("bin")]);
+        if self.release == Release::V2_4 {
+            dirs.push(assets::erofs());
+        }
         dirs.extend(std::env::split_paths(
             &std::env::var_os("PATH").unwrap_or_default(),
         ));
@@ -248,6 +252,18 @@ impl Daemon {
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().filter(|line| line.contains(id)).collect();
         lines[lines.len().saturating_sub(25)..].join("\n")
+    }
+}
+
+/// The settings of a second snapshotter, whose layers are file systems in files.
+fn layers(release: Release) -> &'static str {
+    match release {
+        Release::V2_4 => {
+            "[plugins.\"io.containerd.snapshotter.v1.erofs\"]\ndefault_size = \"64MiB\"\n\
+             [plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"erofs\", \
+             \"walking\"]\n"
+        }
+        _ => "",
     }
 }
 

@@ -106,8 +106,9 @@ impl<'e> Pod<'e> {
         Pod::start_with(env, if env.is_vm() { "cofferdam" } else { "runc" }, patch)
     }
 
+    /// As [`Pod::try_with`], of a handler.
     #[track_caller]
-    fn start_with(env: &'e Env, handler: &str, patch: Value) -> (Pod<'e>, Output) {
+    pub fn start_with(env: &'e Env, handler: &str, patch: Value) -> (Pod<'e>, Output) {
         let name = env.id();
         let dir = env.dir.join(&name);
         std::fs::create_dir_all(&dir).unwrap();

@@ -42,8 +42,9 @@ use guest_protocol::protocols::health_ttrpc::{Health, create_health};
 use guest_protocol::protocols::types;
 use guest_protocol::stdio::Channel;
 use guest_protocol::{
-    ALL_PROCESSES, FEATURE_CLOCK, FEATURE_MEMORY, FEATURE_NETWORK, FEATURE_OWN_FIELDS, FEATURE_POD,
-    FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
+    ALL_PROCESSES, FEATURE_CLOCK, FEATURE_IMAGES, FEATURE_MEMORY, FEATURE_NETWORK,
+    FEATURE_OWN_FIELDS, FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL,
+    FEATURE_UDS, FEATURE_UDS_BELOW,
 };
 use protobuf::well_known_types::empty::Empty;
 use tokio::sync::Notify;
@@ -64,7 +65,7 @@ use crate::storage::{copy, driver_names, look_up_mounts, volume_usage};
 const API_VERSION: &str = "0.0.1";
 
 /// What GetGuestDetails announces beside the version.
-const FEATURES: [&str; 11] = [
+const FEATURES: [&str; 12] = [
     "seccomp",
     FEATURE_RAW_STDIO,
     FEATURE_SIGNAL_ALL,
@@ -76,6 +77,7 @@ const FEATURES: [&str; 11] = [
     FEATURE_UDS_BELOW,
     FEATURE_MEMORY,
     FEATURE_NETWORK,
+    FEATURE_IMAGES,
 ];
 
 /// The methods that the trait below implements.

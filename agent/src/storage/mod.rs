@@ -13,7 +13,7 @@ mod sockets_below;
 mod watched;
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -21,9 +21,10 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::protocols::csi::volume_usage::Unit;
 use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage};
-use guest_protocol::{Transport, UDS_DRIVER, WATCHED_DRIVER};
+use guest_protocol::{IMAGE_DRIVER, Transport, UDS_DRIVER, WATCHED_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
+use sys::loop_device::{Access, attach};
 use sys::mount::Extent;
 use tokio::time::{Instant, sleep};
 
@@ -44,6 +45,7 @@ pub use sockets_below::SocketsBelow;
 enum Driver {
     Block,
     HostSocket,
+    Image,
     Ephemeral,
     Local,
     Overlay,
@@ -52,9 +54,10 @@ enum Driver {
 }
 
 /// Storage drivers by their names on the wire.
-const DRIVERS: [(&str, Driver); 7] = [
+const DRIVERS: [(&str, Driver); 8] = [
     ("blk", Driver::Block),
     (UDS_DRIVER, Driver::HostSocket),
+    (IMAGE_DRIVER, Driver::Image),
     ("ephemeral", Driver::Ephemeral),
     ("local", Driver::Local),
     ("overlayfs", Driver::Overlay),
@@ -211,6 +214,7 @@ pub async fn mount_storage(
             .await
             .map(|()| Cleanup::Unmount),
         Driver::HostSocket => unix::listen(storage, host.clone()).map(Cleanup::CloseSocket),
+        Driver::Image => image(storage).map(|()| Cleanup::Unmount),
         Driver::Overlay => overlay(storage).map(|()| Cleanup::Unmount),
         Driver::WatchableBind => watched::make(storage).await,
         Driver::Block => {
@@ -358,6 +362,26 @@ fn apply(path: &str, mode: Option<u32>, group: Option<u32>) -> Result<()> {
     set().context(|| format!("set permissions of {path}"))
 }
 
+/// Mounts read-only from files. The devices go with the mount.
+fn image(storage: &Storage) -> Result<()> {
+    let mut devices = Vec::new();
+    let mut device = |path: &str| -> Result<String> {
+        let attached = File::open(path).and_then(|file| attach(&file, Access::ReadDirectly));
+        let attached = attached.context(|| format!("make a block device of {path}"))?;
+        let node = attached.path.display().to_string();
+        devices.push(attached);
+        Ok(node)
+    };
+    let source = device(&storage.source)?;
+    let mut options = storage.options.clone();
+    for option in &mut options {
+        if let Some(path) = option.strip_prefix("device=") {
+            *option = format!("device={}", device(path)?);
+        }
+    }
+    plain_mount(storage, &source, &options)
+}
+
 fn overlay(storage: &Storage) -> Result<()> {
     const CREATE: &str = "io.katacontainers.volume.overlayfs.create_directory=";
     const WRITABLE: &str = "io.katacontainers.fs-opt.overlay-rw";
@@ -429,7 +453,7 @@ pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> 
         let node = format!("/dev/{}", pci::virtio_child(device, "block")?);
         // The kernel makes the node a moment before there is a disk behind it; until then, opening
         // says ENXIO.
-        fs::File::open(&node).is_ok().then_some(node)
+        File::open(&node).is_ok().then_some(node)
     };
     pci::wait_for(pci_path, "block device", deadline, node).await
 }

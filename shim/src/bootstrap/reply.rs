@@ -7,9 +7,12 @@
 use std::path::PathBuf;
 
 use containerd_shim::StartOpts;
-use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Extension};
 use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::empty::Empty;
 
+use crate::container::layers;
 use crate::error::{Error, Result};
 use crate::host::identity::SOCKET_DIR;
 
@@ -18,6 +21,35 @@ const TASK_API: i32 = containerd_shim_protos::TASK_API_VERSION;
 
 /// Longest directory for a socket whose name has 64 characters, in bytes.
 const MAX_SOCKET_DIR: usize = 42;
+
+/// `extensions` of `BootstrapResult`, since containerd 2.4.
+const EXTENSIONS: u32 = 6;
+
+/// An `Extension` with containerd's message `MountCapabilities`: the mounts of root file systems
+/// that are left to us.
+fn mounts_extension() -> Vec<u8> {
+    const TYPES: u32 = 1;
+    const TRANSFORMS: u32 = 2;
+    let mut capabilities = Empty::new();
+    let fields = capabilities.special_fields.mut_unknown_fields();
+    for name in layers::TYPES {
+        fields.add_length_delimited(TYPES, name.into());
+    }
+    for name in layers::TRANSFORMS {
+        fields.add_length_delimited(TRANSFORMS, name.into());
+    }
+    // Writing to memory does not fail.
+    let any = Any {
+        type_url: "containerd.types.MountCapabilities".to_owned(),
+        value: capabilities.write_to_bytes().unwrap_or_default(),
+        ..Default::default()
+    };
+    let extension = Extension {
+        value: Some(any).into(),
+        ..Default::default()
+    };
+    extension.write_to_bytes().unwrap_or_default()
+}
 
 /// What containerd wrote to the standard input of `start`.
 #[derive(Debug)]
@@ -85,12 +117,16 @@ impl Request {
         match self {
             Request::Plain => Ok(address.as_bytes().to_vec()),
             Request::Bootstrap(_) => {
-                let result = BootstrapResult {
+                let mut result = BootstrapResult {
                     version: TASK_API,
                     address: address.to_owned(),
                     protocol: "ttrpc".to_owned(),
                     ..Default::default()
                 };
+                result
+                    .special_fields
+                    .mut_unknown_fields()
+                    .add_length_delimited(EXTENSIONS, mounts_extension());
                 result.write_to_bytes().map_err(|error| {
                     Error::internal(format!("cannot encode the start reply: {error}"))
                 })
@@ -101,8 +137,6 @@ impl Request {
 
 #[cfg(test)]
 mod tests {
-    use protobuf::well_known_types::any::Any;
-
     use super::*;
 
     const ADDRESS: &str = "unix:///run/containerd/s/abc";

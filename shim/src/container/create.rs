@@ -2,14 +2,15 @@
 //! booting, then the request to the agent; and the way back.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use containerd_shim_protos::types::mount::Mount;
 use futures::future::join_all;
 use guest_protocol::protocols::agent::{CreateContainerRequest, Device, Storage};
 use guest_protocol::{
-    GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER, UDS_PORT_OPTION,
+    GUEST_LAYERS, GUEST_ROOTFS, GUEST_SANDBOX, GUEST_SHARE, POD_PID_PATH, UDS_DRIVER,
+    UDS_PORT_OPTION,
 };
 use oci_spec::runtime::Spec;
 use sys::point::{Point, pass, reach};
@@ -17,11 +18,14 @@ use tokio::time::{Instant, timeout};
 use ttrpc::Code;
 
 use crate::container::devices::{self, Devices};
+use crate::container::layers::{self, Part};
 use crate::container::role::PidNamespace;
-use crate::container::rootfs::{self, Disk};
+use crate::container::rootfs::{self, Disk, Root};
 use crate::container::shared_volumes::SharedVolumes;
 use crate::container::volumes::{self, HostSocket, OfPod, Volumes};
-use crate::deadlines::{DISK_DETACH, DISK_DETACH_AT_LEAST, MOUNTS_RELEASE, REMOVE_CONTAINER};
+use crate::deadlines::{
+    DISK_DETACH, DISK_DETACH_AT_LEAST, HOST_MOUNTS, MOUNTS_RELEASE, REMOVE_CONTAINER,
+};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::needs_own_agent;
 use crate::guest::calls::GuestCalls;
@@ -29,8 +33,9 @@ use crate::guest::guest_spec::{self, GuestView};
 use crate::guest::host_sockets::{HostSockets, PinnedSocket, Users};
 use crate::guest::sockets_below::WatchedDirectory;
 use crate::guest::task_process::{TaskProcess, TaskView};
-use crate::host::dir::Entry;
+use crate::host::dir::{Dir, Entry};
 use crate::host::ledger::Ledger;
+use crate::host::mounts::{self, Bind};
 use crate::model::Stdio;
 use crate::stdio::{GuestIo, HostIo, Pumps};
 
@@ -58,13 +63,18 @@ pub struct CreateContainer {
     pub memory_mib: u64,
 }
 
+/// Directory in a container's that has the files of its layers.
+const LAYERS: &str = "layers";
+
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
 pub struct HostSide {
     place: Entry,
+    /// No other container of the sandbox ever has it.
+    number: u64,
     /// Where the guest sees the root file system, if it is not on a disk.
     rootfs: String,
-    disk: Option<Disk>,
+    root: Root,
     volumes: Volumes,
     devices: Devices,
 }
@@ -97,32 +107,35 @@ impl HostSide {
     /// One line; nothing stays mounted.
     pub fn prepare(create: &CreateContainer, shares: &SharedVolumes) -> Result<HostSide> {
         let devices = devices::classify(&create.spec)?;
+        let number = shares.next_id();
         let (dir, name, guest_dir) = if rootfs::is_exclusive_overlay(&create.rootfs) {
             // What the guest keeps in its memory has a name that comes only once.
-            (&shares.rootfs, shares.next_id().to_string(), GUEST_ROOTFS)
+            (&shares.rootfs, number.to_string(), GUEST_ROOTFS)
         } else {
             (&shares.share, create.id.clone(), GUEST_SHARE)
         };
         // From here on the drop of `host` undoes everything.
         let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);
-        let (disk, volumes) = (rootfs::disk(&create.rootfs), Volumes::default());
+        let (root, volumes) = (Root::of(&create.rootfs)?, Volumes::default());
         let mut host = HostSide {
             place: Entry::new(dir, &name),
+            number,
             rootfs,
-            disk,
+            root,
             volumes,
             devices,
         };
-        if host.disk.is_none() {
-            let root = create
-                .spec
-                .root()
-                .as_ref()
-                .map(|root| create.bundle.join(root.path()))
-                .unwrap_or_default();
-            rootfs::mount_all(&create.rootfs, &root, &dir.make(&name)?)?;
-            reach(Point::RootfsMounted).doing(|| format!("use the root file system of {name}"))?;
+        match &host.root {
+            Root::Directory => host.mount_root(create)?,
+            Root::Layers(layers) => {
+                let files = dir.make(&name)?.make(LAYERS)?;
+                for (number, file) in layers.files().enumerate() {
+                    bind_file(file, &files, &number.to_string())?;
+                }
+            }
+            Root::Disk(_) => {}
         }
+        reach(Point::RootfsMounted).doing(|| format!("use the root file system of {name}"))?;
         let list = create.spec.mounts().as_deref().unwrap_or_default();
         host.volumes = volumes::prepare(
             list,
@@ -136,10 +149,20 @@ impl HostSide {
         Ok(host)
     }
 
+    /// Mounts the root file system on the host.
+    fn mount_root(&self, create: &CreateContainer) -> Result<()> {
+        let of_spec = create.spec.root().as_ref();
+        let path = of_spec.map(|root| create.bundle.join(root.path()));
+        let dir = self.place.make()?;
+        rootfs::mount_all(&create.rootfs, &path.unwrap_or_default(), &dir)
+    }
+
     /// What a process that stands for the container sees of it.
     fn task_view(&self, create: &CreateContainer) -> Result<TaskView> {
-        let root = match self.disk {
-            None if !create.root_in_memory => Some(self.place.open()?.get(rootfs::NAME)?.into()),
+        let root = match self.root {
+            Root::Directory if !create.root_in_memory => {
+                Some(self.place.open()?.get(rootfs::NAME)?.into())
+            }
             _ => None,
         };
         let of_spec = create.spec.root().as_ref();
@@ -252,11 +275,9 @@ impl Container {
         }
         let process = create.spec.process().as_ref();
         process.inspect(|process| self.runs_as(process.user()));
-        let mut rootfs = std::mem::take(&mut self.host.rootfs);
-        if let Some(disk) = self.host.disk.clone() {
-            rootfs = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
-            storages.insert(0, self.plug_rootfs(guest, disk, &rootfs).await?);
-        }
+        let (mut root, rootfs) = self.plug_root(guest, create).await?;
+        root.append(&mut storages);
+        let (mut storages, mut rootfs) = (root, rootfs);
         if create.root_in_memory {
             rootfs = in_memory(&create.id, create.memory_mib, &rootfs, &mut storages);
         }
@@ -326,7 +347,58 @@ impl Container {
         self.task.as_mut()
     }
 
-    async fn plug_rootfs(
+    /// What of the root file system the guest mounts itself, and where it is then.
+    async fn plug_root(
+        &mut self,
+        guest: &dyn GuestCalls,
+        create: &CreateContainer,
+    ) -> Result<(Vec<Storage>, String)> {
+        let place = self.host.rootfs.clone();
+        let layers = match &self.host.root {
+            Root::Directory => return Ok((Vec::new(), place)),
+            Root::Disk(disk) => {
+                let point = format!("{GUEST_SANDBOX}/rootfs/{}", create.id);
+                return Ok((
+                    vec![self.plug_disk(guest, disk.clone(), &point).await?],
+                    point,
+                ));
+            }
+            Root::Layers(layers) => layers.clone(),
+        };
+        if !guest.features().images {
+            let (list, dir) = (create.rootfs.clone(), self.host.place.make()?);
+            let mounting = move || rootfs::mount_all(&list, Path::new(""), &dir);
+            let mounted = timeout(HOST_MOUNTS, tokio::task::spawn_blocking(mounting)).await;
+            let late = |_| Error::deadline("the layers were not mounted in time");
+            mounted
+                .map_err(late)?
+                .map_err(|error| Error::internal(error.to_string()))??;
+            self.host.root = Root::Directory;
+            return Ok((Vec::new(), place));
+        }
+        let of_this = format!("{GUEST_LAYERS}/{}", self.host.number);
+        let points: Vec<String> = (0..layers.len())
+            .map(|at| format!("{of_this}/{at}"))
+            .collect();
+        let files = place.trim_end_matches(rootfs::NAME).to_owned() + LAYERS;
+        let mut places = (0..).map(|number: u32| format!("{files}/{number}"));
+        let (parts, top) = layers.take_apart(&points)?;
+        let mut storages = Vec::new();
+        for (part, point) in parts.into_iter().zip(&points) {
+            storages.push(match part {
+                Part::Disk(disk) => self.plug_disk(guest, disk, point).await?,
+                Part::Image {
+                    files,
+                    fstype,
+                    options,
+                } => layers::image(places.by_ref().take(files.len()), fstype, options, point),
+            });
+        }
+        let rootfs = layers::on_top(top, format!("{of_this}/root"), &mut storages);
+        Ok((storages, rootfs))
+    }
+
+    async fn plug_disk(
         &mut self,
         guest: &dyn GuestCalls,
         disk: Disk,
@@ -471,6 +543,18 @@ fn in_memory(id: &str, mib: u64, lower: &str, storages: &mut Vec<Storage>) -> St
     // After a disk that has the root file system.
     storages.extend([memory, overlay]);
     root
+}
+
+/// Lets the guest read a file.
+fn bind_file(file: &Path, dir: &Dir, name: &str) -> Result<()> {
+    let how = Bind {
+        read_only: true,
+        ..Bind::default()
+    };
+    dir.make_file(name)?;
+    let place = dir.hold(name)?;
+    let bound = mounts::hold(file).and_then(|file| mounts::bind(&file, &place, how));
+    bound.doing(|| format!("share the layer {}", file.display()))
 }
 
 fn host_sockets(guest: &dyn GuestCalls) -> Result<&HostSockets> {

@@ -36,6 +36,7 @@
 pub mod create;
 pub mod devices;
 pub mod hooks;
+pub mod layers;
 pub mod role;
 mod rootfs;
 pub mod shared_volumes;

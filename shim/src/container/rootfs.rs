@@ -2,15 +2,19 @@
 //! shared directory, or where it is a disk (devmapper, blockfile, erofs), plugged into the guest
 //! and mounted there.
 
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use sys::loop_device::{self, Access};
 
+use crate::container::layers::{self, Directory, Filled, Layers};
 use crate::error::{Error, IoContext, Result};
 use crate::host::dir::Dir;
 use crate::host::mounts::{self, Bind};
@@ -41,13 +45,35 @@ pub fn mount_all(list: &[Mount], root_path: &Path, dir: &Dir) -> Result<()> {
         }
         return mounts::bind(&root, &target, Bind::RECURSIVE).doing(doing);
     }
+    // Those that are mounted already; later ones may name them.
+    let (mut points, mut held) = (Vec::new(), Vec::new());
     for (index, entry) in list.iter().enumerate() {
-        // What is mounted there by now.
-        let place = dir.get(NAME).and_then(|root| place(root, &entry.target));
-        let mounted = place.and_then(|place| mount_one(entry, &place));
-        mounted.map_err(|error| error.context(format!("root file system mount {index}")))?;
+        let mounted = mount_next(entry, dir, &points);
+        let root = mounted.map_err(|e| e.context(format!("root file system mount {index}")))?;
+        points.push(root.fd_path().display().to_string());
+        held.push(root);
     }
     Ok(())
+}
+
+/// Mounts an entry over those before it; gives its root.
+fn mount_next(entry: &Mount, dir: &Dir, points: &[String]) -> Result<Dir> {
+    let Filled { mount, directories } = layers::fill(entry, points)?;
+    for directory in directories {
+        make_directory(&directory)?;
+    }
+    mount_one(&mount, &place(dir.get(NAME)?, &mount.target)?)?;
+    dir.get(NAME)
+}
+
+fn make_directory(directory: &Directory) -> Result<()> {
+    let mut maker = DirBuilder::new();
+    match maker.mode(directory.mode).create(&directory.path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+            Err(error).doing(|| format!("make the directory {}", directory.path))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Where in the root file system an entry is mounted. What is there already is the image's, so its
@@ -66,7 +92,8 @@ fn place(root: Dir, target: &str) -> Result<OwnedFd> {
 /// Whether nobody but the container changes the root file system while it lives: a mount of the
 /// snapshotter's that this process makes, and whose layers the kernel forbids to change below it.
 pub fn is_exclusive_overlay(list: &[Mount]) -> bool {
-    matches!(list, [entry] if entry.type_ == "overlay")
+    let kind = list.last().and_then(|top| top.type_.rsplit('/').next());
+    kind == Some("overlay")
 }
 
 /// File systems that the guest's kernel has too.
@@ -82,6 +109,29 @@ pub struct Disk {
     pub read_only: bool,
     /// Mount options for the guest.
     pub options: Vec<String>,
+}
+
+/// What a root file system is for the guest.
+#[derive(Debug)]
+pub enum Root {
+    /// A directory in the share.
+    Directory,
+    Disk(Disk),
+    /// Mounted by the guest of several.
+    Layers(Layers),
+}
+
+impl Root {
+    /// By the snapshotter's list.
+    ///
+    /// # Errors
+    /// A mount that nobody knows.
+    pub fn of(list: &[Mount]) -> Result<Root> {
+        Ok(match disk(list) {
+            Some(disk) => Root::Disk(disk),
+            None => Layers::of(list)?.map_or(Root::Directory, Root::Layers),
+        })
+    }
 }
 
 /// The disk, if the root file system is nothing else.
@@ -132,6 +182,9 @@ fn mount_one(entry: &Mount, place: &OwnedFd) -> Result<()> {
             .doing(doing);
     }
     let target = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
+    if data.contains(&"loop") {
+        return mount_files(entry, flags, &data, &target).doing(doing);
+    }
     let joined = data.join(",");
     if joined.len() > MAX_DATA && entry.type_ == "overlay" {
         return mount_long_overlay(entry, flags, &data, &target).doing(doing);
@@ -144,6 +197,35 @@ fn mount_one(entry: &Mount, place: &OwnedFd) -> Result<()> {
         Some(joined.as_str()),
     )
     .doing(doing)
+}
+
+/// Mounts a file system from its files. The loop devices go with the mount.
+fn mount_files(entry: &Mount, flags: MsFlags, data: &[&str], target: &Path) -> std::io::Result<()> {
+    let writes = !flags.contains(MsFlags::MS_RDONLY);
+    let access = if writes { Access::Write } else { Access::Read };
+    let mut devices = Vec::new();
+    let mut device = |path: &str| {
+        let file = OpenOptions::new().read(true).write(writes).open(path)?;
+        let device = loop_device::attach(&file, access)?;
+        let node = device.path.display().to_string();
+        devices.push(device);
+        std::io::Result::Ok(node)
+    };
+    let source = device(&entry.source)?;
+    let mut options = Vec::new();
+    for option in data.iter().filter(|option| **option != "loop") {
+        options.push(match option.strip_prefix("device=") {
+            Some(path) => format!("device={}", device(path)?),
+            None => (*option).to_owned(),
+        });
+    }
+    Ok(mount(
+        Some(source.as_str()),
+        target,
+        Some(entry.type_.as_str()),
+        flags,
+        Some(options.join(",").as_str()),
+    )?)
 }
 
 /// Options of mount(8) that are flags of mount(2); the rest is the file system's own.

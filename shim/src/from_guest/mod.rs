@@ -26,8 +26,9 @@ mod stats;
 
 use guest_protocol::protocols::agent::AgentDetails;
 use guest_protocol::{
-    FEATURE_CLOCK, FEATURE_MEMORY, FEATURE_NETWORK, FEATURE_OWN_FIELDS, FEATURE_POD,
-    FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS, FEATURE_UDS_BELOW,
+    FEATURE_CLOCK, FEATURE_IMAGES, FEATURE_MEMORY, FEATURE_NETWORK, FEATURE_OWN_FIELDS,
+    FEATURE_POD, FEATURE_PORT_FORWARD, FEATURE_RAW_STDIO, FEATURE_SIGNAL_ALL, FEATURE_UDS,
+    FEATURE_UDS_BELOW,
 };
 use ttrpc::Code;
 
@@ -73,6 +74,8 @@ pub struct Features {
     pub memory: bool,
     /// See [`FEATURE_NETWORK`].
     pub network: bool,
+    /// See [`FEATURE_IMAGES`].
+    pub images: bool,
 }
 
 /// The refusal of what only our own agent can do.
@@ -103,6 +106,7 @@ impl Features {
             clock: has(FEATURE_CLOCK),
             memory: has(FEATURE_MEMORY),
             network: has(FEATURE_NETWORK),
+            images: has(FEATURE_IMAGES),
         }
     }
 }

@@ -189,6 +189,14 @@ impl Entry {
         self.dir.path().join(&self.name)
     }
 
+    /// The directory of that name, made if it is not there.
+    ///
+    /// # Errors
+    /// One line that names it.
+    pub fn make(&self) -> Result<Dir> {
+        self.dir.make(&self.name)
+    }
+
     /// The directory of that name.
     ///
     /// # Errors
