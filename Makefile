@@ -2,7 +2,7 @@
 # nothing but a bare Debian 12.
 PREFIX ?= /usr/local
 
-.PHONY: setup guest build install demo test test-qemu test-stock test-programs test-docker fuzz test-kvm conformance bench killtest clean
+.PHONY: setup guest build install demo test test-qemu test-stock test-programs test-docker test-containerd fuzz test-kvm conformance bench killtest clean
 
 setup:
 	scripts/setup
@@ -37,6 +37,9 @@ test-programs:
 
 test-docker:
 	scripts/test docker
+
+test-containerd:
+	scripts/test containerd
 
 fuzz:
 	scripts/fuzz

@@ -105,7 +105,7 @@ impl Cri {
     pub(crate) fn config(&self, release: Release, snapshotter: &str) -> (&'static str, String) {
         let nets = self.dir.join("net.d");
         let (version, snippet, own) = match release {
-            Release::V2_1 | Release::V2_4 => (
+            Release::V2_1 | Release::V2_2 | Release::V2_3 | Release::V2_4 => (
                 "version = 3",
                 "containerd-2.toml".to_owned(),
                 format!(

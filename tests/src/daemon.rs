@@ -116,8 +116,8 @@ impl Daemon {
         // 2 imports through its transfer service, which unpacks for the default snapshotter only,
         // unless told otherwise.
         let local: &[&str] = match release {
-            Release::V2_1 | Release::V2_4 => &["--local"],
             Release::V1_6 | Release::V1_7 => &[],
+            _ => &["--local"],
         };
         daemon
             .ctr(
@@ -150,7 +150,7 @@ impl Daemon {
             .unwrap();
         let mut dirs = path.map(Path::to_owned).into_iter().collect::<Vec<_>>();
         dirs.extend([self.bin.clone(), assets::prefix().join("bin")]);
-        if self.release == Release::V2_4 {
+        if self.release >= Release::V2_2 {
             dirs.push(assets::erofs());
         }
         dirs.extend(std::env::split_paths(
@@ -185,7 +185,7 @@ impl Daemon {
     ) -> Command {
         // ctr 2.4 takes each comma of a --mount for the end of one.
         let bin = match self.release {
-            Release::V2_4 => assets::release_bin(Release::V2_1),
+            Release::V2_2 | Release::V2_3 | Release::V2_4 => assets::release_bin(Release::V2_1),
             _ => self.bin.clone(),
         };
         let mut command = Command::new(bin.join("ctr"));
@@ -258,7 +258,7 @@ impl Daemon {
 /// The settings of a second snapshotter, whose layers are file systems in files.
 fn layers(release: Release) -> &'static str {
     match release {
-        Release::V2_4 => {
+        Release::V2_2 | Release::V2_3 | Release::V2_4 => {
             "[plugins.\"io.containerd.snapshotter.v1.erofs\"]\ndefault_size = \"64MiB\"\n\
              [plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"erofs\", \
              \"walking\"]\n"

@@ -19,7 +19,7 @@ use crate::leftovers::Snapshot;
 use crate::procs;
 
 /// A release of containerd that is tested with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Release {
     /// Debian 12's own.
     V1_6,
@@ -27,13 +27,17 @@ pub enum Release {
     V1_7,
     /// Debian forky's.
     V2_1,
-    /// That of tests/containerd.
+    /// That of tests/containerd-2.2; on request.
+    V2_2,
+    /// That of tests/containerd-2.3; on request.
+    V2_3,
+    /// That of tests/containerd-2.4.
     V2_4,
 }
 
 impl Release {
-    /// All of them.
-    pub const ALL: [Release; 4] = [Release::V1_6, Release::V1_7, Release::V2_1, Release::V2_4];
+    /// Those that no test runs on unless it is told to.
+    const ON_REQUEST: [Release; 2] = [Release::V2_2, Release::V2_3];
 
     /// Major and minor version.
     pub fn name(self) -> &'static str {
@@ -41,6 +45,8 @@ impl Release {
             Release::V1_6 => "1.6",
             Release::V1_7 => "1.7",
             Release::V2_1 => "2.1",
+            Release::V2_2 => "2.2",
+            Release::V2_3 => "2.3",
             Release::V2_4 => "2.4",
         }
     }
@@ -190,7 +196,14 @@ impl Suite {
 
     /// Runs `cases` and then insists that nothing is left on the host.
     pub fn run(self, cases: &[Case]) -> ExitCode {
-        let releases = [Release::V1_7, Release::V1_6, Release::V2_1, Release::V2_4];
+        let releases = [
+            Release::V1_7,
+            Release::V1_6,
+            Release::V2_1,
+            Release::V2_4,
+            Release::V2_2,
+            Release::V2_3,
+        ];
         self.run_on(&releases, cases)
     }
 
@@ -200,7 +213,8 @@ impl Suite {
     /// With `COFFERDAM_TESTS`, whole names between blanks, those run and no others, whatever their
     /// scope. With `COFFERDAM_SCOPE=core` the tests of [`Scope::Core`] run, each once. With
     /// `COFFERDAM_AGENT=stock`, for a shim whose agent is Kata's or its stand-in, those do not run
-    /// that need ours.
+    /// that need ours. With `COFFERDAM_RELEASES`, names between blanks, the tests of every release
+    /// run on those, and so do all of ours in suites for releases from 2.1 on.
     ///
     /// # Panics
     /// One of the names is not a test's.
@@ -213,7 +227,15 @@ impl Suite {
         let core_only = std::env::var("COFFERDAM_SCOPE").is_ok_and(|scope| scope == "core");
         let stock = std::env::var("COFFERDAM_AGENT").is_ok_and(|agent| agent == "stock");
         let mut trials = Vec::new();
-        for &release in releases {
+        let asked = std::env::var("COFFERDAM_RELEASES").ok();
+        // What older releases do not have at all.
+        let is_of_new = !releases.contains(&Release::V1_7);
+        let wanted = |release: &Release| match &asked {
+            Some(asked) => asked.split_whitespace().any(|name| name == release.name()),
+            None => !Release::ON_REQUEST.contains(release),
+        };
+        let releases: Vec<Release> = releases.iter().copied().filter(wanted).collect();
+        for release in releases.iter().copied() {
             for runtime in [Runtime::Cofferdam, Runtime::Runc] {
                 for &(name, test, scope) in cases {
                     if runtime == Runtime::Runc && matches!(scope, Scope::Ours | Scope::Long) {
@@ -221,6 +243,10 @@ impl Suite {
                     }
                     let ours = release == releases[0] && runtime == Runtime::Cofferdam;
                     let unasked = match scope {
+                        _ if asked.is_some() => {
+                            runtime == Runtime::Cofferdam
+                                && (scope == Scope::Core || is_of_new && scope == Scope::Ours)
+                        }
                         _ if core_only => ours && scope == Scope::Core,
                         Scope::Core => release == releases[0] || runtime == Runtime::Cofferdam,
                         Scope::Once | Scope::Ours => ours,

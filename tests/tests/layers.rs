@@ -18,7 +18,7 @@ use serde_json::json;
 
 fn main() -> ExitCode {
     Suite::of_pods().run_on(
-        &[Release::V2_4],
+        &[Release::V2_4, Release::V2_2, Release::V2_3],
         cases![
             Ours: the_guest_mounts_the_layers, what_was_written_is_committed, pods_of_layers;
         ],
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 /// containerd's own ctr of the release, as the tests' does not know such mounts.
 fn ctr(env: &Env, args: &[&str]) -> Output {
-    let mut command = Command::new(assets::release_bin(Release::V2_4).join("ctr"));
+    let mut command = Command::new(assets::release_bin(env.daemon.release).join("ctr"));
     command
         .arg("--address")
         .arg(&env.daemon.socket)

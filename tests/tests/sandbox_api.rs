@@ -18,7 +18,7 @@ use serde_json::json;
 
 fn main() -> ExitCode {
     Suite::of_pods().run_on(
-        &[Release::V2_1, Release::V2_4],
+        &[Release::V2_1, Release::V2_4, Release::V2_2, Release::V2_3],
         cases![
             Ours: the_guest_makes_the_pods_files, containers_come_and_go,
                 the_pod_outlives_containerd,

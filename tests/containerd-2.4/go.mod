@@ -1,4 +1,4 @@
-module cofferdam/tests/containerd
+module cofferdam/tests/containerd-2.4
 
 go 1.26.6
 
