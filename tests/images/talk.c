@@ -11,10 +11,17 @@
  *   talk tell unixgram /dev/log one two
  *
  * And one end of a measurement, whose other end is there and has the clock: it sends so
- * many MiB, or reads up to the end, or sends back what it reads.
+ * many MiB, or reads up to the end, or sends back what it reads. An end of UDP sends packets of
+ * 1,400 bytes, and ends with empty ones.
  *   talk send tcp 10.88.1.1 7000 64
  *   talk drain tcp 10.88.1.1 7000
  *   talk echo tcp 10.88.1.1 7000
+ *
+ * Two ends that have the clock themselves: one that is sent to and prints the bytes and
+ * microseconds from the first to the last, and one that asks a server for so many seconds, anew
+ * each time, and prints how often it was answered.
+ *   talk time udp :: 7000
+ *   talk rate tcp 10.88.1.1 7000 2
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -25,7 +32,11 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
+
+/* What fits a packet of Ethernet. */
+#define PACKET 1400
 
 static struct sockaddr_storage address;
 static socklen_t length;
@@ -164,6 +175,16 @@ static int measure(int type, long mib, int echo)
 		perror("talk: connect");
 		return 1;
 	}
+	if (type == SOCK_DGRAM) {
+		for (long left = mib << 20; left > 0; left -= PACKET)
+			send(client, data, PACKET, 0);
+		/* Where all are full of packets some get lost. */
+		for (int last = 0; last < 20; last++) {
+			usleep(20000);
+			send(client, data, 0, 0);
+		}
+		return 0;
+	}
 	for (long left = mib << 20; left > 0 && got >= 0; left -= sizeof(data))
 		got = put(client, data, sizeof(data));
 	while (mib == 0 && got >= 0 && (got = recv(client, data, sizeof(data), 0)) > 0)
@@ -172,6 +193,61 @@ static int measure(int type, long mib, int echo)
 	if (got < 0)
 		perror("talk");
 	return got < 0;
+}
+
+static long long now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * 1000000LL + time.tv_nsec / 1000;
+}
+
+static int timed(int type)
+{
+	static char data[1 << 18];
+	int on = 1, size = 4 << 20, server = socket(address.ss_family, type, 0), peer = server;
+	long long bytes = 0, first = 0, last = 0;
+	ssize_t got;
+
+	setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	setsockopt(server, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+	if (bind(server, (struct sockaddr *)&address, length) || (type == SOCK_STREAM && listen(server, 1))) {
+		perror("talk: bind");
+		return 1;
+	}
+	printf("listening\n");
+	fflush(stdout);
+	if (type == SOCK_STREAM)
+		peer = accept(server, NULL, NULL);
+	while ((got = recv(peer, data, sizeof(data), 0)) > 0) {
+		last = now();
+		if (!first)
+			first = last;
+		bytes += got;
+	}
+	printf("%lld %lld\n", bytes, last - first);
+	return 0;
+}
+
+static int rate(int type, int seconds)
+{
+	struct timeval patience = { .tv_sec = 1 };
+	long long end = now() + seconds * 1000000LL;
+	long answers = 0;
+	char text[2048];
+
+	while (now() < end) {
+		int client = socket(address.ss_family, type, 0);
+
+		setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+		if (!connect(client, (struct sockaddr *)&address, length) && send(client, "hello", 5, MSG_NOSIGNAL) == 5 &&
+		    recv(client, text, sizeof(text), 0) > 0)
+			answers++;
+		close(client);
+	}
+	printf("%ld\n", answers / seconds);
+	return 0;
 }
 
 int main(int argc, char **argv)
@@ -190,6 +266,10 @@ int main(int argc, char **argv)
 		return measure(type, atol(argv[2 + used]), 0);
 	if (used && argc == 2 + used && (!strcmp(argv[1], "drain") || !strcmp(argv[1], "echo")))
 		return measure(type, 0, argv[1][0] == 'e');
-	fprintf(stderr, "usage: talk serve|ask|tell|send|drain|echo tcp|udp|unix ADDRESS [PORT] [TEXT|MIB]\n");
+	if (used && argc == 2 + used && !strcmp(argv[1], "time"))
+		return timed(type);
+	if (used && argc == 3 + used && !strcmp(argv[1], "rate"))
+		return rate(type, atoi(argv[2 + used]));
+	fprintf(stderr, "usage: talk serve|ask|tell|send|drain|echo|time|rate tcp|udp|unix ADDRESS [PORT] [TEXT|MIB|SECONDS]\n");
 	return 2;
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,9 @@ const MIB: u32 = 64;
 
 /// Messages there and back in one measurement.
 const PINGS: u32 = 200;
+
+/// Of requests in one measurement.
+const SECONDS: u32 = 2;
 
 /// Pods that start at once.
 const PARALLEL: usize = 8;
@@ -41,7 +44,8 @@ pub fn measure(envs: &[Env; 2]) -> Vec<Row> {
     let members = pods
         .each_ref()
         .map(|pod| pod.run_with("idle", &["sleep", "3600"], mounts.clone()));
-    let host = TcpListener::bind((envs[0].cri().gateways()[0].as_str(), 0)).unwrap();
+    let gateway = envs[0].cri().gateways()[0].clone();
+    let host = TcpListener::bind((gateway.as_str(), 0)).unwrap();
     let both = |count: usize, measure: &dyn Fn(&Member<'_>) -> f64| {
         let mut values = [vec![], vec![]];
         for _ in 0..count {
@@ -66,6 +70,42 @@ pub fn measure(envs: &[Env; 2]) -> Vec<Row> {
         "µs",
         both(3, &|member| round_trip(member, &host)),
     );
+    row(
+        "net.udp_out",
+        "MiB/s",
+        both(5, &|member| udp_out(member, &gateway)),
+    );
+    row(
+        "net.requests",
+        "1/s",
+        both(5, &|member| requests(member, &gateway)),
+    );
+    eprintln!("measuring the network between pods");
+    let peers = envs.each_ref().map(Pod::new);
+    let others = peers.each_ref().map(|pod| pod.idle("other"));
+    let between = |measure: &dyn Fn(&Member<'_>, &Member<'_>, &str) -> f64| {
+        let mut values = [vec![], vec![]];
+        for _ in 0..5 {
+            for (index, values) in values.iter_mut().enumerate() {
+                let address = peers[index].addresses().remove(0);
+                values.push(measure(&members[index], &others[index], &address));
+            }
+        }
+        values.map(median)
+    };
+    row(
+        "pods.tcp",
+        "MiB/s",
+        between(&|from, to, at| sent("tcp", from, to, at)),
+    );
+    row(
+        "pods.udp",
+        "MiB/s",
+        between(&|from, to, at| sent("udp", from, to, at)),
+    );
+    row("pods.requests", "1/s", between(&asked));
+    drop(others);
+    drop(peers);
     let file = volume.join("file");
     row(
         "fs.write",
@@ -203,6 +243,90 @@ fn round_trip(member: &Member<'_>, host: &TcpListener) -> f64 {
         };
         median((0..PINGS).map(|_| ping()).collect())
     })
+}
+
+/// What arrives: a sender that is quicker than the way loses packets.
+fn udp_out(member: &Member<'_>, gateway: &str) -> f64 {
+    let host = UdpSocket::bind((gateway, 0)).unwrap();
+    host.set_read_timeout(Some(PATIENCE)).unwrap();
+    let command = format!(
+        "talk send udp {gateway} {} {MIB}",
+        host.local_addr().unwrap().port()
+    );
+    thread::scope(|scope| {
+        let client = scope.spawn(|| member.sh(&command));
+        let mut packet = [0; 2048];
+        let (mut bytes, mut first, mut last) = (0, None, Instant::now());
+        while let Ok(length @ 1..) = host.recv(&mut packet) {
+            last = Instant::now();
+            first.get_or_insert(last);
+            bytes += length;
+        }
+        client.join().unwrap();
+        mib_a_second(bytes as f64, last - first.unwrap())
+    })
+}
+
+/// Answers by the host, each to a connection of its own.
+fn requests(member: &Member<'_>, gateway: &str) -> f64 {
+    let host = TcpListener::bind((gateway, 0)).unwrap();
+    let port = host.local_addr().unwrap().port();
+    thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            let rate = member.sh(&format!("talk rate tcp {gateway} {port} {SECONDS}"));
+            // The last one ends the server.
+            let _ = TcpStream::connect((gateway, port));
+            rate
+        });
+        loop {
+            let (mut stream, peer) = host.accept().unwrap();
+            if peer.ip() == host.local_addr().unwrap().ip() {
+                break;
+            }
+            let mut text = [0; 64];
+            if stream.read(&mut text).is_ok_and(|length| length > 0) {
+                let _ = stream.write_all(b"you said hello");
+            }
+        }
+        client.join().unwrap().parse().unwrap()
+    })
+}
+
+/// From one pod to another.
+fn sent(kind: &str, from: &Member<'_>, to: &Member<'_>, address: &str) -> f64 {
+    thread::scope(|scope| {
+        let server = scope.spawn(|| to.sh(&format!("talk time {kind} :: 7001")));
+        // A client of talk does not wait for its server.
+        let listens = format!("grep -q ':1B59 ' /proc/net/{kind}6");
+        eventually("the other pod listens", PATIENCE, || {
+            (to.exec(&["sh", "-c", &listens]).status == 0).then_some(())
+        });
+        from.sh(&format!("talk send {kind} {address} 7001 {MIB}"));
+        let said = server.join().unwrap();
+        let numbers: Vec<f64> = said
+            .lines()
+            .last()
+            .unwrap()
+            .split(' ')
+            .map(|number| number.parse().unwrap())
+            .collect();
+        mib_a_second(numbers[0], Duration::from_secs_f64(numbers[1] / 1e6))
+    })
+}
+
+/// Answers of one pod to another, each by a connection of its own.
+fn asked(from: &Member<'_>, to: &Member<'_>, address: &str) -> f64 {
+    // The client tries until its server is there.
+    let server = "talk serve tcp :: 7002 >/dev/null 2>&1 & echo $!";
+    let pid = to.sh(server);
+    from.sh(&format!("talk ask tcp {address} 7002 hello"));
+    let rate = from.sh(&format!("talk rate tcp {address} 7002 {SECONDS}"));
+    to.sh(&format!("kill {pid}"));
+    rate.parse().unwrap()
+}
+
+fn mib_a_second(bytes: f64, took: Duration) -> f64 {
+    bytes / f64::from(1 << 20) / took.as_secs_f64()
 }
 
 /// `dd` of the whole amount, by the container's clock, which counts hundredths of a second.
