@@ -234,6 +234,12 @@ pub const DISK_DETACH: Duration = Duration::from_secs(5);
 /// How little it has for that when time is short.
 pub const DISK_DETACH_AT_LEAST: Duration = Duration::from_millis(500);
 
+/// pasta has made its network.
+pub const USER_MODE_READY: Duration = Duration::from_secs(10);
+
+/// Between two looks whether it has.
+pub const USER_MODE_LOOK: Duration = Duration::from_millis(5);
+
 /// A hook that names no time of its own.
 pub const HOOK: Duration = Duration::from_secs(30);
 

@@ -7,6 +7,7 @@ pub mod loop_device;
 pub mod mount;
 pub mod point;
 pub mod process;
+pub mod socket_table;
 
 use std::fmt::Write;
 use std::io;

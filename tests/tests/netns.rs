@@ -7,20 +7,23 @@
     reason = "a failed condition is a failed test"
 )]
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use cofferdam_tests::command::run;
+use cofferdam_tests::command::{Output, run};
 use cofferdam_tests::cri::TALK;
 use cofferdam_tests::network::{Netns, ip};
 use cofferdam_tests::{Container, Env, PATIENCE, Release, Suite, cases, eventually};
+use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 fn main() -> ExitCode {
     Suite::of_pods().run_on(
@@ -32,7 +35,7 @@ fn main() -> ExitCode {
                 server_on_the_loopback_of_the_namespace,
                 programs_of_the_host_in_the_namespace_talk_to_others,
                 rules_of_a_mesh_redirect_the_containers_traffic,
-                vlan_and_dummy_links, twenty_links;
+                vlan_and_dummy_links, twenty_links, network_of_the_host;
             Ours: rule_that_cannot_be_carried_keeps_it_from_starting,
                 link_without_ethernet_is_refused, second_machine_in_a_namespace_is_refused;
         ],
@@ -106,25 +109,20 @@ impl<'e> Pod<'e> {
     /// A container that can ask servers.
     fn talker(&self) -> Container<'e> {
         let namespace = format!("--with-ns=network:{}", self.netns.path());
-        let env = self.env;
-        let (snapshotter, runtime, id) = (env.daemon.snapshotter, env.runtime.name(), env.id());
-        let run_talk = [
-            "run",
-            "-d",
-            "--null-io",
-            "--snapshotter",
-            snapshotter,
-            "--runtime",
-            runtime,
-            &namespace,
-            TALK,
-            &id,
-            "sleep",
-            "3600",
-        ];
-        run(env.daemon.ctr_command(run_talk), PATIENCE).ok();
-        Container::adopt(env, &id)
+        let (id, ran) = run_talk(self.env, &[&namespace]);
+        ran.ok();
+        Container::adopt(self.env, &id)
     }
+}
+
+/// `ctr run` of a container that can ask servers, with its id.
+fn run_talk(env: &Env, flags: &[&str]) -> (String, Output) {
+    let (snapshotter, runtime, id) = (env.daemon.snapshotter, env.runtime.name(), env.id());
+    let first = ["run", "-d", "--null-io", "--snapshotter", snapshotter];
+    let last = [TALK, &id, "sleep", "3600"];
+    let command = [&first[..], &["--runtime", runtime], flags, &last].concat();
+    let ran = run(env.daemon.ctr_command(command), PATIENCE);
+    (id, ran)
 }
 
 /// What a container says to a script in which `ip` is the host's program.
@@ -489,6 +487,108 @@ fn programs_of_the_host_in_the_namespace_talk_to_others(env: &Env) {
     both_reach();
     finish(container);
 }
+
+/// hostNetwork, which the host has to allow.
+fn network_of_the_host(env: &Env) {
+    let beyond = Netns::new(&env.id());
+    // Another runtime's test may be on the same host.
+    let (net, metric) = if env.is_vm() { (79, 1) } else { (80, 2) };
+    let there = ["1", "2"].map(|host| (format!("10.{net}.1.{host}"), format!("fd{net}::{host}")));
+    let [(v4, v6), (own_v4, own_v6)] = &there;
+    let link = format!("out{net}");
+    for line in [
+        format!(
+            "link add {link} type veth peer name back netns {}",
+            beyond.name
+        ),
+        format!("addr add {own_v4}/24 dev {link}"),
+        format!("addr add {own_v6}/64 dev {link} nodad"),
+        format!("link set {link} up"),
+        format!("route add default via {v4} metric {metric}"),
+        format!("-6 route add default via {v6} metric {metric}"),
+    ] {
+        ip(&line.split(' ').collect::<Vec<_>>()).ok();
+    }
+    for line in [
+        format!("addr add {v4}/24 dev back"),
+        format!("addr add {v6}/64 dev back nodad"),
+        "link set back up".to_owned(),
+    ] {
+        beyond.ip(&line.split(' ').collect::<Vec<_>>());
+    }
+    let _server = Server::new(&beyond, [v4, v6], 5353);
+    let config = env.dir.join("config.toml");
+    fs::write(&config, "host_network = \"passt\"\n").unwrap();
+    let config = config.display().to_string();
+    let mut flags = vec!["--net-host"];
+    let mut tun = None;
+    if env.is_vm() {
+        let (id, refused) = run_talk(env, &flags);
+        refused.fails_with(&["hostNetwork", "host_network = \"passt\""]);
+        env.ctr(&["containers", "delete", &id]);
+        tun = Some(OpenTun::new(env));
+        flags.extend(["--runtime-config-path", &config]);
+    }
+    let (id, ran) = run_talk(env, &flags);
+    ran.ok();
+    let container = Container::adopt(env, &id);
+    for address in [v4, v6] {
+        for protocol in ["tcp", "udp"] {
+            let ask = ["talk", "ask", protocol, address, "5353", "hello"];
+            let answer = container.exec(&ask).text();
+            assert_eq!(answer, format!("{protocol}:hello"), "{address}");
+        }
+    }
+    sh(
+        &container,
+        &format!("talk serve tcp :: {net} >/dev/null 2>&1 &"),
+    );
+    let said_to = |address: &str| {
+        let to: IpAddr = address.parse().unwrap();
+        move || {
+            let mut stream = TcpStream::connect((to, net)).ok()?;
+            stream.write_all(b"hello").ok()?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).ok()?;
+            Some(text)
+        }
+    };
+    let said = eventually(
+        "the guest's server is the host's",
+        PATIENCE,
+        said_to("127.0.0.1"),
+    );
+    assert_eq!(said, "you said hello");
+    for address in [own_v4, own_v6] {
+        let answer = inside(&beyond, said_to(address));
+        assert_eq!(answer, Some(said.clone()), "{address}");
+    }
+    finish(container);
+    drop(tun);
+    ip(&["link", "delete", &link]).ok();
+}
+
+/// /dev/net/tun as udev makes it; a machine without udev may have it for root alone.
+struct OpenTun;
+
+impl OpenTun {
+    fn new(env: &Env) -> OpenTun {
+        let node = env.dir.join("tun");
+        mknod(&node, SFlag::S_IFCHR, Mode::empty(), makedev(10, 200)).unwrap();
+        fs::set_permissions(&node, Permissions::from_mode(0o666)).unwrap();
+        let none = None::<&str>;
+        mount(Some(&node), TUN, none, MsFlags::MS_BIND, none).unwrap();
+        OpenTun
+    }
+}
+
+impl Drop for OpenTun {
+    fn drop(&mut self) {
+        umount(TUN).unwrap();
+    }
+}
+
+const TUN: &str = "/dev/net/tun";
 
 fn rules_of_a_mesh_redirect_the_containers_traffic(env: &Env) {
     let pod = Pod::new(env);

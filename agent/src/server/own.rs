@@ -1,7 +1,7 @@
 //! The services that are no part of the protocol of Kata Containers' agent: the time of day, memory
 //! that grows with its use, and the network as the host has it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -9,14 +9,16 @@ use guest_protocol::protocols::clock::{Correction, TimeOfDay};
 use guest_protocol::protocols::clock_ttrpc::{Clock, create_clock};
 use guest_protocol::protocols::memory::{MemoryNeed, MemoryState};
 use guest_protocol::protocols::memory_ttrpc::{Memory, create_memory};
-use guest_protocol::protocols::network::NetworkState;
+use guest_protocol::protocols::network::{ListeningPorts, NetworkState};
 use guest_protocol::protocols::network_ttrpc::{Network, create_network};
 use protobuf::well_known_types::empty::Empty;
+use sys::socket_table::{self, Waiting};
 use tokio::sync::{Mutex, Notify};
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::Reply;
 use crate::cgroup::growth;
+use crate::error::Context;
 use crate::guest::settings;
 use crate::network::Mirror;
 use crate::relay::loopback::Servers;
@@ -82,5 +84,16 @@ impl Network for Own {
         mirror.set(&state)?;
         servers.set(&state.servers, state.servers_port, &self.sandbox.host);
         Ok(Empty::new())
+    }
+
+    async fn listening(&self, _: &TtrpcContext, _: Empty) -> Reply<ListeningPorts> {
+        let all = socket_table::waiting().context(|| "read the tables of sockets".into())?;
+        let is_reached = |one: &&Waiting| !one.udp && !one.address.is_loopback();
+        let ports = all.iter().filter(is_reached).map(|one| one.port.into());
+        let ports: BTreeSet<u32> = ports.collect();
+        Ok(ListeningPorts {
+            tcp: ports.into_iter().collect(),
+            ..Default::default()
+        })
     }
 }

@@ -91,6 +91,17 @@ pub enum NetnsRules {
     Ignore,
 }
 
+/// What becomes of a pod that asks for the host's network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostNetwork {
+    /// It does not start.
+    #[default]
+    Refuse,
+    /// Its connections are the host's own, made by pasta of passt.
+    Passt,
+}
+
 /// `cofferdam.toml`; `configs/cofferdam.toml` explains every key.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -123,6 +134,11 @@ pub struct Config {
     pub uid_range: UidRange,
     /// Whether a pod may have rules in its network namespace that do not bind it.
     pub netns_rules: NetnsRules,
+    /// Whether a pod may have the host's network.
+    pub host_network: HostNetwork,
+    /// pasta: a path, or a name in PATH.
+    #[serde(deserialize_with = "program")]
+    pub pasta: PathBuf,
     /// Memory in MiB of a machine with a container that has no limit; limits are added to it.
     #[serde(deserialize_with = "whole::<64, 16_777_216, _, _>")]
     pub memory_mib: u64,
@@ -167,6 +183,8 @@ impl Default for Config {
             vsock: VsockDevice::Auto,
             confinement: ConfinementLevel::Full,
             netns_rules: NetnsRules::Carry,
+            host_network: HostNetwork::Refuse,
+            pasta: "pasta".into(),
             uid_range: UidRange {
                 first: FIRST_UID,
                 count: UIDS,

@@ -98,14 +98,25 @@ impl Role {
     }
 }
 
+/// What a host may allow instead of a namespace of its own.
+pub fn advice(setting: &str) -> &'static str {
+    if setting.starts_with("hostNetwork") {
+        ", or set host_network = \"passt\" in Cofferdam's configuration"
+    } else {
+        ""
+    }
+}
+
 /// Which pid namespace a container wants, and whether all others that it names can be had. `find`
-/// tells whose pid it is; an empty name is the sandbox's own.
+/// tells whose pid it is; an empty name is the sandbox's own. With `host_network` the host's network
+/// may be asked for.
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` that says what to use instead.
 pub fn namespaces(
     spec: &Spec,
     role: Role,
+    host_network: bool,
     find: impl Fn(u32) -> Option<String>,
 ) -> Result<PidNamespace> {
     let list = spec
@@ -124,11 +135,15 @@ pub fn namespaces(
         (LinuxNamespaceType::Ipc, "IPC", "hostIPC"),
     ];
     for (kind, what, setting) in needed {
+        if kind == LinuxNamespaceType::Network && host_network {
+            continue;
+        }
         if entry(kind).is_none() {
             return Err(Error::invalid(format!(
                 "asks for the host's {what} ({setting}), which a virtual machine cannot share: \
                  leave that out, or run it \
-                 with the runtime runc"
+                 with the runtime runc{}",
+                advice(setting)
             )));
         }
     }
@@ -190,7 +205,7 @@ mod tests {
             200 => Some("web".to_owned()),
             _ => None,
         };
-        super::namespaces(&spec(namespaces, json!({})), role, find)
+        super::namespaces(&spec(namespaces, json!({})), role, false, find)
     }
 
     #[test]

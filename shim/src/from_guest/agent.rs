@@ -211,6 +211,20 @@ impl Agent {
         self.judged("Network.Set", answer).map(drop)
     }
 
+    /// The ports of TCP at which somebody in the guest can be reached from outside.
+    ///
+    /// # Errors
+    /// As those of every call.
+    pub async fn listening(&self, deadline: Duration) -> Result<Vec<u32>> {
+        let nothing = Empty::new();
+        let answer = self
+            .client
+            .network
+            .listening(context(Some(deadline)), &nothing)
+            .await;
+        Ok(self.judged("Network.Listening", answer)?.tcp)
+    }
+
     /// A container's statistics.
     ///
     /// # Errors

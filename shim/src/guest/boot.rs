@@ -42,6 +42,7 @@ use crate::host::dir::Dir;
 use crate::host::identity::STATE_ROOT;
 use crate::host::ledger::{Ledger, Resource};
 use crate::host::node_sysctls;
+use crate::network::{self, Netns, UserMode};
 
 /// How often a boot is tried, if the agent does not answer within `boot_timeout_seconds`.
 pub const ATTEMPTS: u32 = 2;
@@ -55,6 +56,9 @@ const BRIDGES: u8 = 1;
 
 /// The same for a pod, with 64.
 const POD_BRIDGES: u8 = 2;
+
+/// Without confinement there is no user id of the sandbox's own.
+const NOBODY: u32 = 65534;
 
 /// What a launch needs to know.
 pub struct BootConfig {
@@ -72,6 +76,8 @@ pub struct BootConfig {
     /// Path of the network namespace that was made for the sandbox; without one it gets an empty
     /// one.
     pub netns: Option<PathBuf>,
+    /// The guest's connections are to be the host's own.
+    pub host_network: bool,
 }
 
 /// Directory in the sandbox's own for volumes, and root file systems that others may change.
@@ -100,8 +106,6 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     let cache_dir = Path::new(STATE_ROOT).join("cache");
     std::fs::create_dir_all(&cache_dir)
         .doing(|| format!("make directory {}", cache_dir.display()))?;
-    let nics = Arc::new(Nics::new(plan.netns.as_deref(), config.netns_rules).await?);
-    reach(Point::NetnsOpened).doing(|| "use the network namespace".into())?;
     let accel = config.accelerator.resolve()?;
     tracing::info!(kvm = accel.kvm, reason = %accel.reason, "accelerator");
     // No limit of CPU time before there is a container: what boots is ours.
@@ -111,6 +115,11 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     };
     let place = HostCgroup::join(&plan.cgroups_path, accel.kvm, size, ledger).await?;
     let (lease, confinement) = confinement(config, ledger.dir())?;
+    let uid = lease.as_ref().map_or(NOBODY, |lease| lease.uid);
+    let (netns, user_mode) = netns(plan, uid, &place, ledger).await?;
+    let nics = Nics::new(netns, config.netns_rules, user_mode.is_some())?;
+    let nics = Arc::new(nics);
+    reach(Point::NetnsOpened).doing(|| "use the network namespace".into())?;
     let capabilities = vmm::capabilities::query(&qemu, &cache_dir).await?;
     let machine = MachineConfig {
         bridges: match plan.shm_bytes {
@@ -151,6 +160,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
             Ok(result) => {
                 return result.map(|guest| RunningGuest {
                     _uid: lease,
+                    _user_mode: user_mode,
                     ..guest
                 });
             }
@@ -171,6 +181,35 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
         config.boot_timeout_seconds,
         config.initramfs.display()
     )))
+}
+
+/// The sandbox's network namespace: what was made for it, one whose traffic is the host's own, or
+/// an empty one.
+async fn netns(
+    plan: &BootConfig,
+    uid: u32,
+    place: &HostCgroup,
+    ledger: &Ledger,
+) -> Result<(Netns, Option<UserMode>)> {
+    if let Some(path) = &plan.netns {
+        return Ok((Netns::open(path)?, None));
+    }
+    if !plan.host_network {
+        return Ok((Netns::create().await?, None));
+    }
+    let program = find_program(&plan.config.pasta, "pasta")?;
+    let pasta = network::Plan {
+        program: &program,
+        uid,
+        cgroup_procs: place.procs(),
+    };
+    let record = |process| ledger.record(&Resource::Process(process));
+    let (user_mode, netns) = UserMode::start(pasta, record).await?;
+    tracing::info!(
+        "the host's network by pasta: the host's own addresses cannot be reached, nor the guest's \
+         servers of UDP, and its servers of TCP see the guest's loopback as their clients"
+    );
+    Ok((netns, Some(user_mode)))
 }
 
 /// What the sandbox's processes are confined to, as configured; and the user id that is theirs.
@@ -287,7 +326,8 @@ impl Attempt<'_> {
             sockets: host_sockets.as_ref(),
         };
         nics.set_up(guest).await?;
-        let forwarder = if features.port_forward && plan.netns.is_some() {
+        let is_reached = plan.netns.is_some() || plan.host_network;
+        let forwarder = if features.port_forward && is_reached {
             nics.forward(&transport).await
         } else {
             None
@@ -331,6 +371,7 @@ impl Attempt<'_> {
                 seccomp: plan.config.confinement.has_seccomp(),
             },
             _uid: None,
+            _user_mode: None,
         })
     }
 

@@ -13,7 +13,6 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
 use guest_protocol::Transport;
@@ -29,13 +28,15 @@ use vmm::{Attached, Device, Machine, Net};
 
 use crate::config::NetnsRules;
 use crate::deadlines::{
-    LINK_UNPLUG, NETWORK_CALM, NETWORK_LONGEST_STORM, NETWORK_LOOK, UPDATE_NETWORK,
+    AGENT_CALL, LINK_UNPLUG, NETWORK_CALM, NETWORK_LONGEST_STORM, NETWORK_LOOK, UPDATE_NETWORK,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Agent;
 use crate::guest::host_sockets::{HostSockets, random_name};
 use crate::host::ledger::{Ledger, Resource};
-use crate::network::{Changes, Endpoint, Forwarder, Link, Netns, Network, Others, Server};
+use crate::network::{
+    Changes, Endpoint, Forwarder, HostPorts, Link, Netns, Network, Others, Server,
+};
 
 /// To look at changes that are none takes at most one part of so many of the shim's time.
 const SHARE_OF_TIME: u32 = 20;
@@ -67,6 +68,9 @@ struct State {
     servers: BTreeMap<Server, String>,
     /// Ports of the loopback that are the shim's own.
     own_ports: Vec<u16>,
+    /// The network is the host's own.
+    user_mode: bool,
+    host_ports: Option<HostPorts>,
 }
 
 #[derive(Debug)]
@@ -109,15 +113,11 @@ impl State {
 }
 
 impl Nics {
-    /// None yet, in the namespace at `path`, or in an empty one of the sandbox's own.
+    /// None yet, in this namespace.
     ///
     /// # Errors
-    /// `INVALID_ARGUMENT`: the path is no network namespace, or the host's.
-    pub async fn new(path: Option<&Path>, rules: NetnsRules) -> Result<Nics> {
-        let netns = match path {
-            Some(path) => Netns::open(path)?,
-            None => Netns::create().await?,
-        };
+    /// `INVALID_ARGUMENT`: the namespace is the host's.
+    pub fn new(netns: Netns, rules: NetnsRules, user_mode: bool) -> Result<Nics> {
         let fd = netns
             .fd()
             .try_clone_to_owned()
@@ -125,7 +125,7 @@ impl Nics {
         // Before anything is looked for, so that nothing is missed.
         let changes = Changes::watch(&netns)?;
         let state = State {
-            network: Network::new(netns)?,
+            network: Network::new(netns, user_mode)?,
             changes,
             wired: Vec::new(),
             plugged: Vec::new(),
@@ -134,6 +134,8 @@ impl Nics {
             told: NetworkState::default(),
             servers: BTreeMap::new(),
             own_ports: Vec::new(),
+            user_mode,
+            host_ports: None,
         };
         Ok(Nics {
             netns: Arc::new(fd),
@@ -157,6 +159,7 @@ impl Nics {
         let mut state = self.state.lock().await;
         let forwarder = Forwarder::start(state.network.netns(), transport)?;
         state.own_ports.clone_from(&forwarder.ports);
+        state.host_ports = state.user_mode.then(|| HostPorts::new(transport));
         Some(forwarder)
     }
 
@@ -232,6 +235,9 @@ impl Nics {
                 let _ = timeout(NETWORK_LONGEST_STORM, changes.calm(NETWORK_CALM)).await;
             }
             let now = self.look(guest).await;
+            if let Err(error) = self.lead_from_host(guest).await {
+                tracing::debug!(%error, "the guest's servers are not known");
+            }
             if !changed && now == seen.0 && seen.1.is_none() {
                 continue;
             }
@@ -251,6 +257,15 @@ impl Nics {
             }
             seen = (now, wrong);
         }
+    }
+
+    /// Lets the guest's servers be reached at the host's addresses.
+    async fn lead_from_host(&self, guest: Guest<'_>) -> Result<()> {
+        let mut state = self.state.lock().await;
+        if let Some(ports) = state.host_ports.as_mut().filter(|_| guest.is_own) {
+            ports.set(&guest.agent.listening(AGENT_CALL).await?);
+        }
+        Ok(())
     }
 
     /// What changes without an event, cheaply.

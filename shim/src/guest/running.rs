@@ -45,6 +45,7 @@ use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
 use crate::network::Others;
+use crate::network::UserMode;
 use crate::stdio::{GuestIo, PolledOutput};
 
 /// Execs that the agent is asked for at a time: each begins as a copy of the agent. The deadline of
@@ -65,6 +66,8 @@ pub struct RunningGuest {
     pub(super) _forwarder: Option<Forwarder>,
     /// Keeps the guest's time of day; ends with this.
     pub(super) _clock: JoinSet<()>,
+    /// Its network, if that is the host's own.
+    pub(super) _user_mode: Option<UserMode>,
     pub(super) nics: Arc<Nics>,
     pub(super) disks: Disks,
     pub(super) size: Size,

@@ -1,12 +1,13 @@
 //! Port forwarding: what connects to loopback in a pod's network namespace on the host reaches the
-//! guest's loopback.
+//! guest's loopback. With the host's network ([`HostPorts`]) the same leads from the host's own
+//! addresses to the guest.
 //!
 //! `kubectl port-forward` ends in containerd dialling `localhost:<port>` inside the pod's network
 //! namespace, where nobody listens, because the pod's servers run in the guest. So a listener
 //! answers there for every port. A port that somebody does listen on there, such as a proxy of the
 //! host's side, stays theirs.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,6 +25,9 @@ use super::servers;
 use super::sk_lookup::{self, Ports};
 use crate::deadlines::{FORWARD_ACCEPTED, FORWARD_LISTENER};
 use crate::relay::{Relay, serve};
+
+/// Of one guest, that lead from the host.
+const MAX_HOST_PORTS: usize = 1024;
 
 /// Forwards as long as it lives.
 #[derive(Debug)]
@@ -49,6 +53,60 @@ impl Forwarder {
             }
         }
     }
+}
+
+/// Ports of the host that lead to the guest's, where the guest's network is the host's own.
+#[derive(Debug)]
+pub struct HostPorts {
+    transport: Transport,
+    /// Those that cannot be had are there too, and said once.
+    relays: BTreeMap<u32, Option<Relay>>,
+}
+
+impl HostPorts {
+    /// None yet.
+    pub fn new(transport: &Transport) -> HostPorts {
+        HostPorts {
+            transport: transport.clone(),
+            relays: BTreeMap::new(),
+        }
+    }
+
+    /// Listens at these ports, and at no others any more.
+    pub fn set(&mut self, ports: &[u32]) {
+        let wanted: BTreeSet<u32> = ports.iter().copied().take(MAX_HOST_PORTS).collect();
+        self.relays.retain(|port, _| wanted.contains(port));
+        for port in wanted {
+            let transport = &self.transport;
+            self.relays.entry(port).or_insert_with(|| {
+                listen(port, transport)
+                    .inspect_err(|error| {
+                        tracing::warn!(%error, port, "the host does not lead to the guest's port");
+                    })
+                    .ok()
+            });
+        }
+    }
+}
+
+fn listen(port: u32, transport: &Transport) -> io::Result<Relay> {
+    let port = u16::try_from(port).map_err(io::Error::other)?;
+    // Of both families, where the host has both.
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
+    let listener = listener.or_else(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => Err(error),
+        _ => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
+    })?;
+    listener.set_nonblocking(true)?;
+    let transport = transport.clone();
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    Ok(serve(listener, move |mut connection: TcpStream| {
+        let transport = transport.clone();
+        async move {
+            let carried = carry(&mut connection, &transport, port).await;
+            reset_if_broken(&connection, carried);
+        }
+    }))
 }
 
 /// The ports of the namespace that are somebody's.
@@ -116,9 +174,14 @@ fn start(netns: &Netns, transport: &Transport) -> io::Result<Forwarder> {
 }
 
 async fn forward(mut connection: TcpStream, transport: Transport, taken: Arc<Taken>) {
-    if let Err(error) = join(&mut connection, &transport, taken).await {
+    let joined = join(&mut connection, &transport, taken).await;
+    reset_if_broken(&connection, joined);
+}
+
+/// The client sees a reset, as it would from the port itself.
+fn reset_if_broken(connection: &TcpStream, carried: io::Result<()>) {
+    if let Err(error) = carried {
         tracing::debug!(%error, "a forwarded connection broke");
-        // The client sees a reset, as it would from the port itself.
         let _ = connection.set_zero_linger();
     }
 }
@@ -145,15 +208,17 @@ async fn join(
         let mut listener = TcpStream::from_std(listener)?;
         return copy_both_ways(connection, &mut listener).await;
     }
-    let refused = || {
-        io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("the guest did not answer for port {port}"),
-        )
+    carry(connection, transport, port).await
+}
+
+/// To one of the guest's ports and back.
+async fn carry(connection: &mut TcpStream, transport: &Transport, port: u16) -> io::Result<()> {
+    let late = |_| {
+        let what = format!("the guest did not answer for port {port}");
+        io::Error::new(io::ErrorKind::TimedOut, what)
     };
-    let mut guest = timeout(FORWARD_ACCEPTED, dial(transport, port))
-        .await
-        .map_err(|_| refused())??;
+    let guest = timeout(FORWARD_ACCEPTED, dial(transport, port)).await;
+    let mut guest = guest.map_err(late)??;
     connection.set_nodelay(true)?;
     copy_both_ways(connection, &mut guest).await
 }

@@ -25,6 +25,7 @@
 //!   direction.
 //! * `mirror`, `sysctls` and `netfilter` say what the guest's kernel is to have of the namespace's:
 //!   our own agent gives it that. Others are told by `routes`.
+//! * `user_mode` makes a namespace whose traffic is the host's own, where a pod asks for that.
 //! * `undo` takes redirects off a link whose namespace outlives the sandbox; each is in the ledger
 //!   before it is set. Taps end with their descriptors.
 //!
@@ -48,6 +49,7 @@ mod tc;
 #[cfg(test)]
 mod tests;
 mod undo;
+mod user_mode;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::Future;
@@ -64,11 +66,12 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use changes::Changes;
-pub use forward::Forwarder;
+pub use forward::{Forwarder, HostPorts};
 pub use netns::{Netns, in_netns};
 pub use scan::Link;
 pub use servers::Server;
 pub use undo::Redirect;
+pub use user_mode::{Plan, UserMode};
 
 use crate::deadlines::NETLINK;
 use crate::error::{Error, IoContext, Result};
@@ -154,6 +157,8 @@ pub struct Network {
     netns: Netns,
     /// Links that the guest has, by index.
     links: HashMap<u32, String>,
+    /// The namespace is [`UserMode`]'s, whose tap is a link like others.
+    user_mode: bool,
     /// Our own taps.
     taps: HashSet<u32>,
     /// See [`Network::read_sysctls`].
@@ -169,7 +174,7 @@ impl Network {
     ///
     /// # Errors
     /// The namespace is the host's own.
-    pub fn new(netns: Netns) -> Result<Network> {
+    pub fn new(netns: Netns, user_mode: bool) -> Result<Network> {
         if netns.is_host()? {
             return Err(Error::invalid(
                 "a virtual machine cannot have the host's own network: give the pod one of its own",
@@ -178,6 +183,7 @@ impl Network {
         Ok(Network {
             netns,
             links: HashMap::new(),
+            user_mode,
             taps: HashSet::new(),
             sysctls: HashMap::new(),
             carried: (None, Vec::new()),
@@ -271,6 +277,9 @@ impl Network {
     async fn all_links(&self, netlink: &Handle) -> Result<Vec<Link>> {
         let mut links = scan::links(netlink, &self.links).await?;
         links.retain(|link| !self.taps.contains(&link.index));
+        for link in &mut links {
+            link.tap &= !self.user_mode;
+        }
         if let Some(tap) = links.iter().find(|link| tap::is_ours(link)) {
             return Err(Error::precondition(format!(
                 "the network namespace is that of another container's virtual machine (its tap \

@@ -51,6 +51,15 @@ impl Netns {
         })
     }
 
+    /// That of a process; it ends with its last user.
+    ///
+    /// # Errors
+    /// No such process.
+    pub fn of_process(pid: i32) -> io::Result<Netns> {
+        let file = File::open(format!("/proc/{pid}/ns/net"))?;
+        Ok(Netns { file, path: None })
+    }
+
     /// Makes a namespace that has nothing but its loopback device and ends with its last
     /// descriptor.
     pub async fn create() -> Result<Netns> {

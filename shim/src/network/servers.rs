@@ -2,9 +2,10 @@
 //! side that has entered it.
 
 use std::collections::BTreeSet;
-use std::fs::read_to_string;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use sys::socket_table::{self, Waiting};
 
 /// Where a server answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,72 +20,24 @@ pub struct Server {
 /// # Errors
 /// /proc is not there.
 pub fn all() -> io::Result<BTreeSet<Server>> {
-    let mut servers = BTreeSet::new();
-    for (file, udp) in [
-        ("tcp", false),
-        ("tcp6", false),
-        ("udp", true),
-        ("udp6", true),
-    ] {
-        let path = format!("/proc/thread-self/net/{file}");
-        let table = match read_to_string(path) {
-            // A kernel without IPv6.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            table => table?,
-        };
-        servers.extend(listed(&table, udp));
-    }
-    Ok(servers)
+    let all = socket_table::waiting()?;
+    Ok(all.into_iter().flat_map(on_loopback).collect())
 }
 
-/// Those of a table of /proc/net. Of UDP only what is bound to the loopback: other sockets without
-/// a peer are clients as often as servers.
-fn listed(table: &str, udp: bool) -> impl Iterator<Item = Server> {
-    let state = if udp { "07" } else { "0A" };
-    table.lines().flat_map(move |line| {
-        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let found = (fields.get(3) == Some(&state))
-            .then(|| place(fields.get(1)?, udp))
-            .flatten();
-        found.into_iter().flat_map(move |(addresses, port)| {
-            let server = move |address| Server { address, port, udp };
-            addresses.into_iter().map(server)
-        })
-    })
-}
-
-/// The addresses of the loopback that a local address answers for.
-fn place(local: &str, udp: bool) -> Option<(Vec<IpAddr>, u16)> {
-    let (address, port) = local.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let (v4, v6) = (
-        IpAddr::from(Ipv4Addr::LOCALHOST),
-        IpAddr::from(Ipv6Addr::LOCALHOST),
-    );
-    // Words of four bytes, each in the host's order.
-    let word = |at: usize| u32::from_str_radix(address.get(at..at + 8)?, 16).ok();
-    let addresses = match address.len() {
-        8 => match Ipv4Addr::from(word(0)?.to_ne_bytes()) {
-            Ipv4Addr::UNSPECIFIED if !udp => vec![v4],
-            address if address.is_loopback() => vec![address.into()],
-            _ => return None,
-        },
-        32 => {
-            let words = [word(0)?, word(8)?, word(16)?, word(24)?];
-            let mut octets = [0; 16];
-            for (place, word) in octets.chunks_exact_mut(4).zip(words) {
-                place.copy_from_slice(&word.to_ne_bytes());
-            }
-            match Ipv6Addr::from(octets) {
-                // Of both families, unless it says otherwise.
-                Ipv6Addr::UNSPECIFIED if !udp => vec![v4, v6],
-                Ipv6Addr::LOCALHOST => vec![v6],
-                _ => return None,
-            }
-        }
-        _ => return None,
+/// The addresses of the loopback that a socket answers for. Of UDP only what is bound to the
+/// loopback: other sockets without a peer are clients as often as servers.
+fn on_loopback(socket: Waiting) -> impl Iterator<Item = Server> {
+    let (v4, v6) = (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into());
+    let Waiting { address, port, udp } = socket;
+    let addresses = match address {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) if !udp => vec![v4],
+        // Of both families, unless it says otherwise.
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) if !udp => vec![v4, v6],
+        address if address.is_loopback() => vec![address],
+        _ => vec![],
     };
-    Some((addresses, port))
+    let server = move |address| Server { address, port, udp };
+    addresses.into_iter().map(server)
 }
 
 #[cfg(test)]
@@ -93,25 +46,23 @@ mod tests {
 
     #[test]
     fn only_servers_on_the_loopback_count() {
-        let table = "  sl  local_address rem_address   st\n\
-            0: 0100007F:1B58 00000000:0000 0A 0\n   1: 00000000:0050 00000000:0000 0A 0\n\
-            2: 0101010A:0051 00000000:0000 0A 0\n   3: 0100007F:0052 0100007F:0053 01 0\n\
-            4: 00000000000000000000000001000000:0054 00000000000000000000000000000000:0000 0A 0\n\
-            5: 00000000000000000000000000000000:0055 00000000000000000000000000000000:0000 0A 0\n\
-            6: 0B00007F:0035 00000000:0000 07 0\n   7: 00000000:0044 00000000:0000 07 0\n";
-        let text = |server: Server| format!("{}:{}", server.address, server.port);
-        let tcp: Vec<String> = listed(table, false).map(text).collect();
-        assert_eq!(
-            tcp,
-            [
-                "127.0.0.1:7000",
-                "127.0.0.1:80",
-                "::1:84",
-                "127.0.0.1:85",
-                "::1:85"
-            ]
-        );
-        let udp: Vec<String> = listed(table, true).map(text).collect();
-        assert_eq!(udp, ["127.0.0.11:53"]);
+        let servers = |address: &str, udp| {
+            let address = address.parse().unwrap();
+            let socket = Waiting {
+                address,
+                port: 80,
+                udp,
+            };
+            let text = |server: Server| server.address.to_string();
+            on_loopback(socket).map(text).collect::<Vec<_>>()
+        };
+        assert_eq!(servers("127.0.0.1", false), ["127.0.0.1"]);
+        assert_eq!(servers("0.0.0.0", false), ["127.0.0.1"]);
+        assert_eq!(servers("::", false), ["127.0.0.1", "::1"]);
+        assert_eq!(servers("::1", true), ["::1"]);
+        assert_eq!(servers("127.0.0.11", true), ["127.0.0.11"]);
+        for (other, udp) in [("10.1.1.2", false), ("0.0.0.0", true), ("::", true)] {
+            assert!(servers(other, udp).is_empty(), "{other}");
+        }
     }
 }

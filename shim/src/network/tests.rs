@@ -179,7 +179,7 @@ fn names(endpoints: &[Endpoint]) -> Vec<&str> {
 }
 
 async fn connect(pod: &Bound) -> (Network, Vec<Endpoint>, Vec<Redirect>) {
-    let mut network = Network::new(pod.open()).unwrap();
+    let mut network = Network::new(pod.open(), false).unwrap();
     let mut recorded = Vec::new();
     let record = |redirect: &Redirect| {
         recorded.push(redirect.clone());
@@ -462,7 +462,7 @@ async fn a_failure_midway_leaves_nothing() {
         )
     };
     let before = state();
-    let mut network = Network::new(pod.open()).unwrap();
+    let mut network = Network::new(pod.open(), false).unwrap();
 
     let mut left = 1;
     let record = |_: &Redirect| {
@@ -529,7 +529,8 @@ async fn undoing_in_a_namespace_or_on_a_link_that_is_gone_is_no_error() {
 
 #[test]
 fn the_hosts_own_network_is_refused() {
-    let error = Network::new(Netns::open("/proc/self/ns/net".as_ref()).unwrap()).unwrap_err();
+    let error =
+        Network::new(Netns::open("/proc/self/ns/net".as_ref()).unwrap(), false).unwrap_err();
     assert!(
         error
             .to_string()

@@ -9,7 +9,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use sys::point::{Point, pass, reach};
 
-use crate::config::Config;
+use crate::config::{Config, HostNetwork};
 use crate::container::create::{CreateContainer, in_guest};
 use crate::container::hooks::{HookPhase, HostHooks};
 use crate::container::role::{self, Role};
@@ -121,7 +121,8 @@ impl SandboxOwner {
                 }
             })
         };
-        let pid_namespace = role::namespaces(&spec, role, find)?;
+        let host_network = config.host_network == HostNetwork::Passt;
+        let pid_namespace = role::namespaces(&spec, role, host_network, find)?;
         if role == Role::Sandbox && self.launching.is_none() {
             self.pod = Pod::of(&spec);
         }

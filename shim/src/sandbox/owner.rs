@@ -422,6 +422,7 @@ impl SandboxOwner {
             cgroups_path: sandbox_spec.cgroups_path,
             shm_bytes: self.pod.shm.as_ref().map(|shm| shm.bytes),
             netns: sandbox_spec.netns,
+            host_network: sandbox_spec.host_network,
         };
         let (host, ledger) = (self.host.clone(), self.ledger.clone());
         let mut ending = self.ending.subscribe();

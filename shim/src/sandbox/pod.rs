@@ -39,6 +39,8 @@ pub struct SandboxSpec {
     pub cgroups_path: String,
     /// The network namespace that was made for it.
     pub netns: Option<PathBuf>,
+    /// It is to have the host's.
+    pub host_network: bool,
 }
 
 impl SandboxSpec {
@@ -57,6 +59,7 @@ impl SandboxSpec {
             cgroups_path: cgroups_path
                 .map(|path| path.to_string_lossy().into_owned())
                 .unwrap_or_default(),
+            host_network: network.is_none(),
             netns: network.and_then(|network| network.path().clone()),
         }
     }

@@ -15,7 +15,8 @@ use futures::future::join_all;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use protobuf::{Enum, EnumOrUnknown, Message};
 
-use crate::config::Config;
+use crate::config::{Config, HostNetwork};
+use crate::container::role;
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::Stats;
 use crate::guest::calls::GuestCalls;
@@ -54,7 +55,7 @@ impl SandboxOwner {
         let launching = config.and_then(|config| {
             let asked = pod_config(request)?;
             let config = config.annotated(&asked.annotations)?;
-            refuse_host_namespaces(&asked)?;
+            refuse_host_namespaces(&asked, config.host_network)?;
             self.state
                 .create(&sandbox, &request.bundle_path, Stdio::default())?;
             let launching = self.plan(request, &asked).and_then(|(pod, sandbox_spec)| {
@@ -131,6 +132,7 @@ impl SandboxOwner {
             SandboxSpec {
                 hostname,
                 cgroups_path,
+                host_network: netns.is_none(),
                 netns,
             },
         ))
@@ -213,7 +215,7 @@ fn need(resources: &LinuxContainerResources) -> ResourceLimits {
     }
 }
 
-fn refuse_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
+fn refuse_host_namespaces(config: &PodSandboxConfig, network: HostNetwork) -> Result<()> {
     let options = config
         .linux
         .get_or_default()
@@ -227,12 +229,14 @@ fn refuse_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
         (options.pid, "hostPID"),
         (options.ipc, "hostIPC"),
     ];
-    match wanted.into_iter().find(|(mode, _)| is_node(*mode)) {
+    let skipped = usize::from(network == HostNetwork::Passt);
+    let mut wanted = wanted.into_iter().skip(skipped);
+    match wanted.find(|(mode, _)| is_node(*mode)) {
         None => Ok(()),
         Some((_, setting)) => Err(Error::invalid(format!(
             "the pod asks for {setting}, which a virtual machine cannot share: leave that out, or \
-             run it with the runtime \
-             runc"
+             run it with the runtime runc{}",
+            role::advice(setting)
         ))),
     }
 }
@@ -354,7 +358,7 @@ mod tests {
     #[test]
     fn host_namespaces_are_refused_by_the_name_that_users_know() {
         let mut config = PodSandboxConfig::default();
-        refuse_host_namespaces(&config).unwrap();
+        refuse_host_namespaces(&config, HostNetwork::Refuse).unwrap();
         let linux = config.linux.mut_or_insert_default();
         linux
             .security_context
@@ -363,7 +367,7 @@ mod tests {
             .mut_or_insert_default()
             .ipc = NamespaceMode::NODE.into();
         assert!(
-            refuse_host_namespaces(&config)
+            refuse_host_namespaces(&config, HostNetwork::Passt)
                 .unwrap_err()
                 .to_string()
                 .contains("hostIPC")
