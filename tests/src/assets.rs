@@ -77,6 +77,20 @@ pub fn crictl() -> PathBuf {
     FOUND.get_or_init(find).clone()
 }
 
+/// nerdctl, of the checkout's module.
+///
+/// # Panics
+/// It is not there.
+pub fn nerdctl() -> PathBuf {
+    let path = cache().join("nerdctl/nerdctl");
+    assert!(
+        path.exists(),
+        "{} is not there: run `scripts/setup docker`",
+        path.display()
+    );
+    path
+}
+
 /// The folder with erofs-utils, with which containerd makes layers and so do tests.
 ///
 /// # Panics
