@@ -9,7 +9,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam_tests::command::Running;
 use cofferdam_tests::pod::{Member, Pod, mode};
@@ -22,7 +22,8 @@ fn main() -> ExitCode {
     Suite::of_pods().run(cases![
         Core: full_cycle, five_containers_share_their_host_name_network_and_ipc,
             only_container_is_replaced,
-            shared_pid_namespace_has_a_reaper, containerd_crashes_and_the_pod_stays;
+            shared_pid_namespace_has_a_reaper, containerd_crashes_and_the_pod_stays,
+            containers_outlive_the_task_of_their_sandbox;
         Once: pid_namespace_of_ones_own, pid_namespace_of_another_container, terminal_and_its_size,
             exec_with_input, exec_times_out, attach_reads_and_writes, logs_go_on_after_rotation,
             stop_waits_for_a_trapped_signal, stop_in_a_shared_pid_namespace_is_a_sigterm, stop_kills_after_the_grace_period, fifty_execs_at_once,
@@ -56,6 +57,23 @@ fn full_cycle(env: &Env) {
     assert_eq!(pod.inspect()["status"]["state"], "SANDBOX_NOTREADY");
     pod.remove(&[]);
     assert!(!env.crictl(&["pods", "-q"]).ok().text().contains(&pod.id));
+}
+
+/// containerd deletes that task when it ends, and runs the shim's `delete` for it.
+fn containers_outlive_the_task_of_their_sandbox(env: &Env) {
+    let pod = Pod::new(env);
+    let container = pod.idle("main");
+    env.ctr(&["task", "kill", "--signal", "SIGKILL", &pod.id])
+        .ok();
+    eventually("the sandbox is not ready", PATIENCE, || {
+        (pod.inspect()["status"]["state"] == "SANDBOX_NOTREADY").then_some(())
+    });
+    // What `delete` would have ended is ended within this time.
+    let end = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < end {
+        assert_eq!(container.sh("echo here"), "here");
+    }
+    container.stop(0);
 }
 
 fn five_containers_share_their_host_name_network_and_ipc(env: &Env) {

@@ -173,7 +173,7 @@ impl Child {
     }
 
     /// The process, for who watches it and must not keep it alive.
-    pub(crate) fn watched(&self) -> Arc<Process> {
+    pub fn watched(&self) -> Arc<Process> {
         self.0.clone()
     }
 }

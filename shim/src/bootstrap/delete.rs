@@ -7,7 +7,6 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::SystemTime;
 
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
 use containerd_shim_protos::shim_async::TaskClient;
@@ -25,6 +24,9 @@ use crate::host::exit_record;
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger;
 use crate::model::Exit;
+
+/// What containerd 2 keeps of the answer to `start`, in the bundle of each of a pod's containers.
+const BOOTSTRAP: &str = "bootstrap.json";
 
 /// Runs `delete` and prints a `DeleteResponse`.
 ///
@@ -59,9 +61,9 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// The server's address, if other bundles beside this one belong to it too, by what `start` wrote
-/// into each. Those with a dot containerd is about to remove.
+/// into each, or containerd 2, which does not run `start` for a pod's further containers. Those with
+/// a dot containerd is about to remove.
 fn has_others(bundle: &Path) -> Option<String> {
-    let address = |bundle: &Path| std::fs::read_to_string(bundle.join(ADDRESS)).ok();
     let own = address(bundle)?;
     let beside = std::fs::read_dir(bundle.parent()?).ok()?.flatten();
     let mut others = beside.filter(|entry| {
@@ -71,6 +73,15 @@ fn has_others(bundle: &Path) -> Option<String> {
     others
         .any(|other| address(&other.path()).as_ref() == Some(&own))
         .then_some(own)
+}
+
+fn address(bundle: &Path) -> Option<String> {
+    if let Ok(address) = std::fs::read_to_string(bundle.join(ADDRESS)) {
+        return Some(address);
+    }
+    let bootstrap = std::fs::read(bundle.join(BOOTSTRAP)).ok()?;
+    let bootstrap: serde_json::Value = serde_json::from_slice(&bootstrap).ok()?;
+    Some(bootstrap["address"].as_str()?.to_owned())
 }
 
 /// Whether a server still answers: one that hangs is of no use to whoever is left in it.
@@ -93,14 +104,7 @@ fn answers(address: String) -> bool {
     })
 }
 
-/// The exit status that the server recorded; 137 where the container ended with its virtual
-/// machine.
-fn print(exit: Option<Exit>) -> Result<()> {
-    let exit = exit.unwrap_or(Exit {
-        pid: 0,
-        status: 137,
-        at: SystemTime::now(),
-    });
+fn print(exit: Exit) -> Result<()> {
     let response = DeleteResponse {
         pid: exit.pid,
         exit_status: exit.status,
@@ -140,6 +144,12 @@ mod tests {
         bundle("second", "unix:///run/a");
         let address = has_others(&first).unwrap();
         assert_eq!(address, "unix:///run/a");
+        let third = root.path().join("third");
+        std::fs::create_dir(&third).unwrap();
+        let bootstrap = r#"{"version":3,"address":"unix:///run/b","protocol":"ttrpc"}"#;
+        std::fs::write(third.join(BOOTSTRAP), bootstrap).unwrap();
+        let other = has_others(&root.path().join("stranger"));
+        assert_eq!(other.as_deref(), Some("unix:///run/b"));
         assert!(!answers(address), "nobody is there");
     }
 }

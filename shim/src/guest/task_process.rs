@@ -14,11 +14,11 @@ use std::sync::Arc;
 use launcher::{Entry, Filter, Jail, User};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use vmm::process::{Child, Spawn};
+use vmm::process::{Child, Process, Spawn};
 
-use crate::deadlines::{PROCESS_GONE, TASK_PROCESS_READY};
+use crate::deadlines::{PROCESS_GONE, TASK_PROCESS_GONE, TASK_PROCESS_READY};
 use crate::error::{Error, IoContext, Result};
 use crate::host::dir::Dir;
 use crate::host::ledger::{Ledger, Resource};
@@ -69,6 +69,7 @@ pub struct TaskProcess {
     child: Child,
     signals: Option<pipe::Receiver>,
     watch: JoinSet<()>,
+    watching: Option<AbortHandle>,
 }
 
 impl TaskProcess {
@@ -106,6 +107,7 @@ impl TaskProcess {
             child,
             signals: Some(signals),
             watch: JoinSet::new(),
+            watching: None,
         };
         match timeout(TASK_PROCESS_READY, process.confined()).await {
             Ok(confined) => confined.map(|()| process),
@@ -139,13 +141,14 @@ impl TaskProcess {
         let Some(mut signals) = self.signals.take() else {
             return;
         };
-        self.watch.spawn(async move {
+        let watching = self.watch.spawn(async move {
             let mut signal = [0];
             while matches!(signals.read(&mut signal).await, Ok(1)) {
                 tell(u32::from(signal[0]));
             }
             tell(libc::SIGKILL.cast_unsigned());
         });
+        self.watching = Some(watching);
     }
 
     /// Ends it, without waiting for that.
@@ -154,12 +157,38 @@ impl TaskProcess {
         self.child.kill();
     }
 
+    /// What ends it, for who does not have it.
+    pub fn ending(&self) -> TaskEnding {
+        TaskEnding {
+            process: self.child.watched(),
+            watch: self.watching.clone(),
+        }
+    }
+
     /// Ends it. Nothing that it has seen is in use by it then.
     pub async fn end(mut self) {
         self.stop();
         if let Err(error) = self.child.kill_and_wait(PROCESS_GONE).await {
             tracing::warn!(%error, "the process of a container's pid stays for now");
         }
+    }
+}
+
+/// The end of such a process.
+#[derive(Debug)]
+pub struct TaskEnding {
+    process: Arc<Process>,
+    watch: Option<AbortHandle>,
+}
+
+impl TaskEnding {
+    /// Ends it and waits for a moment: who hears of the container's end may look for its pid.
+    pub async fn end(self) {
+        if let Some(watch) = self.watch {
+            watch.abort();
+        }
+        // One that a storage holds goes with the container.
+        let _ = self.process.kill_and_wait(TASK_PROCESS_GONE).await;
     }
 }
 

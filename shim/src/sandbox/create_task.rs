@@ -2,7 +2,7 @@
 //! guest, side by side, and what becomes of a making that failed.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -18,6 +18,7 @@ use crate::container::spec;
 use crate::error::{IoContext, Result};
 use crate::guest::machine_size::{ResourceLimits, WantedSize};
 use crate::guest::task_process::TaskProcess;
+use crate::host::exit_record;
 use crate::host::ledger::Ledger;
 use crate::model::{ProcessId, SignalScope, Stdio};
 use crate::sandbox::host_calls::HostCalls;
@@ -192,6 +193,7 @@ impl SandboxOwner {
         });
         let pid = task_pid.unwrap_or_else(|| guest.pid());
         let pid = self.state.created(&request.id, pid, kind);
+        exit_record::write_live(Path::new(&request.bundle), pid);
         if let Some((container, mut pumps)) = made {
             self.runtimes.container(&request.id).container = Some(container);
             let kept = self.runtimes.process(&init);

@@ -181,8 +181,15 @@ impl SandboxOwner {
 
     /// Watches for the end of a process.
     pub(super) fn watch_exit(&mut self, guest: Arc<dyn GuestCalls>, process: ProcessId) {
+        let task = process
+            .is_init()
+            .then(|| self.runtimes.container(&process.container).task_ending())
+            .flatten();
         self.begin(async move {
             let status = guest.wait(&process).await;
+            if let Some(task) = task {
+                task.end().await;
+            }
             Outcome::Exited { process, status }
         });
     }

@@ -251,7 +251,7 @@ impl SandboxOwner {
                 self.update(container, *resources, reply);
             }
             Request::Stats { container, reply } => self.stats(container, reply),
-            Request::Connect { container, reply } => reply.send(self.task_pid(&container)),
+            Request::Connect { container, reply } => reply.send(Ok(self.task_pid(&container))),
             Request::Shutdown { now, reply } => reply.send(Ok(self.shutdown(now))),
             Request::CreateSandbox {
                 request,

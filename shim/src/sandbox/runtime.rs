@@ -10,6 +10,7 @@ use crate::container::create::Container;
 use crate::container::hooks::HostHooks;
 use crate::guest::machine_size::ResourceLimits;
 use crate::guest::preconnect::PreconnectedStdio;
+use crate::guest::task_process::TaskEnding;
 use crate::model::{Exit, ProcessId};
 use crate::sandbox::request::Reply;
 use crate::stdio::Pumps;
@@ -28,6 +29,12 @@ pub struct ContainerRuntime {
 }
 
 impl ContainerRuntime {
+    /// What ends the process by whose pid it goes.
+    pub fn task_ending(&mut self) -> Option<TaskEnding> {
+        let task = self.container.as_mut().and_then(Container::task);
+        task.map(|task| task.ending())
+    }
+
     /// The container has ended, and with it the process by whose pid it went.
     pub fn stop_task(&mut self) {
         if let Some(task) = self.container.as_mut().and_then(Container::task) {
