@@ -16,6 +16,8 @@ pub enum Action {
     Delete,
     /// Print a `RuntimeInfo`.
     Info,
+    /// Print what the runtime can do, as `runc features` does; CRI-O asks so.
+    Features,
     /// Print the version.
     Version,
     /// Be the server; only `start` runs this.
@@ -56,6 +58,7 @@ impl Args {
         let action = match flags.action.as_str() {
             _ if flags.version => Action::Version,
             _ if flags.info => Action::Info,
+            "features" => Action::Features,
             "start" => Action::Start,
             "delete" => Action::Delete,
             "serve" => Action::Serve,

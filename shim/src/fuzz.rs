@@ -57,7 +57,9 @@ pub fn socket_line(bytes: &[u8]) {
 pub fn spec(bytes: &[u8]) {
     let Ok(spec) = spec::parse(bytes) else { return };
     let role = Role::of(&spec);
-    let _ = role::namespaces(&spec, role, false, |pid| (pid % 2 == 0).then(String::new));
+    let _ = role::namespaces(&spec, role, false, &[], |pid| {
+        (pid % 2 == 0).then(String::new)
+    });
     let devices = devices::classify(&spec).unwrap_or_default();
     let place = guest_spec::GuestView {
         rootfs: "/rootfs".to_owned(),

@@ -46,6 +46,14 @@ fn allowed_mounts() -> String {
     [&types[..], &transforms[..]].concat().join(",")
 }
 
+/// Prints the features alone, as JSON.
+///
+/// # Errors
+/// stdout does not work.
+pub fn print_features() -> Result<()> {
+    writeln!(std::io::stdout(), "{}", features()).doing(|| "print the answer".into())
+}
+
 fn info() -> RuntimeInfo {
     let features = Any {
         type_url: FEATURES_URL.to_owned(),

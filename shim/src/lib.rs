@@ -70,6 +70,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Action::Info => info::print(),
+        Action::Features => info::print_features(),
         Action::Start => bootstrap::start::run(&args),
         Action::Delete => bootstrap::delete::run(&args),
         Action::Serve => bootstrap::serve::run(&args),

@@ -215,6 +215,8 @@ fn legacy(stats: &Stats) -> v1::Metrics {
             usage: entry(&stats.memory),
             swap: entry(&stats.swap),
             kernel: entry(&stats.kernel),
+            // Counted in the former; CRI-O 1.34 dies of a message without.
+            kernel_tcp: Some(v1::MemoryEntry::default()).into(),
             ..Default::default()
         })
         .into(),

@@ -21,7 +21,8 @@ use vmm::process::Identity;
 use super::group::group_id;
 use super::reply::Request;
 use crate::args::Args;
-use crate::deadlines::{PROCESS_GONE, SERVER_READY};
+use crate::container::role::is_from_containerd;
+use crate::deadlines::{PROCESS_GONE, SERVER_READY, SWEEP};
 use crate::error::{Error, IoContext, Result};
 use crate::host::identity::{STATE_ROOT, SandboxIdentity};
 use crate::host::ledger::{self, Ledger, Resource};
@@ -78,6 +79,10 @@ pub fn run(args: &Args) -> Result<()> {
     if started.is_err() {
         // Nobody would ever hear of the server.
         let _ = ledger::undo_own(&identity.state_dir());
+    }
+    if !is_from_containerd() {
+        // CRI-O never runs `delete`: what servers left that were killed goes now.
+        ledger::sweep(Path::new(STATE_ROOT), SWEEP);
     }
     started
 }

@@ -5,7 +5,8 @@
 //! therefore mapped back to the task whose pid it names; a path to anything else is a namespace of
 //! the host or of another virtual machine, which nothing can join.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
@@ -109,7 +110,7 @@ pub fn advice(setting: &str) -> &'static str {
 
 /// Which pid namespace a container wants, and whether all others that it names can be had. `find`
 /// tells whose pid it is; an empty name is the sandbox's own. With `host_network` the host's network
-/// may be asked for.
+/// may be asked for. `pinned` are namespaces of its pod by other paths ([`pinned`]).
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` that says what to use instead.
@@ -117,6 +118,7 @@ pub fn namespaces(
     spec: &Spec,
     role: Role,
     host_network: bool,
+    pinned: &[PathBuf],
     find: impl Fn(u32) -> Option<String>,
 ) -> Result<PidNamespace> {
     let list = spec
@@ -139,12 +141,7 @@ pub fn namespaces(
             continue;
         }
         if entry(kind).is_none() {
-            return Err(Error::invalid(format!(
-                "asks for the host's {what} ({setting}), which a virtual machine cannot share: \
-                 leave that out, or run it \
-                 with the runtime runc{}",
-                advice(setting)
-            )));
+            return Err(host_namespace(what, setting));
         }
     }
     let mut pid = PidNamespace::Own;
@@ -162,6 +159,7 @@ pub fn namespaces(
             (LinuxNamespaceType::Pid, Some(owner)) if owner.is_empty() => pid = PidNamespace::Pod,
             (LinuxNamespaceType::Pid, Some(owner)) => pid = PidNamespace::Of(owner),
             (_, Some(_)) => {}
+            (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None) if pinned.contains(path) => {}
             // By its own path, as CRI-O names it: it is the sandbox's or not, which the network's
             // owner checks.
             (LinuxNamespaceType::Network, None) if proc_pid(path).is_none() => {}
@@ -176,6 +174,55 @@ pub fn namespaces(
         }
     }
     Ok(pid)
+}
+
+/// Paths by which CRI-O names the IPC and UTS namespaces of a pod, which it makes itself: in the spec
+/// of the sandbox, and in those of the containers that join them. The machine's own stand for them.
+///
+/// # Errors
+/// `INVALID_ARGUMENT`: one is the host's.
+pub fn pinned(spec: &Spec, role: Role) -> Result<Vec<PathBuf>> {
+    if role != Role::Sandbox || is_from_containerd() {
+        return Ok(Vec::new());
+    }
+    let list = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default();
+    let mut pinned = Vec::new();
+    for namespace in list {
+        let (own, setting) = match namespace.typ() {
+            LinuxNamespaceType::Ipc => ("/proc/self/ns/ipc", "hostIPC"),
+            LinuxNamespaceType::Uts => ("/proc/self/ns/uts", ""),
+            _ => continue,
+        };
+        let Some(path) = namespace
+            .path()
+            .as_ref()
+            .filter(|path| proc_pid(path).is_none())
+        else {
+            continue;
+        };
+        if is_same_file(path, Path::new(own)) && !setting.is_empty() {
+            return Err(host_namespace("IPC", setting));
+        }
+        pinned.push(path.clone());
+    }
+    Ok(pinned)
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let id = |path| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    matches!((id(one), id(other)), (Ok(one), Ok(other)) if one == other)
+}
+
+fn host_namespace(what: &str, setting: &str) -> Error {
+    Error::invalid(format!(
+        "asks for the host's {what} ({setting}), which a virtual machine cannot share: leave that \
+         out, or run it with the runtime runc{}",
+        advice(setting)
+    ))
 }
 
 /// The pid in `/proc/<pid>/ns/<kind>`.
@@ -205,7 +252,7 @@ mod tests {
             200 => Some("web".to_owned()),
             _ => None,
         };
-        super::namespaces(&spec(namespaces, json!({})), role, false, find)
+        super::namespaces(&spec(namespaces, json!({})), role, false, &[], find)
     }
 
     #[test]
@@ -294,6 +341,31 @@ mod tests {
         let own = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network",
             "path": "/run/netns/cni-1"}]);
         assert_eq!(wanted(own, Role::Sandbox).unwrap(), PidNamespace::Own);
+    }
+
+    #[test]
+    fn namespaces_that_crio_made_are_the_machines() {
+        let own = |ipc: &str| {
+            let list = json!([{"type": "ipc", "path": ipc}, {"type": "uts", "path": "/run/utsns/1"},
+                {"type": "network", "path": "/run/netns/1"}, {"type": "pid"}]);
+            spec(list, json!({}))
+        };
+        // No runtime has set the address for events.
+        assert!(!is_from_containerd());
+        let pod = pinned(&own("/run/ipcns/1"), Role::Sandbox).unwrap();
+        assert_eq!(pod, ["/run/ipcns/1", "/run/utsns/1"].map(PathBuf::from));
+        let joins = |pinned: &[PathBuf]| {
+            let member = own("/run/ipcns/1");
+            super::namespaces(&member, Role::Member, false, pinned, |_| None)
+        };
+        assert_eq!(joins(&pod).unwrap(), PidNamespace::Own);
+        assert!(joins(&[]).unwrap_err().to_string().contains("/run/ipcns/1"));
+        // A bind mount of the host's own.
+        let link = tempfile::tempdir().unwrap();
+        let path = link.path().join("ipc");
+        std::os::unix::fs::symlink("/proc/self/ns/ipc", &path).unwrap();
+        let error = pinned(&own(path.to_str().unwrap()), Role::Sandbox).unwrap_err();
+        assert!(error.to_string().contains("hostIPC"), "{error}");
     }
 
     #[test]

@@ -35,15 +35,14 @@ pub const NAME: &str = "rootfs";
 pub fn mount_all(list: &[Mount], root_path: &Path, dir: &Dir) -> Result<()> {
     let target = dir.make(NAME)?;
     if list.is_empty() {
-        let doing = || format!("share the root file system {}", root_path.display());
-        let root = mounts::hold(root_path).doing(doing)?;
-        if !root.metadata().doing(doing)?.is_dir() {
-            return Err(Error::invalid(format!(
+        let bound = mounts::bind_clients(root_path, &target, Bind::RECURSIVE);
+        return match bound {
+            Err(error) if error.kind() == ErrorKind::NotADirectory => Err(Error::invalid(format!(
                 "root file system {} is not a directory",
                 root_path.display()
-            )));
-        }
-        return mounts::bind(&root, &target, Bind::RECURSIVE).doing(doing);
+            ))),
+            bound => bound.doing(|| format!("share the root file system {}", root_path.display())),
+        };
     }
     // Those that are mounted already; later ones may name them.
     let (mut points, mut held) = (Vec::new(), Vec::new());

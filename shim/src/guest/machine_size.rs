@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use vmm::Accelerator;
 
 use crate::config::Config;
+use crate::container::role::is_from_containerd;
 
 /// What the guest's kernel and agent need beside containers that all have limits, in MiB. A pod's
 /// cgroup on the host has room for the limits and the RuntimeClass's overhead, so a machine must
@@ -34,6 +35,9 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// CRI-O's for the same.
+const POD_RESOURCES: &str = "io.kubernetes.cri-o.PodLinuxResources";
 
 /// What one container, or a whole pod, may use. Zero is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,6 +74,10 @@ impl ResourceLimits {
     /// By the annotations of a pod's sandbox.
     pub fn of_pod(spec: &Spec) -> ResourceLimits {
         let annotations = spec.annotations().as_ref();
+        let of_crio = annotations.and_then(|all| all.get(POD_RESOURCES));
+        if let Some(json) = of_crio.filter(|_| !is_from_containerd()) {
+            return ResourceLimits::of_crio(json);
+        }
         let number = |key| {
             annotations
                 .and_then(|all| all.get(key))
@@ -84,6 +92,18 @@ impl ResourceLimits {
             // Every pause container has -998, also that of a pod that is the first to go: its
             // containers decide.
             oom_score_adj: 0,
+        }
+    }
+
+    /// By CRI's message LinuxContainerResources as JSON. What cannot be read is no limit.
+    fn of_crio(json: &str) -> ResourceLimits {
+        let resources: serde_json::Value = serde_json::from_str(json).unwrap_or_default();
+        let number = |key: &str| limit(resources[key].as_i64().unwrap_or(0));
+        ResourceLimits {
+            memory: number("memory_limit_in_bytes"),
+            quota: number("cpu_quota"),
+            period: number("cpu_period"),
+            ..ResourceLimits::default()
         }
     }
 
@@ -392,6 +412,17 @@ mod tests {
 
     fn sizing(pod: ResourceLimits, containers: &[ResourceLimits]) -> MachineSize {
         MachineSize::of(&Config::default(), pod, containers)
+    }
+
+    #[test]
+    fn the_resources_of_a_pod_of_crio_are_read() {
+        let json = r#"{"cpu_period":100000,"cpu_quota":50000,"memory_limit_in_bytes":67108864}"#;
+        let limits = ResourceLimits::of_crio(json);
+        assert_eq!(
+            (limits.memory, limits.quota, limits.period),
+            (64 << 20, 50000, 100_000)
+        );
+        assert_eq!(ResourceLimits::of_crio("null"), ResourceLimits::default());
     }
 
     #[test]

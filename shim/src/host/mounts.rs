@@ -6,11 +6,14 @@
 //! below this one.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::thread;
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use sys::mount::{Attributes, Extent, attach, clone_tree, set_attributes};
@@ -19,11 +22,16 @@ use crate::error::{IoContext, Result};
 use crate::host::dir::Dir;
 use crate::host::mount_table::{self, Mounted};
 
+/// The mount namespace that this process was started in.
+static CLIENTS: OnceLock<File> = OnceLock::new();
+
 /// Gives this process a mount namespace of its own. To be called before there is a second thread.
 ///
 /// # Errors
 /// One line; without CAP_SYS_ADMIN there is no runtime.
 pub fn enter_namespace() -> Result<()> {
+    let clients = File::open("/proc/self/ns/mnt").doing(|| "open the mount namespace".into())?;
+    let _ = CLIENTS.set(clients);
     unshare(CloneFlags::CLONE_NEWNS).doing(|| "make a mount namespace (is this root?)".into())?;
     mount(
         None::<&str>,
@@ -121,7 +129,42 @@ impl Bind {
 /// Binds a file or directory onto another, both by their descriptors. The mount gets its attributes
 /// before it is attached: what propagates to virtiofsd is a copy of it as it is then, and no later
 /// change reaches that copy. Needs Linux 5.12 (mount_setattr(2)).
-pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> {
+pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> io::Result<()> {
+    attach(&detached(from, how)?, to)
+}
+
+/// Binds a directory as the client has it. What the client mounts does not always appear in this
+/// process's namespace: CRI-O's storage is a private mount.
+///
+/// # Errors
+/// The kernel's; `NotADirectory`.
+pub fn bind_clients(path: &Path, to: &impl AsFd, how: Bind) -> io::Result<()> {
+    let Some(clients) = CLIENTS.get() else {
+        return bind(&hold_directory(path)?, to, how);
+    };
+    let detach = || {
+        unshare(CloneFlags::CLONE_FS)?;
+        setns(clients, CloneFlags::CLONE_NEWNS)?;
+        detached(&hold_directory(path)?, how)
+    };
+    let tree = thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, detach)?;
+        let panicked = |_| io::Error::other("the thread in the client's namespace panicked");
+        thread.join().map_err(panicked)?
+    })?;
+    attach(&tree, to)
+}
+
+fn hold_directory(path: &Path) -> io::Result<File> {
+    let held = hold(path)?;
+    match held.metadata()?.is_dir() {
+        true => Ok(held),
+        false => Err(io::ErrorKind::NotADirectory.into()),
+    }
+}
+
+/// A mount that is nowhere yet.
+fn detached(from: &impl AsFd, how: Bind) -> io::Result<OwnedFd> {
     let extent = |recursive| {
         if recursive {
             Extent::Tree
@@ -144,7 +187,7 @@ pub fn bind(from: &impl AsFd, to: &impl AsFd, how: Bind) -> std::io::Result<()> 
             Extent::Tree,
         )?;
     }
-    attach(&tree, to)
+    Ok(tree)
 }
 
 /// Whether anything is mounted below a directory, as this namespace has it now. Its path is
@@ -221,7 +264,7 @@ fn table() -> Result<Vec<Mounted>> {
 /// A file or directory that somebody names, held by a descriptor: all that is asked of it later is
 /// asked of what was found. Unlike an open for its path alone this mounts what is to be mounted on
 /// demand (autofs), as mount(2) would.
-pub fn hold(path: &Path) -> std::io::Result<File> {
+pub fn hold(path: &Path) -> io::Result<File> {
     Ok(open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLOEXEC)?.into())
 }
 

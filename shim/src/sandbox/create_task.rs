@@ -123,9 +123,15 @@ impl SandboxOwner {
             })
         };
         let host_network = config.host_network == HostNetwork::Passt;
-        let pid_namespace = role::namespaces(&spec, role, host_network, find)?;
-        if role == Role::Sandbox && self.launching.is_none() {
-            self.pod = Pod::of(&spec);
+        let begins = role == Role::Sandbox && self.launching.is_none();
+        let pinned = role::pinned(&spec, role)?;
+        let known = if begins { &pinned } else { &self.pod.pinned };
+        let pid_namespace = role::namespaces(&spec, role, host_network, known, find)?;
+        if begins {
+            self.pod = Pod {
+                pinned,
+                ..Pod::of(&spec)
+            };
         }
         if let Some(files) = self.pod.files.as_ref().filter(|_| role == Role::Member) {
             sandbox_requests::add_files(&mut spec, files)?;

@@ -9,6 +9,7 @@ use sys::point::{Point, pass};
 use tokio::time::Instant;
 use ttrpc::Code;
 
+use crate::container::role::is_from_containerd;
 use crate::deadlines::EXECS_AFTER_INIT;
 use crate::error::Result;
 use crate::from_guest::text;
@@ -219,10 +220,13 @@ impl SandboxOwner {
     pub(super) fn out_of_memory(&mut self, container: &str) {
         match self.state.out_of_memory(container) {
             Ok(true) if self.is_unannounced(container) => {}
-            Ok(true) => self.events.publish(TaskOOM {
-                container_id: container.to_owned(),
-                ..Default::default()
-            }),
+            Ok(true) => {
+                self.note_out_of_memory(container);
+                self.events.publish(TaskOOM {
+                    container_id: container.to_owned(),
+                    ..Default::default()
+                });
+            }
             Ok(false) => {}
             Err(_) if self.strangers.take() => {
                 let container = text(container, STRANGERS_NAME);
@@ -232,6 +236,19 @@ impl SandboxOwner {
                 );
             }
             Err(_) => {}
+        }
+    }
+
+    /// CRI-O takes no events. It looks for a file in the bundle, as its own runtimes' monitor leaves
+    /// there (conmon).
+    fn note_out_of_memory(&self, container: &str) {
+        if is_from_containerd() {
+            return;
+        }
+        let bundle = self.state.task(container).map(|task| task.bundle.clone());
+        let noted = bundle.map(|bundle| std::fs::write(Path::new(&bundle).join("oom"), ""));
+        if let Ok(Err(error)) = noted {
+            tracing::warn!(%error, container, "CRI-O is not told that memory ran out");
         }
     }
 

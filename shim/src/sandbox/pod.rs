@@ -28,6 +28,8 @@ pub struct Pod {
     pub files: Option<PathBuf>,
     /// containerd knows of no task for it, so it gets no events of one.
     pub hidden_from_containerd: bool,
+    /// See [`crate::container::role::pinned`].
+    pub pinned: Vec<PathBuf>,
 }
 
 /// What a virtual machine is made for, beside its configuration.
@@ -82,6 +84,7 @@ impl Pod {
                 .unwrap_or_default(),
             need: ResourceLimits::of_pod(spec),
             files: None,
+            pinned: Vec::new(),
             hidden_from_containerd: false,
             shm: shm.and_then(|mount| {
                 let source = mount.source().clone()?;

@@ -122,6 +122,7 @@ impl SandboxOwner {
             need: need(linux.resources.get_or_default()),
             files: Some(dir.path()),
             hidden_from_containerd: true,
+            pinned: Vec::new(),
         };
         let netns =
             Some(PathBuf::from(&request.netns_path)).filter(|path| !path.as_os_str().is_empty());
