@@ -3,9 +3,11 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 
 use guest_protocol::Listener;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 
@@ -39,11 +41,26 @@ impl Accept for Listener {
 
 /// The listener and its connections; all of them end with this.
 #[derive(Debug)]
-pub struct Relay(JoinHandle<()>);
+pub struct Relay {
+    task: JoinHandle<()>,
+    retire: Arc<Notify>,
+}
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
+    }
+}
+
+impl Relay {
+    /// Takes no more connections. Those that there are go on.
+    pub fn retire(&self) {
+        self.retire.notify_one();
+    }
+
+    /// Whether it was retired, and its last connection has ended.
+    pub fn is_over(&self) -> bool {
+        self.task.is_finished()
     }
 }
 
@@ -53,7 +70,9 @@ where
     A: Accept,
     F: Future<Output = ()> + Send + 'static,
 {
-    Relay(tokio::spawn(async move {
+    let retire = Arc::new(Notify::new());
+    let retired = retire.clone();
+    let task = tokio::spawn(async move {
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -68,7 +87,11 @@ where
                     }
                 },
                 Some(_) = connections.join_next() => {}
+                () = retired.notified() => break,
             }
         }
-    }))
+        drop(listener);
+        while connections.join_next().await.is_some() {}
+    });
+    Relay { task, retire }
 }

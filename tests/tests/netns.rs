@@ -527,7 +527,7 @@ fn network_of_the_host(env: &Env) {
         refused.fails_with(&["hostNetwork", "host_network = \"passt\""]);
         env.ctr(&["containers", "delete", &id]);
         tun = Some(OpenTun::new(env));
-        flags.extend(["--runtime-config-path", &config]);
+        flags.extend(["--privileged", "--runtime-config-path", &config]);
     }
     let (id, ran) = run_talk(env, &flags);
     ran.ok();
@@ -562,6 +562,33 @@ fn network_of_the_host(env: &Env) {
     for address in [own_v4, own_v6] {
         let answer = inside(&beyond, said_to(address));
         assert_eq!(answer, Some(said.clone()), "{address}");
+    }
+    if env.is_vm() {
+        // By root of the guest, with packets of its own making.
+        let own = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let secret = own.local_addr().unwrap().port();
+        own.set_nonblocking(true).unwrap();
+        let script = format!(
+            "talk serve tcp 127.0.0.1 7{net} >/dev/null 2>&1 &
+             talk serve tcp ::ffff:127.0.0.1 8{net} >/dev/null 2>&1 &
+             echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
+             ip addr del 127.0.0.1/8 dev lo
+             ip route add 127.0.0.1/32 via {v4} dev {link}
+             ! nc -w 3 127.0.0.1 {secret} </dev/null"
+        );
+        sh(&container, &script);
+        assert!(own.accept().is_err(), "the host's loopback was reached");
+        // Looked for every two seconds.
+        std::thread::sleep(Duration::from_secs(5));
+        for port in [format!("7{net}"), format!("8{net}")] {
+            let port: u16 = port.parse().unwrap();
+            let to: IpAddr = own_v4.parse().unwrap();
+            let reached = inside(&beyond, move || TcpStream::connect((to, port)).is_ok());
+            assert!(
+                !reached,
+                "a server on the guest's loopback is public at {port}"
+            );
+        }
     }
     finish(container);
     drop(tun);
@@ -659,7 +686,7 @@ fn rule_that_cannot_be_carried_keeps_it_from_starting(env: &Env) {
     let config = env.dir.join("cofferdam.toml");
     fs::write(&config, "netns_rules = 'refuse'\n").unwrap();
     let config = config.to_string_lossy();
-    flags.extend(["--runtime-config-path", &config]);
+    flags.extend(["--privileged", "--runtime-config-path", &config]);
     let refused = env.run(&flags, &["true"]);
     refused.fails_with(&["do not bind a virtual machine", "OUTPUT", "netns_rules"]);
     fs::write(&*config, "netns_rules = 'ignore'\n").unwrap();

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         Once: overlay_with_very_long_options, bind_mount_as_root, image_file_as_root;
         Ours: root_in_memory_leaves_nothing_on_the_host, a_hundred_layers,
             layers_merged_in_one_file_system, layers_below_a_directory_of_the_host,
-            layers_that_cannot_be_mounted_are_refused;
+            layers_that_cannot_be_mounted_are_refused, full_disk_of_the_host_is_the_writers_error;
     ])
 }
 
@@ -322,6 +322,32 @@ fn layers_that_cannot_be_mounted_are_refused(env: &Env) {
     fs::write(&broken, vec![0; 4096]).unwrap();
     let error = refused(layers.list(layers.lower()));
     assert!(error.contains("/run/layers/"), "{error}");
+}
+
+/// As under runc, the writer is told, and nobody else waits.
+fn full_disk_of_the_host_is_the_writers_error(env: &Env) {
+    let small = env.dir.join("small");
+    fs::create_dir(&small).unwrap();
+    let none = None::<&str>;
+    let size = Some("size=40m");
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(none, &small, Some("tmpfs"), flags, size).unwrap();
+    let image = small.join("image");
+    let mut mkfs = Command::new("mke2fs");
+    mkfs.args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(tree())
+        .arg(&image)
+        .arg("200M");
+    run(mkfs, PATIENCE).ok();
+    let rootfs = vec![mount(
+        "ext4",
+        &image.to_string_lossy(),
+        &["loop".to_owned()],
+    )];
+    let script = "dd if=/dev/zero of=/large bs=1M count=120 conv=fsync 2>/dev/null || echo told";
+    let text = output_on(env, rootfs, script);
+    assert_eq!(text.trim(), "told");
+    nix::mount::umount(&small).unwrap();
 }
 
 fn bind_mount_as_root(env: &Env) {

@@ -88,9 +88,15 @@ impl Network for Own {
 
     async fn listening(&self, _: &TtrpcContext, _: Empty) -> Reply<ListeningPorts> {
         let all = socket_table::waiting().context(|| "read the tables of sockets".into())?;
-        let is_reached = |one: &&Waiting| !one.udp && !one.address.is_loopback();
-        let ports = all.iter().filter(is_reached).map(|one| one.port.into());
-        let ports: BTreeSet<u32> = ports.collect();
+        let tcp = all.iter().filter(|one| !one.udp);
+        let is_private = |one: &&Waiting| one.address.to_canonical().is_loopback();
+        let (private, others): (Vec<&Waiting>, Vec<&Waiting>) = tcp.partition(is_private);
+        // A connection to the loopback has to lead to the one who listens at all addresses.
+        let is_reached = |one: &&Waiting| {
+            one.address.is_unspecified() && !private.iter().any(|other| other.port == one.port)
+        };
+        let others = others.into_iter().filter(is_reached);
+        let ports: BTreeSet<u32> = others.map(|one| one.port.into()).collect();
         Ok(ListeningPorts {
             tcp: ports.into_iter().collect(),
             ..Default::default()

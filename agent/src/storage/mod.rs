@@ -21,7 +21,7 @@ use std::time::Duration;
 use guest_protocol::protocols::agent::Storage;
 use guest_protocol::protocols::csi::volume_usage::Unit;
 use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage};
-use guest_protocol::{IMAGE_DRIVER, Transport, UDS_DRIVER, WATCHED_DRIVER};
+use guest_protocol::{GUEST_LAYERS, IMAGE_DRIVER, Transport, UDS_DRIVER, WATCHED_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use sys::loop_device::{Access, attach};
@@ -180,6 +180,12 @@ fn clean_up(mount_point: &str, cleanup: Cleanup) {
 fn unmount(mount_point: &str) {
     if let Err(error) = umount2(mount_point, MntFlags::MNT_DETACH) {
         log!("unmount {mount_point}: {error}");
+    }
+    let place = Path::new(mount_point);
+    if place.starts_with(GUEST_LAYERS) {
+        // The last one takes their directory with it.
+        let _ = fs::remove_dir(place);
+        let _ = place.parent().map(fs::remove_dir);
     }
 }
 

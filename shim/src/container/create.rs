@@ -107,6 +107,7 @@ impl HostSide {
     /// One line; nothing stays mounted.
     pub fn prepare(create: &CreateContainer, shares: &SharedVolumes) -> Result<HostSide> {
         let devices = devices::classify(&create.spec)?;
+        layers::format(&create.rootfs)?;
         let number = shares.next_id();
         let (dir, name, guest_dir) = if rootfs::is_exclusive_overlay(&create.rootfs) {
             // What the guest keeps in its memory has a name that comes only once.

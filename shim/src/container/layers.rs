@@ -12,19 +12,20 @@
 //! Where directories of the host are among it, `rootfs` mounts all of it on the host.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use containerd_shim_protos::types::mount::Mount;
 use guest_protocol::IMAGE_DRIVER;
 use guest_protocol::protocols::agent::Storage;
-use tokio::process::Command;
-use tokio::time::timeout;
 
 use crate::container::rootfs::{self, Disk};
-use crate::deadlines::HOST_MOUNTS;
 use crate::error::{Error, IoContext, Result};
+use crate::host::death_signal;
 
 /// Types of mounts that are left to us where we ask for it.
 pub const TYPES: [&str; 1] = ["erofs"];
@@ -32,8 +33,8 @@ pub const TYPES: [&str; 1] = ["erofs"];
 /// What containerd would do to a mount before, by the prefixes of its type.
 pub const TRANSFORMS: [&str; 3] = ["format", "mkdir", "mkfs"];
 
-/// Options that are containerd's own begin so.
-const OWN_OPTION: &str = "X-containerd.";
+/// Options that are containerd's own begin so: no kernel knows them.
+const OWN_OPTIONS: [&str; 3] = ["X-containerd.", "uidmap=", "gidmap="];
 const MKDIR: &str = "X-containerd.mkdir.path=";
 const MKFS: &str = "X-containerd.mkfs.";
 
@@ -88,7 +89,7 @@ pub fn fill(entry: &Mount, points: &[String]) -> Result<Filled> {
             directories.push(self::directory(directory)?);
         } else if option.starts_with(MKFS) {
             // See `format`.
-        } else if option.starts_with(OWN_OPTION) {
+        } else if OWN_OPTIONS.iter().any(|own| option.starts_with(own)) {
             return Err(unknown_option(&option));
         } else {
             mount.options.push(option);
@@ -103,6 +104,9 @@ fn unknown_option(option: &str) -> Error {
         "X-containerd.dmverity" => {
             ": layers are not verified in a virtual machine; take dmverity_mode = \"off\" in the \
              configuration of containerd's snapshotter"
+        }
+        "uidmap" | "gidmap" => {
+            ": ids of layers are not mapped in a virtual machine; leave the user namespace out"
         }
         _ => "",
     };
@@ -162,61 +166,70 @@ fn expand(text: &str, points: &[String]) -> Result<String> {
 ///
 /// # Errors
 /// One line: an option that is none, or what mkfs says.
-pub async fn format(list: &[Mount]) -> Result<()> {
+pub fn format(list: &[Mount]) -> Result<()> {
     for entry in list.iter().filter(|entry| entry.type_.starts_with("mkfs/")) {
         let path = Path::new(&entry.source);
         if !path.exists() {
-            make_file_system(path, &entry.options).await?;
+            make_file_system(path, &entry.options)?;
         }
     }
     Ok(())
 }
 
-/// Under another name first: a file system that is made half is none.
-async fn make_file_system(path: &Path, options: &[String]) -> Result<()> {
+/// A file under a name of its own, until it is whole.
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn make_file_system(path: &Path, options: &[String]) -> Result<()> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
     let doing = || format!("make a file system in {}", path.display());
     let option = |name: &str| {
         let values = options
             .iter()
             .filter_map(|option| option.strip_prefix(MKFS));
-        values
-            .filter_map(|option| option.split_once('='))
-            .find(|(key, _)| *key == name)
+        let mut pairs = values.filter_map(|option| option.split_once('='));
+        pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
     };
-    let fstype = option("fs").map_or("ext4", |(_, fstype)| fstype);
+    let fstype = option("fs").unwrap_or("ext4");
     let id = match (fstype, option("uuid")) {
         ("ext2" | "ext3" | "ext4" | "xfs", None) => Vec::new(),
-        ("ext2" | "ext3" | "ext4", Some((_, id))) => vec!["-U".to_owned(), id.to_owned()],
-        ("xfs", Some((_, id))) => vec!["-m".to_owned(), format!("uuid={id}")],
+        ("ext2" | "ext3" | "ext4", Some(id)) => vec!["-U".to_owned(), id.to_owned()],
+        ("xfs", Some(id)) => vec!["-m".to_owned(), format!("uuid={id}")],
         _ => return Err(Error::unimplemented(format!("{MKFS}fs={fstype}"))),
     };
-    let size = option("size").and_then(|(_, size)| size.parse().ok());
+    let size = option("size").and_then(|size| size.parse().ok());
     let size = size.ok_or_else(|| {
-        Error::invalid(format!(
-            "cannot {}: {MKFS}size is no number of bytes",
-            doing()
-        ))
+        let what = "is no number of bytes";
+        Error::invalid(format!("cannot {}: {MKFS}size {what}", doing()))
     })?;
-    let part = path.with_extension("part");
-    let mut file = fs::OpenOptions::new();
-    file.write(true).create(true).truncate(true).mode(0o640);
-    file.open(&part)
-        .and_then(|file| file.set_len(size))
-        .doing(doing)?;
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let part = Unfinished(path.with_extension(format!("{}-{number}.part", std::process::id())));
+    let mut how = fs::OpenOptions::new();
+    how.write(true).create_new(true).mode(0o640);
+    let file = how.open(&part.0).doing(doing)?;
+    file.set_len(size).doing(doing)?;
     let program = format!("mkfs.{fstype}");
     let mut command = Command::new(&program);
-    command.arg("-q").args(id).arg(&part).kill_on_drop(true);
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    let made = timeout(HOST_MOUNTS, command.output()).await;
-    let late = |_| Error::deadline(format!("{program} did not end within {HOST_MOUNTS:?}"));
-    let made = made.map_err(late)?.doing(|| format!("run {program}"))?;
+    command.arg("-q").args(id).arg(&part.0).stdin(Stdio::null());
+    // SAFETY: the closure only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(death_signal::with_the_shim()) };
+    let made = command.output().doing(|| format!("run {program}"))?;
     if !made.status.success() {
-        let _ = fs::remove_file(&part);
         let said = String::from_utf8_lossy(&made.stderr);
         let last = said.trim_end().lines().last().unwrap_or("it said nothing");
         return Err(Error::internal(format!("cannot {}: {last}", doing())));
     }
-    fs::rename(&part, path).doing(doing)
+    file.sync_all().doing(doing)?;
+    match fs::hard_link(&part.0, path) {
+        // A call before this one was late.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        linked => linked.doing(doing),
+    }
 }
 
 /// A root file system that the guest mounts of its parts.
@@ -464,8 +477,8 @@ mod tests {
         assert_eq!(plain.mount.source, "{{ mount 0 }}");
     }
 
-    #[tokio::test]
-    async fn a_writable_layer_is_formatted_once() {
+    #[test]
+    fn a_writable_layer_is_formatted_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rwlayer.img");
         let name = path.display().to_string();
@@ -474,19 +487,19 @@ mod tests {
             "X-containerd.mkfs.fs=ext4",
         ];
         let list = [mount("mkfs/ext4", &name, &options)];
-        format(&list).await.unwrap();
+        format(&list).unwrap();
         let made = fs::read(&path).unwrap();
         assert_eq!(
             (made.len(), &made[0x438..0x43a]),
             (8 << 20, &[0x53, 0xef][..])
         );
         fs::write(&path, "somebody's").unwrap();
-        format(&list).await.unwrap();
+        format(&list).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "somebody's");
         fs::remove_file(&path).unwrap();
         let tiny = [mount("mkfs/ext4", &name, &["X-containerd.mkfs.size=1024"])];
-        format(&tiny).await.unwrap_err();
+        format(&tiny).unwrap_err();
         assert!(!path.exists());
-        assert!(format(&[mount("mkfs/ext4", &name, &[])]).await.is_err());
+        assert!(format(&[mount("mkfs/ext4", &name, &[])]).is_err());
     }
 }

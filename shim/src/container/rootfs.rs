@@ -91,8 +91,15 @@ fn place(root: Dir, target: &str) -> Result<OwnedFd> {
 /// Whether nobody but the container changes the root file system while it lives: a mount of the
 /// snapshotter's that this process makes, and whose layers the kernel forbids to change below it.
 pub fn is_exclusive_overlay(list: &[Mount]) -> bool {
-    let kind = list.last().and_then(|top| top.type_.rsplit('/').next());
-    kind == Some("overlay")
+    let is_over_all = |top: &Mount| top.type_.rsplit('/').next() == Some("overlay");
+    let is_bind = |entry: &Mount| {
+        let of_bind = |option: &String| option == "bind" || option == "rbind";
+        entry.type_.ends_with("bind") || entry.options.iter().any(of_bind)
+    };
+    list.last().is_some_and(is_over_all)
+        && list
+            .iter()
+            .all(|entry| entry.target.is_empty() && !is_bind(entry))
 }
 
 /// File systems that the guest's kernel has too.

@@ -24,7 +24,7 @@ use vmm::boot::{self, Share};
 use vmm::deadlines::MACHINE_LAST_WORDS;
 use vmm::{Confinement, FsCache, Machine, MachineConfig};
 
-use crate::config::{Config, ConfinementLevel, find_file, find_program};
+use crate::config::{Config, ConfinementLevel, HostNetwork, find_file, find_program};
 use crate::deadlines::{AGENT_CALL, CREATE_SANDBOX};
 use crate::error::{Error, IoContext, Result};
 use crate::from_guest::{Agent, Features};
@@ -160,7 +160,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
             Ok(result) => {
                 return result.map(|guest| RunningGuest {
                     _uid: lease,
-                    _user_mode: user_mode,
+                    user_mode,
                     ..guest
                 });
             }
@@ -194,7 +194,7 @@ async fn netns(
     if let Some(path) = &plan.netns {
         return Ok((Netns::open(path)?, None));
     }
-    if !plan.host_network {
+    if !plan.host_network || plan.config.host_network != HostNetwork::Passt {
         return Ok((Netns::create().await?, None));
     }
     let program = find_program(&plan.config.pasta, "pasta")?;
@@ -371,7 +371,7 @@ impl Attempt<'_> {
                 seccomp: plan.config.confinement.has_seccomp(),
             },
             _uid: None,
-            _user_mode: None,
+            user_mode: None,
         })
     }
 

@@ -46,6 +46,8 @@ const SHARE_OF_TIME: u32 = 20;
 pub struct Nics {
     netns: Arc<OwnedFd>,
     rules: NetnsRules,
+    /// The network is the host's own.
+    user_mode: bool,
     state: Mutex<State>,
 }
 
@@ -68,8 +70,7 @@ struct State {
     servers: BTreeMap<Server, String>,
     /// Ports of the loopback that are the shim's own.
     own_ports: Vec<u16>,
-    /// The network is the host's own.
-    user_mode: bool,
+    /// Where the network is the host's own.
     host_ports: Option<HostPorts>,
 }
 
@@ -134,12 +135,12 @@ impl Nics {
             told: NetworkState::default(),
             servers: BTreeMap::new(),
             own_ports: Vec::new(),
-            user_mode,
             host_ports: None,
         };
         Ok(Nics {
             netns: Arc::new(fd),
             rules,
+            user_mode,
             state: Mutex::new(state),
         })
     }
@@ -157,9 +158,9 @@ impl Nics {
     /// cannot.
     pub async fn forward(&self, transport: &Transport) -> Option<Forwarder> {
         let mut state = self.state.lock().await;
+        state.host_ports = self.user_mode.then(|| HostPorts::new(transport));
         let forwarder = Forwarder::start(state.network.netns(), transport)?;
         state.own_ports.clone_from(&forwarder.ports);
-        state.host_ports = state.user_mode.then(|| HostPorts::new(transport));
         Some(forwarder)
     }
 
@@ -229,14 +230,19 @@ impl Nics {
         let mut changes = self.state.lock().await.changes.take();
         // What was seen last, and what is wrong with it.
         let mut seen = (self.look(guest).await, None);
+        // A guest can cause events without an end.
+        let mut looked = Instant::now();
         loop {
             let changed = timeout(NETWORK_LOOK, changes.next()).await.is_ok();
             if changed {
                 let _ = timeout(NETWORK_LONGEST_STORM, changes.calm(NETWORK_CALM)).await;
             }
             let now = self.look(guest).await;
-            if let Err(error) = self.lead_from_host(guest).await {
-                tracing::debug!(%error, "the guest's servers are not known");
+            if looked.elapsed() >= NETWORK_LOOK {
+                looked = Instant::now();
+                if let Err(error) = self.lead_from_host(guest).await {
+                    tracing::debug!(%error, "the guest's servers are not known");
+                }
             }
             if !changed && now == seen.0 && seen.1.is_none() {
                 continue;
@@ -261,9 +267,12 @@ impl Nics {
 
     /// Lets the guest's servers be reached at the host's addresses.
     async fn lead_from_host(&self, guest: Guest<'_>) -> Result<()> {
-        let mut state = self.state.lock().await;
-        if let Some(ports) = state.host_ports.as_mut().filter(|_| guest.is_own) {
-            ports.set(&guest.agent.listening(AGENT_CALL).await?);
+        if !self.user_mode || !guest.is_own {
+            return Ok(());
+        }
+        let listening = guest.agent.listening(AGENT_CALL).await?;
+        if let Some(ports) = &mut self.state.lock().await.host_ports {
+            ports.set(&listening);
         }
         Ok(())
     }

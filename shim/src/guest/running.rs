@@ -67,7 +67,7 @@ pub struct RunningGuest {
     /// Keeps the guest's time of day; ends with this.
     pub(super) _clock: JoinSet<()>,
     /// Its network, if that is the host's own.
-    pub(super) _user_mode: Option<UserMode>,
+    pub(super) user_mode: Option<UserMode>,
     pub(super) nics: Arc<Nics>,
     pub(super) disks: Disks,
     pub(super) size: Size,
@@ -479,8 +479,15 @@ impl RunningGuest {
 
     async fn end(&self) -> String {
         let mut death = pin!(self.machine.died());
+        let network = async {
+            match &self.user_mode {
+                Some(user_mode) => user_mode.ended().await,
+                None => std::future::pending().await,
+            }
+        };
         let fault = tokio::select! {
             why = &mut death => return why,
+            why = network => return why,
             fault = self.agent.failed() => fault,
         };
         match fault {

@@ -18,6 +18,7 @@ use guest_protocol::stdio::ACCEPTED;
 use guest_protocol::{FORWARD_PORT, ForwardRequest, Stream, Transport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::netns::Netns;
@@ -27,7 +28,10 @@ use crate::deadlines::{FORWARD_ACCEPTED, FORWARD_LISTENER};
 use crate::relay::{Relay, serve};
 
 /// Of one guest, that lead from the host.
-const MAX_HOST_PORTS: usize = 1024;
+const MAX_HOST_PORTS: usize = 128;
+
+/// To all of them at a time.
+const MAX_HOST_CONNECTIONS: usize = 512;
 
 /// Forwards as long as it lives.
 #[derive(Debug)]
@@ -59,8 +63,12 @@ impl Forwarder {
 #[derive(Debug)]
 pub struct HostPorts {
     transport: Transport,
-    /// Those that cannot be had are there too, and said once.
-    relays: BTreeMap<u32, Option<Relay>>,
+    relays: BTreeMap<u16, Relay>,
+    /// Of listeners that the guest has closed.
+    retired: Vec<Relay>,
+    /// Those that could not be had, which is said once.
+    missing: BTreeSet<u16>,
+    connections: Arc<Semaphore>,
 }
 
 impl HostPorts {
@@ -69,28 +77,46 @@ impl HostPorts {
         HostPorts {
             transport: transport.clone(),
             relays: BTreeMap::new(),
+            retired: Vec::new(),
+            missing: BTreeSet::new(),
+            connections: Arc::new(Semaphore::new(MAX_HOST_CONNECTIONS)),
         }
     }
 
-    /// Listens at these ports, and at no others any more.
+    /// Listens at these ports, and at no others any more: what is connected stays. They are the
+    /// guest's word.
     pub fn set(&mut self, ports: &[u32]) {
-        let wanted: BTreeSet<u32> = ports.iter().copied().take(MAX_HOST_PORTS).collect();
-        self.relays.retain(|port, _| wanted.contains(port));
+        let ports = ports.iter().filter_map(|port| u16::try_from(*port).ok());
+        let ports = ports.filter(|port| *port != 0);
+        let wanted: BTreeSet<u16> = ports.take(MAX_HOST_PORTS).collect();
+        let gone: Vec<u16> = self.relays.keys().copied().collect();
+        for port in gone.into_iter().filter(|port| !wanted.contains(port)) {
+            if let Some(relay) = self.relays.remove(&port) {
+                relay.retire();
+                self.retired.push(relay);
+            }
+        }
+        self.retired.retain(|relay| !relay.is_over());
+        self.missing.retain(|port| wanted.contains(port));
         for port in wanted {
-            let transport = &self.transport;
-            self.relays.entry(port).or_insert_with(|| {
-                listen(port, transport)
-                    .inspect_err(|error| {
-                        tracing::warn!(%error, port, "the host does not lead to the guest's port");
-                    })
-                    .ok()
-            });
+            if self.relays.contains_key(&port) {
+                continue;
+            }
+            match listen(port, &self.transport, &self.connections) {
+                Ok(relay) => {
+                    self.missing.remove(&port);
+                    self.relays.insert(port, relay);
+                }
+                // Who has it may let go of it.
+                Err(error) if self.missing.insert(port) => tracing::warn!(%error, port,
+                    "the host does not lead to the guest's port"),
+                Err(_) => {}
+            }
         }
     }
 }
 
-fn listen(port: u32, transport: &Transport) -> io::Result<Relay> {
-    let port = u16::try_from(port).map_err(io::Error::other)?;
+fn listen(port: u16, transport: &Transport, connections: &Arc<Semaphore>) -> io::Result<Relay> {
     // Of both families, where the host has both.
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
     let listener = listener.or_else(|error| match error.kind() {
@@ -98,12 +124,16 @@ fn listen(port: u32, transport: &Transport) -> io::Result<Relay> {
         _ => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
     })?;
     listener.set_nonblocking(true)?;
-    let transport = transport.clone();
+    let (transport, connections) = (transport.clone(), connections.clone());
     let listener = tokio::net::TcpListener::from_std(listener)?;
     Ok(serve(listener, move |mut connection: TcpStream| {
-        let transport = transport.clone();
+        let (transport, connections) = (transport.clone(), connections.clone());
         async move {
-            let carried = carry(&mut connection, &transport, port).await;
+            let permit = connections.try_acquire().map_err(io::Error::other);
+            let carried = match permit {
+                Ok(_permit) => carry(&mut connection, &transport, port).await,
+                Err(error) => Err(error),
+            };
             reset_if_broken(&connection, carried);
         }
     }))

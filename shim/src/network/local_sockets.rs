@@ -41,6 +41,83 @@ pub fn load(tap: u32) -> io::Result<OwnedFd> {
     bpf::load_classifier("local_sockets", &program(tap.cast_signed()))
 }
 
+/// The program for a tap whose packets the host sends as its own: what is to or from the loopback is
+/// dropped.
+///
+/// # Errors
+/// A kernel without BPF.
+pub fn load_guard() -> io::Result<OwnedFd> {
+    bpf::load_classifier("no_loopback", &guard())
+}
+
+/// `TC_ACT_SHOT`.
+const DROP: i32 = 2;
+
+/// A header is on the stack at -40. r6 is the context.
+fn guard() -> Vec<Instruction> {
+    const HEADER: i16 = -40;
+    let mut program = Assembler::default();
+    let load = |program: &mut Assembler, length: i32| {
+        program.add([
+            op(code::MOVE_REGISTER, 0x61, 0, 0),
+            op(code::MOVE, 0x02, 0, ETHERNET_HEADER),
+            op(code::MOVE_REGISTER, 0xa3, 0, 0),
+            op(code::ADD, 0x03, 0, HEADER.into()),
+            op(code::MOVE, 0x04, 0, length),
+            op(code::CALL, 0, 0, HELPER_SKB_LOAD_BYTES),
+        ]);
+        program.jump(code::JUMP_NOT_EQUAL, 0x00, 0, "drop");
+    };
+    // 127.0.0.0/8 at this place of the header.
+    let is_loopback = |program: &mut Assembler, at: i16| {
+        program.add([
+            op(code::LOAD_WORD, 0xa2, HEADER + at, 0),
+            op(code::AND_32, 0x02, 0, i32::from_ne_bytes([0xff, 0, 0, 0])),
+        ]);
+        let net = i32::from_ne_bytes([127, 0, 0, 0]);
+        program.jump(code::JUMP_EQUAL, 0x02, net, "drop");
+    };
+    program.add([
+        op(code::MOVE_REGISTER, 0x16, 0, 0),
+        op(code::LOAD_WORD, 0x62, PROTOCOL, 0),
+    ]);
+    let ethernet = |protocol: i32| be(u16::try_from(protocol).unwrap_or_default());
+    program.jump(code::JUMP_EQUAL, 0x02, ethernet(libc::ETH_P_IPV6), "v6");
+    program.jump(code::JUMP_NOT_EQUAL, 0x02, ethernet(libc::ETH_P_IP), "next");
+    load(&mut program, 20);
+    is_loopback(&mut program, 12);
+    is_loopback(&mut program, 16);
+    program.jump(code::JUMP, 0, 0, "next");
+
+    // ::1, and ::ffff:127.0.0.0/104.
+    program.label("v6");
+    load(&mut program, IPV6_HEADER);
+    for (at, other, last) in [(8, "destination", "mapped"), (24, "next", "mapped to")] {
+        for word in 0..2 {
+            program.add([op(code::LOAD_WORD, 0xa2, HEADER + at + 4 * word, 0)]);
+            program.jump(code::JUMP_NOT_EQUAL, 0x02, 0, other);
+        }
+        program.add([op(code::LOAD_WORD, 0xa2, HEADER + at + 8, 0)]);
+        program.jump(code::JUMP_NOT_EQUAL, 0x02, 0, last);
+        program.add([op(code::LOAD_WORD, 0xa2, HEADER + at + 12, 0)]);
+        let one = i32::from_ne_bytes([0, 0, 0, 1]);
+        program.jump(code::JUMP_EQUAL, 0x02, one, "drop");
+        program.jump(code::JUMP, 0, 0, other);
+        program.label(last);
+        let mapped = i32::from_ne_bytes([0, 0, 0xff, 0xff]);
+        program.jump(code::JUMP_NOT_EQUAL, 0x02, mapped, other);
+        is_loopback(&mut program, at + 12);
+        program.label(other);
+    }
+    program.add([
+        op(code::MOVE, 0x00, 0, NEXT_FILTER),
+        op(code::EXIT, 0, 0, 0),
+    ]);
+    program.label("drop");
+    program.add([op(code::MOVE, 0x00, 0, DROP), op(code::EXIT, 0, 0, 0)]);
+    program.finish()
+}
+
 /// A constant of two bytes as a load of memory in the network's order gives it.
 const fn be(value: u16) -> i32 {
     value.to_be() as i32

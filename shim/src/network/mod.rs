@@ -298,11 +298,13 @@ impl Network {
     /// The kernel's.
     pub async fn links(&mut self) -> Result<Vec<Link>> {
         let (_connection, netlink) = self.netns.netlink()?;
-        let redirected = tc::with_ingress(&netlink).await?;
-        let mut links = self.all_links(&netlink).await?;
-        links.retain(|link| {
-            self.links.contains_key(&link.index) && (link.tap || redirected.contains(&link.index))
-        });
+        let mut links = Vec::new();
+        for link in self.all_links(&netlink).await? {
+            let is_known = self.links.contains_key(&link.index);
+            if is_known && (link.tap || tc::is_redirected(&netlink, link.index).await?) {
+                links.push(link);
+            }
+        }
         self.links = links
             .iter()
             .map(|link| (link.index, link.name.clone()))
@@ -484,6 +486,10 @@ impl Network {
         rtnl("set the tap up", netlink.link().set(up).execute()).await?;
         tc::redirect(netlink, tap.index, link.index, true).await?;
 
+        if self.user_mode {
+            let guard = local_sockets::load_guard().doing(|| "load a BPF program".into())?;
+            tc::except(netlink, tap.index, &guard).await?;
+        }
         let qdisc = !tc::with_ingress(netlink).await?.contains(&link.index);
         if let Some(path) = self.netns.path() {
             record(&Redirect {

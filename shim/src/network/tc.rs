@@ -97,6 +97,15 @@ pub async fn except(netlink: &Handle, from: u32, program: &OwnedFd) -> Result<()
     .await
 }
 
+/// Whether what comes in on a device is redirected by us.
+pub async fn is_redirected(netlink: &Handle, index: u32) -> Result<bool> {
+    let filters = netlink.traffic_filter(index.cast_signed()).get().ingress();
+    let filters: Vec<TcMessage> = rtnl("list filters", filters.execute().try_collect()).await?;
+    Ok(filters
+        .iter()
+        .any(|filter| TcHandle::from(filter.header.info).major == PRIORITY))
+}
+
 /// Takes back what [`redirect`] and [`except`] did on a device, however much of it.
 pub async fn remove(netlink: &Handle, index: u32, qdisc: bool) -> Result<()> {
     if !with_ingress(netlink).await?.contains(&index) {

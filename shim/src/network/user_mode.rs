@@ -15,6 +15,8 @@ use futures::TryStreamExt;
 use rtnetlink::packet_route::address::AddressMessage;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use vmm::process::Identity;
 
@@ -24,11 +26,22 @@ use crate::deadlines::{USER_MODE_LOOK, USER_MODE_READY};
 use crate::error::{Error, IoContext, Result};
 use crate::host::death_signal;
 
+/// Bytes of pasta's words that the log gets.
+const MOST_WORDS: usize = 8 << 10;
+
 /// pasta runs as long as this lives.
 #[derive(Debug)]
 pub struct UserMode {
-    child: Child,
+    /// Has the child, which ends with it.
+    task: JoinHandle<()>,
+    ended: watch::Receiver<Option<String>>,
     _input: Option<ChildStdin>,
+}
+
+impl Drop for UserMode {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 /// Who runs pasta, and what as.
@@ -57,6 +70,9 @@ impl UserMode {
             .args([
                 "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--", "cat",
             ])
+            // Nothing of containerd's, which may have passwords of proxies.
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
             .uid(plan.uid)
             .gid(plan.uid)
             .stdin(Stdio::piped())
@@ -72,11 +88,7 @@ impl UserMode {
             std::fs::write(file, pid.to_string()).doing(doing)?;
         }
         let input = child.stdin.take();
-        let mut user_mode = UserMode {
-            child,
-            _input: input,
-        };
-        let ready = timeout(USER_MODE_READY, user_mode.namespace(pid, &record)).await;
+        let ready = timeout(USER_MODE_READY, namespace(&mut child, pid, &record)).await;
         let late = |_| {
             Error::deadline(format!(
                 "{} made no network within {USER_MODE_READY:?}",
@@ -84,44 +96,89 @@ impl UserMode {
             ))
         };
         let netns = ready.map_err(late)??;
+        let (sender, ended) = watch::channel(None);
+        let task = tokio::spawn(async move {
+            let why = watch_over(&mut child).await;
+            sender.send_replace(Some(why));
+        });
+        let user_mode = UserMode {
+            task,
+            ended,
+            _input: input,
+        };
         Ok((user_mode, netns))
     }
 
-    /// The namespace, once its link has addresses.
-    async fn namespace(
-        &mut self,
-        pid: i32,
-        record: &impl Fn(Identity) -> Result<()>,
-    ) -> Result<Netns> {
-        let mut netns = None;
-        loop {
-            if let Some(status) = self.child.try_wait().doing(|| "wait for pasta".into())? {
-                let mut said = String::new();
-                if let Some(stderr) = &mut self.child.stderr {
-                    let _ = stderr.take(64 << 10).read_to_string(&mut said).await;
+    /// Waits for its end, without which the guest has no network; gives the reason.
+    pub async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        let why = ended.wait_for(Option::is_some).await;
+        why.ok().and_then(|why| why.clone()).unwrap_or_default()
+    }
+}
+
+/// Passes on what it says, as far as that is not too much, and tells how it ended.
+async fn watch_over(child: &mut Child) -> String {
+    let mut stderr = child.stderr.take();
+    let (mut said, mut text) = (0, [0; 1024]);
+    loop {
+        let read = async {
+            match &mut stderr {
+                Some(stderr) => stderr.read(&mut text).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            status = child.wait() => {
+                return status.map_or_else(|e| e.to_string(), |status| format!("pasta ended ({status})"));
+            }
+            read = read => match read {
+                Ok(length @ 1..) if said < MOST_WORDS => {
+                    said += length;
+                    let says = String::from_utf8_lossy(&text[..length]);
+                    tracing::warn!(says = says.trim_end(), "pasta");
                 }
-                let last = said.trim_end().lines().last().unwrap_or_default();
-                return Err(Error::internal(format!(
-                    "pasta ended ({status}): {last}; it needs user namespaces and a /dev/net/tun \
-                     that everybody may open"
-                )));
+                Ok(1..) => {}
+                _ => stderr = None,
             }
-            if netns.is_none()
-                && let Some(inner) = child_of(pid)
-                && let Ok(found) = Netns::of_process(inner)
-                && !found.is_host()?
-            {
-                record(Identity::of(inner).doing(|| "look at pasta's child".into())?)?;
-                netns = Some(found);
-            }
-            if let Some(found) = &netns
-                && has_addresses(found).await?
-                && let Some(netns) = netns.take()
-            {
-                return Ok(netns);
-            }
-            sleep(USER_MODE_LOOK).await;
         }
+    }
+}
+
+/// The namespace, once its link has addresses.
+async fn namespace(
+    child: &mut Child,
+    pid: i32,
+    record: &impl Fn(Identity) -> Result<()>,
+) -> Result<Netns> {
+    let mut netns = None;
+    loop {
+        if let Some(status) = child.try_wait().doing(|| "wait for pasta".into())? {
+            let mut said = String::new();
+            if let Some(stderr) = &mut child.stderr {
+                let _ = stderr.take(64 << 10).read_to_string(&mut said).await;
+            }
+            let last = said.trim_end().lines().last().unwrap_or_default();
+            return Err(Error::internal(format!(
+                "pasta ended ({status}): {last}; it needs user namespaces and a /dev/net/tun \
+                 that everybody may open"
+            )));
+        }
+        if netns.is_none()
+            && let Some(inner) = child_of(pid)
+            && let Ok(found) = Netns::of_process(inner)
+            && !found.is_host()?
+        {
+            record(Identity::of(inner).doing(|| "look at pasta's child".into())?)?;
+            netns = Some(found);
+        }
+        if let Some(found) = &netns
+            && has_addresses(found).await?
+            && let Some(netns) = netns.take()
+        {
+            return Ok(netns);
+        }
+        sleep(USER_MODE_LOOK).await;
     }
 }
 

@@ -7,7 +7,6 @@ use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::container::create::{CreateContainer, HostSide};
-use crate::container::layers;
 use crate::container::shared_volumes::SharedVolumes;
 use crate::deadlines::HOST_MOUNTS;
 use crate::error::{Error, Result};
@@ -70,7 +69,6 @@ impl HostCalls for ThisHost {
         create: CreateContainer,
         shares: Arc<SharedVolumes>,
     ) -> Result<(CreateContainer, HostSide)> {
-        layers::format(&create.rootfs).await?;
         // mount(2) may wait for a slow disk, which must not hold up other requests, and for one
         // that is gone for ever, which must not hold up this one: what it makes so late is undone
         // by its drop.

@@ -133,7 +133,7 @@ impl SandboxOwner {
             SandboxSpec {
                 hostname,
                 cgroups_path,
-                host_network: netns.is_none(),
+                host_network: asks_for_host_network(config),
                 netns,
             },
         ))
@@ -214,6 +214,15 @@ fn need(resources: &LinuxContainerResources) -> ResourceLimits {
         cpus: 0,
         oom_score_adj: 0,
     }
+}
+
+fn asks_for_host_network(config: &PodSandboxConfig) -> bool {
+    let security = config
+        .linux
+        .get_or_default()
+        .security_context
+        .get_or_default();
+    security.namespace_options.get_or_default().network.value() == NamespaceMode::NODE.value()
 }
 
 fn refuse_host_namespaces(config: &PodSandboxConfig, network: HostNetwork) -> Result<()> {
@@ -360,6 +369,7 @@ mod tests {
     fn host_namespaces_are_refused_by_the_name_that_users_know() {
         let mut config = PodSandboxConfig::default();
         refuse_host_namespaces(&config, HostNetwork::Refuse).unwrap();
+        assert!(!asks_for_host_network(&config), "nobody has asked for it");
         let linux = config.linux.mut_or_insert_default();
         linux
             .security_context

@@ -72,7 +72,8 @@ impl Block {
         plug.qmp.execute(&BlockdevAdd(node_arguments)).await?;
         plug.undo.push(Undo::RemoveBlockNode(node.clone()));
         reach(Point::DiskHalfPlugged).doing(|| format!("add the disk {shown}"))?;
-        plug.device_add("virtio-blk-pci", json!({"drive": node}))
-            .await
+        // A host's disk that is full or broken is the guest's error, not the end of its time.
+        let arguments = json!({"drive": node, "werror": "report", "rerror": "report"});
+        plug.device_add("virtio-blk-pci", arguments).await
     }
 }
