@@ -69,7 +69,8 @@ const LAYERS: &str = "layers";
 /// A container's part of the host: what the guest sees of it. Dropping it takes that back.
 #[derive(Debug)]
 pub struct HostSide {
-    place: Entry,
+    /// Held by a mount(2) that is late as well.
+    place: Arc<Entry>,
     /// No other container of the sandbox ever has it.
     number: u64,
     /// Where the guest sees the root file system, if it is not on a disk.
@@ -119,7 +120,7 @@ impl HostSide {
         let rootfs = format!("{guest_dir}/{name}/{}", rootfs::NAME);
         let (root, volumes) = (Root::of(&create.rootfs)?, Volumes::default());
         let mut host = HostSide {
-            place: Entry::new(dir, &name),
+            place: Entry::new(dir, &name).into(),
             number,
             rootfs,
             root,
@@ -367,8 +368,8 @@ impl Container {
             Root::Layers(layers) => layers.clone(),
         };
         if !guest.features().images {
-            let (list, dir) = (create.rootfs.clone(), self.host.place.make()?);
-            let mounting = move || rootfs::mount_all(&list, Path::new(""), &dir);
+            let (list, held) = (create.rootfs.clone(), self.host.place.clone());
+            let mounting = move || rootfs::mount_all(&list, Path::new(""), &held.make()?);
             let mounted = timeout(HOST_MOUNTS, tokio::task::spawn_blocking(mounting)).await;
             let late = |_| Error::deadline("the layers were not mounted in time");
             mounted
