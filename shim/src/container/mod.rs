@@ -6,6 +6,7 @@
 //!                 │
 //!                 ├▶ role        single, a pod's sandbox, a pod's member; whose pids it sees
 //!                 ├▶ rootfs      an overlay mounted here, a directory bound, or a disk plugged in
+//!                 │  layers        or files that the guest mounts, and an overlay of them
 //!                 ├▶ volumes     each mount: made in the guest, bound here, a socket, or a disk
 //!                 ├▶ devices     numbers that travel, disks that are plugged in, access rules
 //!                 └▶ hooks       run on the host, told QEMU's pid
