@@ -70,6 +70,9 @@ pub struct SandboxOwner {
     last_request: Instant,
     /// [`FIRST_REQUEST`], then [`IDLE_SANDBOX`].
     idle_deadline: Duration,
+    /// The sandbox's own task has been deleted. containerd 2.2 and 2.3 say nothing more when a pod's
+    /// last container goes after it.
+    pub(super) is_headless: bool,
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
@@ -112,6 +115,7 @@ impl SandboxOwner {
             deferred: Vec::new(),
             last_request: Instant::now(),
             idle_deadline: FIRST_REQUEST,
+            is_headless: false,
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
@@ -157,7 +161,10 @@ impl SandboxOwner {
                 tracing::debug!(?request, "asked");
                 if !matches!(request, Request::OutOfMemory { .. }) {
                     self.last_request = Instant::now();
-                    self.idle_deadline = IDLE_SANDBOX;
+                    self.idle_deadline = match self.is_headless {
+                        true => IDLE_AFTER_ANSWER,
+                        false => IDLE_SANDBOX,
+                    };
                 }
                 self.handle(request);
             }
