@@ -68,7 +68,7 @@ fn guard() -> Vec<Instruction> {
         ]);
         program.jump(code::JUMP_NOT_EQUAL, 0x00, 0, "drop");
     };
-    // 127.0.0.0/8 at this place of the header.
+    // 127.0.0.0/8 at this place of the header, or 0.0.0.0/8, which is the loopback for connect(2).
     let is_loopback = |program: &mut Assembler, at: i16| {
         program.add([
             op(code::LOAD_WORD, 0xa2, HEADER + at, 0),
@@ -76,6 +76,7 @@ fn guard() -> Vec<Instruction> {
         ]);
         let net = i32::from_ne_bytes([127, 0, 0, 0]);
         program.jump(code::JUMP_EQUAL, 0x02, net, "drop");
+        program.jump(code::JUMP_EQUAL, 0x02, 0, "drop");
     };
     program.add([
         op(code::MOVE_REGISTER, 0x16, 0, 0),
@@ -89,26 +90,21 @@ fn guard() -> Vec<Instruction> {
     is_loopback(&mut program, 16);
     program.jump(code::JUMP, 0, 0, "next");
 
-    // ::1, and ::ffff:127.0.0.0/104.
+    // ::/96 with ::1 and the unspecified one, and ::ffff:0:0/96: none of it is on a wire.
     program.label("v6");
     load(&mut program, IPV6_HEADER);
-    for (at, other, last) in [(8, "destination", "mapped"), (24, "next", "mapped to")] {
+    for (at, other) in [(8, "destination"), (24, "end")] {
         for word in 0..2 {
             program.add([op(code::LOAD_WORD, 0xa2, HEADER + at + 4 * word, 0)]);
             program.jump(code::JUMP_NOT_EQUAL, 0x02, 0, other);
         }
         program.add([op(code::LOAD_WORD, 0xa2, HEADER + at + 8, 0)]);
-        program.jump(code::JUMP_NOT_EQUAL, 0x02, 0, last);
-        program.add([op(code::LOAD_WORD, 0xa2, HEADER + at + 12, 0)]);
-        let one = i32::from_ne_bytes([0, 0, 0, 1]);
-        program.jump(code::JUMP_EQUAL, 0x02, one, "drop");
-        program.jump(code::JUMP, 0, 0, other);
-        program.label(last);
+        program.jump(code::JUMP_EQUAL, 0x02, 0, "drop");
         let mapped = i32::from_ne_bytes([0, 0, 0xff, 0xff]);
-        program.jump(code::JUMP_NOT_EQUAL, 0x02, mapped, other);
-        is_loopback(&mut program, at + 12);
+        program.jump(code::JUMP_EQUAL, 0x02, mapped, "drop");
         program.label(other);
     }
+    program.label("next");
     program.add([
         op(code::MOVE, 0x00, 0, NEXT_FILTER),
         op(code::EXIT, 0, 0, 0),
