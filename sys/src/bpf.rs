@@ -13,6 +13,7 @@ const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_HASH: u32 = 1;
@@ -58,6 +59,8 @@ pub mod code {
     pub const JUMP: u8 = 0x05;
     /// `jeq`, with an immediate number.
     pub const JUMP_EQUAL: u8 = 0x15;
+    /// `jeq32`, with an immediate number, whose sign goes no further (Linux 5.1).
+    pub const JUMP_EQUAL_32: u8 = 0x16;
     /// `jne`, with an immediate number.
     pub const JUMP_NOT_EQUAL: u8 = 0x55;
     /// `call`, of a helper function.
@@ -247,6 +250,35 @@ fn load(
     descriptor(BPF_PROG_LOAD, &attributes)
 }
 
+/// Runs a program of [`load_classifier`] on a packet that is nowhere (`BPF_PROG_TEST_RUN`); gives its
+/// verdict. For tests.
+///
+/// # Errors
+/// The kernel's refusal, of a packet that is shorter than Ethernet's header for one.
+pub fn try_classifier(program: &OwnedFd, packet: &[u8]) -> io::Result<i32> {
+    let mut attributes = TestAttributes {
+        program: number(program.as_fd()),
+        result: 0,
+        size_in: u32::try_from(packet.len()).unwrap_or(u32::MAX),
+        size_out: 0,
+        data_in: packet.as_ptr().addr() as u64,
+        data_out: 0,
+        repeat: 1,
+        duration: 0,
+    };
+    // SAFETY: as in `bpf`; the kernel reads `size_in` bytes of the packet, and writes its result into
+    // the attributes, which nobody else has.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_TEST_RUN,
+            std::ptr::from_mut(&mut attributes),
+            size_of::<TestAttributes>(),
+        )
+    })?;
+    Ok(attributes.result.cast_signed())
+}
+
 /// Puts a program of [`load_cgroup_device`] in force on a cgroup, next to those that are there, for
 /// as long as the cgroup is.
 ///
@@ -316,6 +348,18 @@ struct LoadAttributes {
     name: [u8; 16],
     device: u32,
     expected_attach: u32,
+}
+
+#[repr(C)]
+struct TestAttributes {
+    program: u32,
+    result: u32,
+    size_in: u32,
+    size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
 }
 
 #[repr(C)]

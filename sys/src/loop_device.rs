@@ -35,9 +35,51 @@ struct Config {
 /// A device that exists as long as this, or a mount of it, does.
 #[derive(Debug)]
 pub struct LoopDevice {
-    /// Its node.
-    pub path: PathBuf,
+    path: PathBuf,
     _open: File,
+}
+
+/// What is to be mounted from files, with devices in their places.
+#[derive(Debug)]
+pub struct Attached {
+    /// The node of the first.
+    pub source: String,
+    /// The options, each `device=FILE` with a node.
+    pub options: Vec<String>,
+    /// To be dropped when it is mounted.
+    pub devices: Vec<LoopDevice>,
+}
+
+/// Makes devices of a file system's file, and of those that its options name (`device=`, erofs).
+///
+/// # Errors
+/// A file that cannot be opened; those of [`attach`]. The text names the file.
+pub fn attach_all(source: &str, options: &[&str], access: Access) -> io::Result<Attached> {
+    let mut devices = Vec::new();
+    let mut node = |path: &str| {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::Write)
+            .open(path);
+        let device = file.and_then(|file| attach(&file, access));
+        let device = device.map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")))?;
+        let node = device.path.display().to_string();
+        devices.push(device);
+        io::Result::Ok(node)
+    };
+    let source = node(source)?;
+    let options = options
+        .iter()
+        .map(|option| match option.strip_prefix("device=") {
+            Some(path) => Ok(format!("device={}", node(path)?)),
+            None => Ok((*option).to_owned()),
+        });
+    let options = options.collect::<io::Result<_>>()?;
+    Ok(Attached {
+        source,
+        options,
+        devices,
+    })
 }
 
 /// How a file is read and written.
@@ -55,7 +97,7 @@ pub enum Access {
 ///
 /// # Errors
 /// A kernel without loop devices, or one that has no more of them.
-pub fn attach(file: &File, access: Access) -> io::Result<LoopDevice> {
+fn attach(file: &File, access: Access) -> io::Result<LoopDevice> {
     let control = File::open("/dev/loop-control")?;
     let mut flags = LO_FLAGS_AUTOCLEAR;
     if access != Access::Write {

@@ -13,7 +13,7 @@ mod sockets_below;
 mod watched;
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -24,7 +24,7 @@ use guest_protocol::protocols::csi::{VolumeCondition, VolumeStatsResponse, Volum
 use guest_protocol::{GUEST_LAYERS, IMAGE_DRIVER, Transport, UDS_DRIVER, WATCHED_DRIVER};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
-use sys::loop_device::{Access, attach};
+use sys::loop_device::{Access, attach_all};
 use sys::mount::Extent;
 use tokio::time::{Instant, sleep};
 
@@ -370,22 +370,10 @@ fn apply(path: &str, mode: Option<u32>, group: Option<u32>) -> Result<()> {
 
 /// Mounts read-only from files. The devices go with the mount.
 fn image(storage: &Storage) -> Result<()> {
-    let mut devices = Vec::new();
-    let mut device = |path: &str| -> Result<String> {
-        let attached = File::open(path).and_then(|file| attach(&file, Access::ReadDirectly));
-        let attached = attached.context(|| format!("make a block device of {path}"))?;
-        let node = attached.path.display().to_string();
-        devices.push(attached);
-        Ok(node)
-    };
-    let source = device(&storage.source)?;
-    let mut options = storage.options.clone();
-    for option in &mut options {
-        if let Some(path) = option.strip_prefix("device=") {
-            *option = format!("device={}", device(path)?);
-        }
-    }
-    plain_mount(storage, &source, &options)
+    let options: Vec<&str> = storage.options.iter().map(String::as_str).collect();
+    let attached = attach_all(&storage.source, &options, Access::ReadDirectly);
+    let attached = attached.context(|| "make block devices of a share's files".into())?;
+    plain_mount(storage, &attached.source, &attached.options)
 }
 
 fn overlay(storage: &Storage) -> Result<()> {
@@ -459,7 +447,7 @@ pub async fn block_device(pci_path: &str, deadline: Duration) -> Result<String> 
         let node = format!("/dev/{}", pci::virtio_child(device, "block")?);
         // The kernel makes the node a moment before there is a disk behind it; until then, opening
         // says ENXIO.
-        File::open(&node).is_ok().then_some(node)
+        fs::File::open(&node).is_ok().then_some(node)
     };
     pci::wait_for(pci_path, "block device", deadline, node).await
 }

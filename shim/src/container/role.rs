@@ -100,7 +100,7 @@ impl Role {
 }
 
 /// What a host may allow instead of a namespace of its own.
-pub fn advice(setting: &str) -> &'static str {
+fn advice(setting: &str) -> &'static str {
     if setting.starts_with("hostNetwork") {
         ", or set host_network = \"passt\" in Cofferdam's configuration"
     } else {
@@ -217,7 +217,8 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     matches!((id(one), id(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-fn host_namespace(what: &str, setting: &str) -> Error {
+/// The refusal of a namespace of the host's: what it is, and by which setting it is asked for.
+pub fn host_namespace(what: &str, setting: &str) -> Error {
     Error::invalid(format!(
         "asks for the host's {what} ({setting}), which a virtual machine cannot share: leave that \
          out, or run it with the runtime runc{}",

@@ -2,7 +2,7 @@
 //! shared directory, or where it is a disk (devmapper, blockfile, erofs), plugged into the guest
 //! and mounted there.
 
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::DirBuilder;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
@@ -207,30 +207,18 @@ fn mount_one(entry: &Mount, place: &OwnedFd) -> Result<()> {
 
 /// Mounts a file system from its files. The loop devices go with the mount.
 fn mount_files(entry: &Mount, flags: MsFlags, data: &[&str], target: &Path) -> std::io::Result<()> {
-    let writes = !flags.contains(MsFlags::MS_RDONLY);
-    let access = if writes { Access::Write } else { Access::Read };
-    let mut devices = Vec::new();
-    let mut device = |path: &str| {
-        let file = OpenOptions::new().read(true).write(writes).open(path)?;
-        let device = loop_device::attach(&file, access)?;
-        let node = device.path.display().to_string();
-        devices.push(device);
-        std::io::Result::Ok(node)
+    let access = match flags.contains(MsFlags::MS_RDONLY) {
+        true => Access::Read,
+        false => Access::Write,
     };
-    let source = device(&entry.source)?;
-    let mut options = Vec::new();
-    for option in data.iter().filter(|option| **option != "loop") {
-        options.push(match option.strip_prefix("device=") {
-            Some(path) => format!("device={}", device(path)?),
-            None => (*option).to_owned(),
-        });
-    }
+    let data: Vec<&str> = data.iter().copied().filter(|one| *one != "loop").collect();
+    let attached = loop_device::attach_all(&entry.source, &data, access)?;
     Ok(mount(
-        Some(source.as_str()),
+        Some(attached.source.as_str()),
         target,
         Some(entry.type_.as_str()),
         flags,
-        Some(options.join(",").as_str()),
+        Some(attached.options.join(",").as_str()),
     )?)
 }
 

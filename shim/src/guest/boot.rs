@@ -117,8 +117,7 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
     let (lease, confinement) = confinement(config, ledger.dir())?;
     let uid = lease.as_ref().map_or(NOBODY, |lease| lease.uid);
     let (netns, user_mode) = netns(plan, uid, &place, ledger).await?;
-    let nics = Nics::new(netns, config.netns_rules, user_mode.is_some())?;
-    let nics = Arc::new(nics);
+    let nics = Arc::new(Nics::new(netns, config.netns_rules, user_mode)?);
     reach(Point::NetnsOpened).doing(|| "use the network namespace".into())?;
     let capabilities = vmm::capabilities::query(&qemu, &cache_dir).await?;
     let machine = MachineConfig {
@@ -160,7 +159,6 @@ pub async fn launch(plan: &BootConfig, ledger: &Ledger) -> Result<RunningGuest> 
             Ok(result) => {
                 return result.map(|guest| RunningGuest {
                     _uid: lease,
-                    user_mode,
                     ..guest
                 });
             }
@@ -371,7 +369,6 @@ impl Attempt<'_> {
                 seccomp: plan.config.confinement.has_seccomp(),
             },
             _uid: None,
-            user_mode: None,
         })
     }
 

@@ -35,7 +35,7 @@ use crate::from_guest::Agent;
 use crate::guest::host_sockets::{HostSockets, random_name};
 use crate::host::ledger::{Ledger, Resource};
 use crate::network::{
-    Changes, Endpoint, Forwarder, HostPorts, Link, Netns, Network, Others, Server,
+    Changes, Endpoint, Forwarder, HostPorts, Link, Netns, Network, Others, Server, UserMode,
 };
 
 /// To look at changes that are none takes at most one part of so many of the shim's time.
@@ -46,8 +46,8 @@ const SHARE_OF_TIME: u32 = 20;
 pub struct Nics {
     netns: Arc<OwnedFd>,
     rules: NetnsRules,
-    /// The network is the host's own.
-    user_mode: bool,
+    /// Where the network is the host's own.
+    user_mode: Option<UserMode>,
     state: Mutex<State>,
 }
 
@@ -118,7 +118,7 @@ impl Nics {
     ///
     /// # Errors
     /// `INVALID_ARGUMENT`: the namespace is the host's.
-    pub fn new(netns: Netns, rules: NetnsRules, user_mode: bool) -> Result<Nics> {
+    pub fn new(netns: Netns, rules: NetnsRules, user_mode: Option<UserMode>) -> Result<Nics> {
         let fd = netns
             .fd()
             .try_clone_to_owned()
@@ -126,7 +126,7 @@ impl Nics {
         // Before anything is looked for, so that nothing is missed.
         let changes = Changes::watch(&netns)?;
         let state = State {
-            network: Network::new(netns, user_mode)?,
+            network: Network::new(netns, user_mode.is_some())?,
             changes,
             wired: Vec::new(),
             plugged: Vec::new(),
@@ -154,11 +154,19 @@ impl Nics {
         self.state.lock().await.handed_over
     }
 
+    /// Waits until the network has ended, without which the guest has none; gives the reason.
+    pub async fn lost(&self) -> String {
+        match &self.user_mode {
+            Some(user_mode) => user_mode.ended().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Answers on the namespace's loopback for the pod's servers; `None` where the host's kernel
     /// cannot.
     pub async fn forward(&self, transport: &Transport) -> Option<Forwarder> {
         let mut state = self.state.lock().await;
-        state.host_ports = self.user_mode.then(|| HostPorts::new(transport));
+        state.host_ports = self.user_mode.as_ref().map(|_| HostPorts::new(transport));
         let forwarder = Forwarder::start(state.network.netns(), transport)?;
         state.own_ports.clone_from(&forwarder.ports);
         Some(forwarder)
@@ -267,7 +275,7 @@ impl Nics {
 
     /// Lets the guest's servers be reached at the host's addresses.
     async fn lead_from_host(&self, guest: Guest<'_>) -> Result<()> {
-        if !self.user_mode || !guest.is_own {
+        if self.user_mode.is_none() || !guest.is_own {
             return Ok(());
         }
         let listening = guest.agent.listening(AGENT_CALL).await?;

@@ -45,7 +45,6 @@ use crate::host::ledger::Ledger;
 use crate::model::{Freezer, ProcessId, SignalScope, Stdio};
 use crate::network::Forwarder;
 use crate::network::Others;
-use crate::network::UserMode;
 use crate::stdio::{GuestIo, PolledOutput};
 
 /// Execs that the agent is asked for at a time: each begins as a copy of the agent. The deadline of
@@ -66,8 +65,6 @@ pub struct RunningGuest {
     pub(super) _forwarder: Option<Forwarder>,
     /// Keeps the guest's time of day; ends with this.
     pub(super) _clock: JoinSet<()>,
-    /// Its network, if that is the host's own.
-    pub(super) user_mode: Option<UserMode>,
     pub(super) nics: Arc<Nics>,
     pub(super) disks: Disks,
     pub(super) size: Size,
@@ -479,15 +476,9 @@ impl RunningGuest {
 
     async fn end(&self) -> String {
         let mut death = pin!(self.machine.died());
-        let network = async {
-            match &self.user_mode {
-                Some(user_mode) => user_mode.ended().await,
-                None => std::future::pending().await,
-            }
-        };
         let fault = tokio::select! {
             why = &mut death => return why,
-            why = network => return why,
+            why = self.nics.lost() => return why,
             fault = self.agent.failed() => fault,
         };
         match fault {

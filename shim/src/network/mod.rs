@@ -17,7 +17,8 @@
 //!   done by a thread that enters it and ends.
 //! * `scan` finds links, addresses, routes and neighbours by netlink; `tap` makes the taps, `tc`
 //!   the redirects.
-//! * `local_sockets` leaves out of the redirection what comes for sockets of the namespace.
+//! * `local_sockets` leaves out of the redirection what comes for sockets of the namespace,
+//!   `no_loopback` what is for the host's own; `classifier` has what both need.
 //! * `rules` refuses a namespace whose packet filter would have bound the pod's processes: packets
 //!   of the guest pass below it (docs/security.md), unless the configuration lets that be.
 //! * `forward` and `sk_lookup` answer on the namespace's loopback for servers in the guest, which
@@ -33,11 +34,13 @@
 //! nerdctl make theirs in between, and whenever rtnetlink tells of a change.
 
 mod changes;
+mod classifier;
 mod forward;
 mod local_sockets;
 mod mirror;
 mod netfilter;
 mod netns;
+mod no_loopback;
 mod routes;
 mod rules;
 mod scan;
@@ -487,7 +490,7 @@ impl Network {
         tc::redirect(netlink, tap.index, link.index, true).await?;
 
         if self.user_mode {
-            let guard = local_sockets::load_guard().doing(|| "load a BPF program".into())?;
+            let guard = no_loopback::program().doing(|| "load a BPF program".into())?;
             tc::except(netlink, tap.index, &guard).await?;
         }
         let qdisc = !tc::with_ingress(netlink).await?.contains(&link.index);
@@ -519,7 +522,7 @@ impl Network {
 
 /// What comes for sockets of the namespace stays there.
 async fn except_local_sockets(netlink: &Handle, link: u32, tap: u32) -> Result<()> {
-    let program = local_sockets::load(tap).doing(|| "load a BPF program".into())?;
+    let program = local_sockets::program(tap).doing(|| "load a BPF program".into())?;
     tc::except(netlink, link, &program).await
 }
 

@@ -72,7 +72,7 @@ pub struct SandboxOwner {
     idle_deadline: Duration,
     /// The sandbox's own task has been deleted. containerd 2.2 and 2.3 say nothing more when a pod's
     /// last container goes after it.
-    pub(super) is_headless: bool,
+    pub(super) sandbox_task_deleted: bool,
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
     ending: watch::Sender<bool>,
@@ -115,7 +115,7 @@ impl SandboxOwner {
             deferred: Vec::new(),
             last_request: Instant::now(),
             idle_deadline: FIRST_REQUEST,
-            is_headless: false,
+            sandbox_task_deleted: false,
             shares: None,
             ending: watch::channel(false).0,
             handle: handle.clone(),
@@ -161,7 +161,7 @@ impl SandboxOwner {
                 tracing::debug!(?request, "asked");
                 if !matches!(request, Request::OutOfMemory { .. }) {
                     self.last_request = Instant::now();
-                    self.idle_deadline = match self.is_headless {
+                    self.idle_deadline = match self.sandbox_task_deleted {
                         true => IDLE_AFTER_ANSWER,
                         false => IDLE_SANDBOX,
                     };

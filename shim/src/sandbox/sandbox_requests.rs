@@ -24,7 +24,9 @@ use crate::guest::machine_size::ResourceLimits;
 use crate::host::dir::Dir;
 use crate::host::mounts;
 use crate::model::{ProcessId, Stdio};
-use crate::protos::cri::{DNSConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
+use crate::protos::cri::{
+    DNSConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig,
+};
 use crate::sandbox::owner::SandboxOwner;
 use crate::sandbox::pod::{Pod, SandboxSpec, Shm};
 use crate::sandbox::request::{Outcome, Reply, SandboxStatus};
@@ -133,7 +135,7 @@ impl SandboxOwner {
             SandboxSpec {
                 hostname,
                 cgroups_path,
-                host_network: asks_for_host_network(config),
+                host_network: is_node(namespace_options(config).network),
                 netns,
             },
         ))
@@ -216,38 +218,29 @@ fn need(resources: &LinuxContainerResources) -> ResourceLimits {
     }
 }
 
-fn asks_for_host_network(config: &PodSandboxConfig) -> bool {
-    let security = config
-        .linux
-        .get_or_default()
-        .security_context
-        .get_or_default();
-    security.namespace_options.get_or_default().network.value() == NamespaceMode::NODE.value()
+fn namespace_options(config: &PodSandboxConfig) -> &NamespaceOption {
+    let security = &config.linux.get_or_default().security_context;
+    security.get_or_default().namespace_options.get_or_default()
+}
+
+fn is_node(mode: EnumOrUnknown<NamespaceMode>) -> bool {
+    mode.value() == NamespaceMode::NODE.value()
 }
 
 fn refuse_host_namespaces(config: &PodSandboxConfig, network: HostNetwork) -> Result<()> {
-    let options = config
-        .linux
-        .get_or_default()
-        .security_context
-        .get_or_default()
-        .namespace_options
-        .get_or_default();
-    let is_node = |mode: EnumOrUnknown<NamespaceMode>| mode.value() == NamespaceMode::NODE.value();
-    let wanted = [
-        (options.network, "hostNetwork"),
-        (options.pid, "hostPID"),
-        (options.ipc, "hostIPC"),
+    let options = namespace_options(config);
+    let refused = [
+        (
+            is_node(options.network) && network == HostNetwork::Refuse,
+            "network",
+            "hostNetwork",
+        ),
+        (is_node(options.pid), "process ids", "hostPID"),
+        (is_node(options.ipc), "IPC", "hostIPC"),
     ];
-    let skipped = usize::from(network == HostNetwork::Passt);
-    let mut wanted = wanted.into_iter().skip(skipped);
-    match wanted.find(|(mode, _)| is_node(*mode)) {
+    match refused.into_iter().find(|(is_refused, ..)| *is_refused) {
         None => Ok(()),
-        Some((_, setting)) => Err(Error::invalid(format!(
-            "the pod asks for {setting}, which a virtual machine cannot share: leave that out, or \
-             run it with the runtime runc{}",
-            role::advice(setting)
-        ))),
+        Some((_, what, setting)) => Err(role::host_namespace(what, setting)),
     }
 }
 
@@ -369,7 +362,10 @@ mod tests {
     fn host_namespaces_are_refused_by_the_name_that_users_know() {
         let mut config = PodSandboxConfig::default();
         refuse_host_namespaces(&config, HostNetwork::Refuse).unwrap();
-        assert!(!asks_for_host_network(&config), "nobody has asked for it");
+        assert!(
+            !is_node(namespace_options(&config).network),
+            "nobody has asked for it"
+        );
         let linux = config.linux.mut_or_insert_default();
         linux
             .security_context

@@ -234,7 +234,7 @@ impl SandboxOwner {
             // Nobody would hear of its processes any more, and they would keep what they have.
             self.vm_died(&error.to_string());
         }
-        self.is_headless |= process.is_init() && process.container == self.identity.id;
+        self.sandbox_task_deleted |= process.is_init() && process.container == self.identity.id;
         self.forget(process);
         if process.is_init() {
             self.give_back();
