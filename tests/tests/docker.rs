@@ -14,9 +14,8 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use cofferdam_tests::command::{Output, Running, run};
-use cofferdam_tests::network::Netns;
+use cofferdam_tests::network::{Netns, inside};
 use cofferdam_tests::{Env, PATIENCE, Release, Suite, assets, cases, daemon, eventually};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -381,12 +380,7 @@ fn names_of_a_network_resolve(env: &Env) {
 
 /// Answers each question for a name's IPv4 address with 192.0.2.7, for as long as the test runs.
 fn name_server(netns: &Netns, address: &'static str) {
-    let inside = fs::File::open(netns.path()).unwrap();
-    let socket = std::thread::spawn(move || {
-        setns(inside, CloneFlags::CLONE_NEWNET).unwrap();
-        UdpSocket::bind((address, 53)).unwrap()
-    });
-    let socket = socket.join().unwrap();
+    let socket = inside(netns, move || UdpSocket::bind((address, 53)).unwrap());
     std::thread::spawn(move || {
         let mut question = [0; 512];
         while let Ok((length, from)) = socket.recv_from(&mut question) {

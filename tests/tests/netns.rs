@@ -7,23 +7,12 @@
     reason = "a failed condition is a failed test"
 )]
 
-use std::fs::{self, File, Permissions};
-use std::io::{Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use cofferdam_tests::command::{Output, run};
-use cofferdam_tests::cri::TALK;
-use cofferdam_tests::network::{Netns, ip};
+use cofferdam_tests::network::{Netns, Server, ask, ip, run_talk};
 use cofferdam_tests::{Container, Env, PATIENCE, Release, Suite, cases, eventually};
-use nix::mount::{MsFlags, mount, umount};
-use nix::sched::{CloneFlags, setns};
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 fn main() -> ExitCode {
     Suite::of_pods().run_on(
@@ -35,15 +24,12 @@ fn main() -> ExitCode {
                 server_on_the_loopback_of_the_namespace,
                 programs_of_the_host_in_the_namespace_talk_to_others,
                 rules_of_a_mesh_redirect_the_containers_traffic,
-                vlan_and_dummy_links, twenty_links, network_of_the_host;
+                vlan_and_dummy_links, twenty_links;
             Ours: rule_that_cannot_be_carried_keeps_it_from_starting,
                 link_without_ethernet_is_refused, second_machine_in_a_namespace_is_refused;
         ],
     )
 }
-
-/// Between two looks of a server.
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// A namespace, and another one with the other ends of its links.
 struct Pod<'e> {
@@ -113,16 +99,6 @@ impl<'e> Pod<'e> {
         ran.ok();
         Container::adopt(self.env, &id)
     }
-}
-
-/// `ctr run` of a container that can ask servers, with its id.
-fn run_talk(env: &Env, flags: &[&str]) -> (String, Output) {
-    let (snapshotter, runtime, id) = (env.daemon.snapshotter, env.runtime.name(), env.id());
-    let first = ["run", "-d", "--null-io", "--snapshotter", snapshotter];
-    let last = [TALK, &id, "sleep", "3600"];
-    let command = [&first[..], &["--runtime", runtime], flags, &last].concat();
-    let ran = run(env.daemon.ctr_command(command), PATIENCE);
-    (id, ran)
 }
 
 /// What a container says to a script in which `ip` is the host's program.
@@ -333,88 +309,6 @@ fn what_changes_in_the_namespace_changes_inside(env: &Env) {
 
 const LOOPBACK: [&str; 2] = ["127.0.0.11", "::1"];
 
-/// Does something in a namespace of the host.
-fn inside<T: Send + 'static>(netns: &Netns, act: impl FnOnce() -> T + Send + 'static) -> T {
-    let file = File::open(netns.path()).unwrap();
-    let thread = std::thread::spawn(move || {
-        setns(file, CloneFlags::CLONE_NEWNET).unwrap();
-        act()
-    });
-    thread.join().unwrap()
-}
-
-/// What a server says to `hello` by TCP and by UDP.
-fn ask(netns: &Netns, address: &str, port: u16) -> [String; 2] {
-    let to: (IpAddr, u16) = (address.parse().unwrap(), port);
-    inside(netns, move || {
-        let mut text = [0; 100];
-        let mut tcp = TcpStream::connect_timeout(&to.into(), PATIENCE).unwrap();
-        tcp.write_all(b"hello").unwrap();
-        let length = tcp.read(&mut text).unwrap();
-        let by_tcp = String::from_utf8_lossy(&text[..length]).into_owned();
-        let any = if to.0.is_ipv4() { "0.0.0.0" } else { "::" };
-        let udp = UdpSocket::bind((any, 0)).unwrap();
-        udp.connect(to).unwrap();
-        udp.set_read_timeout(Some(PATIENCE)).unwrap();
-        udp.send(b"hello").unwrap();
-        let length = udp.recv(&mut text).unwrap();
-        [
-            by_tcp,
-            String::from_utf8_lossy(&text[..length]).into_owned(),
-        ]
-    })
-}
-
-/// Answers in a namespace of the host, until it is dropped.
-struct Server {
-    over: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Server {
-    fn new(netns: &Netns, addresses: [&str; 2], port: u16) -> Server {
-        let over = Arc::new(AtomicBool::new(false));
-        let addresses = addresses.map(|ip| ip.parse::<IpAddr>().unwrap());
-        let sockets = inside(netns, move || {
-            addresses.map(|ip| {
-                let tcp = TcpListener::bind((ip, port)).unwrap();
-                (tcp, UdpSocket::bind((ip, port)).unwrap())
-            })
-        });
-        let mut threads = Vec::new();
-        for (tcp, udp) in sockets {
-            tcp.set_nonblocking(true).unwrap();
-            udp.set_read_timeout(Some(PAUSE)).unwrap();
-            let end = over.clone();
-            threads.push(std::thread::spawn(move || {
-                while !end.load(Ordering::Relaxed) {
-                    let mut text = [0; 100];
-                    if let Ok((length, from)) = udp.recv_from(&mut text) {
-                        let answer = [b"udp:", &text[..length]].concat();
-                        udp.send_to(&answer, from).unwrap();
-                    }
-                    if let Ok((mut client, _)) = tcp.accept() {
-                        client.set_nonblocking(false).unwrap();
-                        let length = client.read(&mut text).unwrap();
-                        let answer = [b"tcp:", &text[..length]].concat();
-                        client.write_all(&answer).unwrap();
-                    }
-                }
-            }));
-        }
-        Server { over, threads }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-    }
-}
-
 fn server_on_the_loopback_of_the_namespace(env: &Env) {
     let pod = Pod::new(env);
     pod.link(75, 1);
@@ -487,135 +381,6 @@ fn programs_of_the_host_in_the_namespace_talk_to_others(env: &Env) {
     both_reach();
     finish(container);
 }
-
-/// hostNetwork, which the host has to allow.
-fn network_of_the_host(env: &Env) {
-    let beyond = Netns::new(&env.id());
-    // Another runtime's test may be on the same host.
-    let (net, metric) = if env.is_vm() { (79, 1) } else { (80, 2) };
-    let there = ["1", "2"].map(|host| (format!("10.{net}.1.{host}"), format!("fd{net}::{host}")));
-    let [(v4, v6), (own_v4, own_v6)] = &there;
-    let link = format!("out{net}");
-    for line in [
-        format!(
-            "link add {link} type veth peer name back netns {}",
-            beyond.name
-        ),
-        format!("addr add {own_v4}/24 dev {link}"),
-        format!("addr add {own_v6}/64 dev {link} nodad"),
-        format!("link set {link} up"),
-        format!("route add default via {v4} metric {metric}"),
-        format!("-6 route add default via {v6} metric {metric}"),
-    ] {
-        ip(&line.split(' ').collect::<Vec<_>>()).ok();
-    }
-    for line in [
-        format!("addr add {v4}/24 dev back"),
-        format!("addr add {v6}/64 dev back nodad"),
-        "link set back up".to_owned(),
-    ] {
-        beyond.ip(&line.split(' ').collect::<Vec<_>>());
-    }
-    let _server = Server::new(&beyond, [v4, v6], 5353);
-    let config = env.dir.join("config.toml");
-    fs::write(&config, "host_network = \"passt\"\n").unwrap();
-    let config = config.display().to_string();
-    let mut flags = vec!["--net-host"];
-    let mut tun = None;
-    if env.is_vm() {
-        let (id, refused) = run_talk(env, &flags);
-        refused.fails_with(&["hostNetwork", "host_network = \"passt\""]);
-        env.ctr(&["containers", "delete", &id]);
-        tun = Some(OpenTun::new(env));
-        flags.extend(["--privileged", "--runtime-config-path", &config]);
-    }
-    let (id, ran) = run_talk(env, &flags);
-    ran.ok();
-    let container = Container::adopt(env, &id);
-    for address in [v4, v6] {
-        for protocol in ["tcp", "udp"] {
-            let ask = ["talk", "ask", protocol, address, "5353", "hello"];
-            let answer = container.exec(&ask).text();
-            assert_eq!(answer, format!("{protocol}:hello"), "{address}");
-        }
-    }
-    sh(
-        &container,
-        &format!("talk serve tcp :: {net} >/dev/null 2>&1 &"),
-    );
-    let said_to = |address: &str| {
-        let to: IpAddr = address.parse().unwrap();
-        move || {
-            let mut stream = TcpStream::connect((to, net)).ok()?;
-            stream.write_all(b"hello").ok()?;
-            let mut text = String::new();
-            stream.read_to_string(&mut text).ok()?;
-            Some(text)
-        }
-    };
-    let said = eventually(
-        "the guest's server is the host's",
-        PATIENCE,
-        said_to("127.0.0.1"),
-    );
-    assert_eq!(said, "you said hello");
-    for address in [own_v4, own_v6] {
-        let answer = inside(&beyond, said_to(address));
-        assert_eq!(answer, Some(said.clone()), "{address}");
-    }
-    if env.is_vm() {
-        // By root of the guest, with packets of its own making.
-        let own = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let secret = own.local_addr().unwrap().port();
-        own.set_nonblocking(true).unwrap();
-        let script = format!(
-            "talk serve tcp 127.0.0.1 7{net} >/dev/null 2>&1 &
-             talk serve tcp ::ffff:127.0.0.1 8{net} >/dev/null 2>&1 &
-             echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
-             ip addr del 127.0.0.1/8 dev lo
-             ip route add 127.0.0.1/32 via {v4} dev {link}
-             ! nc -w 3 127.0.0.1 {secret} </dev/null"
-        );
-        sh(&container, &script);
-        assert!(own.accept().is_err(), "the host's loopback was reached");
-        // Looked for every two seconds.
-        std::thread::sleep(Duration::from_secs(5));
-        for port in [format!("7{net}"), format!("8{net}")] {
-            let port: u16 = port.parse().unwrap();
-            let to: IpAddr = own_v4.parse().unwrap();
-            let reached = inside(&beyond, move || TcpStream::connect((to, port)).is_ok());
-            assert!(
-                !reached,
-                "a server on the guest's loopback is public at {port}"
-            );
-        }
-    }
-    finish(container);
-    drop(tun);
-    ip(&["link", "delete", &link]).ok();
-}
-
-/// /dev/net/tun as udev makes it; a machine without udev may have it for root alone.
-struct OpenTun;
-
-impl OpenTun {
-    fn new(env: &Env) -> OpenTun {
-        let node = env.dir.join("tun");
-        mknod(&node, SFlag::S_IFCHR, Mode::empty(), makedev(10, 200)).unwrap();
-        fs::set_permissions(&node, Permissions::from_mode(0o666)).unwrap();
-        let none = None::<&str>;
-        mount(Some(&node), TUN, none, MsFlags::MS_BIND, none).unwrap();
-        OpenTun
-    }
-}
-
-impl Drop for OpenTun {
-    fn drop(&mut self) {
-        umount(TUN).unwrap();
-    }
-}
-
-const TUN: &str = "/dev/net/tun";
 
 fn rules_of_a_mesh_redirect_the_containers_traffic(env: &Env) {
     let pod = Pod::new(env);
