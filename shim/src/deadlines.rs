@@ -40,8 +40,8 @@ pub const AGENT_LAST_WORDS: Duration = Duration::from_secs(1);
 /// Before the guest is asked once more to remove a container: an exec of it may be on its way.
 pub const CONTAINER_REMOVE_AGAIN: Duration = Duration::from_millis(100);
 
-/// The process of a container's pid has gone with its container. Nobody hears of the container's end
-/// before, so it is short.
+/// The process of a container's pid has gone with its container. Nobody hears of the container's
+/// end before, so it is short.
 pub const TASK_PROCESS_GONE: Duration = Duration::from_millis(200);
 
 /// The process of a container's pid is confined. The host's own work, which takes a few

@@ -250,8 +250,8 @@ fn load(
     descriptor(BPF_PROG_LOAD, &attributes)
 }
 
-/// Runs a program of [`load_classifier`] on a packet that is nowhere (`BPF_PROG_TEST_RUN`); gives its
-/// verdict. For tests.
+/// Runs a program of [`load_classifier`] on a packet that is nowhere (`BPF_PROG_TEST_RUN`); gives
+/// its verdict. For tests.
 ///
 /// # Errors
 /// The kernel's refusal, of a packet that is shorter than Ethernet's header for one.
@@ -266,8 +266,8 @@ pub fn try_classifier(program: &OwnedFd, packet: &[u8]) -> io::Result<i32> {
         repeat: 1,
         duration: 0,
     };
-    // SAFETY: as in `bpf`; the kernel reads `size_in` bytes of the packet, and writes its result into
-    // the attributes, which nobody else has.
+    // SAFETY: as in `bpf`; the kernel reads `size_in` bytes of the packet, and writes its result
+    // into the attributes, which nobody else has.
     check(unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -1,5 +1,5 @@
-//! nerdctl with its networks, volumes and compose, as its users call it. By `make test-docker`, under
-//! runc too.
+//! nerdctl with its networks, volumes and compose, as its users call it. By `make test-docker`,
+//! under runc too.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -292,7 +292,10 @@ fn compose_of_two_services(env: &Env) {
     } else {
         "10.216.0.0/24"
     };
-    let service = |command: &str| json!({"image": IMAGE, "runtime": env.runtime.name(), "command": ["sh", "-c", command]});
+    let service = |command: &str| {
+        let command = ["sh", "-c", command];
+        json!({"image": IMAGE, "runtime": env.runtime.name(), "command": command})
+    };
     let compose = json!({
         "name": format!("p{subnet}").replace(['.', '/'], ""),
         "services": {"web": service(&server("it is web")), "client": service("sleep 3600")},

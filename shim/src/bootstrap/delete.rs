@@ -61,8 +61,8 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// The server's address, if other bundles beside this one belong to it too, by what `start` wrote
-/// into each, or containerd 2, which does not run `start` for a pod's further containers. Those with
-/// a dot containerd is about to remove.
+/// into each, or containerd 2, which does not run `start` for a pod's further containers. Those
+/// with a dot containerd is about to remove.
 fn has_others(bundle: &Path) -> Option<String> {
     let own = address(bundle)?;
     let beside = std::fs::read_dir(bundle.parent()?).ok()?.flatten();

@@ -109,8 +109,8 @@ fn advice(setting: &str) -> &'static str {
 }
 
 /// Which pid namespace a container wants, and whether all others that it names can be had. `find`
-/// tells whose pid it is; an empty name is the sandbox's own. With `host_network` the host's network
-/// may be asked for. `pinned` are namespaces of its pod by other paths ([`pinned`]).
+/// tells whose pid it is; an empty name is the sandbox's own. With `host_network` the host's
+/// network may be asked for. `pinned` are namespaces of its pod by other paths ([`pinned`]).
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` that says what to use instead.
@@ -176,8 +176,8 @@ pub fn namespaces(
     Ok(pid)
 }
 
-/// Paths by which CRI-O names the IPC and UTS namespaces of a pod, which it makes itself: in the spec
-/// of the sandbox, and in those of the containers that join them. The machine's own stand for them.
+/// Paths by which CRI-O names the IPC and UTS namespaces of a pod, which it makes itself: in the
+/// spec of the sandbox, and in those of the containers that join them. The machine's own stand for them.
 ///
 /// # Errors
 /// `INVALID_ARGUMENT`: one is the host's.

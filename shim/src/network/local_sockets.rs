@@ -36,9 +36,9 @@ pub fn program(tap: u32) -> io::Result<OwnedFd> {
     bpf::load_classifier("local_sockets", &instructions(tap.cast_signed()))
 }
 
-/// `struct bpf_sock_tuple` is on the stack below the header. r7 is the protocol, r8 the tuple's size
-/// in bytes; to "ports", r2 comes with the ports' offset in the packet and r3 with their place in the
-/// tuple.
+/// `struct bpf_sock_tuple` is on the stack below the header. r7 is the protocol, r8 the tuple's
+/// size in bytes; to "ports", r2 comes with the ports' offset in the packet and r3 with their place
+/// in the tuple.
 fn instructions(tap: i32) -> Vec<Instruction> {
     const TUPLE: i16 = HEADER - 40;
     // Words of the header become words of the tuple.

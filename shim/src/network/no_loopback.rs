@@ -1,5 +1,5 @@
-//! A BPF classifier for a tap whose packets the host sends as its own ([`super::user_mode`]): what is
-//! to or from the host's loopback is dropped, which pasta would reach with it.
+//! A BPF classifier for a tap whose packets the host sends as its own ([`super::user_mode`]): what
+//! is to or from the host's loopback is dropped, which pasta would reach with it.
 //!
 //! The unspecified addresses are the loopback for connect(2). Of IPv6 all of ::/96 and
 //! ::ffff:0:0/96 goes: none of it is on a wire.

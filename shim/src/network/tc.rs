@@ -36,7 +36,10 @@ const INGRESS: TcHandle = TcHandle {
 
 /// The devices that have a qdisc for what comes in, by index.
 pub async fn with_ingress(netlink: &Handle) -> Result<HashSet<u32>> {
-    let is_ingress = |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(kind) if kind == "ingress" || kind == "clsact");
+    let is_ingress = |attribute: &TcAttribute| match attribute {
+        TcAttribute::Kind(kind) => ["ingress", "clsact"].contains(&kind.as_str()),
+        _ => false,
+    };
     let qdiscs: Vec<TcMessage> =
         rtnl("list qdiscs", netlink.qdisc().get().execute().try_collect()).await?;
     Ok(qdiscs

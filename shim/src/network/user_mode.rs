@@ -130,7 +130,10 @@ async fn watch_over(child: &mut Child) -> String {
         };
         tokio::select! {
             status = child.wait() => {
-                return status.map_or_else(|e| e.to_string(), |status| format!("pasta ended ({status})"));
+                return match status {
+                    Ok(status) => format!("pasta ended ({status})"),
+                    Err(error) => error.to_string(),
+                };
             }
             read = read => match read {
                 Ok(length @ 1..) if said < MOST_WORDS => {

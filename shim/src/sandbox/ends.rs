@@ -239,8 +239,8 @@ impl SandboxOwner {
         }
     }
 
-    /// CRI-O takes no events. It looks for a file in the bundle, as its own runtimes' monitor leaves
-    /// there (conmon).
+    /// CRI-O takes no events. It looks for a file in the bundle, as its own runtimes' monitor
+    /// leaves there (conmon).
     fn note_out_of_memory(&self, container: &str) {
         if is_from_containerd() {
             return;

@@ -70,8 +70,8 @@ pub struct SandboxOwner {
     last_request: Instant,
     /// [`FIRST_REQUEST`], then [`IDLE_SANDBOX`].
     idle_deadline: Duration,
-    /// The sandbox's own task has been deleted. containerd 2.2 and 2.3 say nothing more when a pod's
-    /// last container goes after it.
+    /// The sandbox's own task has been deleted. containerd 2.2 and 2.3 say nothing more when a
+    /// pod's last container goes after it.
     pub(super) sandbox_task_deleted: bool,
     shares: Option<Arc<SharedVolumes>>,
     /// Turns true at the sandbox's end, for a machine that is still coming up.
